@@ -1,0 +1,37 @@
+"""Formats, rules and the engine behind the optstate family of optimizers.
+
+An optimizer here is an update rule (``rules``) x a format for each moment (``formats``) x a
+parameter write (``writes``); ``CodedOptimizer`` puts the three together.
+"""
+
+from optstate_codecs.formats import BF16, FP32, Dynamic8, Format, Int8, parse_format
+from optstate_codecs.memory import (
+    MemoryReport,
+    memory_report,
+    predicted_state_bytes,
+    state_bytes,
+)
+from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.rounding import stochastic_round_bf16
+from optstate_codecs.rules import Adam, Rule
+from optstate_codecs.state import decode_state
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BF16",
+    "FP32",
+    "Adam",
+    "CodedOptimizer",
+    "Dynamic8",
+    "Format",
+    "Int8",
+    "MemoryReport",
+    "Rule",
+    "decode_state",
+    "memory_report",
+    "parse_format",
+    "predicted_state_bytes",
+    "state_bytes",
+    "stochastic_round_bf16",
+]

@@ -1,0 +1,208 @@
+"""Packed and full state dicts, and loading either, or one of ``torch.optim``'s.
+
+A packed state dict is ``torch.optim``'s layout (``state`` by parameter number, ``param_groups``)
+holding the stored components, with ``formats`` added to each group: {moment: text of its format}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.formats import FP32, Format, parse_format
+from optstate_codecs.layout import same_order
+from optstate_codecs.rounding import Counter
+from optstate_codecs.rules import Moment
+from optstate_codecs.state import decode_moments, decode_state, encode_state, state_keys
+
+if TYPE_CHECKING:
+    from optstate_codecs.optimizer import CodedOptimizer
+
+__all__ = ["full", "load", "packed"]
+
+StateDict = dict[str, Any]
+
+
+def packed(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
+    """``plain``, as ``torch.optim`` gives it, with every group's formats named."""
+    for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):
+        formats = optimizer.group_formats(group)
+        saved["formats"] = {moment: format.spec for moment, format in formats.items()}
+    return plain
+
+
+def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
+    """``plain`` with decoded moments, without what ``torch.optim`` does not know."""
+    state = {}
+    for number, param in _numbered(optimizer):
+        if plain["state"].get(number):
+            state[number] = decode_state(optimizer, param)
+    own = {*optimizer.storage_options, "formats", "rounding_seed"}
+    groups = [
+        {key: value for key, value in group.items() if key not in own}
+        for group in plain["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _numbered(optimizer: CodedOptimizer) -> Iterator[tuple[int, Tensor]]:
+    yield from enumerate(p for group in optimizer.param_groups for p in group["params"])
+
+
+def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
+    """Check and convert the whole of ``state_dict``, then put it in place."""
+    state_dict = dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(optimizer, state_dict) or state_dict
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise KeyError(f"state_dict: missing key {key!r}")
+
+    groups = _merged_groups(optimizer, state_dict["param_groups"])
+    numbers = [n for saved in state_dict["param_groups"] for n in saved["params"]]
+    foreign = [n for n in state_dict["state"] if n not in numbers]
+    if foreign:
+        raise KeyError(f"state_dict['state']: unknown parameter {foreign[0]!r}")
+
+    state: dict[Tensor, dict[str, Any]] = {}
+    index = 0
+    for (group, saved_formats), saved in zip(groups, state_dict["param_groups"], strict=True):
+        formats = optimizer.group_formats(group)
+        moments = optimizer.rule.moments(optimizer.rule.hyper(group))
+        for param, number in zip(group["params"], saved["params"], strict=True):
+            if stored := state_dict["state"].get(number):
+                where = f"state_dict['state'][{number!r}]"
+                source = saved_formats or dict.fromkeys(formats, FP32())
+                _check_state(where, param, stored, source, formats)
+                step = _loaded_step(where, stored["step"])
+                counter = Counter(group["rounding_seed"], int(step), index)
+                moved = _moved(param, stored, source, formats)
+                if moved is None:
+                    decoded = _decoded(param, stored, source, moments)
+                    moved = encode_state(param, decoded, moments, formats, counter)
+                state[param] = {"step": step, **moved}
+            index += 1
+
+    for target, (group, _) in zip(optimizer.param_groups, groups, strict=True):
+        for key in set(target) - set(group):
+            del target[key]
+        target.update(group)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _merged_groups(
+    optimizer: CodedOptimizer, saved_groups: list[Mapping[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Format] | None]]:
+    """The groups as they will be, each with the formats its saved state is in (None: plain)."""
+    if len(saved_groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"state_dict['param_groups']: {len(saved_groups)} groups, "
+            f"must be {len(optimizer.param_groups)}"
+        )
+    merged = []
+    for i, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        where = f"state_dict['param_groups'][{i}]"
+        needed = ("params", *optimizer.rule.defaults())
+        # torch.optim gained group keys over the years; a default stands in for those
+        if missing := [k for k in needed if k not in saved and k in ("params", "lr", "betas")]:
+            raise KeyError(f"{where}: missing key {missing[0]!r}")
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                f"{where}['params']: {len(saved['params'])} parameters, "
+                f"must be {len(group['params'])}"
+            )
+        own = {*optimizer.storage_options, "formats", "params", "decoupled_weight_decay"}
+        new = {k: deepcopy(v) for k, v in saved.items() if k not in own}
+        if "betas" in new:
+            new["betas"] = tuple(new["betas"])
+        kept = {k: v for k, v in group.items() if k in own or k not in new}
+        new = {**kept, **new}
+        try:
+            optimizer._check_group(new)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from error
+        specs = saved.get("formats")
+        merged.append((new, specs and {k: parse_format(text) for k, text in specs.items()}))
+    return merged
+
+
+def _check_state(
+    where: str,
+    param: Tensor,
+    stored: Mapping[str, Any],
+    source: Mapping[str, Format],
+    formats: Mapping[str, Format],
+) -> None:
+    """Raise unless ``stored`` holds just the components of ``source``, in shape and dtype."""
+    if different := sorted(set(source) ^ set(formats)):
+        raise KeyError(f"{where}: moment {different[0]!r} is not in both checkpoint and optimizer")
+    keys = state_keys(source)
+    if unknown := [key for key in stored if key not in keys]:
+        raise KeyError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(keys)}")
+    if missing := [key for key in keys if key not in stored]:
+        raise KeyError(f"{where}: missing key {missing[0]!r}")
+    for name, format in source.items():
+        for component in format.components:
+            key = component.key(name)
+            part, shape = stored[key], component.shape(param.shape)
+            if not torch.is_tensor(part) or tuple(part.shape) != shape:
+                got = f"shape {tuple(part.shape)}" if torch.is_tensor(part) else repr(part)
+                raise ValueError(f"{where}[{key!r}]: {got}, must be a tensor of shape {shape}")
+            # torch.optim keeps moments in the parameter's dtype: any float is a plain moment
+            plain = format == FP32() and part.is_floating_point()
+            if part.dtype != component.dtype and not plain:
+                raise ValueError(f"{where}[{key!r}]: dtype {part.dtype}, must be {component.dtype}")
+            if component.suffix == "scale" and not part.isfinite().all():
+                raise ValueError(f"{where}[{key!r}]: must be finite")
+
+
+def _loaded_step(where: str, step: Any) -> Tensor:
+    count = float(step) if isinstance(step, (int, float, Tensor)) else -1.0
+    if not (count >= 0 and count == int(count)):
+        raise ValueError(f"{where}['step']={step!r}: must be a whole number of at least 0")
+    return torch.tensor(count, dtype=torch.float32)
+
+
+def _moved(
+    param: Tensor,
+    stored: Mapping[str, Tensor],
+    source: Mapping[str, Format],
+    formats: Mapping[str, Format],
+) -> dict[str, Tensor] | None:
+    """Copies of ``stored`` beside ``param``, or None where they are not stored as wanted."""
+    if source != formats:
+        return None
+    parts = {c.key(name): c for name, format in formats.items() for c in format.components}
+    if not all(same_order(stored[key], c, param) for key, c in parts.items()):
+        return None
+    return {
+        key: stored[key].detach().to(param.device, c.dtype, copy=True) for key, c in parts.items()
+    }
+
+
+def _decoded(
+    param: Tensor,
+    stored: Mapping[str, Tensor],
+    source: Mapping[str, Format],
+    moments: Sequence[Moment],
+) -> dict[str, Tensor]:
+    """The moments of a checkpoint, whatever order in memory it was saved in.
+
+    Blocks follow the order that the codes had when they were saved, so that order decides.
+    """
+    parts = [(c.key(n), c) for n, format in source.items() for c in format.components]
+    like = next((stored[key] for key, c in parts if c.span == 1 and c.suffix), param)
+    local = {
+        key: stored[key].to(param.device)
+        if c.span > 1
+        else torch.empty_like(like, dtype=c.dtype, device=param.device).copy_(stored[key])
+        for key, c in parts
+    }
+    return decode_moments(like, local, moments, source)

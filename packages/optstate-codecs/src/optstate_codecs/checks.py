@@ -1,0 +1,69 @@
+"""Validation of user arguments: every message names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_size", "flag", "nonnegative", "one_of", "unit_interval", "whole_number"]
+
+
+def _number(name: str, value: Any) -> float | None:
+    """The value as a float, or None for a tensor whose value only the device knows."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(
+                f"{name}: must be a number or a one-element real tensor, "
+                f"got shape {tuple(value.shape)} and dtype {value.dtype}"
+            )
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def nonnegative(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number or one-element tensor of at least zero."""
+    number = _number(name, value)
+    if number is not None and not (math.isfinite(number) and number >= 0.0):
+        raise ValueError(f"{name}={value!r}: must be finite and at least 0")
+
+
+def unit_interval(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a number or one-element tensor in [0, 1)."""
+    number = _number(name, value)
+    if number is not None and not 0.0 <= number < 1.0:
+        raise ValueError(f"{name}={value!r}: must be in [0, 1)")
+
+
+def flag(name: str, value: Any) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be True or False, got {type(value).__name__}")
+
+
+def whole_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is an int from 0 to 2^63 - 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: must be an int, got {type(value).__name__}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"{name}={value!r}: must be from 0 to 2**63 - 1")
+
+
+def block_size(value: Any, name: str = "block_size") -> None:
+    """Raise unless ``value`` is a power of two from 16 to 8192 (elements)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: must be an int, got {type(value).__name__}")
+    if not 16 <= value <= 8192 or value & (value - 1):
+        raise ValueError(f"{name}={value}: must be a power of two from 16 to 8192")
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of the ``allowed`` strings."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")

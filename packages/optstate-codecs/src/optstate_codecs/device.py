@@ -1,0 +1,180 @@
+"""Triton where it is installed, and the few operations all device functions share.
+
+Without triton the functions below and those beside each format and rule are plain Python that
+nothing calls. With ``TRITON_INTERPRET=1`` they run on CPU tensors; there, and only there, a fused
+multiply-add is computed in float64, since the interpreter's own rounds twice.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # pragma: no cover - exercised by the isolated session
+    triton = None
+    tl = None
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "jit", "tl", "triton"]
+
+HAS_TRITON = triton is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def jit(function: Any) -> Any:
+    """``triton.jit``, or the function itself where there is no triton."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
+def constant(value: Any) -> Any:
+    """A module-level constant that device functions may read."""
+    return tl.constexpr(value) if HAS_TRITON and not INTERPRETED else value
+
+
+INTERPRET = constant(INTERPRETED)
+INF_BITS = constant(0x7F800000)
+MAGNITUDE = constant(0x7FFFFFFF)
+# added to a float of magnitude below 2^22, this rounds it to an integer, half to even
+ROUNDER = constant(12582912.0)
+# the largest finite bfloat16, as float32
+BF16_MAX = constant(0x7F7F0000)
+M1 = constant(0x7FEB352D)
+M2 = constant(0x846CA68B)
+GOLDEN = constant(0x9E3779B9)
+
+
+@jit
+def fma(a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c, rounded once."""
+    if INTERPRET:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@jit
+def as_bits(x):  # type: ignore[no-untyped-def]
+    """The bits of a float32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@jit
+def as_float(bits):  # type: ignore[no-untyped-def]
+    """The float32 with these bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def mix32(x):  # type: ignore[no-untyped-def]
+    """``rounding.mix32`` on the device; ``x`` is uint32."""
+    x = (x ^ (x >> 16)) * M1
+    x = (x ^ (x >> 15)) * M2
+    return x ^ (x >> 16)
+
+
+@jit
+def hash_tile(key, step, start, offsets):  # type: ignore[no-untyped-def]
+    """``rounding.hash_elements`` for a tile.
+
+    ``key`` is a stream key, both halves in an int64; ``step`` int32; ``start`` the number of the
+    tile's first element, int64; ``offsets`` from there, int32. A tile never crosses a multiple of
+    2^32.
+    """
+    turn = step.to(tl.uint32)
+    k0 = mix32((key & 0xFFFFFFFF).to(tl.uint32) + turn)
+    k1 = mix32(((key >> 32) & 0xFFFFFFFF).to(tl.uint32) ^ (turn * GOLDEN))
+    k1 = k1 + ((start >> 32) & 0xFFFFFFFF).to(tl.uint32) * GOLDEN
+    x = ((start & 0xFFFFFFFF).to(tl.uint32) + offsets.to(tl.uint32)) ^ k0
+    x = (x ^ (x >> 16)) * M1
+    x = (x ^ (x >> 15)) * M2 + k1 * M2
+    return x ^ (x >> 16)
+
+
+@jit
+def half(word, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The 16 random bits that an element's ``word`` holds for a stream, int32."""
+    if STREAM % 2 == 1:
+        return (word >> 16).to(tl.int32)
+    else:
+        return (word & 0xFFFF).to(tl.int32)
+
+
+@jit
+def dithered(x, bits16):  # type: ignore[no-untyped-def]
+    """``x`` plus ``Draw.centred``: a multiple of 2^-16 in [-1/2, 1/2)."""
+    return fma(_unscaled_draw(bits16, 0), 1.0 / 65536.0, x)
+
+
+@jit
+def dithered_less_one(x, bits16):  # type: ignore[no-untyped-def]
+    """``x`` plus (``Draw.centred`` - 1), rounded once."""
+    return fma(_unscaled_draw(bits16, 65536), 1.0 / 65536.0, x)
+
+
+@jit
+def _unscaled_draw(bits16, LESS: tl.constexpr):  # type: ignore[no-untyped-def]
+    # the float with these bits is 2^23 + bits16: no integer conversion
+    return as_float(bits16 | 0x4B000000) - (8421376.0 + LESS)
+
+
+@jit
+def sqrt(x):  # type: ignore[no-untyped-def]
+    """Square root within an ulp; subnormal numbers count as zero on a GPU."""
+    if INTERPRET:
+        return tl.sqrt(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@jit
+def reciprocal(x):  # type: ignore[no-untyped-def]
+    """1 / x within an ulp; subnormal numbers count as zero on a GPU."""
+    if INTERPRET:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@jit
+def _larger(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def row_amax(x):  # type: ignore[no-untyped-def]
+    """Each row's largest magnitude, as bits: at least ``INF_BITS`` where a row is not finite."""
+    if INTERPRET:
+        return tl.max(as_bits(x) & MAGNITUDE, axis=1)
+    else:
+        return as_bits(tl.reduce(tl.abs(x), 1, _larger)) & MAGNITUDE
+
+
+@jit
+def to_bf16_bits(x):  # type: ignore[no-untyped-def]
+    """Round float32 to bfloat16 to nearest even; the 16 bits as int16."""
+    if INTERPRET:
+        bits = as_bits(x)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where((bits & MAGNITUDE) > INF_BITS, 0x7FFF, rounded).to(tl.int16)
+    else:
+        return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+
+
+@jit
+def to_bf16_bits_stochastic(x, bits16):  # type: ignore[no-untyped-def]
+    """``rounding.stochastic_round_bf16``; the 16 bits as int16."""
+    bits = as_bits(x)
+    raised = ((bits + bits16) >> 16).to(tl.int16)
+    return tl.where((bits & MAGNITUDE) < BF16_MAX, raised, to_bf16_bits(x))
+
+
+@jit
+def from_bf16_bits(bits16):  # type: ignore[no-untyped-def]
+    """The float32 of a bfloat16's 16 bits."""
+    return as_float(bits16.to(tl.int32) << 16)

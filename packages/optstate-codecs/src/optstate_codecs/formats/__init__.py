@@ -1,0 +1,29 @@
+"""How a moment is stored: one file a family, with layout, mathematics, encode and decode.
+
+========== ======================= ==================================================
+name       bits per element        for
+========== ======================= ==================================================
+fp32       32                      anything, exactly
+bf16       16                      anything
+int8       8 + 32 / block_size     first moments
+dynamic8   8 + 32 / block_size     first moments; unsigned: second moments
+========== ======================= ==================================================
+"""
+
+from optstate_codecs.formats.base import Component, Format
+from optstate_codecs.formats.cast import BF16, FP32
+from optstate_codecs.formats.dynamic import Dynamic8
+from optstate_codecs.formats.linear import Int8
+from optstate_codecs.formats.registry import as_format, format_names, parse_format
+
+__all__ = [
+    "BF16",
+    "FP32",
+    "Component",
+    "Dynamic8",
+    "Format",
+    "Int8",
+    "as_format",
+    "format_names",
+    "parse_format",
+]

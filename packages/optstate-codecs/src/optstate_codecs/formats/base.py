@@ -1,0 +1,185 @@
+"""The contract every format keeps: which tensors hold a moment, and how to encode and decode it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.rounding import Draw
+
+__all__ = [
+    "Component",
+    "DeviceFunctions",
+    "Format",
+    "block_amax",
+    "blocked",
+    "mark_nonfinite",
+    "scaled",
+    "surely",
+]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One of the tensors that a moment is stored as.
+
+    Attributes:
+        suffix: appended to the moment's name to give the state key; "" keeps the name itself.
+        dtype: of the stored tensor.
+        span: consecutive elements of the moment that share one entry (1: one entry each).
+    """
+
+    suffix: str
+    dtype: torch.dtype
+    span: int = 1
+
+    def key(self, moment: str) -> str:
+        """The key in ``optimizer.state[p]``, e.g. ``exp_avg_codes``."""
+        return f"{moment}_{self.suffix}" if self.suffix else moment
+
+    def length(self, numel: int) -> int:
+        """Entries for a moment of ``numel`` elements; the last one may cover fewer."""
+        return -(-numel // self.span)
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The stored shape for a moment of ``shape``.
+
+        Blocks that fit into rows keep the leading dimensions, so that the component can be cut
+        along them together with the parameter; otherwise it is one flat row of blocks.
+        """
+        shape = tuple(shape)
+        if self.span == 1:
+            return shape
+        if shape and shape[-1] and shape[-1] % self.span == 0:
+            return (*shape[:-1], shape[-1] // self.span)
+        numel = 1
+        for size in shape:
+            numel *= size
+        return (self.length(numel),)
+
+
+@dataclass(frozen=True)
+class DeviceFunctions:
+    """A format inside a kernel: how a tile of it is loaded and stored.
+
+    ``load(first, second, offsets, mask, rows, row_mask, OPTIONS)`` returns float32 [rows, block];
+    ``store(first, second, x, random, offsets, mask, rows, row_mask, OPTIONS)`` keeps it. ``first``
+    and ``second`` point at the components' entries for the tile's first element (``second`` is
+    unused where there is one component); ``random`` holds 16 random bits an element, int32.
+    """
+
+    load: Any
+    store: Any
+    options: int = 0
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """How a moment is stored.
+
+    A format is a small frozen dataclass: its fields are its options, and two equal formats store
+    equal bytes. Components of all-zero bytes decode to a moment of zeros.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def components(self) -> tuple[Component, ...]:
+        """The tensors a moment is stored as, in the order ``encode`` and ``decode`` take them."""
+
+    @property
+    def keeps_positive(self) -> bool:
+        """Whether a positive number never decodes to zero, as a second moment needs."""
+        return True
+
+    @property
+    def in_update_units(self) -> bool:
+        """Whether a first moment is held divided by the root of its second moment."""
+        return getattr(self, "units", "value") == "update"
+
+    @property
+    def uses_random(self) -> bool:
+        """Whether ``encode`` needs a draw."""
+        return getattr(self, "rounding", "nearest") == "stochastic"
+
+    @property
+    def device_functions(self) -> DeviceFunctions | None:
+        """The format's device functions, or None where only the torch reference exists."""
+        return None
+
+    @abstractmethod
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        """Store ``x`` into ``parts``.
+
+        Args:
+            x: the moment or a slice of it, flat, float32, starting at a block's border.
+            parts: the matching flat slices of the components; overwritten.
+            draw: random numbers of this slice; needed where ``uses_random``.
+        """
+
+    @abstractmethod
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        """The moment that ``parts`` hold, flat and float32 (a view where the format is fp32)."""
+
+    @property
+    def span(self) -> int:
+        """Elements per block: slices of a moment start at multiples of it."""
+        return max(component.span for component in self.components)
+
+    def nbytes(self, numel: int) -> int:
+        """Exact bytes stored for a moment of ``numel`` elements."""
+        return sum(c.length(numel) * c.dtype.itemsize for c in self.components)
+
+    @property
+    def spec(self) -> str:
+        """The format as text, e.g. ``dynamic8(block_size=256)``; see ``parse_format``."""
+        options = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in fields(self)
+            if f.default is MISSING or getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+    def _need(self, draw: Draw | None) -> Draw:
+        if draw is None:
+            raise ValueError(f"draw=None: {self.spec} rounds stochastically and needs a Draw")
+        return draw
+
+
+def blocked(x: Tensor, block_size: int) -> Tensor:
+    """View flat ``x`` as [blocks, elements]; a tail is padded with zeros (and so copied)."""
+    if x.numel() <= block_size:
+        return x.view(1, -1) if x.numel() else x.view(0, 1)
+    tail = -x.numel() % block_size
+    if tail:
+        x = torch.nn.functional.pad(x, (0, tail))
+    return x.view(-1, block_size)
+
+
+def block_amax(x: Tensor, block_size: int) -> Tensor:
+    """Each block's largest finite magnitude, [blocks, 1]; 0 where there is none."""
+    finite = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+    return blocked(finite.abs_(), block_size).amax(dim=1, keepdim=True)
+
+
+def scaled(x: Tensor, factor: Tensor, block_size: int) -> Tensor:
+    """Flat ``x`` times its block's ``factor`` ([blocks, 1]); a new tensor."""
+    return (blocked(x, block_size) * factor).view(-1)[: x.numel()]
+
+
+def surely(flags: Tensor) -> bool:
+    """Whether all ``flags`` are set, as far as the host can tell without waiting for a device."""
+    if flags.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(flags.all())
+
+
+def mark_nonfinite(code: Tensor, x: Tensor, nan_code: float) -> Tensor:
+    """``code`` (float, changed in place) with ``nan_code`` where ``x`` is NaN or infinite."""
+    return code.add_(x - x).nan_to_num_(nan=nan_code)

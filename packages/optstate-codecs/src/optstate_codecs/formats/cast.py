@@ -1,0 +1,110 @@
+"""Formats that only change the dtype: fp32 (exact) and bf16.
+
+Layout: one component under the moment's own name, shaped like the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.device import (
+    from_bf16_bits,
+    jit,
+    tl,
+    to_bf16_bits,
+    to_bf16_bits_stochastic,
+)
+from optstate_codecs.formats.base import Component, DeviceFunctions, Format
+from optstate_codecs.rounding import Draw, stochastic_round_bf16
+
+__all__ = ["BF16", "FP32"]
+
+
+@dataclass(frozen=True)
+class FP32(Format):
+    """The moment itself in float32, laid out as ``torch.optim`` does: 32 bits an element."""
+
+    name: ClassVar[str] = "fp32"
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (Component("", torch.float32),)
+
+    @property
+    def device_functions(self) -> DeviceFunctions | None:
+        return DeviceFunctions(load_fp32, store_fp32)
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        if x.data_ptr() != parts[0].data_ptr():
+            parts[0].copy_(x)
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0]
+
+
+@dataclass(frozen=True)
+class BF16(Format):
+    """The moment in bfloat16: 16 bits an element.
+
+    Args:
+        rounding: "stochastic" keeps the running mean unbiased; "nearest" loses updates below
+            1/256 of the moment, which a second moment at beta2 = .999 is made of.
+    """
+
+    name: ClassVar[str] = "bf16"
+    rounding: str = "stochastic"
+
+    def __post_init__(self) -> None:
+        checks.one_of("rounding", self.rounding, ("stochastic", "nearest"))
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (Component("", torch.bfloat16),)
+
+    @property
+    def device_functions(self) -> DeviceFunctions | None:
+        return DeviceFunctions(load_bf16, store_bf16, int(self.rounding == "stochastic"))
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        if self.rounding == "nearest":
+            parts[0].copy_(x)
+        else:
+            bits = self._need(draw).bits16(x.numel(), x.device)
+            parts[0].copy_(stochastic_round_bf16(x, bits))
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].to(torch.float32)
+
+
+@jit
+def load_fp32(values, unused, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load a float32 tile."""
+    return tl.load(values + offsets, mask=mask, other=0.0)
+
+
+@jit
+def store_fp32(values, unused, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store a float32 tile."""
+    tl.store(values + offsets, x, mask=mask)
+
+
+@jit
+def load_bf16(values, unused, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load a bfloat16 tile, as 16-bit integers."""
+    return from_bf16_bits(tl.load(values + offsets, mask=mask, other=0))
+
+
+@jit
+def store_bf16(values, unused, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Round a tile to bfloat16, stochastically where OPTIONS is 1."""
+    if OPTIONS == 1:
+        bits = to_bf16_bits_stochastic(x, random)
+    else:
+        bits = to_bf16_bits(x)
+    tl.store(values + offsets, bits, mask=mask)

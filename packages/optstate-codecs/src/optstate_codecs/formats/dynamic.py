@@ -1,0 +1,325 @@
+"""The 8-bit dynamic exponent map (Dettmers et al., arXiv:2110.02861, sections 1.3 and 2.1).
+
+Seven ranges below the block's scale, each ``base`` times the one below, are cut into 1, 2, 4,
+... 64 linear steps (twice as many when unsigned), so that precision is spent where an optimizer's
+state is largest. The paper's ranges are decades, base 10; ours are factors of 8 by default, which
+binary arithmetic reaches without a table and which lose nothing (see the docs on formats).
+
+Layout: ``codes`` uint8, one per element, shaped like the parameter; ``scale`` float32, one per
+block of ``block_size`` consecutive elements (the last block may be shorter).
+
+Mathematics. Let b be the base and k = 0 (signed) or 1 (unsigned). A position t in
+[2^(d+k), 2^(d+k+1)] of range d = 0..6 stands for the magnitude
+
+    z = b^(d-7) * ((b - 1) t / 2^(d+k) - (b - 2)):
+
+the points b^(d-7) are shared by neighbouring ranges, 1.0 is the last one, and t as a function of
+z is concave and piecewise linear,
+
+    t = 2^k * min over d of (2^d b^(7-d) z + 2^d (b - 2)) / (b - 1),
+
+so nearest rounding is round(t), stochastic rounding is round(t + u) with u uniform in
+[-1/2, 1/2), and neither needs a search. The code is t - 1:
+
+    signed    bit 7 is the sign, 0 is zero, 1..127 are t = 2..128
+    unsigned  0 is zero, 2..255 are t = 3..256; a positive number never becomes 0
+
+A negative scale says that its block holds elements that are not finite: there, and only there, the
+otherwise unused codes 128 (signed, "minus zero") and 1 (unsigned) are NaN.
+
+A scale is the smallest power of two that covers the block's largest finite magnitude. It moves
+only when a binade is crossed, so stored values are rarely rounded again, scaling by it is exact,
+and gradients times 2^k give the same codes.
+
+With ``domain="sqrt"`` the map holds the root of the moment: that is what the update divides by,
+and seven ranges of the root are fourteen of the second moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.device import (
+    INF_BITS,
+    MAGNITUDE,
+    ROUNDER,
+    as_bits,
+    as_float,
+    constant,
+    dithered_less_one,
+    fma,
+    jit,
+    row_amax,
+    tl,
+)
+from optstate_codecs.formats.base import (
+    Component,
+    DeviceFunctions,
+    Format,
+    block_amax,
+    blocked,
+    scaled,
+    surely,
+)
+from optstate_codecs.rounding import Draw
+
+__all__ = ["Dynamic8"]
+
+SIGNED_NAN = 128
+UNSIGNED_NAN = 1
+RANGES = 7
+BASES = (8, 10)
+# exponent fields of the smallest and largest scale, 2^-100 and 2^126: both have exact reciprocals
+# and leave room for the factor base^-7 above float32's subnormals
+SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 126) << 23
+SMALLEST_SCALE = 2.0**-100
+
+
+@dataclass(frozen=True)
+class Dynamic8(Format):
+    """8-bit dynamic exponent codes under a power-of-two scale per block.
+
+    Rounding to nearest errs by at most 0.7 % of the scale when signed, half of it when unsigned,
+    and by less, though more in relation, in each range further down.
+
+    Args:
+        block_size: elements that share a scale, a power of two from 16 to 8192.
+        signed: True for first moments, False for second moments.
+        base: ratio of neighbouring ranges, 8, or 10 as in the paper.
+        domain: "linear" stores the moment, "sqrt" (unsigned only) its root.
+        rounding: "nearest", or "stochastic": unbiased in the domain.
+        units: "value", or "update" (signed only) to hold m / sqrt(v), see
+            ``optstate_codecs.moments``.
+    """
+
+    name: ClassVar[str] = "dynamic8"
+    block_size: int = 2048
+    signed: bool = True
+    base: int = 8
+    domain: str = "linear"
+    rounding: str = "nearest"
+    units: str = "value"
+
+    def __post_init__(self) -> None:
+        checks.block_size(self.block_size)
+        checks.flag("signed", self.signed)
+        if self.base not in BASES:
+            raise ValueError(f"base={self.base!r}: must be 8 or 10")
+        checks.one_of("domain", self.domain, ("linear", "sqrt"))
+        checks.one_of("rounding", self.rounding, ("nearest", "stochastic"))
+        checks.one_of("units", self.units, ("value", "update"))
+        if self.signed and self.domain == "sqrt":
+            raise ValueError("domain='sqrt': needs signed=False")
+        if not self.signed and self.units == "update":
+            raise ValueError("units='update': needs signed=True")
+
+    @classmethod
+    def first_moment(cls, block_size: int = 2048) -> Dynamic8:
+        """The variant made for first moments: stochastically rounded, in update units."""
+        return cls(block_size, rounding="stochastic", units="update")
+
+    @classmethod
+    def second_moment(cls, block_size: int = 2048) -> Dynamic8:
+        """The variant made for second moments: unsigned roots, stochastically rounded."""
+        return cls(block_size, signed=False, domain="sqrt", rounding="stochastic")
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (
+            Component("codes", torch.uint8),
+            Component("scale", torch.float32, self.block_size),
+        )
+
+    @property
+    def keeps_positive(self) -> bool:
+        return not self.signed
+
+    @property
+    def device_functions(self) -> DeviceFunctions | None:
+        # roots and update units stay far below the largest scale; plain values may pass it
+        saturate = self.domain == "linear" and self.units == "value"
+        options = (
+            self.signed * SIGNED
+            + (self.rounding == "stochastic") * STOCHASTIC
+            + saturate * SATURATE
+        )
+        return DeviceFunctions(load, store, options) if self.base == 8 else None
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        codes, scale = parts
+        if self.domain == "sqrt":
+            x = x.sqrt()
+        step, inverse = power_of_two_scale(block_amax(x, self.block_size))
+        code = position_of(scaled(x, inverse, self.block_size).abs_(), self.base)
+        if not self.signed:
+            code.mul_(2)
+        if self.rounding == "stochastic":
+            code.add_(self._need(draw).centred(x.numel(), x.device).sub_(1))
+        else:
+            code.sub_(1)
+        code.round_()
+        if self.signed:
+            code.clamp_(0, 127).add_(torch.signbit(x).to(code.dtype), alpha=128)
+        else:
+            code.clamp_(2, 255).mul_((x > 0).to(code.dtype))
+
+        finite = torch.isfinite(x)
+        if not surely(finite):
+            code, step = self._mark(code, step, ~finite)
+        codes.copy_(code)
+        scale.copy_(step.view(-1))
+
+    def _mark(self, code: Tensor, step: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """Give ``bad`` elements the code of NaN, and their blocks a negative scale."""
+        some = blocked(bad.to(code.dtype), self.block_size).amax(1, keepdim=True)
+        zeros = scaled((code == self._nan_code).to(code.dtype), some, self.block_size)
+        code = code.masked_fill(zeros > 0, 0).masked_fill(bad, self._nan_code)
+        return code, torch.where(some > 0, -step.clamp(min=SMALLEST_SCALE), step)
+
+    @property
+    def _nan_code(self) -> int:
+        return SIGNED_NAN if self.signed else UNSIGNED_NAN
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        codes, scale = parts
+        values = value_table(self.signed, self.base, codes.device)
+        x = values.index_select(0, codes.to(torch.int32))
+        marked = (scale < 0).view(-1, 1)
+        if not surely(~marked):
+            bad = scaled((codes == self._nan_code).to(x.dtype), marked, self.block_size)
+            x = x.masked_fill(bad > 0, float("nan"))
+        x = scaled(x, scale.abs().view(-1, 1), self.block_size)
+        return x.mul_(x) if self.domain == "sqrt" else x
+
+
+def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest power of two at or above ``amax``, and its reciprocal; (0, 0) for zero."""
+    bits = (amax.view(torch.int32) + 0x7FFFFF).bitwise_and_(0x7F800000)
+    bits = bits.clamp_(SCALE_MIN, SCALE_MAX)
+    some = amax > 0
+    scale = bits.view(torch.float32) * some
+    inverse = (0x7F000000 - bits).view(torch.float32) * some
+    return scale, inverse
+
+
+def lines(base: int) -> list[tuple[float, float]]:
+    """Slope and offset of t(z) in each range, signed."""
+    return [
+        (2**d * base ** (RANGES - d) / (base - 1), 2**d * (base - 2) / (base - 1))
+        for d in range(RANGES)
+    ]
+
+
+def position_of(z: Tensor, base: int) -> Tensor:
+    """The signed map's position t for magnitudes ``z`` under a scale of 1; a new tensor."""
+    (slope, offset), *rest = lines(base)
+    # add with alpha rounds once, as the kernels' fused multiply-add does
+    position = torch.add(torch.full((), offset, device=z.device), z, alpha=slope)
+    line = torch.empty_like(z)
+    for slope, offset in rest:
+        torch.add(torch.full((), offset, device=z.device), z, alpha=slope, out=line)
+        torch.minimum(position, line, out=position)
+    return position
+
+
+@cache
+def value_table(signed: bool, base: int, device: torch.device) -> Tensor:
+    """What each of the 256 codes stands for under a scale of 1, float32; one per device."""
+    unit = torch.tensor(float(base) ** -RANGES, dtype=torch.float32)
+    magnitudes = [0.0]
+    for t in range(2, 129 if signed else 257):
+        top = t if signed else t / 2
+        d = int(top).bit_length() - 1
+        # an integer below 2^24 (in halves when unsigned): one rounding, in the product
+        whole = (base / 2) ** d * ((base - 1) * top - (base - 2) * 2**d)
+        magnitudes.append(float(whole * unit))
+    values = [*magnitudes, *(-m for m in magnitudes)] if signed else magnitudes
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+# The same on a tile of [rows, block_size], base 8 only: a range is three binades, so its number
+# and its two powers come from the float's own exponent.
+SIGNED, STOCHASTIC, SATURATE = 1, 2, 4
+_SIGNED, _STOCHASTIC, _SATURATE = constant(SIGNED), constant(STOCHASTIC), constant(SATURATE)
+SMALLEST = constant(SMALLEST_SCALE)
+_SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
+_SIGNED_NAN, _UNSIGNED_NAN = constant(SIGNED_NAN), constant(UNSIGNED_NAN)
+
+
+@jit
+def load(codes, scale, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Decode a tile, in the format's domain and units."""
+    code = tl.load(codes + offsets, mask=mask, other=0).to(tl.int32)
+    factor = tl.load(scale + rows, mask=row_mask, other=0.0)
+    # a float whose exponent ends in the three bits of d: 2 t when signed, t when unsigned
+    if OPTIONS & _SIGNED:
+        t = as_bits(fma(as_float((code & 127) | 0x4B000000), 2.0, -16777214.0))
+    else:
+        t = as_bits(as_float(code | 0x4B000000) - 8388607.0)
+    y = as_float((t & 0x7FFFFF) | 0x3F800000)
+    x = as_float(as_bits(fma(y, 7.0, -6.0)) + 3 * (t & 0x03800000))
+    if OPTIONS & _SIGNED:
+        x = tl.where((code & 127) == 0, 0.0, x)
+        x = as_float(as_bits(x) | ((code << 24) & -2147483648))
+    else:
+        x = tl.where(code == 0, 0.0, x)
+    marked = tl.min(factor, axis=0) < 0.0
+    if marked:
+        nan = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
+        x = tl.where((code == nan) & (factor[:, None] < 0.0), float("nan"), x)
+        factor = tl.abs(factor)
+    return x * (factor * 4.76837158203125e-07)[:, None]
+
+
+@jit
+def store(codes, scale, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Encode a tile; ``random`` is what ``Draw.bits16`` gives."""
+    top = row_amax(x)
+    worst = tl.max(top, axis=0)
+    if worst >= INF_BITS:
+        magnitude = as_bits(x) & MAGNITUDE
+        top = tl.max(tl.where(magnitude < INF_BITS, magnitude, 0), axis=1)
+    scale_bits = (top + 0x7FFFFF) & 0x7F800000
+    scale_bits = tl.minimum(tl.maximum(scale_bits, _SCALE_MIN), _SCALE_MAX)
+    factor = tl.where(top > 0, as_float(scale_bits), 0.0)
+    inverse = tl.where(top > 0, as_float(0x7F000000 - scale_bits), 0.0)
+
+    # in units of 8^-7: its binades from 0 on, in threes (* 43 >> 7), are the ranges
+    z = tl.abs(x) * (inverse * 2097152.0)[:, None]
+    range_ = ((as_bits(tl.maximum(z, 1.0)) >> 23) * 43 - 127 * 43) >> 7
+    r = as_float(as_bits(z) - range_ * (3 << 23))
+    if OPTIONS & _SIGNED:
+        y = fma(r, 1.0 / 7.0, 6.0 / 7.0)
+    else:
+        y = fma(r, 2.0 / 7.0, 12.0 / 7.0)
+    position = as_float(as_bits(y) + range_ * (1 << 23))
+    if OPTIONS & _STOCHASTIC:
+        position = dithered_less_one(position, random)
+    else:
+        position = position - 1.0
+    if OPTIONS & _SIGNED:
+        if OPTIONS & _SATURATE:
+            position = tl.minimum(position, 127.0)
+        code = as_bits(tl.maximum(position, 0.0) + ROUNDER)
+        code = (code & 127) | ((as_bits(x) >> 24) & 128)
+    else:
+        if OPTIONS & _SATURATE:
+            position = tl.minimum(position, 255.0)
+        code = as_bits(tl.maximum(position, 2.0) + ROUNDER) & 255
+        code = tl.where(x > 0, code, 0)
+    if worst >= INF_BITS:
+        nan = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
+        bad = (as_bits(x) & MAGNITUDE) >= INF_BITS
+        some = tl.max(bad.to(tl.int32), axis=1) > 0
+        code = tl.where((code == nan) & some[:, None], 0, code)
+        code = tl.where(bad, nan, code)
+        factor = tl.where(some, -tl.maximum(factor, SMALLEST), factor)
+    tl.store(scale + rows, factor, mask=row_mask)
+    tl.store(codes + offsets, code.to(tl.uint8), mask=mask)

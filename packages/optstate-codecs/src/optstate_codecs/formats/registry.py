@@ -1,0 +1,76 @@
+"""Formats by name: ``parse_format("dynamic8(block_size=256)")``."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import fields
+from functools import cache, lru_cache
+from importlib.metadata import entry_points
+
+from optstate_codecs.formats.base import Format
+from optstate_codecs.formats.cast import BF16, FP32
+from optstate_codecs.formats.dynamic import Dynamic8
+from optstate_codecs.formats.linear import Int8
+
+__all__ = ["as_format", "format_names", "parse_format"]
+
+_BUILT_IN: tuple[type[Format], ...] = (FP32, BF16, Int8, Dynamic8)
+_SPEC = re.compile(r"(\w+)(?:\((.*)\))?")
+
+
+@cache
+def _classes() -> dict[str, type[Format]]:
+    """Built-in formats, and those that installed packages offer under ``optstate.formats``."""
+    classes = {cls.name: cls for cls in _BUILT_IN}
+    for entry in entry_points(group="optstate.formats"):
+        classes.setdefault(entry.name, entry.load())
+    return classes
+
+
+def format_names() -> tuple[str, ...]:
+    """The names that ``parse_format`` knows, sorted."""
+    return tuple(sorted(_classes()))
+
+
+@lru_cache(maxsize=1024)
+def parse_format(spec: str) -> Format:
+    """Build a format from its text, the inverse of ``Format.spec``.
+
+    Args:
+        spec: a name, or a name with options: ``int8(block_size=64, rounding=stochastic)``.
+
+    Returns:
+        The format; equal texts give equal formats.
+
+    Raises:
+        ValueError: an unknown name, an unknown option, or a value the format refuses.
+
+    Example:
+        >>> parse_format("dynamic8(block_size=256)").nbytes(4096)
+        4160
+    """
+    match = _SPEC.fullmatch(spec.strip())
+    cls = _classes().get(match.group(1)) if match else None
+    if match is None or cls is None:
+        raise ValueError(f"format={spec!r}: must be one of {', '.join(format_names())}")
+    known = [f.name for f in fields(cls)]
+    options = {}
+    for item in filter(None, (match.group(2) or "").split(",")):
+        key, _, text = (part.strip() for part in item.partition("="))
+        if key not in known:
+            raise ValueError(f"format={spec!r}: option {key!r} must be one of {', '.join(known)}")
+        try:
+            options[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return cls(**options)
+
+
+def as_format(value: Format | str) -> Format:
+    """A format as it is, or parsed from its text."""
+    if isinstance(value, Format):
+        return value
+    if isinstance(value, str):
+        return parse_format(value)
+    raise TypeError(f"format={value!r}: must be a Format or its text, got {type(value).__name__}")

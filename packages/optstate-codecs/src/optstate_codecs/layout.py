@@ -1,0 +1,128 @@
+"""Flat views: the order in which the elements of a tensor are stepped and stored.
+
+State follows the parameter's storage order, as ``torch.optim``'s does with
+``memory_format=torch.preserve_format``, so that dense tensors of any layout are read in a row.
+Anything that is not dense in that order is gathered and scattered slice by slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.formats import Component, Format
+
+__all__ = [
+    "FlatState",
+    "FlatView",
+    "empty_state",
+    "inverse_order",
+    "same_order",
+    "slices",
+    "storage_order",
+]
+
+# a slice's temporaries stay in a core's cache; on other devices launches cost more than memory
+SLICE_CPU = 1 << 16
+SLICE_DEVICE = 1 << 22
+
+
+def slices(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Start and stop of each slice of ``tensor``; starts are multiples of every block size."""
+    numel = tensor.numel()
+    size = SLICE_CPU if tensor.device.type == "cpu" else SLICE_DEVICE
+    for start in range(0, numel, size):
+        yield start, min(start + size, numel)
+
+
+def storage_order(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions of ``tensor`` from the slowest to the fastest in storage."""
+    strides = tensor.stride()
+    return tuple(
+        sorted(range(tensor.dim()), key=lambda d: (-strides[d], tensor.shape[d] == 1, d))
+        if not tensor.is_contiguous()
+        else range(tensor.dim())
+    )
+
+
+class FlatView:
+    """A tensor as a row of elements in a given dimension order, read and written by slices."""
+
+    def __init__(self, tensor: Tensor, order: Sequence[int]) -> None:
+        self._ordered = tensor.permute(tuple(order))
+        self._dense = self._ordered.view(-1) if self._ordered.is_contiguous() else None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether slices are views of the tensor's own memory."""
+        return self._dense is not None
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop``: a view where dense, otherwise a copy."""
+        if self._dense is not None:
+            return self._dense[start:stop]
+        return torch.take(self._ordered, self._places(start, stop))
+
+    def write(self, start: int, stop: int, values: Tensor) -> None:
+        """Store ``values`` (of the tensor's dtype) as elements ``start`` to ``stop``."""
+        if self._dense is None:
+            self._ordered.put_(self._places(start, stop), values)
+        elif values.data_ptr() != self._dense[start:stop].data_ptr():
+            self._dense[start:stop].copy_(values)
+
+    def _places(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, device=self._ordered.device)
+
+
+class FlatState:
+    """The components of a parameter's moments, cut into the slices of a step.
+
+    Args:
+        state: components by state key.
+        formats: the format of each moment.
+        order: the dimension order in which the components lie in memory.
+    """
+
+    def __init__(
+        self, state: Mapping[str, Tensor], formats: Mapping[str, Format], order: Sequence[int]
+    ) -> None:
+        self._flat = {
+            moment: [(_flatten(state[c.key(moment)], c, order), c.span) for c in format.components]
+            for moment, format in formats.items()
+        }
+
+    def slice(self, start: int, stop: int) -> dict[str, list[Tensor]]:
+        """Views of what elements ``start`` to ``stop`` of each moment are stored in."""
+        return {
+            moment: [flat[start // span : -(-stop // span)] for flat, span in parts]
+            for moment, parts in self._flat.items()
+        }
+
+
+def _flatten(state: Tensor, component: Component, order: Sequence[int]) -> Tensor:
+    return state.view(-1) if component.span > 1 else state.permute(tuple(order)).view(-1)
+
+
+def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes ``order``."""
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def empty_state(param: Tensor, component: Component) -> Tensor:
+    """A zeroed component for a moment of ``param``, in the parameter's storage order."""
+    if component.span > 1:
+        shape = component.shape(param.shape)
+        return torch.zeros(shape, dtype=component.dtype, device=param.device)
+    order = storage_order(param)
+    ordered = [param.shape[d] for d in order]
+    zeros = torch.zeros(ordered, dtype=component.dtype, device=param.device)
+    return zeros.permute(inverse_order(order))
+
+
+def same_order(state: Tensor, component: Component, param: Tensor) -> bool:
+    """Whether ``state`` lies in memory as ``empty_state`` would lay it out for ``param``."""
+    if component.span > 1:
+        return state.is_contiguous()
+    return state.permute(storage_order(param)).is_contiguous()

@@ -1,0 +1,90 @@
+"""Exact byte accounting: what is stored, counted over real storages, and what will be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from optstate_codecs.optimizer import CodedOptimizer
+
+__all__ = ["MemoryReport", "memory_report", "predicted_state_bytes", "state_bytes"]
+
+STEP_BYTES = 4
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[(tensor.device, storage.data_ptr() or id(tensor))] = storage.nbytes()
+    return sum(storages.values())
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of every tensor in ``optimizer.state``, each storage counted once and whole.
+
+    Works for any ``torch.optim.Optimizer``.
+    """
+    return _storage_bytes(_tensors(dict(optimizer.state)))
+
+
+def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
+    """Bytes that the state will take once every parameter has been stepped.
+
+    Exact: it adds up what the formats declare, and 4 bytes of step count per parameter.
+    """
+    total = 0
+    for group in optimizer.param_groups:
+        formats = optimizer.group_formats(group)
+        for param in group["params"]:
+            total += STEP_BYTES + sum(f.nbytes(param.numel()) for f in formats.values())
+    return total
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes that training holds between steps.
+
+    Attributes:
+        parameters: elements in all parameters.
+        parameter_bytes: their storage.
+        gradient_bytes: storage of the gradients that exist now.
+        state_bytes: storage of the optimizer's state.
+    """
+
+    parameters: int
+    parameter_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+
+    @property
+    def state_bits_per_parameter(self) -> float:
+        """Bits of optimizer state per parameter element."""
+        return 8 * self.state_bytes / max(self.parameters, 1)
+
+
+def memory_report(optimizer: Optimizer) -> MemoryReport:
+    """Count what any optimizer's parameters, gradients and state take now, in bytes."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return MemoryReport(
+        parameters=sum(p.numel() for p in params),
+        parameter_bytes=_storage_bytes(params),
+        gradient_bytes=_storage_bytes(p.grad for p in params if p.grad is not None),
+        state_bytes=state_bytes(optimizer),
+    )

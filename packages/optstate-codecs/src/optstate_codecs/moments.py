@@ -1,0 +1,70 @@
+"""The moments of one slice, decoded and encoded together.
+
+Together, because a format may hold a first moment in *update units*: as u = m / sqrt(v), the
+number the update is made of. Its codes are then spent alike on parameters with large and with
+small gradients, and no rounding of m can make a step that v does not allow. Decoding multiplies
+by the stored sqrt(v) again, so u is what the step count carries from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.formats import Format
+from optstate_codecs.rounding import Counter
+from optstate_codecs.rules import Moment
+
+__all__ = ["SMALLEST_ROOT", "decode_slice", "encode_slice"]
+
+# the root of float32's smallest normal number, in place of the roots of what underflowed
+SMALLEST_ROOT = 2.0**-63
+
+Parts = Mapping[str, Sequence[Tensor]]
+
+
+def decode_slice(
+    moments: Sequence[Moment], formats: Mapping[str, Format], parts: Parts, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Decode the moments of one slice.
+
+    Args:
+        moments: the rule's moments.
+        formats: the format of each.
+        parts: the flat component slices of each, in the format's order.
+        dtype: of the result, float32 or float64.
+
+    Returns:
+        Each moment, flat; a view of its component where that is the moment itself.
+    """
+    decoded = {m.name: formats[m.name].decode(parts[m.name]).to(dtype) for m in moments}
+    for moment in moments:
+        if formats[moment.name].in_update_units:
+            decoded[moment.name] *= decoded[_divisor(moment)].sqrt()
+    return decoded
+
+
+def encode_slice(
+    moments: Sequence[Moment],
+    formats: Mapping[str, Format],
+    decoded: Mapping[str, Tensor],
+    parts: Parts,
+    counter: Counter,
+    start: int,
+) -> None:
+    """Encode the moments of the slice that begins at element ``start`` into ``parts``."""
+    for moment in moments:
+        format = formats[moment.name]
+        value = decoded[moment.name]
+        if format.in_update_units:
+            value = value / decoded[_divisor(moment)].sqrt().clamp_(min=SMALLEST_ROOT)
+        draw = counter.stream(moment.stream).at(start)
+        format.encode(value.to(torch.float32), parts[moment.name], draw)
+
+
+def _divisor(moment: Moment) -> str:
+    if moment.relative_to is None:
+        raise ValueError(f"moment {moment.name!r}: has no update units; use units='value'")
+    return moment.relative_to

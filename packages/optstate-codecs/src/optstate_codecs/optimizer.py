@@ -1,0 +1,245 @@
+"""The base optimizer: groups, state, validation, hooks and closures. No arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate_codecs import checkpoint, checks, engine
+from optstate_codecs.engine.unit import Unit
+from optstate_codecs.formats import Format, as_format
+from optstate_codecs.rules import Rule
+from optstate_codecs.state import initial_state
+from optstate_codecs.writes import WRITES
+
+__all__ = ["CodedOptimizer"]
+
+PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# names that torch.optim users pass; the engine decides what they would decide
+TORCH_FLAGS: dict[str, Any] = {
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+class CodedOptimizer(torch.optim.Optimizer):
+    """An optimizer assembled from an update rule, a format per moment and a parameter write.
+
+    The step is exact Adam (or whatever the rule is) on decoded moments; only how moments and
+    parameters are rounded when stored differs. State is plain tensors in ``optimizer.state``.
+
+    Args:
+        params: tensors, ``named_parameters()``, or dicts of param groups.
+        rule: the mathematics, e.g. ``optstate_codecs.rules.Adam(decoupled=True)``.
+        formats: for each of the rule's moments a format or its text; can be set per group.
+        write: "nearest", or "stochastic" for unbiased bfloat16 parameters.
+        rounding_seed: keys every random number, 0 to 2^63 - 1.
+        skip_nonfinite: leave everything as it is when any gradient holds a NaN or Inf.
+        **options: the rule's hyper-parameters, and the flags ``foreach``, ``fused``,
+            ``capturable``, ``differentiable`` of ``torch.optim``.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value; the message names it.
+
+    Example:
+        >>> formats = {"exp_avg": "bf16", "exp_avg_sq": "fp32"}
+        >>> optimizer = CodedOptimizer(model.parameters(), Adam(), formats, lr=3e-4)
+    """
+
+    #: group keys that decide how state is stored; a checkpoint never overrides them
+    storage_options: ClassVar[tuple[str, ...]] = ("formats",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rule: Rule,
+        formats: Mapping[str, Format | str] | None = None,
+        *,
+        write: str = "nearest",
+        rounding_seed: int = 0,
+        skip_nonfinite: bool = False,
+        **options: Any,
+    ) -> None:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule={rule!r}: must be a Rule, got {type(rule).__name__}")
+        checks.one_of("write", write, WRITES)
+        checks.whole_number("rounding_seed", rounding_seed)
+        checks.flag("skip_nonfinite", skip_nonfinite)
+        self.rule = rule
+        self.write = write
+        self.skip_nonfinite = skip_nonfinite
+        known = {**rule.defaults(), **TORCH_FLAGS, "rounding_seed": rounding_seed}
+        if formats is not None and "formats" not in self.storage_options:
+            options["formats"] = formats
+        elif formats is not None:
+            known["formats"] = {k: as_format(f).spec for k, f in formats.items()}
+        storage = {key: options.pop(key) for key in self.storage_options if key in options}
+        if unknown := sorted(set(options) - set(known)):
+            raise TypeError(f"{unknown[0]}: unknown argument; known are {', '.join(known)}")
+        super().__init__(params, {**known, **storage, **options})
+        if self.defaults["fused"]:
+            # GradScaler then hands grad_scale and found_inf to step instead of unscaling itself
+            self._step_supports_amp_scaling = True
+
+    def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
+        """The format of each moment that ``group`` keeps, in the rule's order."""
+        given = group.get("formats", {})
+        names = [moment.name for moment in self.rule.moments(self.rule.hyper(group))]
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"formats: needs one for {missing[0]!r}; moments are {names}")
+        return {name: as_format(given[name]) for name in names}
+
+    def group_of(self, param: Tensor) -> dict[str, Any]:
+        """The group that holds ``param``.
+
+        Raises:
+            KeyError: no group does.
+        """
+        for group in self.param_groups:
+            if any(param is p for p in group["params"]):
+                return group
+        raise KeyError(f"param of shape {tuple(param.shape)}: not a parameter of this optimizer")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one that fails validation leaves the optimizer as it was."""
+        count = len(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            del self.param_groups[count:]
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        hyper = self.rule.hyper(group)
+        checks.whole_number("rounding_seed", group["rounding_seed"])
+        formats = self.group_formats(group)
+        for moment in self.rule.moments(hyper):
+            format = formats[moment.name]
+            if not moment.signed and not format.keeps_positive:
+                raise ValueError(
+                    f"formats[{moment.name!r}]={format.spec!r}: rounds small second moments to "
+                    "zero, which makes steps of thousands x lr; use an unsigned format"
+                )
+        for flag in ("differentiable", "capturable"):
+            if group[flag]:
+                raise ValueError(f"{flag}=True: not supported; leave it False")
+        for i, param in enumerate(group["params"]):
+            if param.dtype not in PARAM_DTYPES:
+                allowed = ", ".join(str(d).removeprefix("torch.") for d in PARAM_DTYPES)
+                raise TypeError(f"params[{i}]: dtype {param.dtype}, must be one of {allowed}")
+            if param.layout != torch.strided:
+                raise TypeError(f"params[{i}]: layout {param.layout}, must be dense")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with the gradients in ``param.grad``.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients on.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            TypeError, ValueError: a gradient or hyper-parameter is unusable; nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        units = self._units(getattr(self, "grad_scale", None))
+        if found_inf is not None and bool(found_inf):
+            return loss
+        if self.skip_nonfinite and not all(torch.isfinite(u.grad).all() for u in units):
+            return loss
+        for unit in units:
+            if not unit.state:
+                unit.state.update(initial_state(unit.param, unit.formats))
+                self.state[unit.param] = unit.state
+        engine.step(units)
+        return loss
+
+    def _units(self, grad_scale: Tensor | None) -> list[Unit]:
+        """One unit for each parameter with a gradient; raises before anything changed."""
+        units = []
+        index = 0
+        for group in self.param_groups:
+            hyper = self.rule.hyper(group)
+            formats = self.group_formats(group)
+            for param in group["params"]:
+                if param.grad is not None:
+                    _check_grad(index, param, param.grad)
+                    unit = Unit(
+                        param=param,
+                        grad=param.grad,
+                        state=self.state.get(param, {}),
+                        rule=self.rule,
+                        hyper=hyper,
+                        formats=formats,
+                        write=self.write,
+                        seed=group["rounding_seed"],
+                        index=index,
+                        grad_scale=grad_scale,
+                    )
+                    units.append(unit)
+                index += 1
+        return units
+
+    def state_dict(self) -> dict[str, Any]:
+        """The packed state: tensors and plain Python values, about as large as the state.
+
+        It is ``torch.optim``'s layout with each group's formats added, and loads with
+        ``torch.load(weights_only=True)``.
+        """
+        return checkpoint.packed(self, super().state_dict())
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The state decoded to float32 in the plain layout that ``torch.optim`` loads."""
+        return checkpoint.full(self, super().state_dict())
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a packed state dict, a full one, or that of the plain ``torch.optim`` class.
+
+        State stored in other formats is encoded anew in this optimizer's. Nothing of
+        ``state_dict`` is aliased, and ``param_groups`` stay the same objects.
+
+        Raises:
+            TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
+        """
+        checkpoint.load(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"rule": self.rule, "write": self.write, "skip_nonfinite": self.skip_nonfinite}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.write = "nearest"
+        self.skip_nonfinite = False
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in TORCH_FLAGS.items():
+                group.setdefault(key, value)
+        if self.defaults.get("fused"):
+            self._step_supports_amp_scaling = True
+
+
+def _check_grad(index: int, param: Tensor, grad: Tensor) -> None:
+    name = f"gradient of parameter {index}"
+    if grad.layout != torch.strided:
+        raise TypeError(f"{name}: layout {grad.layout}, must be dense; use .to_dense()")
+    if grad.is_complex():
+        raise TypeError(f"{name}: dtype {grad.dtype}, must be real")
+    if grad.device != param.device:
+        raise ValueError(f"{name}: on {grad.device}, must be on {param.device}")
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"{name}: shape {tuple(grad.shape)}, must be {tuple(param.shape)} as the parameter's"
+        )

@@ -1,0 +1,156 @@
+"""Counter-based random numbers and stochastic rounding.
+
+A draw is a pure function of (seed, step, parameter, stream, element): nothing is stored, every
+device gives the same bits, and a resumed run draws what the uninterrupted one would have drawn.
+
+The hash is two rounds of multiply-xorshift over 32 bits, with the constants of Wellons' search for
+low-bias integer hashes (https://nullprogram.com/blog/2018/07/31/), keyed before each round. One
+32-bit word per element serves two 16-bit streams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["Counter", "Draw", "stochastic_round_bf16"]
+
+MASK = 0xFFFFFFFF
+M1 = 0x7FEB352D
+M2 = 0x846CA68B
+GOLDEN = 0x9E3779B9
+BF16_MAX = torch.finfo(torch.bfloat16).max
+
+
+def mix32(x: int) -> int:
+    """Scramble one 32-bit integer on the host (Wellons' lowbias32)."""
+    x &= MASK
+    x = ((x ^ (x >> 16)) * M1) & MASK
+    x = ((x ^ (x >> 15)) * M2) & MASK
+    return x ^ (x >> 16)
+
+
+def stream_key(seed: int, param: int, word: int) -> tuple[int, int]:
+    """The step-independent half of a key: two 32-bit integers."""
+    keys = []
+    for salt in (GOLDEN, M1):
+        key = mix32(salt ^ seed)
+        for part in (seed >> 32, param, param >> 32, word):
+            key = mix32(key + part)
+        keys.append(key)
+    return keys[0], keys[1]
+
+
+def step_key(key: tuple[int, int], step: int) -> tuple[int, int]:
+    """Fold the step count into a stream key; a kernel repeats this on the device."""
+    return mix32(key[0] + step), mix32(key[1] ^ (step * GOLDEN))
+
+
+def _signed(x: int) -> int:
+    """The int32 with the same bits as the unsigned ``x``."""
+    x &= MASK
+    return x - (1 << 32) if x >> 31 else x
+
+
+def hash_elements(
+    key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """One 32-bit word (int32, shape [count]) for each element from ``start`` on.
+
+    Elements are numbered in 64 bits; the high half enters with the second key.
+    """
+    border = (start | MASK) + 1
+    if start + count > border:
+        head = hash_elements(key, start, border - start, device)
+        return torch.cat([head, hash_elements(key, border, start + count - border, device)])
+    first = _signed(start)
+    # int32 throughout: its wrap-around is what the hash wants, at half the memory of int64
+    x = _counting(count, torch.device(device)).add(first).bitwise_xor_(_signed(key[0]))
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(M1))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
+    x.add_(_signed(key[1] + (start >> 32) * GOLDEN)).mul_(_signed(M2))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+@lru_cache(maxsize=4)
+def _cpu_counting(limit: int) -> Tensor:
+    return torch.arange(limit, dtype=torch.int32)
+
+
+def _counting(count: int, device: torch.device) -> Tensor:
+    """0, 1, ... count - 1 as int32, to be read only; cached where it is small and wanted often."""
+    if device.type == "cpu" and count <= 1 << 16 and not torch.compiler.is_compiling():
+        return _cpu_counting(1 << 16)[:count]
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one stream of one parameter at one step.
+
+    Streams 2w and 2w + 1 are the low and the high half of word w.
+    """
+
+    seed: int
+    step: int
+    param: int
+    stream: int
+    start: int = 0
+
+    def at(self, start: int) -> Draw:
+        """The same stream, with element ``start`` as element 0."""
+        return Draw(self.seed, self.step, self.param, self.stream, self.start + start)
+
+    def bits16(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Integers in [0, 65535], int32, shape [count]."""
+        key = step_key(stream_key(self.seed, self.param, self.stream // 2), self.step)
+        words = hash_elements(key, self.start, count, device)
+        if self.stream % 2:
+            words >>= 16
+        return words.bitwise_and_(0xFFFF)
+
+    def centred(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Multiples of 2^-16 in [-1/2, 1/2), float32, shape [count]."""
+        return self.bits16(count, device).to(torch.float32).sub_(32768).mul_(2.0**-16)
+
+
+@dataclass(frozen=True)
+class Counter:
+    """What keys the random numbers of one parameter at one step.
+
+    Args:
+        seed: the optimizer's ``rounding_seed``, 0 to 2^63 - 1.
+        step: the parameter's step count, from 1.
+        param: the parameter's place in the optimizer, counted over all groups.
+        offset: the place of the first local element in the global tensor.
+    """
+
+    seed: int
+    step: int
+    param: int
+    offset: int = 0
+
+    def stream(self, stream: int) -> Draw:
+        """The draws of one stream: 0 for the parameter write, 1 and up for the moments."""
+        return Draw(self.seed, self.step, self.param, stream, self.offset)
+
+
+def stochastic_round_bf16(x: Tensor, bits16: Tensor) -> Tensor:
+    """Round float32 to bfloat16 up or down, with probabilities that make the mean exact.
+
+    A value that bfloat16 can hold is returned as it is. NaN and infinities stay what they are,
+    and a finite value becomes infinite only where rounding to nearest would make it so.
+
+    Args:
+        x: float32, any shape.
+        bits16: integers in [0, 65535], int32, the same shape.
+
+    Returns:
+        bfloat16 of the same shape.
+    """
+    raised = (x.view(torch.int32) + bits16).bitwise_and_(-65536).view(torch.float32)
+    # from the largest finite value on, and for NaN, nearest rounding is the rule
+    return torch.where(x.abs() < BF16_MAX, raised, x).to(torch.bfloat16)

@@ -1,0 +1,180 @@
+"""Adam and AdamW, with AMSGrad.
+
+Adam is Kingma & Ba, arXiv:1412.6980, algorithm 1; AdamW is Loshchilov & Hutter, arXiv:1711.05101,
+algorithm 2; AMSGrad is Reddi et al., arXiv:1904.09237, algorithm 2.
+
+    m = b1 m + (1 - b1) g
+    v = b2 v + (1 - b2) g^2
+    p = p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
+
+Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g.
+The operations and their order are those of ``torch.optim``'s single-tensor path, so that float32
+moments give its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, maximum
+
+from optstate_codecs import checks
+from optstate_codecs.device import constant, fma, jit, reciprocal, sqrt, tl
+from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+
+__all__ = ["Adam", "AdamHyper"]
+
+# streams 2 and 3 share a random word, so fp32 parameters cost one hash an element
+EXP_AVG = Moment("exp_avg", signed=True, stream=2, relative_to="exp_avg_sq")
+EXP_AVG_SQ = Moment("exp_avg_sq", signed=False, stream=3)
+MAX_EXP_AVG_SQ = Moment("max_exp_avg_sq", signed=False, stream=1)
+
+
+@dataclass(frozen=True)
+class AdamHyper:
+    """Adam's hyper-parameters; creating one validates them.
+
+    Attributes:
+        lr: learning rate, at least 0; a float or one-element tensor.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: at least 0.
+        amsgrad: divide by the largest second moment so far.
+        maximize: ascend instead of descend.
+    """
+
+    lr: Scalar
+    betas: tuple[Scalar, Scalar]
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+
+    def __post_init__(self) -> None:
+        checks.nonnegative("lr", self.lr)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas!r}: must be two numbers in [0, 1)")
+        for i, beta in enumerate(self.betas):
+            checks.unit_interval(f"betas[{i}]", beta)
+        checks.nonnegative("eps", self.eps)
+        checks.nonnegative("weight_decay", self.weight_decay)
+        checks.flag("amsgrad", self.amsgrad)
+        checks.flag("maximize", self.maximize)
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam, or AdamW where ``decoupled``."""
+
+    name: ClassVar[str] = "adam"
+    decoupled: bool = False
+
+    def defaults(self) -> dict[str, Any]:
+        return {
+            "lr": 1e-3,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "weight_decay": 1e-2 if self.decoupled else 0.0,
+            "amsgrad": False,
+            "maximize": False,
+        }
+
+    def hyper(self, group: Mapping[str, Any]) -> AdamHyper:
+        return AdamHyper(**{key: group[key] for key in self.defaults()})
+
+    def moments(self, hyper: AdamHyper) -> tuple[Moment, ...]:
+        both = (EXP_AVG, EXP_AVG_SQ)
+        return (*both, MAX_EXP_AVG_SQ) if hyper.amsgrad else both
+
+    def device_function(self, hyper: AdamHyper) -> tuple[Any, int]:
+        options = self.decoupled * DECOUPLED + hyper.amsgrad * AMSGRAD + hyper.maximize * MAXIMIZE
+        return update_tile, options
+
+    def device_row(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
+        lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
+        beta1, beta2 = map(host_scalar, hyper.betas)
+        root = (1 - beta2**step) ** 0.5
+        # torch.lerp starts from the nearer end
+        near = (1 - beta1 < 0.5) * 1.0
+        return [
+            near * (1 - beta1) - (1 - near) * beta1,
+            near,
+            beta2,
+            1 - beta2,
+            1 - lr * decay if self.decoupled else decay,
+            lr * root / (1 - beta1**step),
+            hyper.eps * root,
+        ]
+
+    def update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        moments: Mapping[str, Tensor],
+        hyper: AdamHyper,
+        step: float | Tensor,
+    ) -> None:
+        lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
+        beta1, beta2 = map(host_scalar, hyper.betas)
+        if hyper.maximize:
+            grad = -grad
+        if not isinstance(decay, float) or decay != 0:
+            if self.decoupled:
+                param.mul_(1 - lr * decay)
+            else:
+                grad = _add_scaled(grad, param, decay)
+
+        exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2)
+        if isinstance(beta2, float):
+            exp_avg_sq.addcmul_(grad, grad, value=1 - beta2)
+        else:
+            exp_avg_sq.addcmul_(grad * (1 - beta2), grad)
+        if hyper.amsgrad:
+            largest = moments["max_exp_avg_sq"]
+            exp_avg_sq = maximum(largest, exp_avg_sq, out=largest)
+
+        length = lr / (1 - beta1**step)
+        denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(hyper.eps)
+        if isinstance(length, float):
+            param.addcdiv_(exp_avg, denominator, value=-length)
+        else:
+            param.addcdiv_(exp_avg * -length, denominator)
+
+
+def _add_scaled(grad: Tensor, param: Tensor, decay: Scalar) -> Tensor:
+    if isinstance(decay, float):
+        return grad.add(param, alpha=decay)
+    return grad + param * decay
+
+
+DECOUPLED, AMSGRAD, MAXIMIZE = 1, 2, 4
+_DECOUPLED, _AMSGRAD, _MAXIMIZE = constant(DECOUPLED), constant(AMSGRAD), constant(MAXIMIZE)
+
+
+@jit
+def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is exp_avg, m1 exp_avg_sq, m2 max_exp_avg_sq.
+
+    The bias corrections are in the row: lr sqrt(1 - b2^t) / (1 - b1^t) and eps sqrt(1 - b2^t).
+    """
+    weight, near = tl.load(row), tl.load(row + 1)
+    beta2, other2 = tl.load(row + 2), tl.load(row + 3)
+    decay, length, eps = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    if OPTIONS & _MAXIMIZE:
+        g = -g
+    if OPTIONS & _DECOUPLED:
+        p = p * decay
+    else:
+        g = fma(p, decay, g)
+    m0 = fma(g - m0, weight, tl.where(near != 0, m0, g))
+    m1 = fma(g * other2, g, m1 * beta2)
+    largest = m1
+    if OPTIONS & _AMSGRAD:
+        m2 = tl.where((m1 > m2) | (m1 != m1), m1, m2)
+        largest = m2
+    p = fma(m0 * -length, reciprocal(sqrt(largest) + eps), p)
+    return p, m0, m1, m2

@@ -1,0 +1,94 @@
+"""The contract of an update rule: the mathematics of an optimizer, without storage."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+__all__ = ["Moment", "Rule", "host_scalar"]
+
+Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One running statistic that a rule keeps per parameter element.
+
+    Attributes:
+        name: the state key in the field's terms, e.g. ``exp_avg``.
+        signed: False for statistics that are never negative, such as second moments.
+        stream: the random stream that rounds it; the parameter write has stream 0.
+        relative_to: the second moment whose root divides this one in the update, if one does.
+    """
+
+    name: str
+    signed: bool
+    stream: int
+    relative_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """The mathematics of an optimizer, in float32 (float64 for float64 parameters).
+
+    A rule holds no state; its fields are choices that make it another rule.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def defaults(self) -> dict[str, Any]:
+        """Every hyper-parameter a param group must have, with its default."""
+
+    @abstractmethod
+    def hyper(self, group: Mapping[str, Any]) -> Any:
+        """The group's hyper-parameters, validated; a frozen dataclass.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and what is allowed.
+        """
+
+    @abstractmethod
+    def moments(self, hyper: Any) -> tuple[Moment, ...]:
+        """The statistics kept under these hyper-parameters."""
+
+    def device_function(self, hyper: Any) -> tuple[Any, int] | None:
+        """The update as a device function and its options, or None where there is none.
+
+        ``function(p, g, m0, m1, m2, row, OPTIONS)`` takes float32 tiles (moments in the order of
+        ``moments``, the last ones unused) and ``row``, a pointer to what ``device_row`` gives; it
+        returns the new p, m0, m1 and m2.
+        """
+        return None
+
+    def device_row(self, hyper: Any, step: Scalar) -> list[Scalar]:
+        """The scalars of one step as the device function wants them, folded in float64.
+
+        Floats; or 0-d tensors where hyper-parameters or ``step`` are tensors on a device.
+        """
+        raise NotImplementedError(f"{self.name}: no device function")
+
+    @abstractmethod
+    def update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        moments: Mapping[str, Tensor],
+        hyper: Any,
+        step: float | Tensor,
+    ) -> None:
+        """Take one step, in place on ``param`` and ``moments``; ``grad`` is only read.
+
+        All tensors are flat slices of the same elements. ``step`` counts from 1.
+        """
+
+
+def host_scalar(value: Scalar) -> Scalar:
+    """A hyper-parameter as a float where the host can read it without waiting for a device."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.squeeze()
+    return float(value)

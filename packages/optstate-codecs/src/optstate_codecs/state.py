@@ -1,0 +1,131 @@
+"""The components a moment is stored as, and the decoded view of an optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.formats import Format
+from optstate_codecs.layout import (
+    FlatState,
+    FlatView,
+    empty_state,
+    inverse_order,
+    slices,
+    storage_order,
+)
+from optstate_codecs.moments import decode_slice, encode_slice
+from optstate_codecs.rounding import Counter
+from optstate_codecs.rules import Moment
+
+if TYPE_CHECKING:
+    from optstate_codecs.optimizer import CodedOptimizer
+
+__all__ = ["decode_moments", "decode_state", "encode_state", "initial_state", "state_keys"]
+
+
+def state_keys(formats: Mapping[str, Format]) -> tuple[str, ...]:
+    """The keys of ``optimizer.state[p]`` under ``formats``: ``step`` first."""
+    keys = [c.key(moment) for moment, f in formats.items() for c in f.components]
+    return ("step", *keys)
+
+
+def initial_state(param: Tensor, formats: Mapping[str, Format]) -> dict[str, Tensor]:
+    """The state of a parameter that has not been stepped: everything zero."""
+    state = {"step": torch.zeros((), dtype=torch.float32)}
+    for moment, format in formats.items():
+        for component in format.components:
+            state[component.key(moment)] = empty_state(param, component)
+    return state
+
+
+def encode_state(
+    param: Tensor,
+    values: Mapping[str, Tensor],
+    moments: Sequence[Moment],
+    formats: Mapping[str, Format],
+    counter: Counter,
+) -> dict[str, Tensor]:
+    """Encode whole moments, slice by slice.
+
+    Args:
+        param: the parameter they belong to; gives shape, layout and device.
+        values: each moment, floating point, of the parameter's shape.
+        moments: the rule's moments.
+        formats: how to store each.
+        counter: random numbers, for formats that round stochastically.
+
+    Returns:
+        The state by key, without ``step``.
+    """
+    state = initial_state(param, formats)
+    del state["step"]
+    order = storage_order(param)
+    views = {m.name: FlatView(values[m.name], order) for m in moments}
+    stored = FlatState(state, formats, order)
+    for start, stop in slices(param):
+        decoded = {
+            name: view.read(start, stop).to(param.device, torch.float32)
+            for name, view in views.items()
+        }
+        encode_slice(moments, formats, decoded, stored.slice(start, stop), counter, start)
+    return state
+
+
+def decode_moments(
+    shape_as: Tensor,
+    state: Mapping[str, Tensor],
+    moments: Sequence[Moment],
+    formats: Mapping[str, Format],
+) -> dict[str, Tensor]:
+    """Decode whole moments, slice by slice.
+
+    Args:
+        shape_as: a tensor with the shape and memory layout that the components follow.
+        state: components by state key.
+        moments: the rule's moments.
+        formats: how each is stored.
+
+    Returns:
+        Each moment: float32, of that shape and layout; copies.
+    """
+    order = storage_order(shape_as)
+    ordered = [shape_as.shape[d] for d in order]
+    device = next(iter(state.values())).device if state else shape_as.device
+    flat = {m.name: torch.empty(shape_as.numel(), device=device) for m in moments}
+    stored = FlatState(state, formats, order)
+    for start, stop in slices(shape_as):
+        parts = stored.slice(start, stop)
+        for name, value in decode_slice(moments, formats, parts, torch.float32).items():
+            flat[name][start:stop] = value
+    return {name: value.view(ordered).permute(inverse_order(order)) for name, value in flat.items()}
+
+
+def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
+    """The state of one parameter in plain numbers.
+
+    Args:
+        optimizer: any optimizer of the family.
+        param: one of its parameters.
+
+    Returns:
+        ``step`` (0-d) and every moment in float32 with the parameter's shape; copies. Empty for a
+        parameter that has not been stepped.
+
+    Raises:
+        KeyError: the parameter is not the optimizer's.
+
+    Example:
+        >>> decode_state(optimizer, model.weight)["exp_avg"].norm()
+    """
+    group = optimizer.group_of(param)
+    state = optimizer.state.get(param)
+    if not state:
+        return {}
+    moments = optimizer.rule.moments(optimizer.rule.hyper(group))
+    stored = {key: value for key, value in state.items() if key != "step"}
+    decoded = decode_moments(param, stored, moments, optimizer.group_formats(group))
+    return {"step": state["step"].clone(), **decoded}

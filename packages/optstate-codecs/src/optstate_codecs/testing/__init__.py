@@ -1,0 +1,56 @@
+"""The laws that every part of the family keeps, as checks that any package's tests can call.
+
+Each check takes a ``Subject`` and raises ``AssertionError`` with what went wrong:
+
+    @pytest.mark.parametrize("law", laws_for(subject), ids=lambda law: law.__name__)
+    def test_law(law):
+        law(subject)
+"""
+
+from collections.abc import Callable
+
+from optstate_codecs.testing.numerics import (
+    exactness,
+    locality,
+    positive_stays_positive,
+    scale_equivariance,
+    zero_stays,
+)
+from optstate_codecs.testing.persistence import resume
+from optstate_codecs.testing.storage import bytes_are_said, no_surprises
+from optstate_codecs.testing.subject import SHAPES, Subject, Trainer, assert_close
+
+__all__ = [
+    "LAWS",
+    "SHAPES",
+    "Subject",
+    "Trainer",
+    "assert_close",
+    "bytes_are_said",
+    "exactness",
+    "laws_for",
+    "locality",
+    "no_surprises",
+    "positive_stays_positive",
+    "resume",
+    "scale_equivariance",
+    "zero_stays",
+]
+
+Law = Callable[[Subject], None]
+
+#: every law that applies to any optimizer; ``exactness`` joins them where formats are exact
+LAWS: tuple[Law, ...] = (
+    zero_stays,
+    positive_stays_positive,
+    scale_equivariance,
+    locality,
+    resume,
+    bytes_are_said,
+    no_surprises,
+)
+
+
+def laws_for(subject: Subject) -> tuple[Law, ...]:
+    """The laws that apply to ``subject``."""
+    return (exactness, *LAWS) if subject.exact is not None else LAWS

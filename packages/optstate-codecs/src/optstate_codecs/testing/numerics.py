@@ -1,0 +1,165 @@
+"""Laws 1, 2, 3, 5 and 6: what an optimizer computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.state import decode_state
+from optstate_codecs.testing.subject import Subject, Trainer, assert_same
+
+__all__ = ["exactness", "locality", "positive_stays_positive", "scale_equivariance", "zero_stays"]
+
+LR = 1e-2
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _follow(optimizer: CodedOptimizer, param: Parameter, grads: list[Tensor]) -> None:
+    for grad in grads:
+        param.grad = grad.to(param.device)
+        optimizer.step()
+
+
+def exactness(subject: Subject) -> None:
+    """Law 1: with exact formats, bit-equal to ``torch.optim`` in parameters and state.
+
+    Forty steps of groups with their own rates, with and without weight decay and AMSGrad, and
+    gradients that come and go.
+    """
+    if subject.exact is None:
+        raise ValueError(f"{subject.name}: exactness needs the torch.optim class to equal")
+    for weight_decay, amsgrad, maximize in product((0.0, 0.1), (False, True), (False, True)):
+        options = {"weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}
+        ours = Trainer(partial(_grouped, subject.make, options)).run(40)
+        theirs = Trainer(partial(_grouped, subject.exact, options)).run(40)
+        assert_same(f"exactness {options}", theirs.tensors(), ours.tensors())
+
+
+def _grouped(
+    make: Callable[..., Optimizer], options: dict[str, Any], params: list[Tensor]
+) -> Optimizer:
+    return make([{"params": params[:2], "lr": LR}, {"params": params[2:]}], **options)
+
+
+def zero_stays(subject: Subject) -> None:
+    """Law 2: no gradient, no movement; and one that stops leaves no drift.
+
+    Half of the elements of every block never get a gradient and stay bitwise the same. The rest
+    get one for 50 steps and none for 1,000; over those they move as far as exact Adam moves its
+    own, within ``subject.drift`` lr.
+    """
+    numel, lr = 6000, 1e-3
+    start = torch.randn(numel, generator=_generator()).to(subject.device)
+    still = torch.arange(numel, device=subject.device) % 2 == 0
+    param, exact = Parameter(start.clone()), Parameter(start.double())
+    ours = subject.make([param], lr=lr, weight_decay=0.0)
+    reference = torch.optim.Adam([exact], lr=lr)
+    noise = _generator(1)
+    stopped = start, start.double()
+    for step in range(1050):
+        if step == 50:
+            stopped = param.detach().clone(), exact.detach().clone()
+        grad = torch.randn(numel, generator=noise).to(subject.device) * (step < 50) * ~still
+        param.grad, exact.grad = grad, grad.double()
+        ours.step()
+        reference.step()
+    if not torch.equal(param[still], start[still]):
+        raise AssertionError("zero stays: an element without gradient moved")
+    moved, due = param.detach() - stopped[0], exact.detach() - stopped[1]
+    drift = float((moved - due).abs().max()) / lr
+    if not drift <= subject.drift:
+        raise AssertionError(f"zero stays: drifted {drift:.3g} lr, at most {subject.drift:g}")
+
+
+def positive_stays_positive(subject: Subject) -> None:
+    """Law 3: a second moment above zero stays so, and no step is longer than stated.
+
+    Gradients whose second moments spread log-normally, sigma 2, inside each block; 200 steps.
+    """
+    numel = 8192
+    spread = torch.exp(torch.randn(numel, generator=_generator()))
+    noise = _generator(1)
+    param = Parameter(torch.zeros(numel, device=subject.device))
+    optimizer = subject.make([param], lr=LR, weight_decay=0.0)
+    longest = 0.0
+    for _ in range(200):
+        before = param.detach().clone()
+        _follow(optimizer, param, [torch.randn(numel, generator=noise) * spread])
+        longest = max(longest, float((param.detach() - before).abs().max()) / LR)
+    for moment in optimizer.rule.moments(optimizer.rule.hyper(optimizer.param_groups[0])):
+        if not moment.signed and not (decode_state(optimizer, param)[moment.name] > 0).all():
+            raise AssertionError(f"positive stays positive: {moment.name} holds a zero")
+    if not longest <= subject.max_step:
+        raise AssertionError(
+            f"positive stays positive: a step of {longest:.3g} lr, at most {subject.max_step:g}"
+        )
+
+
+def scale_equivariance(subject: Subject) -> None:
+    """Law 5: gradients (and eps) times 2^k give identical codes, for k from -40 to 40."""
+    numel, eps = 5000, 1e-8
+    grads = [torch.randn(numel, generator=_generator(t)) for t in range(8)]
+
+    def codes(k: int) -> tuple[Tensor, dict[str, Tensor]]:
+        param = Parameter(torch.ones(numel, device=subject.device))
+        optimizer = subject.make([param], lr=LR, eps=math.ldexp(eps, k), weight_decay=0.0)
+        _follow(optimizer, param, [grad * 2.0**k for grad in grads])
+        state = optimizer.state[param]
+        return param.detach(), {n: t for n, t in state.items() if not t.is_floating_point()}
+
+    reference = codes(0)
+    for k in (-40, -17, -1, 1, 23, 40):
+        param, got = codes(k)
+        assert_same(f"scale equivariance, k={k}", reference[1], got)
+        assert_same(f"scale equivariance, k={k}", {"p": reference[0]}, {"p": param})
+
+
+def locality(subject: Subject) -> None:
+    """Law 6: a NaN or Inf in one gradient element reaches nothing else and stays non-finite.
+
+    With ``skip_nonfinite=True`` the step is skipped: nothing changes at all.
+    """
+    numel, places = 3000, torch.tensor([0, 17, 2049])
+    others = torch.ones(numel, dtype=torch.bool).index_fill(0, places, False).to(subject.device)
+    grads = [torch.randn(numel, generator=_generator(t)) for t in range(6)]
+    small = [grad.index_fill(0, places, 0.0) for grad in grads]
+    for poison in (float("nan"), float("inf"), -float("inf")):
+        bad = [g.index_fill(0, places, poison) if t == 2 else g for t, g in enumerate(small)]
+        clean_param = Parameter(torch.ones(numel, device=subject.device))
+        bad_param = Parameter(clean_param.detach().clone())
+        clean = subject.make([clean_param], lr=LR)
+        poisoned = subject.make([bad_param], lr=LR)
+        _follow(clean, clean_param, small)
+        _follow(poisoned, bad_param, bad)
+        if not torch.equal(clean_param[others], bad_param[others]):
+            raise AssertionError(f"locality: {poison} reached another parameter element")
+        if torch.isfinite(bad_param[~others]).any():
+            raise AssertionError(f"locality: {poison} became a finite parameter")
+        expected = decode_state(clean, clean_param)
+        for name, moment in decode_state(poisoned, bad_param).items():
+            if name == "step":
+                continue
+            if not torch.equal(moment[others], expected[name][others]):
+                raise AssertionError(f"locality: {poison} reached another element's {name}")
+            if torch.isfinite(moment[~others]).any():
+                raise AssertionError(f"locality: {poison} became a finite {name}")
+
+    trainer = Trainer(lambda p: subject.make(p, skip_nonfinite=True), device=subject.device)
+    before = trainer.run(3).tensors()
+    for param in trainer.params:
+        param.grad = torch.full_like(param, float("nan"))
+    trainer.params[0].grad = torch.zeros_like(trainer.params[0])
+    trainer.optimizer.step()
+    assert_same("locality: skip_nonfinite", before, trainer.tensors())

@@ -1,0 +1,119 @@
+"""What a law is checked on, and the gradients it is checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from optstate_codecs.optimizer import CodedOptimizer
+
+__all__ = ["SHAPES", "Subject", "Trainer", "assert_close"]
+
+#: odd, longer than a block, one short of and over a block, one element, none, no dimensions
+SHAPES: tuple[tuple[int, ...], ...] = ((61, 83), (4097,), (129,), (1,), (0,), ())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An optimizer under test, with the bounds that its documentation states.
+
+    Attributes:
+        name: for test ids.
+        make: builds the optimizer from parameters and keyword arguments.
+        exact: the ``torch.optim`` class it must equal bit for bit, where its formats are exact.
+        max_step: law 3, the longest step in units of lr under second moments of log-normal
+            spread sigma 2.
+        drift: law 2, how far a parameter whose gradient stops may end from where exact Adam's
+            would, in units of lr.
+        device: where to check.
+    """
+
+    name: str
+    make: Callable[..., CodedOptimizer]
+    exact: Callable[..., Optimizer] | None = None
+    max_step: float = 8.0
+    drift: float = 1.0
+    device: str = "cpu"
+
+
+class Trainer:
+    """Parameters, an optimizer over them, and a reproducible stream of gradients.
+
+    Args:
+        make: builds the optimizer from a list of parameters.
+        shapes: of the parameters.
+        dtype: of the parameters.
+        device: of the parameters.
+        scale: multiplies every gradient.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., Optimizer],
+        shapes: Sequence[Sequence[int]] = SHAPES,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        scale: float = 1.0,
+    ) -> None:
+        self.scale = scale
+        self.params = [
+            Parameter(self._normal(i, shape).to(dtype).to(device)) for i, shape in enumerate(shapes)
+        ]
+        self.optimizer = make(self.params)
+        self.time = 0
+
+    @staticmethod
+    def _normal(seed: int, shape: Sequence[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+
+    def gradient(self, index: int) -> Tensor | None:
+        """This step's gradient of one parameter; every fifth one is missing."""
+        if (self.time + index) % 5 == 4:
+            return None
+        param = self.params[index]
+        value = self._normal(1000 * self.time + index + 7, param.shape) * self.scale
+        return value.to(param.dtype).to(param.device)
+
+    def run(self, steps: int) -> Trainer:
+        """Take ``steps`` steps and return the trainer."""
+        for _ in range(steps):
+            for i, param in enumerate(self.params):
+                param.grad = self.gradient(i)
+            self.optimizer.step()
+            self.time += 1
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of every parameter and state tensor, by name."""
+        found = {}
+        for i, param in enumerate(self.params):
+            found[f"param {i}"] = param.detach().clone()
+            for key, value in self.optimizer.state.get(param, {}).items():
+                found[f"param {i} {key}"] = value.detach().clone()
+        return found
+
+
+def assert_close(name: str, reference: Tensor, got: Tensor, ratio: float) -> None:
+    """Raise unless the RMS error of ``got`` is at most ``ratio`` of ``reference``'s RMS."""
+    error = (got.double() - reference.double()).norm()
+    norm = reference.double().norm()
+    if not bool(error <= ratio * norm):
+        raise AssertionError(
+            f"{name}: relative RMS error {float(error / norm):.3g}, at most {ratio:.3g} allowed"
+        )
+
+
+def assert_same(name: str, reference: dict[str, Any], got: dict[str, Any]) -> None:
+    """Raise unless both hold the same tensors under the same names, NaN equal to NaN."""
+    if reference.keys() != got.keys():
+        raise AssertionError(f"{name}: {sorted(reference)} became {sorted(got)}")
+    for key, value in reference.items():
+        if not torch.equal(value.nan_to_num(nan=12345.0), got[key].nan_to_num(nan=12345.0)):
+            raise AssertionError(f"{name}: {key} differs")

@@ -1,0 +1,30 @@
+"""The optimizers of this package that must keep every law."""
+
+from functools import partial
+
+import torch
+
+from optstate_codecs import Adam, CodedOptimizer
+from optstate_codecs.testing import Subject
+
+EXACT = {"exp_avg": "fp32", "exp_avg_sq": "fp32", "max_exp_avg_sq": "fp32"}
+
+
+def adam(first: str, second: str, *, decoupled: bool = False, **options: object) -> partial:
+    formats = {"exp_avg": first, "exp_avg_sq": second, "max_exp_avg_sq": second}
+    return partial(CodedOptimizer, rule=Adam(decoupled=decoupled), formats=formats, **options)
+
+
+SECOND = "dynamic8(block_size=256, signed=False, domain=sqrt, rounding=stochastic)"
+
+SUBJECTS = [
+    Subject("adam-fp32", adam("fp32", "fp32"), exact=torch.optim.Adam),
+    Subject("adamw-fp32", adam("fp32", "fp32", decoupled=True), exact=torch.optim.AdamW),
+    Subject("adam-bf16", adam("bf16", "bf16", write="stochastic")),
+    Subject("adam-int8", adam("int8", "fp32")),
+    Subject("adam-int8-update", adam("int8(rounding=stochastic, units=update)", SECOND)),
+    Subject(
+        "adamw-dynamic8",
+        adam("dynamic8(rounding=stochastic, units=update)", SECOND, decoupled=True),
+    ),
+]

@@ -1,0 +1,240 @@
+"""Formats: round trips, error bounds, symmetry, zero, NaN; and their texts."""
+
+import itertools
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from optstate_codecs import BF16, FP32, Dynamic8, Int8, parse_format
+from optstate_codecs.formats import Format, as_format, format_names
+from optstate_codecs.formats.dynamic import value_table
+from optstate_codecs.rounding import Draw
+
+SIGNED = [
+    FP32(),
+    BF16("nearest"),
+    Int8(16),
+    Int8(64, "stochastic"),
+    Dynamic8(16),
+    Dynamic8(16, base=10),
+    Dynamic8(256, rounding="stochastic"),
+]
+UNSIGNED = [
+    Dynamic8(16, signed=False),
+    Dynamic8(16, signed=False, base=10),
+    Dynamic8(64, signed=False, rounding="stochastic"),
+    Dynamic8(64, signed=False, domain="sqrt"),
+    Dynamic8.second_moment(256),
+]
+BOTH = SIGNED + UNSIGNED
+
+
+def ids(format: Format) -> str:
+    return format.spec
+
+
+def store(format: Format, x: torch.Tensor, step: int = 1) -> list[torch.Tensor]:
+    parts = [torch.zeros(c.length(x.numel()), dtype=c.dtype) for c in format.components]
+    format.encode(x, parts, Draw(0, step, 0, 3))
+    return parts
+
+
+def round_trip(format: Format, x: torch.Tensor, step: int = 1) -> torch.Tensor:
+    return format.decode(store(format, x, step)).clone()
+
+
+def sample(format: Format, numel: int = 1000, scale: float = 1.0) -> torch.Tensor:
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0)) * scale
+    return x if format in SIGNED else x * x
+
+
+finite = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+vectors = st.lists(finite, min_size=1, max_size=100)
+
+
+@pytest.mark.parametrize("format", BOTH, ids=ids)
+@pytest.mark.parametrize("numel", [0, 1, 15, 16, 17, 129, 4097])
+def test_bytes_are_the_declared_ones(format: Format, numel: int) -> None:
+    parts = store(format, sample(format, numel))
+    assert sum(p.numel() * p.element_size() for p in parts) == format.nbytes(numel)
+
+
+@pytest.mark.parametrize("format", BOTH, ids=ids)
+def test_zero_bytes_decode_to_zero(format: Format) -> None:
+    parts = [torch.zeros(c.length(100), dtype=c.dtype) for c in format.components]
+    assert torch.equal(format.decode(parts), torch.zeros(100))
+    assert torch.equal(round_trip(format, torch.zeros(100)), torch.zeros(100))
+
+
+@pytest.mark.parametrize("format", BOTH, ids=ids)
+@given(values=vectors)
+@settings(max_examples=40, deadline=None)
+def test_nothing_grows_beyond_a_step_of_the_grid(format: Format, values: list[float]) -> None:
+    x = torch.tensor(values)
+    x = x if format in SIGNED else x.abs()
+    y = round_trip(format, x)
+    blocks = torch.nn.functional.pad(x.abs(), (0, -x.numel() % format.span)).view(-1, format.span)
+    top = blocks.amax(1, keepdim=True).expand_as(blocks).reshape(-1)[: x.numel()]
+    power = torch.exp2(torch.ceil(torch.log2(top.clamp_min(1e-30))))
+    # coarsest steps: 9/640 of a power-of-two scale (twice as coarse in v where roots are kept)
+    assert ((x - y).abs() <= 0.029 * power + 1e-6 * top + 1e-30).all()
+
+
+@pytest.mark.parametrize("format", [f for f in BOTH if not f.uses_random], ids=ids)
+@given(values=st.lists(finite, min_size=1, max_size=15))
+@settings(max_examples=40, deadline=None)
+def test_encoding_again_changes_nothing(format: Format, values: list[float]) -> None:
+    # without the first element a block's largest may round down into a lower binade
+    x = torch.tensor([2.0**20, *values])
+    once = store(format, x if format in SIGNED else x.abs())
+    assert torch.equal(store(format, format.decode(once))[0], once[0])
+
+
+@pytest.mark.parametrize("format", [f for f in SIGNED if not f.uses_random], ids=ids)
+@given(values=vectors)
+@settings(max_examples=40, deadline=None)
+def test_sign_symmetry(format: Format, values: list[float]) -> None:
+    x = torch.tensor(values)
+    assert torch.equal(round_trip(format, -x), -round_trip(format, x))
+
+
+@pytest.mark.parametrize("format", [f for f in BOTH if not f.uses_random], ids=ids)
+def test_monotone(format: Format) -> None:
+    x = torch.linspace(-1, 1, 4001) if format in SIGNED else torch.linspace(0, 1, 4001)
+    x = torch.cat([x, x.new_zeros(-x.numel() % 16)])
+    for block in x.view(-1, 16)[:-1]:
+        assert (round_trip(format, block).diff() >= 0).all()
+
+
+@pytest.mark.parametrize("format", [f for f in BOTH if f.uses_random], ids=ids)
+def test_stochastic_rounding_is_unbiased_in_its_domain(format: Format) -> None:
+    x = sample(format, 64)
+    sqrt = getattr(format, "domain", "linear") == "sqrt"
+    draws = torch.stack([round_trip(format, x, step) for step in range(4000)]).double()
+    if sqrt:
+        draws, x = draws.sqrt(), x.sqrt()
+    error = (draws.mean(0) - x).abs()
+    deviation = draws.std(0) / 4000**0.5
+    # 16 bits of randomness leave a bias of at most 2^-17 of a step
+    assert (error <= 5 * deviation + 1e-5 * x.abs().max()).all()
+
+
+@pytest.mark.parametrize("format", UNSIGNED, ids=ids)
+@given(exponents=st.lists(st.floats(-37, 37), min_size=2, max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_positive_never_decodes_to_zero(format: Format, exponents: list[float]) -> None:
+    x = torch.tensor([10.0**e for e in exponents])
+    assert (round_trip(format, x) > 0).all()
+    assert format.keeps_positive
+
+
+@pytest.mark.parametrize("format", BOTH, ids=ids)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_stays_where_it_is(format: Format, bad: float) -> None:
+    if format in UNSIGNED and bad < 0:
+        bad = float("nan")
+    x = sample(format, 100)
+    places = torch.tensor([0, 40, 99])
+    y = round_trip(format, x.index_fill(0, places, bad))
+    clean = round_trip(format, x.index_fill(0, places, 0.0))
+    others = torch.ones(100, dtype=torch.bool).index_fill(0, places, False)
+    assert not torch.isfinite(y[places]).any()
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("base", [8, 10])
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_against_its_formula(signed: bool, base: int) -> None:
+    """The 256 values by linspace in float64, and nearest rounding by search."""
+    table = value_table(signed, base, torch.device("cpu"))
+    steps = [2**d * (1 if signed else 2) for d in range(7)]
+    points = [
+        point
+        for d, n in enumerate(steps)
+        for point in np.linspace(float(base) ** (d - 7), float(base) ** (d - 6), n + 1)[1:]
+    ]
+    expected = np.array([0.0, *points])
+    if signed:
+        got = table[:128].numpy()
+        assert torch.equal(table[128:], -table[:128])
+    else:
+        got = torch.cat([table[:1], table[2:]]).numpy()
+    np.testing.assert_allclose(got, expected, rtol=2e-7)
+
+    x = torch.rand(20000, generator=torch.Generator().manual_seed(0)) ** 6
+    x[0] = 1.0
+    y = round_trip(Dynamic8(8192, signed=signed, base=base), x[:8192])
+    floor = expected[1]
+    nearest = expected[np.abs(expected[:, None] - x[None, :8192].double().numpy()).argmin(0)]
+    above = x[:8192].numpy() > floor
+    np.testing.assert_allclose(y.numpy()[above], nearest[above], rtol=3e-7)
+
+
+@pytest.mark.parametrize("bits", [-40, -3, 1, 40])
+@pytest.mark.parametrize("format", [*SIGNED[2:], *UNSIGNED], ids=ids)
+def test_codes_do_not_see_powers_of_two(format: Format, bits: int) -> None:
+    if getattr(format, "domain", "linear") == "sqrt":
+        bits = 2 * bits
+    x = sample(format)
+    assert torch.equal(store(format, x)[0], store(format, x * 2.0**bits)[0])
+
+
+def test_dynamic8_scale_covers_the_block() -> None:
+    for top in (1.0, 1.5, 2.0, 3e-20, 1e30):
+        scale = store(Dynamic8(16), torch.tensor([top, -top / 3]))[1]
+        assert top <= float(scale) < 2 * top
+    assert float(store(Dynamic8(16), torch.tensor([1.0, float("inf")]))[1]) == -1
+
+
+@pytest.mark.parametrize("format", [*BOTH, Dynamic8.first_moment(512)], ids=ids)
+def test_text_round_trip(format: Format) -> None:
+    assert parse_format(format.spec) == format
+    assert as_format(format.spec) is parse_format(format.spec)
+    assert as_format(format) is format
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int4", "must be one of bf16, dynamic8, fp32, int8"),
+        ("int8(block=3)", "option 'block' must be one of block_size, rounding, units"),
+        ("int8(block_size=100)", "block_size=100: must be a power of two from 16 to 8192"),
+        ("int8(block_size=8)", "power of two from 16 to 8192"),
+        ("dynamic8(base=16)", "base=16: must be 8 or 10"),
+        ("dynamic8(domain=sqrt)", "domain='sqrt': needs signed=False"),
+        ("dynamic8(signed=False, units=update)", "units='update': needs signed=True"),
+        ("bf16(rounding=up)", "rounding='up': must be one of 'stochastic', 'nearest'"),
+        ("int8(", "format='int8('"),
+    ],
+)
+def test_bad_texts(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        parse_format(text)
+
+
+def test_bad_types() -> None:
+    with pytest.raises(TypeError, match=r"block_size=16\.0: must be an int"):
+        Int8(16.0)
+    with pytest.raises(TypeError, match="block_size=True: must be an int"):
+        Int8(True)
+    with pytest.raises(TypeError, match="must be a Format or its text, got int"):
+        as_format(8)
+    with pytest.raises(ValueError, match="draw=None"):
+        Int8(16, "stochastic").encode(torch.ones(4), [torch.zeros(4), torch.zeros(1)])
+
+
+def test_names_are_listed() -> None:
+    assert set(format_names()) >= {"fp32", "bf16", "int8", "dynamic8"}
+
+
+def test_component_shapes_follow_rows_where_blocks_fit() -> None:
+    codes, scale = Dynamic8(64).components
+    shapes = [(8, 128), (3, 5, 64), (61, 83), (129,), (1,), (0,), (0, 64), ()]
+    assert [codes.shape(s) for s in shapes] == shapes
+    expected = [(8, 2), (3, 5, 1), (80,), (3,), (1,), (0,), (0, 1), (1,)]
+    assert [scale.shape(s) for s in shapes] == expected
+    for shape, kept in itertools.zip_longest(shapes, expected):
+        assert scale.length(int(np.prod(shape))) == int(np.prod(kept))
