@@ -1,0 +1,122 @@
+"""Adam and AdamW with coded moments; a class of this family is a choice of formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from optstate_codecs import Adam, CodedOptimizer, Dynamic8, Format, checks
+
+__all__ = ["Adam8bit", "AdamW8bit"]
+
+
+class _CodedAdam(CodedOptimizer):
+    """Adam's arguments; subclasses say how the moments are stored."""
+
+    storage_options = ("block_size",)
+    decoupled: ClassVar[bool] = False
+    default_block_size: ClassVar[int] = 2048
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        block_size: int | None = None,
+        bf16_stochastic_round: bool = False,
+        **options: Any,
+    ) -> None:
+        checks.flag("bf16_stochastic_round", bf16_stochastic_round)
+        super().__init__(
+            params,
+            Adam(decoupled=self.decoupled),
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            block_size=self.default_block_size if block_size is None else block_size,
+            write="stochastic" if bf16_stochastic_round else "nearest",
+            **options,
+        )
+
+    @classmethod
+    def moment_formats(cls, block_size: int) -> tuple[Format, Format]:
+        """The formats of the first and of the second moment."""
+        raise NotImplementedError
+
+    def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
+        first, second = self.moment_formats(group["block_size"])
+        formats = {"exp_avg": first, "exp_avg_sq": second}
+        return {**formats, "max_exp_avg_sq": second} if group["amsgrad"] else formats
+
+
+class _CodedAdamW(_CodedAdam):
+    """As ``_CodedAdam``, with decoupled weight decay and AdamW's default for it."""
+
+    decoupled = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+
+
+class _Dynamic8Moments(CodedOptimizer):
+    @classmethod
+    def moment_formats(cls, block_size: int) -> tuple[Format, Format]:
+        return Dynamic8.first_moment(block_size), Dynamic8.second_moment(block_size)
+
+
+class Adam8bit(_Dynamic8Moments, _CodedAdam):
+    """Adam with 8 bits per moment (16 + 64 / block_size bits per parameter).
+
+    Both moments are stored in the dynamic exponent map of Dettmers et al., arXiv:2110.02861; the
+    second as its root, rounded stochastically, which keeps step lengths unbiased where rounding
+    to nearest cannot follow a running mean.
+
+    Args:
+        params: tensors, ``named_parameters()``, or dicts of param groups; float16, bfloat16,
+            float32 or float64.
+        lr: learning rate, at least 0; a float or one-element tensor.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: added to the gradient times the parameter (coupled), at least 0.
+        amsgrad: divide by the largest second moment so far; 8 more bits per parameter.
+        block_size: elements that share a scale, a power of two from 16 to 8192; default 2048.
+            Can be set per group.
+        bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
+            their precision are kept in the mean.
+        **options: ``maximize``, ``skip_nonfinite``, ``rounding_seed`` (see ``CodedOptimizer``)
+            and the flags ``foreach``, ``fused``, ``capturable``, ``differentiable``.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value; the message names it.
+
+    Example:
+        >>> optimizer = Adam8bit(model.parameters(), lr=1e-3)
+    """
+
+
+class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
+    """AdamW with 8 bits per moment (16 + 64 / block_size bits per parameter).
+
+    As ``Adam8bit``, with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101): the
+    parameter is multiplied by ``1 - lr * weight_decay``, by default 1e-2, before the step.
+
+    Example:
+        >>> optimizer = AdamW8bit(model.parameters(), lr=3e-4, weight_decay=0.1)
+    """
