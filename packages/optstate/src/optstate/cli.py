@@ -1,0 +1,83 @@
+"""The ``optstate`` command. Each subcommand loads what it needs when it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optstate import __version__
+
+app = typer.Typer(
+    name="optstate",
+    help="PyTorch optimizers with compressed state.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"optstate {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """PyTorch optimizers with compressed state."""
+
+
+@app.command()
+def demo(
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Optimizer to compare with torch.optim.AdamW: AdamW8bit, Adam8bit, Adam, SGD, or"
+            " module.Class. Repeat for several. (default: AdamW8bit)",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 300,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Seeds weights and data order.")] = 0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate, the same for all.")] = 1.5e-3,
+    out: Annotated[
+        Path, typer.Option(help="PNG to write, or the folder for demo.png; JSON goes beside it.")
+    ] = Path("demo.png"),
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            help="File to learn. (default: Shakespeare's plays)",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON instead of a table.")
+    ] = False,
+) -> None:
+    """Train a small GPT on real text with AdamW and with compressed optimizers, side by side."""
+    from optstate.demo.command import run
+    from optstate.demo.settings import DEFAULT_OPTIMIZERS, Settings, picture_path
+
+    try:
+        settings = Settings(
+            optimizers=tuple(optimizer or DEFAULT_OPTIMIZERS),
+            steps=steps,
+            device=device,
+            seed=seed,
+            lr=lr,
+            text=text,
+        )
+        picture = picture_path(out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    run(settings, picture, as_json)

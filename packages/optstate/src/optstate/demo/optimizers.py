@@ -1,0 +1,72 @@
+"""From an optimizer's name on the command line to its class."""
+
+from collections.abc import Callable, Iterable
+from importlib import import_module
+
+import torch
+
+from optstate.siblings import EXTRA_OF, require
+
+SHORT_NAMES = {
+    "adam": "torch.optim.Adam",
+    "adamw": "torch.optim.AdamW",
+    "sgd": "torch.optim.SGD",
+    "adam8bit": "lowbit_adam.Adam8bit",
+    "adamw8bit": "lowbit_adam.AdamW8bit",
+}
+"""Names that need no module, in lower case; any other optimizer is named module.Class."""
+
+HINT = f"use one of {', '.join(SHORT_NAMES)}, or module.Class"
+
+
+def full_name(name: str) -> str:
+    """``AdamW8bit`` to ``lowbit_adam.AdamW8bit``; dotted names stay as they are."""
+    return SHORT_NAMES.get(name.lower(), name)
+
+
+def in_order(baseline: str, others: Iterable[str]) -> list[str]:
+    """Full names to run: the baseline, then the others, each once."""
+    return list(dict.fromkeys([full_name(baseline), *map(full_name, others)]))
+
+
+def resolve(name: str) -> type[torch.optim.Optimizer]:
+    """Finds an optimizer class.
+
+    Args:
+        name: A key of `SHORT_NAMES` in any case, or the dotted path of a class.
+
+    Raises:
+        ValueError: No such class; the message says which names there are.
+        MissingExtra: It lives in a package of the family that is not installed.
+    """
+    module_name, _, class_name = full_name(name).rpartition(".")
+    if not module_name:
+        raise ValueError(f"{name!r}: no such optimizer; {HINT}")
+    load = require if module_name.partition(".")[0] in EXTRA_OF else import_module
+    try:
+        module = load(module_name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{name!r}: cannot import {module_name!r}; {HINT}") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ValueError(f"{name!r}: not a torch.optim.Optimizer class; {HINT}")
+    return found
+
+
+def check_usable(
+    name: str, optimizer_class: Callable[..., torch.optim.Optimizer], lr: float
+) -> None:
+    """Takes one step on one number, so that an optimizer that cannot do that fails early.
+
+    Raises:
+        ValueError: It needs other arguments than ``lr``, or a closure, or rejects dense gradients.
+    """
+    number = torch.nn.Parameter(torch.ones(1))
+    number.grad = torch.ones(1)
+    try:
+        optimizer_class([number], lr=lr).step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        problem = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name!r}: cannot be used as Class(params, lr={lr}): {problem}"
+        ) from error

