@@ -1,0 +1,55 @@
+"""Where the repository and its packages are."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Package:
+    """One distribution in the tree."""
+
+    name: str
+
+    @property
+    def module(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "packages" / self.name
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "src" / self.module
+
+    @property
+    def project(self) -> dict:
+        return tomllib.loads((self.folder / "pyproject.toml").read_text())["project"]
+
+
+PACKAGES = [Package(path.parent.name) for path in sorted(ROOT.glob("packages/*/pyproject.toml"))]
+
+
+@pytest.fixture(params=PACKAGES, ids=lambda package: package.name)
+def package(request: pytest.FixtureRequest) -> Package:
+    return request.param
+
+
+@pytest.fixture
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture
+def packages() -> list[Package]:
+    return PACKAGES

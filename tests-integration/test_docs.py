@@ -1,0 +1,108 @@
+"""The docs: their examples run, and they leave out no public name, option or variable."""
+
+import os
+import re
+import subprocess
+import sys
+import zlib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path
+    for pattern in ("docs/**/*.md", "*.md", "packages/*/README.md")
+    for path in ROOT.glob(pattern)
+    if "```python" in path.read_text()
+)
+PUBLIC = (
+    "lowbit_adam",
+    "optstate_codecs",
+    "optstate_codecs.formats",
+    "optstate_codecs.rules",
+    "optstate_codecs.memory",
+    "optstate_codecs.rounding",
+    "optstate_codecs.testing",
+)
+
+
+def test_there_are_examples() -> None:
+    names = {str(page.relative_to(ROOT)) for page in PAGES}
+    assert names >= {"README.md", "docs/tutorials/lowbit-adam.md", "docs/how-to/checkpoints.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page are one program, which runs from top to bottom."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(examples(page.read_text()), str(page), "exec"), {"__name__": "__main__"})
+
+
+def examples(text: str) -> str:
+    """The Python of a page, each line where it is in the page, so that tracebacks point there."""
+    program, inside = [], False
+    for line in text.splitlines():
+        fence = line.startswith("```")
+        program.append(line if inside and not fence else "")
+        inside = line == "```python" if fence else inside
+    return "\n".join(program)
+
+
+@pytest.fixture(scope="session")
+def inventory(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Every name that the built site documents."""
+    site = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        check=True,
+    )
+    header, _, body = (site / "objects.inv").read_bytes().partition(b"zlib.\n")
+    assert header.startswith(b"# Sphinx inventory version 2")
+    return {line.split(" ", 1)[0] for line in zlib.decompress(body).decode().splitlines()}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_in_the_reference(module: str, inventory: set[str]) -> None:
+    names = {f"{module}.{name}" for name in import_module(module).__all__}
+    assert names
+    assert names <= inventory
+
+
+def test_every_option_of_the_command_is_in_the_reference() -> None:
+    from optstate.cli import app
+
+    page = (ROOT / "docs" / "reference" / "optstate.md").read_text()
+    for name, command in typer.main.get_group(app).commands.items():
+        assert f"## optstate {name}" in page
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert f"`{option}`" in page
+
+
+def test_defaults_in_the_reference_are_those_of_the_command() -> None:
+    from optstate.demo.settings import Settings
+
+    page = (ROOT / "docs" / "reference" / "optstate.md").read_text()
+    assert f"| `--steps` | {Settings.steps} |" in page
+    assert f"| `--lr` | {Settings.lr} |" in page
+    read = Settings.validation_batches * Settings.batch * Settings.context
+    assert f"same {read:,} bytes" in page
+
+
+def test_every_environment_variable_is_in_the_table() -> None:
+    table = (ROOT / "docs" / "how-to" / "environment.md").read_text()
+    sources = [ROOT / "noxfile.py", *ROOT.glob("packages/*/src/**/*.py")]
+    pattern = re.compile(r"\"((?:[A-Z0-9]+_)+[A-Z0-9]+|PYTHONPATH|MYPYPATH)\"")
+    used = {
+        name
+        for path in sources
+        if "environ" in path.read_text()
+        for name in pattern.findall(path.read_text())
+    }
+    assert "PIP_FIND_LINKS" in used
+    assert {name for name in used if f"| `{name}` |" not in table} == set()

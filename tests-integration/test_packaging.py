@@ -1,0 +1,130 @@
+"""What each distribution declares is what it needs, and what its wheel holds."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from email.parser import Parser
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+IMPORT_OF = {"pillow": "PIL"}
+"""Import names that differ from the distribution's by more than a dash."""
+
+
+def requirements(package) -> list[Requirement]:
+    """Everything a package may install: its dependencies and those of its extras."""
+    project = package.project
+    extras = project.get("optional-dependencies", {}).values()
+    return [
+        Requirement(line)
+        for line in [*project.get("dependencies", []), *(line for e in extras for line in e)]
+    ]
+
+
+def import_name(requirement: Requirement) -> str:
+    return IMPORT_OF.get(requirement.name, requirement.name.replace("-", "_"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Top-level names that a file imports, `require("name")` included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield node.module.partition(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "require":
+            yield from (
+                arg.value.partition(".")[0] for arg in node.args if isinstance(arg, ast.Constant)
+            )
+
+
+def test_there_are_packages(packages) -> None:
+    assert {p.name for p in packages} >= {"optstate-codecs", "lowbit-adam", "optstate"}
+
+
+def test_every_import_is_declared(package) -> None:
+    used = {name for path in package.source.rglob("*.py") for name in imports(path)}
+    third_party = used - set(sys.stdlib_module_names) - {package.module}
+    assert third_party <= {import_name(r) for r in requirements(package)}
+
+
+def test_no_sibling_is_imported_but_the_codecs(package, packages) -> None:
+    siblings = {p.module for p in packages} - {package.module, "optstate_codecs"}
+    used = {name for path in package.source.rglob("*.py") for name in imports(path)}
+    assert not used & siblings
+
+
+def test_every_pin_of_a_sibling_accepts_the_tree(packages) -> None:
+    versions = {p.name: import_module(p.module).__version__ for p in packages}
+    pins = [(p, r) for p in packages for r in requirements(p) if r.name in versions]
+    assert pins
+    for package, pin in pins:
+        if pin.name != package.name:
+            assert pin.specifier, f"{package.name}: {pin} has no range"
+            assert pin.specifier.contains(versions[pin.name]), f"{package.name}: {pin}"
+
+
+def test_umbrella_names_the_extra_of_every_optional_module(packages) -> None:
+    from optstate.siblings import EXTRA_OF
+
+    (umbrella,) = (p for p in packages if p.name == "optstate")
+    extras = umbrella.project["optional-dependencies"]
+    for module, extra in EXTRA_OF.items():
+        assert module in {import_name(Requirement(line)) for line in extras[extra]}
+
+
+def test_python_version_and_license_agree(package, root) -> None:
+    assert package.project["requires-python"] == ">=3.10"
+    assert (package.folder / "LICENSE").read_text() == (root / "LICENSE").read_text()
+
+
+def test_changelog_has_the_version(package) -> None:
+    version = import_module(package.module).__version__
+    assert f"\n## {version}" in (package.folder / "CHANGELOG.md").read_text()
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Wheels built here, by distribution."""
+    built: dict[str, Path] = {}
+
+    def build(package) -> Path:
+        if package.name not in built:
+            folder = tmp_path_factory.mktemp(package.module)
+            command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir"]
+            subprocess.run([*command, folder, package.folder], check=True, capture_output=True)
+            (built[package.name],) = folder.iterdir()
+        return built[package.name]
+
+    return build
+
+
+def test_wheel_holds_the_sources_and_nothing_else(package, wheels) -> None:
+    with zipfile.ZipFile(wheels(package)) as wheel:
+        files = {n for n in wheel.namelist() if ".dist-info/" not in n}
+    sources = {
+        path.relative_to(package.source.parent).as_posix()
+        for path in package.source.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert files == sources
+    assert f"{package.module}/py.typed" in files
+
+
+def test_wheel_declares_what_the_project_says(package, wheels) -> None:
+    with zipfile.ZipFile(wheels(package)) as wheel:
+        (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(wheel.read(name).decode())
+        licenses = [n for n in wheel.namelist() if n.endswith("/licenses/LICENSE")]
+    assert licenses
+    assert metadata["Name"] == package.name
+    assert metadata["Version"] == import_module(package.module).__version__
+    declared = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    base = {r.name for r in declared if "extra" not in str(r.marker)}
+    assert base == {Requirement(line).name for line in package.project["dependencies"]}
+    assert metadata.get_payload().strip().startswith(f"# {package.name}")
