@@ -103,7 +103,7 @@ def test_fused_honours_the_scaler() -> None:
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)
     optimizer.step()
     assert torch.equal(scaled, torch.ones(40))
-    assert not optimizer.state
+    assert float(optimizer.state[scaled]["step"]) == 0
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
     assert torch.equal(scaled, plain)

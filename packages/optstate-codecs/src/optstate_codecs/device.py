@@ -76,7 +76,7 @@ def mix32(x):  # type: ignore[no-untyped-def]
 
 @jit
 def hash_tile(key, step, start, offsets):  # type: ignore[no-untyped-def]
-    """``rounding.hash_elements`` for a tile.
+    """``rounding.hash_elements`` for a tile, less its last shift, which is ``half``'s.
 
     ``key`` is a stream key, both halves in an int64; ``step`` int32; ``start`` the number of the
     tile's first element, int64; ``offsets`` from there, int32. A tile never crosses a multiple of
@@ -86,10 +86,9 @@ def hash_tile(key, step, start, offsets):  # type: ignore[no-untyped-def]
     k0 = mix32((key & 0xFFFFFFFF).to(tl.uint32) + turn)
     k1 = mix32(((key >> 32) & 0xFFFFFFFF).to(tl.uint32) ^ (turn * GOLDEN))
     k1 = k1 + ((start >> 32) & 0xFFFFFFFF).to(tl.uint32) * GOLDEN
-    x = ((start & 0xFFFFFFFF).to(tl.uint32) + offsets.to(tl.uint32)) ^ k0
+    x = offsets.to(tl.uint32) + ((start & 0xFFFFFFFF).to(tl.uint32) + k0)
     x = (x ^ (x >> 16)) * M1
-    x = (x ^ (x >> 15)) * M2 + k1 * M2
-    return x ^ (x >> 16)
+    return (x ^ (x >> 15)) * M2 + k1 * M2
 
 
 @jit
@@ -98,25 +97,36 @@ def half(word, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
     if STREAM % 2 == 1:
         return (word >> 16).to(tl.int32)
     else:
-        return (word & 0xFFFF).to(tl.int32)
+        # the last shift of the hash changes only this half
+        return ((word ^ (word >> 16)) & 0xFFFF).to(tl.int32)
 
 
 @jit
 def dithered(x, bits16):  # type: ignore[no-untyped-def]
     """``x`` plus ``Draw.centred``: a multiple of 2^-16 in [-1/2, 1/2)."""
-    return fma(_unscaled_draw(bits16, 0), 1.0 / 65536.0, x)
-
-
-@jit
-def dithered_less_one(x, bits16):  # type: ignore[no-untyped-def]
-    """``x`` plus (``Draw.centred`` - 1), rounded once."""
-    return fma(_unscaled_draw(bits16, 65536), 1.0 / 65536.0, x)
-
-
-@jit
-def _unscaled_draw(bits16, LESS: tl.constexpr):  # type: ignore[no-untyped-def]
     # the float with these bits is 2^23 + bits16: no integer conversion
-    return as_float(bits16 | 0x4B000000) - (8421376.0 + LESS)
+    return fma(as_float(bits16 | 0x4B000000) - 8421376.0, 1.0 / 65536.0, x)
+
+
+@jit
+def byte_float(byte):  # type: ignore[no-untyped-def]
+    """2^23 + an unsigned byte, as float32, without an integer conversion."""
+    if INTERPRET:
+        return as_float(byte.to(tl.int32) | 0x4B000000)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            prmt.b32 $0, $4, 0x4B000000, 0x7440;
+            prmt.b32 $1, $4, 0x4B000000, 0x7441;
+            prmt.b32 $2, $4, 0x4B000000, 0x7442;
+            prmt.b32 $3, $4, 0x4B000000, 0x7443;
+            """,
+            "=f,=f,=f,=f,r",
+            [byte],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
 
 
 @jit

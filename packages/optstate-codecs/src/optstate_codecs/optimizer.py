@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,8 @@ class CodedOptimizer(torch.optim.Optimizer):
         rule: the mathematics, e.g. ``optstate_codecs.rules.Adam(decoupled=True)``.
         formats: for each of the rule's moments a format or its text; can be set per group.
         write: "nearest", or "stochastic" for unbiased bfloat16 parameters.
+        backend: "auto", "eager" or "triton", see ``optstate_codecs.engine``; the environment
+            variable OPTSTATE_BACKEND stands in for "auto".
         rounding_seed: keys every random number, 0 to 2^63 - 1.
         skip_nonfinite: leave everything as it is when any gradient holds a NaN or Inf.
         **options: the rule's hyper-parameters, and the flags ``foreach``, ``fused``,
@@ -61,6 +63,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         formats: Mapping[str, Format | str] | None = None,
         *,
         write: str = "nearest",
+        backend: str = "auto",
         rounding_seed: int = 0,
         skip_nonfinite: bool = False,
         **options: Any,
@@ -68,11 +71,15 @@ class CodedOptimizer(torch.optim.Optimizer):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule={rule!r}: must be a Rule, got {type(rule).__name__}")
         checks.one_of("write", write, WRITES)
+        checks.one_of("backend", backend, engine.BACKENDS)
         checks.whole_number("rounding_seed", rounding_seed)
         checks.flag("skip_nonfinite", skip_nonfinite)
         self.rule = rule
         self.write = write
         self.skip_nonfinite = skip_nonfinite
+        self.backend = backend
+        self._session = engine.Session(backend)
+        self._units: dict[int, Unit] = {}
         known = {**rule.defaults(), **TORCH_FLAGS, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:
             options["formats"] = formats
@@ -153,44 +160,62 @@ class CodedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        units = self._units(getattr(self, "grad_scale", None))
-        if found_inf is not None and bool(found_inf):
+        hypers = [self.rule.hyper(group) for group in self.param_groups]
+        found = list(self._gradients())
+        grads = [grad for *_, grad in found]
+        if self.skip_nonfinite and not all(torch.isfinite(grad).all() for grad in grads):
             return loss
-        if self.skip_nonfinite and not all(torch.isfinite(u.grad).all() for u in units):
-            return loss
-        for unit in units:
-            if not unit.state:
-                unit.state.update(initial_state(unit.param, unit.formats))
-                self.state[unit.param] = unit.state
-        engine.step(units)
+        all_formats = [self.group_formats(group) for group in self.param_groups]
+        units = [
+            self._unit(index, number, param, hypers, all_formats)
+            for index, number, param, _ in found
+        ]
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._session.step(engine.Job(self.rule, units, grads, hypers, scale, found_inf))
         return loss
 
-    def _units(self, grad_scale: Tensor | None) -> list[Unit]:
-        """One unit for each parameter with a gradient; raises before anything changed."""
-        units = []
+    def _gradients(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Place, group, parameter and gradient of each that has one; raises on a bad gradient."""
         index = 0
-        for group in self.param_groups:
-            hyper = self.rule.hyper(group)
-            formats = self.group_formats(group)
+        for number, group in enumerate(self.param_groups):
             for param in group["params"]:
-                if param.grad is not None:
-                    _check_grad(index, param, param.grad)
-                    unit = Unit(
-                        param=param,
-                        grad=param.grad,
-                        state=self.state.get(param, {}),
-                        rule=self.rule,
-                        hyper=hyper,
-                        formats=formats,
-                        write=self.write,
-                        seed=group["rounding_seed"],
-                        index=index,
-                        grad_scale=grad_scale,
-                    )
-                    units.append(unit)
+                if (grad := param.grad) is not None:
+                    _check_grad(index, param, grad)
+                    yield index, number, param, grad
                 index += 1
-        return units
+
+    def _unit(
+        self,
+        index: int,
+        number: int,
+        param: Tensor,
+        hypers: Sequence[Any],
+        all_formats: Sequence[dict[str, Format]],
+    ) -> Unit:
+        """The unit of a parameter, as it was last time where nothing has changed."""
+        formats, state, group = (
+            all_formats[number],
+            self.state.get(param),
+            self.param_groups[number],
+        )
+        unit = self._units.get(index)
+        if (
+            unit is None
+            or unit.param is not param
+            or unit.state is not state
+            or unit.formats != formats
+            or unit.seed != group["rounding_seed"]
+            or unit.group != number
+        ):
+            if not state:
+                on_device = group["fused"] and param.is_cuda
+                state = self.state[param] = initial_state(param, formats, on_device)
+            moments = self.rule.moments(hypers[number])
+            unit = Unit(
+                param, state, moments, formats, self.write, group["rounding_seed"], index, number
+            )
+            self._units[index] = unit
+        return unit
 
     def state_dict(self) -> dict[str, Any]:
         """The packed state: tensors and plain Python values, about as large as the state.
@@ -217,13 +242,16 @@ class CodedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"rule": self.rule, "write": self.write, "skip_nonfinite": self.skip_nonfinite}
-        return {**super().__getstate__(), **own}
+        names = ("rule", "write", "skip_nonfinite", "backend")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.write = "nearest"
         self.skip_nonfinite = False
+        self.backend = "auto"
         super().__setstate__(state)
+        self._session = engine.Session(self.backend)
+        self._units = {}
         for group in self.param_groups:
             for key, value in TORCH_FLAGS.items():
                 group.setdefault(key, value)

@@ -66,9 +66,8 @@ def hash_elements(
     if start + count > border:
         head = hash_elements(key, start, border - start, device)
         return torch.cat([head, hash_elements(key, border, start + count - border, device)])
-    first = _signed(start)
     # int32 throughout: its wrap-around is what the hash wants, at half the memory of int64
-    x = _counting(count, torch.device(device)).add(first).bitwise_xor_(_signed(key[0]))
+    x = _counting(count, torch.device(device)) + _signed(start + key[0])
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(M1))
     x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
     x.add_(_signed(key[1] + (start >> 32) * GOLDEN)).mul_(_signed(M2))

@@ -33,9 +33,12 @@ def state_keys(formats: Mapping[str, Format]) -> tuple[str, ...]:
     return ("step", *keys)
 
 
-def initial_state(param: Tensor, formats: Mapping[str, Format]) -> dict[str, Tensor]:
+def initial_state(
+    param: Tensor, formats: Mapping[str, Format], step_on_device: bool = False
+) -> dict[str, Tensor]:
     """The state of a parameter that has not been stepped: everything zero."""
-    state = {"step": torch.zeros((), dtype=torch.float32)}
+    where = param.device if step_on_device else torch.device("cpu")
+    state = {"step": torch.zeros((), dtype=torch.float32, device=where)}
     for moment, format in formats.items():
         for component in format.components:
             state[component.key(moment)] = empty_state(param, component)

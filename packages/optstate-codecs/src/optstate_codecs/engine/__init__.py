@@ -1,6 +1,6 @@
 """Runs one step over tensors, a rule and formats; knows nothing of optimizers."""
 
-from optstate_codecs.engine.eager import step
-from optstate_codecs.engine.unit import Unit
+from optstate_codecs.engine.session import BACKENDS, Session
+from optstate_codecs.engine.unit import Job, Unit
 
-__all__ = ["Unit", "step"]
+__all__ = ["BACKENDS", "Job", "Session", "Unit"]

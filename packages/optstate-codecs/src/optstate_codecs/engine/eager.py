@@ -5,33 +5,36 @@ A tensor is stepped in slices, so that decoded moments never exist for more than
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.engine.unit import Unit
+from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.layout import FlatState, FlatView, slices, storage_order
 from optstate_codecs.moments import decode_slice, encode_slice
 from optstate_codecs.rounding import Counter
+from optstate_codecs.rules import Rule
 from optstate_codecs.writes import round_to_parameter
 
 __all__ = ["step"]
 
 
-def step(units: Iterable[Unit]) -> None:
+def step(job: Job) -> None:
     """Step every unit: its parameter and its state change in place."""
-    for unit in units:
+    if job.found_inf is not None and bool(job.found_inf):
+        return
+    for unit, grad in zip(job.units, job.grads, strict=True):
         unit.state["step"] += 1
-        _step_unit(unit)
+        _step_unit(unit, grad, job.rule, job.hypers[unit.group], job.grad_scale)
 
 
-def _step_unit(unit: Unit) -> None:
-    count = unit.state["step"]
-    count = float(count) if count.device.type == "cpu" else count
+def _step_unit(
+    unit: Unit, grads: Tensor, rule: Rule, hyper: Any, grad_scale: Tensor | None
+) -> None:
+    count = float(unit.state["step"])
     order = storage_order(unit.param)
-    param, grad = FlatView(unit.param, order), FlatView(unit.grad, order)
-    moments = unit.rule.moments(unit.hyper)
+    param, grad = FlatView(unit.param, order), FlatView(grads, order)
     state = FlatState(unit.state, unit.formats, order)
     counter = Counter(unit.seed, int(count), unit.index)
     compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
@@ -39,11 +42,11 @@ def _step_unit(unit: Unit) -> None:
     for start, stop in slices(unit.param):
         old = param.read(start, stop)
         value = old.to(compute)
-        slope = _unscaled(grad.read(start, stop).to(compute), unit.grad_scale)
+        slope = _unscaled(grad.read(start, stop).to(compute), grad_scale)
         parts = state.slice(start, stop)
-        decoded = decode_slice(moments, unit.formats, parts, compute)
-        unit.rule.update(value, slope, decoded, unit.hyper, count)
-        encode_slice(moments, unit.formats, decoded, parts, counter, start)
+        decoded = decode_slice(unit.moments, unit.formats, parts, compute)
+        rule.update(value, slope, decoded, hyper, count)
+        encode_slice(unit.moments, unit.formats, decoded, parts, counter, start)
         draw = counter.stream(0).at(start)
         param.write(start, stop, round_to_parameter(value, old, unit.write, draw))
 

@@ -1,43 +1,69 @@
-"""What the engine is given: one parameter's share of a step."""
+"""What the engine is given: each parameter's share of a step, and what changes every step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from optstate_codecs.formats import Format
-from optstate_codecs.rules import Rule
+from optstate_codecs.rules import Moment, Rule
 
-__all__ = ["Unit"]
+__all__ = ["Job", "Unit"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unit:
-    """One parameter to step, with all that the step needs.
+    """One parameter, and everything about its step that stays the same from step to step.
 
     Attributes:
         param: the parameter, any real floating dtype and layout.
-        grad: its gradient, same shape and device.
         state: ``optimizer.state[param]``: ``step`` and the components of every moment.
-        rule: the mathematics.
-        hyper: the group's validated hyper-parameters, as ``rule.hyper`` returns them.
+        moments: the rule's moments, in its order.
         formats: the format of each moment.
         write: how the parameter is rounded, see ``optstate_codecs.writes``.
         seed: the optimizer's ``rounding_seed``.
         index: the parameter's place in the optimizer, counted over all groups.
-        grad_scale: what the gradient is to be divided by, or None.
+        group: the number of its param group.
     """
 
     param: Tensor
-    grad: Tensor
     state: dict[str, Any]
-    rule: Rule
-    hyper: Any
-    formats: Mapping[str, Format] = field(default_factory=dict)
+    moments: tuple[Moment, ...]
+    formats: Mapping[str, Format]
     write: str = "nearest"
     seed: int = 0
     index: int = 0
+    group: int = 0
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The components of all moments, in order."""
+        return [
+            self.state[component.key(moment.name)]
+            for moment in self.moments
+            for component in self.formats[moment.name].components
+        ]
+
+
+@dataclass
+class Job:
+    """One step.
+
+    Attributes:
+        rule: the mathematics.
+        units: the parameters that have a gradient.
+        grads: the gradient of each: same shape and device, any real floating dtype.
+        hypers: each group's validated hyper-parameters, as ``rule.hyper`` returns them.
+        grad_scale: what gradients are to be divided by, or None.
+        found_inf: non-zero where the step is to be skipped, or None; read on its device.
+    """
+
+    rule: Rule
+    units: Sequence[Unit]
+    grads: Sequence[Tensor]
+    hypers: Sequence[Any]
     grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None

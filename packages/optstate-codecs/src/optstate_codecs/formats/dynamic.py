@@ -11,21 +11,22 @@ block of ``block_size`` consecutive elements (the last block may be shorter).
 Mathematics. Let b be the base and k = 0 (signed) or 1 (unsigned). A position t in
 [2^(d+k), 2^(d+k+1)] of range d = 0..6 stands for the magnitude
 
-    z = b^(d-7) * ((b - 1) t / 2^(d+k) - (b - 2)):
+    z = b^(d-7) * ((b - 1) t / 2^(d+k) - (b - 2)) - b^-7:
 
-the points b^(d-7) are shared by neighbouring ranges, 1.0 is the last one, and t as a function of
-z is concave and piecewise linear,
+neighbouring ranges share a point, the first point is 0, the last 1 - b^-7, and t as a function
+of z is concave and piecewise linear,
 
-    t = 2^k * min over d of (2^d b^(7-d) z + 2^d (b - 2)) / (b - 1),
+    t = 2^k * min over d of ((2/b)^d (b^7 z + 1) + 2^d (b - 2)) / (b - 1),
 
-so nearest rounding is round(t), stochastic rounding is round(t + u) with u uniform in
-[-1/2, 1/2), and neither needs a search. The code is t - 1:
+so nearest rounding is floor(t + 1/2), stochastic rounding is floor(t + u) with u uniform in
+[0, 1), and neither needs a search. t is taken in units of 2^-16, u has 16 bits. The code is
+t - 2^k:
 
     signed    bit 7 is the sign, 0 is zero, 1..127 are t = 2..128
-    unsigned  0 is zero, 2..255 are t = 3..256; a positive number never becomes 0
+    unsigned  0 is zero, 1..254 are t = 3..256; a positive number never becomes 0
 
 A negative scale says that its block holds elements that are not finite: there, and only there, the
-otherwise unused codes 128 (signed, "minus zero") and 1 (unsigned) are NaN.
+otherwise unused codes 128 (signed, "minus zero") and 255 (unsigned) are NaN.
 
 A scale is the smallest power of two that covers the block's largest finite magnitude. It moves
 only when a binade is crossed, so stored values are rarely rounded again, scaling by it is exact,
@@ -49,11 +50,10 @@ from optstate_codecs import checks
 from optstate_codecs.device import (
     INF_BITS,
     MAGNITUDE,
-    ROUNDER,
     as_bits,
     as_float,
+    byte_float,
     constant,
-    dithered_less_one,
     fma,
     jit,
     row_amax,
@@ -73,13 +73,16 @@ from optstate_codecs.rounding import Draw
 __all__ = ["Dynamic8"]
 
 SIGNED_NAN = 128
-UNSIGNED_NAN = 1
+UNSIGNED_NAN = 255
 RANGES = 7
 BASES = (8, 10)
+HALF = 1 << 15
 # exponent fields of the smallest and largest scale, 2^-100 and 2^126: both have exact reciprocals
 # and leave room for the factor base^-7 above float32's subnormals
 SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 126) << 23
 SMALLEST_SCALE = 2.0**-100
+# rounds a float's bits up to the next power of two, unless it is within the top point
+COVER = 0x800007
 
 
 @dataclass(frozen=True)
@@ -157,19 +160,21 @@ class Dynamic8(Format):
         if self.domain == "sqrt":
             x = x.sqrt()
         step, inverse = power_of_two_scale(block_amax(x, self.block_size))
-        code = position_of(scaled(x, inverse, self.block_size).abs_(), self.base)
-        if not self.signed:
-            code.mul_(2)
+        units = scaled(x, inverse * float(self.base) ** RANGES, self.block_size).abs_().add_(1)
+        position = position_of(units, self.base).clamp_(max=128)
         if self.rounding == "stochastic":
-            code.add_(self._need(draw).centred(x.numel(), x.device).sub_(1))
+            bits: Tensor | int = self._need(draw).bits16(x.numel(), x.device)
         else:
-            code.sub_(1)
-        code.round_()
+            bits = HALF
+        # adding to a float of this size leaves t in units of 2^-16 (2^-15) in the low bits
         if self.signed:
-            code.clamp_(0, 127).add_(torch.signbit(x).to(code.dtype), alpha=128)
+            fixed = position.add_(127).view(torch.int32)
+            code = (fixed + bits >> 16).bitwise_and_(127)
+            code.add_(torch.signbit(x), alpha=128)
         else:
-            code.clamp_(2, 255).mul_((x > 0).to(code.dtype))
-
+            lowest = (x > 0).to(x.dtype).add_(2)
+            fixed = torch.maximum(position.mul_(2), lowest).add_(254).view(torch.int32)
+            code = (fixed * 2 + bits >> 16).bitwise_and_(255)
         finite = torch.isfinite(x)
         if not surely(finite):
             code, step = self._mark(code, step, ~finite)
@@ -178,8 +183,8 @@ class Dynamic8(Format):
 
     def _mark(self, code: Tensor, step: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
         """Give ``bad`` elements the code of NaN, and their blocks a negative scale."""
-        some = blocked(bad.to(code.dtype), self.block_size).amax(1, keepdim=True)
-        zeros = scaled((code == self._nan_code).to(code.dtype), some, self.block_size)
+        some = blocked(bad.to(step.dtype), self.block_size).amax(1, keepdim=True)
+        zeros = scaled((code == self._nan_code).to(step.dtype), some, self.block_size)
         code = code.masked_fill(zeros > 0, 0).masked_fill(bad, self._nan_code)
         return code, torch.where(some > 0, -step.clamp(min=SMALLEST_SCALE), step)
 
@@ -200,8 +205,11 @@ class Dynamic8(Format):
 
 
 def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest power of two at or above ``amax``, and its reciprocal; (0, 0) for zero."""
-    bits = (amax.view(torch.int32) + 0x7FFFFF).bitwise_and_(0x7F800000)
+    """The smallest power of two whose top point covers ``amax``, and its reciprocal.
+
+    (0, 0) for zero.
+    """
+    bits = (amax.view(torch.int32) + COVER).bitwise_and_(0x7F800000)
     bits = bits.clamp_(SCALE_MIN, SCALE_MAX)
     some = amax > 0
     scale = bits.view(torch.float32) * some
@@ -210,21 +218,18 @@ def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lines(base: int) -> list[tuple[float, float]]:
-    """Slope and offset of t(z) in each range, signed."""
-    return [
-        (2**d * base ** (RANGES - d) / (base - 1), 2**d * (base - 2) / (base - 1))
-        for d in range(RANGES)
-    ]
+    """Slope and offset of t(b^7 z + 1) in each range, signed."""
+    return [((2 / base) ** d / (base - 1), 2**d * (base - 2) / (base - 1)) for d in range(RANGES)]
 
 
-def position_of(z: Tensor, base: int) -> Tensor:
-    """The signed map's position t for magnitudes ``z`` under a scale of 1; a new tensor."""
+def position_of(units: Tensor, base: int) -> Tensor:
+    """The signed map's position t for ``units`` = b^7 z + 1; a new tensor."""
     (slope, offset), *rest = lines(base)
     # add with alpha rounds once, as the kernels' fused multiply-add does
-    position = torch.add(torch.full((), offset, device=z.device), z, alpha=slope)
-    line = torch.empty_like(z)
+    position = torch.add(torch.full((), offset, device=units.device), units, alpha=slope)
+    line = torch.empty_like(units)
     for slope, offset in rest:
-        torch.add(torch.full((), offset, device=z.device), z, alpha=slope, out=line)
+        torch.add(torch.full((), offset, device=units.device), units, alpha=slope, out=line)
         torch.minimum(position, line, out=position)
     return position
 
@@ -233,14 +238,14 @@ def position_of(z: Tensor, base: int) -> Tensor:
 def value_table(signed: bool, base: int, device: torch.device) -> Tensor:
     """What each of the 256 codes stands for under a scale of 1, float32; one per device."""
     unit = torch.tensor(float(base) ** -RANGES, dtype=torch.float32)
-    magnitudes = [0.0]
-    for t in range(2, 129 if signed else 257):
+    magnitudes = []
+    for t in range(1, 129) if signed else range(2, 257):
         top = t if signed else t / 2
         d = int(top).bit_length() - 1
         # an integer below 2^24 (in halves when unsigned): one rounding, in the product
-        whole = (base / 2) ** d * ((base - 1) * top - (base - 2) * 2**d)
+        whole = (base / 2) ** d * ((base - 1) * top - (base - 2) * 2**d) - 1
         magnitudes.append(float(whole * unit))
-    values = [*magnitudes, *(-m for m in magnitudes)] if signed else magnitudes
+    values = [*magnitudes, *(-m for m in magnitudes)] if signed else [*magnitudes, 0.0]
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -251,31 +256,29 @@ _SIGNED, _STOCHASTIC, _SATURATE = constant(SIGNED), constant(STOCHASTIC), consta
 SMALLEST = constant(SMALLEST_SCALE)
 _SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
 _SIGNED_NAN, _UNSIGNED_NAN = constant(SIGNED_NAN), constant(UNSIGNED_NAN)
+_COVER, _HALF = constant(COVER), constant(HALF)
 
 
 @jit
 def load(codes, scale, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Decode a tile, in the format's domain and units."""
-    code = tl.load(codes + offsets, mask=mask, other=0).to(tl.int32)
+    code = tl.load(codes + offsets, mask=mask, other=0)
     factor = tl.load(scale + rows, mask=row_mask, other=0.0)
     # a float whose exponent ends in the three bits of d: 2 t when signed, t when unsigned
     if OPTIONS & _SIGNED:
-        t = as_bits(fma(as_float((code & 127) | 0x4B000000), 2.0, -16777214.0))
+        t = as_bits(fma(byte_float(code & 127), 2.0, -16777214.0))
     else:
-        t = as_bits(as_float(code | 0x4B000000) - 8388607.0)
-    y = as_float((t & 0x7FFFFF) | 0x3F800000)
-    x = as_float(as_bits(fma(y, 7.0, -6.0)) + 3 * (t & 0x03800000))
+        t = as_bits(byte_float(code) - 8388606.0)
+    range_bits = t & 0x03800000
+    x = as_float(as_bits(fma(as_float(t - range_bits), 3.5, -6.0)) + 3 * range_bits)
+    unit = (tl.abs(factor) * 4.76837158203125e-07)[:, None]
+    x = fma(x, unit, -unit)
     if OPTIONS & _SIGNED:
-        x = tl.where((code & 127) == 0, 0.0, x)
-        x = as_float(as_bits(x) | ((code << 24) & -2147483648))
-    else:
-        x = tl.where(code == 0, 0.0, x)
-    marked = tl.min(factor, axis=0) < 0.0
-    if marked:
+        x = as_float(as_bits(x) | ((code.to(tl.int32) << 24) & -2147483648))
+    if tl.min(factor, axis=0) < 0.0:
         nan = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
         x = tl.where((code == nan) & (factor[:, None] < 0.0), float("nan"), x)
-        factor = tl.abs(factor)
-    return x * (factor * 4.76837158203125e-07)[:, None]
+    return x
 
 
 @jit
@@ -286,34 +289,29 @@ def store(codes, scale, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.co
     if worst >= INF_BITS:
         magnitude = as_bits(x) & MAGNITUDE
         top = tl.max(tl.where(magnitude < INF_BITS, magnitude, 0), axis=1)
-    scale_bits = (top + 0x7FFFFF) & 0x7F800000
+    scale_bits = (top + _COVER) & 0x7F800000
     scale_bits = tl.minimum(tl.maximum(scale_bits, _SCALE_MIN), _SCALE_MAX)
     factor = tl.where(top > 0, as_float(scale_bits), 0.0)
     inverse = tl.where(top > 0, as_float(0x7F000000 - scale_bits), 0.0)
 
-    # in units of 8^-7: its binades from 0 on, in threes (* 43 >> 7), are the ranges
-    z = tl.abs(x) * (inverse * 2097152.0)[:, None]
-    range_ = ((as_bits(tl.maximum(z, 1.0)) >> 23) * 43 - 127 * 43) >> 7
+    # in units of 8^-7, from 1 on: its binades in threes (* 43 >> 7) are the ranges
+    z = fma(tl.abs(x), (inverse * 2097152.0)[:, None], 1.0)
+    range_ = ((as_bits(z) >> 23) * 43 - 127 * 43) >> 7
     r = as_float(as_bits(z) - range_ * (3 << 23))
+    if not (OPTIONS & _STOCHASTIC):
+        random = _HALF
     if OPTIONS & _SIGNED:
-        y = fma(r, 1.0 / 7.0, 6.0 / 7.0)
-    else:
-        y = fma(r, 2.0 / 7.0, 12.0 / 7.0)
-    position = as_float(as_bits(y) + range_ * (1 << 23))
-    if OPTIONS & _STOCHASTIC:
-        position = dithered_less_one(position, random)
-    else:
-        position = position - 1.0
-    if OPTIONS & _SIGNED:
+        t = as_float(as_bits(fma(r, 1.0 / 7.0, 6.0 / 7.0)) + range_ * (1 << 23))
         if OPTIONS & _SATURATE:
-            position = tl.minimum(position, 127.0)
-        code = as_bits(tl.maximum(position, 0.0) + ROUNDER)
+            t = tl.minimum(t, 128.0)
+        code = (as_bits(t + 127.0) + random) >> 16
         code = (code & 127) | ((as_bits(x) >> 24) & 128)
     else:
+        t = as_float(as_bits(fma(r, 2.0 / 7.0, 12.0 / 7.0)) + range_ * (1 << 23))
         if OPTIONS & _SATURATE:
-            position = tl.minimum(position, 255.0)
-        code = as_bits(tl.maximum(position, 2.0) + ROUNDER) & 255
-        code = tl.where(x > 0, code, 0)
+            t = tl.minimum(t, 256.0)
+        t = tl.maximum(t, (x > 0).to(tl.float32) + 2.0)
+        code = ((as_bits(t + 254.0) * 2 + random) >> 16) & 255
     if worst >= INF_BITS:
         nan = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
         bad = (as_bits(x) & MAGNITUDE) >= INF_BITS

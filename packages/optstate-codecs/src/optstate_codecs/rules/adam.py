@@ -90,17 +90,16 @@ class Adam(Rule):
 
     def device_function(self, hyper: AdamHyper) -> tuple[Any, int]:
         options = self.decoupled * DECOUPLED + hyper.amsgrad * AMSGRAD + hyper.maximize * MAXIMIZE
-        return update_tile, options
+        beta1 = host_scalar(hyper.betas[0])
+        far = isinstance(beta1, float) and 1 - beta1 >= 0.5
+        return update_tile, options + far * FAR
 
     def device_row(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
         root = (1 - beta2**step) ** 0.5
-        # torch.lerp starts from the nearer end
-        near = (1 - beta1 < 0.5) * 1.0
         return [
-            near * (1 - beta1) - (1 - near) * beta1,
-            near,
+            1 - beta1,
             beta2,
             1 - beta2,
             1 - lr * decay if self.decoupled else decay,
@@ -151,8 +150,9 @@ def _add_scaled(grad: Tensor, param: Tensor, decay: Scalar) -> Tensor:
     return grad + param * decay
 
 
-DECOUPLED, AMSGRAD, MAXIMIZE = 1, 2, 4
-_DECOUPLED, _AMSGRAD, _MAXIMIZE = constant(DECOUPLED), constant(AMSGRAD), constant(MAXIMIZE)
+DECOUPLED, AMSGRAD, MAXIMIZE, FAR = 1, 2, 4, 8
+_DECOUPLED, _AMSGRAD = constant(DECOUPLED), constant(AMSGRAD)
+_MAXIMIZE, _FAR = constant(MAXIMIZE), constant(FAR)
 
 
 @jit
@@ -161,16 +161,19 @@ def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[n
 
     The bias corrections are in the row: lr sqrt(1 - b2^t) / (1 - b1^t) and eps sqrt(1 - b2^t).
     """
-    weight, near = tl.load(row), tl.load(row + 1)
-    beta2, other2 = tl.load(row + 2), tl.load(row + 3)
-    decay, length, eps = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    weight, beta2, other2 = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    decay, length, eps = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     if OPTIONS & _MAXIMIZE:
         g = -g
     if OPTIONS & _DECOUPLED:
         p = p * decay
     else:
         g = fma(p, decay, g)
-    m0 = fma(g - m0, weight, tl.where(near != 0, m0, g))
+    # as torch.lerp, which starts from the nearer end
+    if OPTIONS & _FAR:
+        m0 = fma(g - m0, weight - 1.0, g)
+    else:
+        m0 = fma(g - m0, weight, m0)
     m1 = fma(g * other2, g, m1 * beta2)
     largest = m1
     if OPTIONS & _AMSGRAD:

@@ -1,0 +1,149 @@
+"""Which tensors a launch steps together, and the tables that say where they lie.
+
+A bucket holds the units that one kernel can step: same device, dtypes, formats, rule options and
+write, all dense in storage order. Everything but gradient addresses and scalars is built once and
+kept until a tensor's identity changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.engine.unit import Job, Unit
+from optstate_codecs.formats import Format
+from optstate_codecs.layout import same_order, storage_order
+from optstate_codecs.rounding import stream_key
+
+__all__ = ["COLUMNS", "MOMENT_SLOTS", "Bucket", "build_buckets"]
+
+# columns of the table of tensors: see triton/kernel.py
+COLUMNS = 10
+MOMENT_SLOTS = 3
+TILE = 2048
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Bucket:
+    """Units that one launch steps, and their tables on the device.
+
+    Attributes:
+        units: in the order of the tables.
+        places: the place of each unit in the job.
+        formats: one a moment, in the rule's order.
+        function: the rule's device function and its options.
+        grad_dtype: of every gradient.
+        block: elements a row of a tile.
+        rows: rows a tile.
+        aligned: whether addresses and element counts are multiples of 16, so that a thread may
+            access 16 bytes at once.
+        tensors: int64 [units, COLUMNS].
+        work: int32 [tiles, 2], the tensor and the tile's place in it.
+    """
+
+    units: list[Unit]
+    places: list[int]
+    formats: tuple[Format, ...]
+    function: tuple[Any, int]
+    grad_dtype: torch.dtype
+    block: int
+    rows: int
+    aligned: bool
+    tensors: Tensor
+    work: Tensor
+
+
+def block_shape(formats: Sequence[Format]) -> tuple[int, int] | None:
+    """Rows and elements a row of a tile that suits all ``formats``; None where none does."""
+    spans = {format.span for format in formats if format.span > 1}
+    if len(spans) > 1:
+        return None
+    block = spans.pop() if spans else TILE
+    return max(1, TILE // block), block
+
+
+def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
+    """Sort the units of a job into buckets.
+
+    Returns:
+        The buckets, and the places of the units that are left for the reference path.
+    """
+    members: dict[Any, list[int]] = {}
+    left = []
+    for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
+        function = job.rule.device_function(job.hypers[unit.group])
+        formats = tuple(unit.formats[m.name] for m in unit.moments)
+        if function is None or not _fits(unit, grad, formats):
+            left.append(place)
+        else:
+            dtypes = (unit.param.dtype, grad.dtype)
+            key = (unit.param.device, dtypes, formats, function, unit.write, _aligned(unit, grad))
+            members.setdefault(key, []).append(place)
+    buckets = []
+    for (device, dtypes, formats, function, _, aligned), places in members.items():
+        shape = block_shape(formats)
+        assert shape is not None
+        units = [job.units[place] for place in places]
+        tables = _tables(units, formats, shape[0] * shape[1], device)
+        buckets.append(
+            Bucket(
+                units, places, formats, function, dtypes[1], shape[1], shape[0], aligned, *tables
+            )
+        )
+    return buckets, left
+
+
+def _fits(unit: Unit, grad: Tensor, formats: tuple[Format, ...]) -> bool:
+    """Whether the kernel can step this unit."""
+    param = unit.param
+    return (
+        len(formats) <= MOMENT_SLOTS
+        and all(f.device_functions is not None for f in formats)
+        and not any(f.in_update_units for f in formats[1:])
+        and block_shape(formats) is not None
+        and param.numel() > 0
+        and param.dtype in PARAM_DTYPES
+        and grad.dtype in PARAM_DTYPES
+        and param.stride() == grad.stride()
+        and param.permute(storage_order(param)).is_contiguous()
+        and all(
+            same_order(unit.state[c.key(m.name)], c, param)
+            for m, f in zip(unit.moments, formats, strict=True)
+            for c in f.components
+        )
+    )
+
+
+def _aligned(unit: Unit, grad: Tensor) -> bool:
+    addresses = [unit.param.data_ptr(), grad.data_ptr(), *(p.data_ptr() for p in unit.parts)]
+    return unit.param.numel() % 16 == 0 and all(address % 16 == 0 for address in addresses)
+
+
+def _tables(
+    units: Sequence[Unit], formats: Sequence[Format], tile: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The tables ``tensors`` and ``work`` of a bucket."""
+    table, tiles = [], []
+    for unit in units:
+        row = [unit.param.numel(), unit.param.data_ptr()]
+        for moment, format in zip(unit.moments, formats, strict=True):
+            parts = [unit.state[c.key(moment.name)].data_ptr() for c in format.components]
+            row += [parts[0], parts[-1]]
+        row += [0] * (2 + 2 * MOMENT_SLOTS - len(row))
+        for word in (0, 1):
+            low, high = stream_key(unit.seed, unit.index, word)
+            row.append((low | high << 32) - (high >> 31 << 64))
+        table.append(row)
+        tiles.append(-(-unit.param.numel() // tile))
+    counts = torch.tensor(tiles)
+    tensor = torch.repeat_interleave(torch.arange(len(units)), counts)
+    place = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return (
+        torch.tensor(table, dtype=torch.int64).to(device),
+        torch.stack([tensor, place], 1).to(torch.int32).to(device),
+    )

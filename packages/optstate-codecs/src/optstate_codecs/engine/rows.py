@@ -1,0 +1,101 @@
+"""The tables of a bucket that change every step: gradient addresses and the rule's scalars.
+
+One row of scalars serves all units of a group that have taken the same number of steps. Where the
+counts lie on the host the row is folded there in float64; where they lie on the device
+(``fused=True``), it is folded there, so that nothing waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.engine.unit import Unit
+from optstate_codecs.rules import Rule
+
+__all__ = ["RowTable"]
+
+
+class RowTable:
+    """Gradient addresses, rows, and each unit's row, for the units of one bucket."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._device = units[0].param.device
+        self._steps = [unit.state["step"] for unit in units]
+        self._groups = [unit.group for unit in units]
+        self._on_host = self._steps[0].device.type == "cpu"
+        self._last: tuple[list[int], Tensor] | None = None
+        self._versions: list[int] = []
+        self.row_of = self._sort()
+
+    def _sort(self) -> Tensor:
+        """Find which units share a row, and return each unit's."""
+        keys = [
+            (group, float(step) if self._on_host else place)
+            for place, (group, step) in enumerate(zip(self._groups, self._steps, strict=True))
+        ]
+        first: dict[Any, int] = {}
+        for place, key in sorted(enumerate(keys), key=lambda item: item[1]):
+            first.setdefault(key, place)
+        order = {key: row for row, key in enumerate(first)}
+        self._rows = [(group, self._steps[place]) for (group, _), place in first.items()]
+        return torch.tensor([order[key] for key in keys], dtype=torch.int32).to(self._device)
+
+    def advance(self, found_inf: Tensor | None) -> None:
+        """Count a step, on the device without waiting for it where the counts are there."""
+        if self._on_host and self._versions != [step._version for step in self._steps]:
+            self.row_of = self._sort()  # somebody else has stepped or loaded some of the units
+        if found_inf is None:
+            torch._foreach_add_(self._steps, 1.0)
+        elif not self._on_host:
+            torch._foreach_add_(self._steps, (found_inf == 0).to(torch.float32))
+        elif not bool(found_inf):
+            torch._foreach_add_(self._steps, 1.0)
+        self._versions = [step._version for step in self._steps]
+
+    def addresses(self, grads: list[int]) -> Tensor:
+        """The gradients' addresses on the device; copied only when one has changed."""
+        if self._last is None or self._last[0] != grads:
+            self._last = grads, self._upload(torch.tensor(grads, dtype=torch.int64))
+        return self._last[1]
+
+    def values(self, rule: Rule, hypers: Sequence[Any]) -> Tensor:
+        """The rows, float32 [rows, 1 + scalars]: the step count, then what the rule folded."""
+        groups = sorted(dict.fromkeys(group for group, _ in self._rows))
+        folded = [self._fold(rule, hypers[group], group) for group in groups]
+        if all(isinstance(rows, list) for rows in folded):
+            flat = [row for rows in folded for row in rows]
+            return self._upload(torch.tensor(flat, dtype=torch.float32))
+        return torch.cat(
+            [
+                rows if isinstance(rows, Tensor) else self._upload(torch.tensor(rows))
+                for rows in folded
+            ]
+        )
+
+    def _fold(self, rule: Rule, hyper: Any, group: int) -> list[list[float]] | Tensor:
+        """A group's rows: numbers, or a tensor where something is known to the device only."""
+        steps = [step for number, step in self._rows if number == group]
+        if self._on_host:
+            counts = [float(step) for step in steps]
+            rows: list[list[Any]] = [[c, *rule.device_row(hyper, c)] for c in counts]
+            if not any(isinstance(value, Tensor) for row in rows for value in row):
+                return rows
+            vector = torch.tensor(counts, dtype=torch.float64).to(self._device)
+        else:
+            vector = torch.stack(steps).to(torch.float64)
+        columns = [
+            value.to(torch.float32).expand(len(steps))
+            if isinstance(value, Tensor)
+            else torch.full((len(steps),), value, dtype=torch.float32, device=self._device)
+            for value in (vector, *rule.device_row(hyper, vector))
+        ]
+        return torch.stack(columns, 1)
+
+    def _upload(self, table: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return table
+        return table.pin_memory().to(self._device, non_blocking=True)

@@ -1,0 +1,128 @@
+"""The engine as an optimizer holds it: chooses the backend and keeps plans between steps."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from optstate_codecs.device import HAS_TRITON, INTERPRETED
+from optstate_codecs.engine import eager
+from optstate_codecs.engine.plan import Bucket, build_buckets
+from optstate_codecs.engine.rows import RowTable
+from optstate_codecs.engine.unit import Job
+
+__all__ = ["BACKENDS", "Session"]
+
+BACKENDS = ("auto", "eager", "triton")
+VARIABLE = "OPTSTATE_BACKEND"
+# plans are keyed by which parameters have gradients; models that route keep a few
+PLANS = 8
+
+
+@dataclass
+class Plan:
+    """What is kept for one set of units: its buckets, and what they were built from."""
+
+    job: Job
+    identities: list[Any]
+    buckets: list[Bucket]
+    left: list[int]
+    rows: list[RowTable]
+    constants: list[dict[str, Any]]
+
+
+class Session:
+    """Runs jobs on one backend and remembers their plans.
+
+    Args:
+        backend: "auto" takes Triton on CUDA devices where it is installed and the reference
+            elsewhere; the environment variable OPTSTATE_BACKEND stands in for "auto".
+
+    Raises:
+        RuntimeError: "triton" was asked for by name and is not there.
+    """
+
+    def __init__(self, backend: str) -> None:
+        if backend == "auto":
+            backend = os.environ.get(VARIABLE, "auto")
+            if backend not in BACKENDS:
+                allowed = ", ".join(map(repr, BACKENDS))
+                raise ValueError(f"{VARIABLE}={backend!r}: must be one of {allowed}")
+        if backend == "triton" and not HAS_TRITON:
+            raise RuntimeError("backend='triton': triton is not installed; pip install triton")
+        self.backend = backend
+        self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
+
+    def step(self, job: Job) -> None:
+        """Step every unit of the job."""
+        if not job.units:
+            return
+        if not self._kernel_runs(job):
+            eager.step(job)
+            return
+        plan = self._plan(job)
+        left = plan.left
+        if left:
+            units, grads = [job.units[i] for i in left], [job.grads[i] for i in left]
+            eager.step(Job(job.rule, units, grads, job.hypers, job.grad_scale, job.found_inf))
+        if plan.buckets:
+            self._launch(plan, job)
+
+    def _kernel_runs(self, job: Job) -> bool:
+        cuda = all(unit.param.is_cuda for unit in job.units)
+        if self.backend == "triton" and not (cuda or INTERPRETED):
+            raise RuntimeError(
+                "backend='triton': parameters must be on a CUDA device "
+                "(or TRITON_INTERPRET=1 set); use backend='auto'"
+            )
+        return self.backend == "triton" or (self.backend == "auto" and cuda and HAS_TRITON)
+
+    def _plan(self, job: Job) -> Plan:
+        key = tuple(unit.index for unit in job.units)
+        identities = _identities(job)
+        plan = self._plans.get(key)
+        if plan is None or plan.identities != identities:
+            # kernels are imported with the first plan, so that CPU users never load triton
+            from optstate_codecs.engine.triton.launch import constants
+
+            buckets, left = build_buckets(job)
+            rows = [RowTable(bucket.units) for bucket in buckets]
+            chosen = [constants(bucket) for bucket in buckets]
+            plan = self._plans[key] = Plan(job, identities, buckets, left, rows, chosen)
+        self._plans.move_to_end(key)
+        while len(self._plans) > PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+    def _launch(self, plan: Plan, job: Job) -> None:
+        from optstate_codecs.engine.triton.launch import launch
+
+        scale = job.grad_scale.reciprocal() if job.grad_scale is not None else None
+        for bucket, rows, chosen in zip(plan.buckets, plan.rows, plan.constants, strict=True):
+            rows.advance(job.found_inf)
+            grads = [job.grads[place].data_ptr() for place in bucket.places]
+            launch(
+                bucket,
+                chosen,
+                rows.addresses(grads),
+                rows.row_of,
+                rows.values(job.rule, job.hypers),
+                scale,
+                job.found_inf,
+            )
+
+
+def _identities(job: Job) -> list[Any]:
+    """What a plan depends on; equal lists mean that every table still holds."""
+    found: list[Any] = []
+    for unit, grad in zip(job.units, job.grads, strict=True):
+        found.append(id(unit))
+        found.append(unit.param.data_ptr())
+        found.append(grad.data_ptr() % 16)
+        found.append(grad.dtype)
+        found.append(grad.stride())
+        found.extend(map(id, unit.state.values()))
+    found.append([job.rule.device_function(hyper) for hyper in job.hypers])
+    return found

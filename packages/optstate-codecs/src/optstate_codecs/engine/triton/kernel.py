@@ -1,0 +1,180 @@
+"""The multi-tensor kernel: one launch steps every tile of every tensor in a bucket.
+
+A program owns one tile of [ROWS, BLOCK] consecutive elements: it looks up where its tensor lies,
+decodes, updates, encodes and writes. What to decode, update and encode with are device functions
+given as constants, so a new format or rule needs no new kernel.
+
+Tables (see ``plan.py``). ``tensors``, int64, one row a tensor: element count, parameter, two
+components of each of three moments, two stream keys. ``grads``: int64 addresses.
+``rows``: float32 scalars of the rule, one row for each (group, step count), after the step count
+itself. ``row_of``: each tensor's row, int32.
+"""
+
+from __future__ import annotations
+
+from optstate_codecs.device import (
+    constant,
+    from_bf16_bits,
+    half,
+    hash_tile,
+    jit,
+    reciprocal,
+    sqrt,
+    tl,
+    to_bf16_bits,
+    to_bf16_bits_stochastic,
+)
+from optstate_codecs.moments import SMALLEST_ROOT
+
+__all__ = ["step_kernel"]
+
+_SMALLEST_ROOT = constant(SMALLEST_ROOT)
+
+
+@jit
+def _load_real(pointer, offsets, mask, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
+    if BF16:
+        return from_bf16_bits(tl.load(pointer + offsets, mask=mask, other=0))
+    else:
+        return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _pointer(entry, DTYPE: tl.constexpr, DIVISIBLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    # an address from memory has lost its alignment: without this, loads are 2 or 4 bytes wide
+    return tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), DIVISIBLE)
+
+
+@jit
+def step_kernel(  # type: ignore[no-untyped-def]
+    work,
+    tensors,
+    grads,
+    row_of,
+    rows,
+    grad_scale,
+    found_inf,
+    ROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    UPDATE_OPTIONS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    LOAD0: tl.constexpr,
+    STORE0: tl.constexpr,
+    OPTIONS0: tl.constexpr,
+    FIRST0: tl.constexpr,
+    SECOND0: tl.constexpr,
+    SQRT0: tl.constexpr,
+    UPDATE_UNITS0: tl.constexpr,
+    STREAM0: tl.constexpr,
+    LOAD1: tl.constexpr,
+    STORE1: tl.constexpr,
+    OPTIONS1: tl.constexpr,
+    FIRST1: tl.constexpr,
+    SECOND1: tl.constexpr,
+    SQRT1: tl.constexpr,
+    STREAM1: tl.constexpr,
+    LOAD2: tl.constexpr,
+    STORE2: tl.constexpr,
+    OPTIONS2: tl.constexpr,
+    FIRST2: tl.constexpr,
+    SECOND2: tl.constexpr,
+    SQRT2: tl.constexpr,
+    STREAM2: tl.constexpr,
+    WORD0: tl.constexpr,
+    WORD1: tl.constexpr,
+    P_TYPE: tl.constexpr,
+    P_BF16: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    G_BF16: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+    DIVISIBLE: tl.constexpr,
+    STATE_DIVISIBLE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Step one tile; see the module's docstring for the tables."""
+    if HAS_FOUND_INF:  # noqa: SIM102 - the inner condition is a device value
+        if tl.load(found_inf) != 0.0:
+            return
+    program = tl.program_id(0)
+    tensor = tl.load(work + 2 * program)
+    tile = tl.load(work + 2 * program + 1)
+    entry = tensors + tensor.to(tl.int64) * COLUMNS
+    numel = tl.load(entry)
+    start = tile.to(tl.int64) * (ROWS * BLOCK)
+    row = rows + tl.load(row_of + tensor) * ROW
+    step = tl.load(row).to(tl.int32)
+
+    row_offsets = tl.arange(0, ROWS)
+    offsets = row_offsets[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    left = tl.minimum(numel - start, ROWS * BLOCK).to(tl.int32)
+    # a mask that changes only at multiples of 16 keeps accesses wide
+    left = tl.multiple_of(left, WHOLE)
+    mask = offsets < left
+    row_mask = row_offsets * BLOCK < left
+    first_row = tile.to(tl.int64) * ROWS
+
+    p_pointer = _pointer(entry + 1, P_TYPE, DIVISIBLE) + start
+    g_pointer = _pointer(grads + tensor, G_TYPE, DIVISIBLE) + start
+    p = _load_real(p_pointer, offsets, mask, P_BF16)
+    g = _load_real(g_pointer, offsets, mask, G_BF16)
+    if HAS_SCALE:
+        g = g * tl.load(grad_scale)
+
+    first0 = _pointer(entry + 2, FIRST0, STATE_DIVISIBLE) + start
+    second0 = _pointer(entry + 3, SECOND0, 1) + first_row
+    m0 = LOAD0(first0, second0, offsets, mask, row_offsets, row_mask, OPTIONS0)
+    m1 = m0
+    m2 = m0
+    if MOMENTS >= 2:
+        first1 = _pointer(entry + 4, FIRST1, STATE_DIVISIBLE) + start
+        second1 = _pointer(entry + 5, SECOND1, 1) + first_row
+        m1 = LOAD1(first1, second1, offsets, mask, row_offsets, row_mask, OPTIONS1)
+    if MOMENTS >= 3:
+        first2 = _pointer(entry + 6, FIRST2, STATE_DIVISIBLE) + start
+        second2 = _pointer(entry + 7, SECOND2, 1) + first_row
+        m2 = LOAD2(first2, second2, offsets, mask, row_offsets, row_mask, OPTIONS2)
+        if SQRT2:
+            m2 = m2 * m2
+    if UPDATE_UNITS0:
+        m0 = m0 * (m1 if SQRT1 else sqrt(m1))
+    if SQRT0:
+        m0 = m0 * m0
+    if SQRT1:
+        m1 = m1 * m1
+
+    p, m0, m1, m2 = UPDATE(p, g, m0, m1, m2, row + 1, UPDATE_OPTIONS)
+
+    word0 = offsets
+    word1 = offsets
+    if WORD0:
+        word0 = hash_tile(tl.load(entry + 8), step, start, offsets)
+    if WORD1:
+        word1 = hash_tile(tl.load(entry + 9), step, start, offsets)
+    if P_BF16:
+        if STOCHASTIC:
+            tl.store(p_pointer + offsets, to_bf16_bits_stochastic(p, half(word0, 0)), mask=mask)
+        else:
+            tl.store(p_pointer + offsets, to_bf16_bits(p), mask=mask)
+    else:
+        tl.store(p_pointer + offsets, p.to(P_TYPE), mask=mask)
+
+    x0 = m0
+    if UPDATE_UNITS0:
+        x0 = m0 * reciprocal(tl.maximum(sqrt(m1), _SMALLEST_ROOT))
+    if SQRT0:
+        x0 = sqrt(m0)
+    random0 = half(word1 if STREAM0 >= 2 else word0, STREAM0)
+    STORE0(first0, second0, x0, random0, offsets, mask, row_offsets, row_mask, OPTIONS0)
+    if MOMENTS >= 2:
+        x1 = sqrt(m1) if SQRT1 else m1
+        random1 = half(word1 if STREAM1 >= 2 else word0, STREAM1)
+        STORE1(first1, second1, x1, random1, offsets, mask, row_offsets, row_mask, OPTIONS1)
+    if MOMENTS >= 3:
+        x2 = sqrt(m2) if SQRT2 else m2
+        random2 = half(word1 if STREAM2 >= 2 else word0, STREAM2)
+        STORE2(first2, second2, x2, random2, offsets, mask, row_offsets, row_mask, OPTIONS2)

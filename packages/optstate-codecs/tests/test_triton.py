@@ -1,0 +1,278 @@
+"""Law 7: the kernel gives the reference's bits, in the interpreter and on a GPU.
+
+Both sides take each step from the same state, so that one different rounding is counted once.
+"""
+
+import pytest
+import torch
+from subjects import SECOND
+
+from optstate_codecs import Adam, CodedOptimizer
+from optstate_codecs.device import HAS_TRITON, INTERPRETED
+from optstate_codecs.engine.plan import build_buckets
+from optstate_codecs.testing import Trainer
+
+FIRST = "dynamic8(block_size=256, rounding=stochastic, units=update)"
+FORMATS = {
+    "fp32": ("fp32", "fp32"),
+    "bf16": ("bf16", "bf16"),
+    "bf16-nearest": ("bf16(rounding=nearest)", "bf16(rounding=nearest)"),
+    "int8": ("int8", "fp32"),
+    "int8-stochastic": ("int8(rounding=stochastic, units=update)", "bf16"),
+    "dynamic8": (FIRST, SECOND),
+    "dynamic8-plain": ("dynamic8(block_size=64)", "dynamic8(block_size=64, signed=False)"),
+    "dynamic8-2048": ("dynamic8", "dynamic8(signed=False, domain=sqrt)"),
+}
+# several tiles, tails of every kind, aligned and not, one element, none, no dimensions
+SHAPES = ((96, 128), (61, 83), (4097,), (129,), (16,), (1,), (0,), ())
+
+
+def devices() -> list:
+    interpreter = pytest.param("cpu", marks=pytest.mark.interpret, id="interpreter")
+    return [interpreter, pytest.param("cuda", marks=pytest.mark.cuda, id="cuda")]
+
+
+@pytest.fixture(autouse=True)
+def _can_run(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if request.node.get_closest_marker("interpret") and not (HAS_TRITON and INTERPRETED):
+        pytest.skip("needs triton and TRITON_INTERPRET=1")
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")
+
+
+def pair(formats: tuple[str, str], device: str, shapes=SHAPES, dtype=torch.float32, **options):
+    """The reference on the CPU and the kernel on ``device``, over equal parameters."""
+    chosen = {"exp_avg": formats[0], "exp_avg_sq": formats[1], "max_exp_avg_sq": formats[1]}
+    rule = Adam(decoupled=options.pop("decoupled", True))
+
+    def make(backend):
+        return lambda params: CodedOptimizer(params, rule, chosen, backend=backend, **options)
+
+    return (
+        Trainer(make("eager"), shapes, dtype),
+        Trainer(make("triton"), shapes, dtype, device),
+    )
+
+
+def compare(reference: Trainer, kernel: Trainer) -> tuple[int, int]:
+    """Elements and differing codes; asserts that none differs by more than a level."""
+    total = different = 0
+    for ours, theirs in zip(reference.params, kernel.params, strict=True):
+        state = kernel.optimizer.state.get(theirs, {})
+        for key, expected in reference.optimizer.state.get(ours, {}).items():
+            got = state[key].cpu()
+            if key.endswith("_scale"):
+                torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+                continue
+            total += expected.numel()
+            wrong = ~torch.isclose(got, expected, rtol=0, atol=0, equal_nan=True)
+            different += int(wrong.sum())
+            if not expected.is_floating_point():
+                assert ((got.int() - expected.int())[wrong].abs() <= 1).all()
+            else:
+                torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-30, equal_nan=True)
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-2, atol=2e-6, equal_nan=True)
+    return total, different
+
+
+def synchronise(reference: Trainer, kernel: Trainer) -> None:
+    kernel.optimizer.load_state_dict(reference.optimizer.state_dict())
+    for ours, theirs in zip(reference.params, kernel.params, strict=True):
+        theirs.data.copy_(ours.data)
+
+
+def run(reference: Trainer, kernel: Trainer, steps: int = 4) -> None:
+    total = different = 0
+    for _ in range(steps):
+        reference.run(1)
+        kernel.run(1)
+        counts = compare(reference, kernel)
+        total, different = total + counts[0], different + counts[1]
+        synchronise(reference, kernel)
+    assert different <= max(2, 1e-4 * total)
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
+def test_same_codes_for_every_format(formats, device) -> None:
+    run(*pair(formats, device))
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"write": "stochastic"}),
+        (torch.float16, {"lr": 0.05}),
+        (torch.float32, {"amsgrad": True}),
+        (torch.float32, {"maximize": True, "betas": (0.4, 0.95)}),
+        (torch.float32, {"decoupled": False, "weight_decay": 0.3}),
+    ],
+    ids=["bf16", "bf16-stochastic", "fp16", "amsgrad", "maximize-far", "coupled"],
+)
+def test_same_codes_for_every_option(dtype, options, device) -> None:
+    run(*pair(FORMATS["dynamic8"], device, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("name", ["dynamic8", "bf16", "int8"])
+def test_nonfinite_stays_where_it_is(name, device) -> None:
+    reference, kernel = pair(FORMATS[name], device, ((3, 1024),))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for trainer in (reference, kernel):
+            trainer.run(1)
+            grad = torch.ones(3, 1024)
+            grad[1, 5] = value
+            trainer.params[0].grad = grad.to(trainer.params[0].device)
+            trainer.optimizer.step()
+        compare(reference, kernel)
+        assert not torch.isfinite(kernel.params[0][1, 5])
+        assert int((~torch.isfinite(kernel.params[0])).sum()) == 1
+
+
+@pytest.mark.parametrize("device", devices())
+def test_layouts_and_what_the_kernel_leaves_to_the_reference(device) -> None:
+    """Dense layouts run in the kernel; others, float64 and mixed blocks in the reference."""
+    reference, kernel = pair(FORMATS["dynamic8"], device, ((4, 8, 6, 6),) * 4)
+    layouts = [
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: torch.cat([t, t], 3)[..., ::2],
+        lambda t: t.double(),
+    ]
+    for trainer in (reference, kernel):
+        for param, layout in zip(trainer.params, layouts, strict=True):
+            param.data = layout(param.data)
+    for _ in range(2):
+        for trainer in (reference, kernel):
+            for i, param in enumerate(trainer.params):
+                grad = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(i))
+                param.grad = torch.empty_like(param).copy_(grad)
+            trainer.optimizer.step()
+    compare(reference, kernel)
+    (plan,) = kernel.optimizer._session._plans.values()
+    assert len(plan.left) == 2
+    assert sum(len(bucket.units) for bucket in plan.buckets) == 2
+
+
+@pytest.mark.parametrize("device", devices())
+def test_misaligned_addresses_take_the_narrow_kernel(device) -> None:
+    reference, kernel = pair(FORMATS["dynamic8"], device, ((32, 64), (32, 64)))
+    for trainer in (reference, kernel):
+        data = trainer.params[0].data
+        base = torch.empty(data.numel() + 1, device=data.device)
+        trainer.params[0].data = base[1:].view(32, 64).copy_(data)
+    reference.run(1)
+    kernel.run(1)
+    compare(reference, kernel)
+    (plan,) = kernel.optimizer._session._plans.values()
+    assert sorted(bucket.aligned for bucket in plan.buckets) == [False, True]
+
+
+@pytest.mark.parametrize("device", devices())
+def test_groups_and_late_starters_share_a_launch(device) -> None:
+    reference, kernel = pair(FORMATS["dynamic8"], device, ((256,), (256,)))
+    for trainer in (reference, kernel):
+        late = torch.nn.Parameter(torch.ones(256, device=trainer.params[0].device))
+        trainer.run(1)
+        trainer.optimizer.add_param_group({"params": [late], "lr": 0.1, "weight_decay": 0.5})
+        trainer.params.append(late)
+        trainer.run(1)
+    compare(reference, kernel)
+    plan = list(kernel.optimizer._session._plans.values())[-1]
+    assert len(plan.buckets) == 1
+    assert len(plan.buckets[0].units) == 3
+
+
+@pytest.mark.parametrize("device", devices())
+def test_counts_that_drift_apart_get_rows_of_their_own(device) -> None:
+    """Gradients that come and go: a kept plan must notice that counts have changed."""
+    reference, kernel = pair(FORMATS["fp32"], device, ((64,), (64,), (64,)))
+    for trainer in (reference, kernel):
+        trainer.run(8)
+    counts = [float(s["step"]) for s in kernel.optimizer.state.values()]
+    assert len(set(counts)) > 1
+    compare(reference, kernel)
+
+
+@pytest.mark.parametrize("device", devices())
+def test_plans_are_kept_until_something_changes(device, monkeypatch) -> None:
+    _, kernel = pair(FORMATS["dynamic8"], device, ((64,), (64,)))
+    built = []
+
+    def counting(job):
+        built.append(len(job.units))
+        return build_buckets(job)
+
+    monkeypatch.setattr("optstate_codecs.engine.session.build_buckets", counting)
+    params, optimizer = kernel.params, kernel.optimizer
+
+    def step() -> int:
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.ones_like(param)
+        optimizer.step()
+        return len(built)
+
+    assert [step() for _ in range(3)] == [1, 1, 1]
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.param_groups[0]["betas"] = (0.8, 0.9)
+    optimizer.param_groups[0]["weight_decay"] = 0.25
+    assert step() == 1
+    params[0].grad = torch.zeros_like(params[0])
+    assert step() == 1
+    params[0].data = params[0].data.clone()
+    assert step() == 2
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert step() == 3
+    params[1].grad = None
+    params[1].requires_grad_(False)
+    optimizer.step()
+    assert built == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("device", devices())
+def test_scaler_on_the_device(device) -> None:
+    """fused=True: unscaling and skipping happen in the launch."""
+    reference, kernel = pair(FORMATS["dynamic8"], device, ((300,),), fused=True)
+    for skip in (0.0, 1.0, 0.0):
+        for trainer in (reference, kernel):
+            param, optimizer = trainer.params[0], trainer.optimizer
+            param.grad = torch.linspace(-1, 1, 300, device=param.device) * 64
+            optimizer.grad_scale = torch.tensor(64.0, device=param.device)
+            optimizer.found_inf = torch.tensor(skip, device=param.device)
+            optimizer.step()
+        compare(reference, kernel)
+    assert float(kernel.optimizer.state[kernel.params[0]]["step"]) == 2
+
+
+@pytest.mark.parametrize("device", devices())
+def test_tensor_hyper_parameters_are_read_where_they_are(device) -> None:
+    reference, kernel = pair(FORMATS["fp32"], device, ((300,),))
+    kernel.optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, device=device)
+    for lr in (1e-3, 5e-2):
+        reference.optimizer.param_groups[0]["lr"] = lr
+        kernel.optimizer.param_groups[0]["lr"].fill_(lr)
+        reference.run(1)
+        kernel.run(1)
+        compare(reference, kernel)
+
+
+def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="backend='cuda': must be one of 'auto', 'eager'"):
+        CodedOptimizer([param], Adam(), {}, backend="cuda")
+    monkeypatch.setenv("OPTSTATE_BACKEND", "fast")
+    with pytest.raises(ValueError, match="OPTSTATE_BACKEND='fast': must be one of"):
+        CodedOptimizer([param], Adam(), {"exp_avg": "fp32", "exp_avg_sq": "fp32"})
+    monkeypatch.delenv("OPTSTATE_BACKEND")
+    if HAS_TRITON and not INTERPRETED:
+        formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+        optimizer = CodedOptimizer([param], Adam(), formats, backend="triton")
+        param.grad = torch.ones(3)
+        with pytest.raises(RuntimeError, match="parameters must be on a CUDA device"):
+            optimizer.step()
