@@ -1,98 +1,170 @@
-"""Times `optimizer.step()` on one square layer and counts its state.
+"""Times a whole `optimizer.step()`: on the device, on the host, and against the copy bandwidth.
 
-A row a combination of optimizer and size: the 20th, 50th and 80th percentile in milliseconds over
-repeated steps with the same gradient, after a warm-up. Rows are appended to a CSV file.
+    python benchmarks/step_time.py --layout llama1b --dtype bfloat16 --device cuda
+    python benchmarks/step_time.py --layout gpt2 --only "torch fused" --only AdamW8bit
 
-    python benchmarks/step_time.py --size 1024 --size 4096 --device cuda
+Bytes are those a step must move: parameter, gradient and state read, parameter and state written.
+The copy bandwidth is measured in the same run and counts bytes read and written. "device" is the
+median between CUDA events around a step whose launches the host has queued before (so the host is
+not in it, unless the optimizer waits for the device), "host" the median time until `step()`
+returns, "whole" the median until the device is done. Results are printed and written as JSON.
 """
 
 import argparse
-import csv
-from collections.abc import Callable
+import json
+import platform
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from platform import machine, python_version
+from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
+from contestants import Make, contestants
+from layouts import LAYOUTS
 
-import lowbit_adam
-from optstate_codecs.memory import state_bytes
-
-RESULTS = Path(__file__).parent / "results" / "step_time.csv"
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "torch.optim.AdamW": torch.optim.AdamW,
-    "torch.optim.AdamW(fused=True)": partial(torch.optim.AdamW, fused=True),
-    "lowbit_adam.AdamW8bit": lowbit_adam.AdamW8bit,
-    "lowbit_adam.AdamW8bit(block_size=256)": partial(lowbit_adam.AdamW8bit, block_size=256),
-}
+RESULTS = Path(__file__).parent / "results"
 
 
-def step_times(optimizer: torch.optim.Optimizer, device: torch.device, repeats: int) -> list[float]:
-    """Milliseconds of each step; a GPU is waited for before the clock is read."""
-    times = []
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(device: torch.device, call: Any, repeats: int) -> tuple[float, float, float]:
+    """Medians: on the device, until the call returned, until the device was done."""
+    inside, host, whole = [], [], []
     for _ in range(repeats):
+        synchronize(device)
         begin = perf_counter()
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1e3 * (perf_counter() - begin))
-    return times
+        call()
+        host.append(1e3 * (perf_counter() - begin))
+        synchronize(device)
+        whole.append(1e3 * (perf_counter() - begin))
+    for _ in range(repeats if device.type == "cuda" else 0):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        # the device sleeps until the host has launched everything
+        torch.cuda._sleep(int(2.5e6 * (median(host) + 0.2)))
+        events[0].record()
+        call()
+        events[1].record()
+        synchronize(device)
+        inside.append(events[0].elapsed_time(events[1]))
+    return median(inside or whole), median(host), median(whole)
 
 
-def measure(name: str, size: int, device: torch.device, repeats: int) -> dict[str, object]:
-    """One row of the results."""
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.randn(1 << (29 if device.type == "cuda" else 25), device=device)
+    target = torch.empty_like(source)
+    time, _, _ = milliseconds(device, lambda: target.copy_(source), 10)
+    return 2 * source.nbytes / time * 1e3
+
+
+def storage_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state, parameters of tensor subclasses included."""
+    from optstate_codecs.memory import state_bytes
+
+    return state_bytes(optimizer)
+
+
+def measure(
+    make: Make, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, n: int
+) -> dict[str, Any]:
+    """One row: times, bytes, temporary memory."""
     generator = torch.Generator(device).manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(size, size, device=device, generator=generator))
-    weight.grad = torch.randn(size, size, device=device, generator=generator)
-    optimizer = OPTIMIZERS[name]([weight])
-    step_times(optimizer, device, max(1, repeats // 5))
-    times = torch.tensor(step_times(optimizer, device, repeats))
-    p20, p50, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    params = []
+    for shape in shapes:
+        data = torch.randn(shape, device=device, generator=generator).to(dtype)
+        params.append(torch.nn.Parameter(data))
+        params[-1].grad = torch.randn(shape, device=device, generator=generator).to(dtype)
+    optimizer = make(params, lr=1e-3)
+    begin = perf_counter()
+    optimizer.step()
+    synchronize(device)
+    first = perf_counter() - begin
+    milliseconds(device, optimizer.step, 3)
+    temporary = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        optimizer.step()
+        temporary = torch.cuda.max_memory_allocated(device) - before
+    times = milliseconds(device, optimizer.step, n)
+    numel = sum(p.numel() for p in params)
+    state = storage_bytes(optimizer)
+    moved = sum(3 * p.nbytes for p in params) + 2 * state
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "optimizer": name,
-        "size": size,
-        "p20_ms": f"{p20:.4f}",
-        "p50_ms": f"{p50:.4f}",
-        "p80_ms": f"{p80:.4f}",
-        "state_bytes_per_parameter": f"{state_bytes(optimizer) / weight.numel():.5f}",
-        "repeats": repeats,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine(),
-        "threads": torch.get_num_threads(),
-        "python": python_version(),
-        "torch": torch.__version__,
-        "lowbit_adam": lowbit_adam.__version__,
+        "device_ms": times[0],
+        "host_ms": times[1],
+        "whole_ms": times[2],
+        "first_step_s": first,
+        "bytes_per_parameter": moved / numel,
+        "state_bits_per_parameter": 8 * state / numel,
+        "moved_bytes": moved,
+        "temporary_bytes": temporary,
+        "parameters": numel,
+        "tensors": len(params),
     }
 
 
 def main() -> None:
-    """Measures every combination and appends the rows."""
+    """Measures every chosen optimizer on every chosen layout and dtype."""
+    available = contestants()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", type=int, action="append", help="rows and columns; repeatable")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, action="append", help="repeatable")
-    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--layout", choices=LAYOUTS, action="append")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append")
+    parser.add_argument("--only", choices=available, action="append", help="repeatable")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to append to")
+    parser.add_argument("--out", type=Path, default=RESULTS / "step_time.json")
     args = parser.parse_args()
-    torch.set_grad_enabled(False)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not args.out.exists()
-    with args.out.open("a", newline="") as file:
-        writer = None
-        for size in args.size or (256, 1024, 2048):
-            for name in args.optimizer or OPTIMIZERS:
-                row = measure(name, size, torch.device(args.device), args.repeats)
-                if writer is None:
-                    writer = csv.DictWriter(file, row)
-                    if new:
-                        writer.writeheader()
-                writer.writerow(row)
+    device = torch.device(args.device)
+    bandwidth = copy_bandwidth(device)
+    report: dict[str, Any] = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "repeats": args.repeats,
+        "copy_bandwidth_gb_s": bandwidth / 1e9,
+        "versions": {name: version for name, (_, version) in available.items()},
+        "rows": [],
+    }
+    print(f"{report['device']}, torch {torch.__version__}, copy {bandwidth / 1e9:.0f} GB/s")
+    print(f"{'':14}{'layout':10}{'dtype':9}  device    host   whole     B/p  share  temp  first")
+    for layout in args.layout or ["gpt2"]:
+        for dtype in args.dtype or ["bfloat16"]:
+            for name in args.only or available:
+                key = {"optimizer": name, "layout": layout, "dtype": dtype}
+                try:
+                    row = measure(
+                        available[name][0],
+                        LAYOUTS[layout](),
+                        getattr(torch, dtype),
+                        device,
+                        args.repeats,
+                    )
+                except Exception as error:  # a peer's failure is a result, not the end of the run
+                    report["rows"].append({**key, "error": repr(error)[:300]})
+                    print(f"{name:14}{layout:10}{dtype:9}  {repr(error)[:80]}")
+                    continue
+                finally:
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                share = row["moved_bytes"] / row["device_ms"] * 1e3 / bandwidth
+                report["rows"].append({**key, **row, "copy_share": share})
                 print(
-                    f"{size:5} {name:40} {row['p50_ms']:>9} ms"
-                    f" {row['state_bytes_per_parameter']:>9} bytes/parameter"
+                    f"{name:14}{layout:10}{dtype:9}{row['device_ms']:8.3f}{row['host_ms']:8.3f}"
+                    f"{row['whole_ms']:8.3f}{row['bytes_per_parameter']:8.2f}{100 * share:6.1f}%"
+                    f"{row['temporary_bytes'] / 2**20:6.1f}{row['first_step_s']:7.2f}",
+                    flush=True,
                 )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

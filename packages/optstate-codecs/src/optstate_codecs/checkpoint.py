@@ -17,7 +17,13 @@ from optstate_codecs.formats import FP32, Format, parse_format
 from optstate_codecs.layout import same_order
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
-from optstate_codecs.state import decode_moments, decode_state, encode_state, state_keys
+from optstate_codecs.state import (
+    decode_moments,
+    decode_state,
+    encode_state,
+    share_steps,
+    state_keys,
+)
 
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
@@ -32,6 +38,11 @@ def packed(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
     for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):
         formats = optimizer.group_formats(group)
         saved["formats"] = {moment: format.spec for moment, format in formats.items()}
+    # counts lie side by side in one storage, which some savers refuse and torch.save writes whole
+    plain["state"] = {
+        number: {**state, "step": state["step"].clone()} if "step" in state else state
+        for number, state in plain["state"].items()
+    }
     return plain
 
 
@@ -69,6 +80,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
         raise KeyError(f"state_dict['state']: unknown parameter {foreign[0]!r}")
 
     state: dict[Tensor, dict[str, Any]] = {}
+    loaded = []
     index = 0
     for (group, saved_formats), saved in zip(groups, state_dict["param_groups"], strict=True):
         formats = optimizer.group_formats(group)
@@ -85,12 +97,14 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                     decoded = _decoded(param, stored, source, moments)
                     moved = encode_state(param, decoded, moments, formats, counter)
                 state[param] = {"step": step, **moved}
+                loaded.append((param, state[param], group["fused"]))
             index += 1
 
     for target, (group, _) in zip(optimizer.param_groups, groups, strict=True):
         for key in set(target) - set(group):
             del target[key]
         target.update(group)
+    share_steps(loaded)
     optimizer.state.clear()
     optimizer.state.update(state)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():

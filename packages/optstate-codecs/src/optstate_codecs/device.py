@@ -130,6 +130,29 @@ def byte_float(byte):  # type: ignore[no-untyped-def]
 
 
 @jit
+def third_byte(word):  # type: ignore[no-untyped-def]
+    """Bits 16 to 23 of an int32, as uint8."""
+    if INTERPRET:
+        return ((word >> 16) & 255).to(tl.uint8)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high;
+            prmt.b32 low, $1, $2, 0x0062;
+            prmt.b32 high, $3, $4, 0x0062;
+            prmt.b32 $0, low, high, 0x5410;
+            }
+            """,
+            "=r,r,r,r,r",
+            [word],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@jit
 def sqrt(x):  # type: ignore[no-untyped-def]
     """Square root within an ulp; subnormal numbers count as zero on a GPU."""
     if INTERPRET:

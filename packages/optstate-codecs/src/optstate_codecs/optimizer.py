@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from optstate_codecs import checkpoint, checks, engine
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.rules import Rule
-from optstate_codecs.state import initial_state
+from optstate_codecs.state import initial_state, share_steps
 from optstate_codecs.writes import WRITES
 
 __all__ = ["CodedOptimizer"]
@@ -25,6 +25,10 @@ TORCH_FLAGS: dict[str, Any] = {
     "differentiable": False,
     "fused": None,
 }
+
+
+# place in the optimizer, number of the group, parameter, gradient, the gradient's address
+Place = tuple[int, int, Tensor, Tensor, int]
 
 
 class CodedOptimizer(torch.optim.Optimizer):
@@ -79,7 +83,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
         self._session = engine.Session(backend)
-        self._units: dict[int, Unit] = {}
+        self._forget()
         known = {**rule.defaults(), **TORCH_FLAGS, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:
             options["formats"] = formats
@@ -92,6 +96,12 @@ class CodedOptimizer(torch.optim.Optimizer):
         if self.defaults["fused"]:
             # GradScaler then hands grad_scale and found_inf to step instead of unscaling itself
             self._step_supports_amp_scaling = True
+
+    def _forget(self) -> None:
+        """Drop what is kept from step to step."""
+        self._units: dict[int, Unit] = {}
+        self._groups: dict[int, tuple[Any, ...]] = {}
+        self._checked: dict[int, Any] = {}
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         """The format of each moment that ``group`` keeps, in the rule's order."""
@@ -161,61 +171,67 @@ class CodedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         hypers = [self.rule.hyper(group) for group in self.param_groups]
-        found = list(self._gradients())
-        grads = [grad for *_, grad in found]
+        kept = [self._kept(number, hyper) for number, hyper in enumerate(hypers)]
+        places = self._gradients()
+        grads = [place[3] for place in places]
+        addresses = [place[4] for place in places]
         if self.skip_nonfinite and not all(torch.isfinite(grad).all() for grad in grads):
             return loss
-        all_formats = [self.group_formats(group) for group in self.param_groups]
-        units = [
-            self._unit(index, number, param, hypers, all_formats)
-            for index, number, param, _ in found
-        ]
+        units = self._current_units(places, kept)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._session.step(engine.Job(self.rule, units, grads, hypers, scale, found_inf))
+        job = engine.Job(self.rule, units, grads, hypers, addresses, scale, found_inf)
+        self._session.step(job)
         return loss
 
-    def _gradients(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Place, group, parameter and gradient of each that has one; raises on a bad gradient."""
+    def _gradients(self) -> list[Place]:
+        """Where there are gradients; raises if one of them is unusable."""
+        found = []
         index = 0
+        checked = self._checked
         for number, group in enumerate(self.param_groups):
             for param in group["params"]:
-                if (grad := param.grad) is not None:
-                    _check_grad(index, param, grad)
-                    yield index, number, param, grad
+                grad = param.grad
+                if grad is not None:
+                    address = grad.data_ptr() if grad.layout is torch.strided else -1
+                    # where a good gradient of this dtype lay last time, another one lies now
+                    if checked.get(index) != (address, grad.dtype):
+                        _check_grad(index, param, grad)
+                        checked[index] = (address, grad.dtype)
+                    found.append((index, number, param, grad, address))
                 index += 1
+        return found
 
-    def _unit(
-        self,
-        index: int,
-        number: int,
-        param: Tensor,
-        hypers: Sequence[Any],
-        all_formats: Sequence[dict[str, Format]],
-    ) -> Unit:
-        """The unit of a parameter, as it was last time where nothing has changed."""
-        formats, state, group = (
-            all_formats[number],
-            self.state.get(param),
-            self.param_groups[number],
-        )
-        unit = self._units.get(index)
-        if (
-            unit is None
-            or unit.param is not param
-            or unit.state is not state
-            or unit.formats != formats
-            or unit.seed != group["rounding_seed"]
-            or unit.group != number
-        ):
-            if not state:
-                on_device = group["fused"] and param.is_cuda
-                state = self.state[param] = initial_state(param, formats, on_device)
-            moments = self.rule.moments(hypers[number])
-            unit = Unit(
-                param, state, moments, formats, self.write, group["rounding_seed"], index, number
-            )
-            self._units[index] = unit
-        return unit
+    def _kept(self, number: int, hyper: Any) -> tuple[Any, ...]:
+        """A group's moments, formats and seed: the same object until one of them changes."""
+        group = self.param_groups[number]
+        new = (self.rule.moments(hyper), self.group_formats(group), group["rounding_seed"])
+        if self._groups.get(number) != new:
+            self._groups[number] = new
+        return self._groups[number]
+
+    def _current_units(
+        self, places: Sequence[Place], kept: Sequence[tuple[Any, ...]]
+    ) -> list[Unit]:
+        """A unit for each place, last time's where nothing has changed; starts missing state."""
+        units, fresh = self._units, []
+        for index, number, param, _, _ in places:
+            unit = units.get(index)
+            moments, formats, seed = kept[number]
+            state = self.state.get(param)
+            if (
+                unit is None
+                or unit.param is not param
+                or unit.state is not state
+                or unit.formats is not formats
+                or unit.seed != seed
+                or unit.group != number
+            ):
+                if not state:
+                    state = self.state[param] = initial_state(param, formats)
+                    fresh.append((param, state, self.param_groups[number]["fused"]))
+                units[index] = Unit(param, state, moments, formats, self.write, seed, index, number)
+        share_steps(fresh)
+        return [units[index] for index, *_ in places]
 
     def state_dict(self) -> dict[str, Any]:
         """The packed state: tensors and plain Python values, about as large as the state.
@@ -251,7 +267,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.backend = "auto"
         super().__setstate__(state)
         self._session = engine.Session(self.backend)
-        self._units = {}
+        self._forget()
         for group in self.param_groups:
             for key, value in TORCH_FLAGS.items():
                 group.setdefault(key, value)

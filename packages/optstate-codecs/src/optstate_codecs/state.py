@@ -24,7 +24,14 @@ from optstate_codecs.rules import Moment
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
 
-__all__ = ["decode_moments", "decode_state", "encode_state", "initial_state", "state_keys"]
+__all__ = [
+    "decode_moments",
+    "decode_state",
+    "encode_state",
+    "initial_state",
+    "share_steps",
+    "state_keys",
+]
 
 
 def state_keys(formats: Mapping[str, Format]) -> tuple[str, ...]:
@@ -33,12 +40,27 @@ def state_keys(formats: Mapping[str, Format]) -> tuple[str, ...]:
     return ("step", *keys)
 
 
-def initial_state(
-    param: Tensor, formats: Mapping[str, Format], step_on_device: bool = False
-) -> dict[str, Tensor]:
+def share_steps(states: Sequence[tuple[Tensor, dict[str, Tensor], bool | None]]) -> None:
+    """Lay the step counts of several parameters side by side, so that one addition counts all.
+
+    Args:
+        states: parameter, its state, and whether its count lies on the parameter's device (as
+            ``fused=True`` asks, so that a skipped step needs no wait) instead of the host.
+    """
+    members: dict[torch.device, list[dict[str, Tensor]]] = {}
+    for param, state, on_device in states:
+        where = param.device if on_device else torch.device("cpu")
+        members.setdefault(where, []).append(state)
+    for device, together in members.items():
+        values = [float(state["step"]) for state in together]
+        bank = torch.tensor(values, dtype=torch.float32, device=device)
+        for place, state in enumerate(together):
+            state["step"] = bank[place]
+
+
+def initial_state(param: Tensor, formats: Mapping[str, Format]) -> dict[str, Tensor]:
     """The state of a parameter that has not been stepped: everything zero."""
-    where = param.device if step_on_device else torch.device("cpu")
-    state = {"step": torch.zeros((), dtype=torch.float32, device=where)}
+    state = {"step": torch.zeros((), dtype=torch.float32)}
     for moment, format in formats.items():
         for component in format.components:
             state[component.key(moment)] = empty_state(param, component)

@@ -28,13 +28,14 @@ class RowTable:
         self._groups = [unit.group for unit in units]
         self._on_host = self._steps[0].device.type == "cpu"
         self._last: tuple[list[int], Tensor] | None = None
+        self._counters = _counters(self._steps)
         self._versions: list[int] = []
         self.row_of = self._sort()
 
     def _sort(self) -> Tensor:
         """Find which units share a row, and return each unit's."""
         keys = [
-            (group, float(step) if self._on_host else place)
+            (group, float(step) if self._on_host else float(place))
             for place, (group, step) in enumerate(zip(self._groups, self._steps, strict=True))
         ]
         first: dict[Any, int] = {}
@@ -46,15 +47,15 @@ class RowTable:
 
     def advance(self, found_inf: Tensor | None) -> None:
         """Count a step, on the device without waiting for it where the counts are there."""
-        if self._on_host and self._versions != [step._version for step in self._steps]:
+        if self._on_host and self._versions != [c._version for c in self._counters]:
             self.row_of = self._sort()  # somebody else has stepped or loaded some of the units
         if found_inf is None:
-            torch._foreach_add_(self._steps, 1.0)
+            torch._foreach_add_(self._counters, 1.0)
         elif not self._on_host:
-            torch._foreach_add_(self._steps, (found_inf == 0).to(torch.float32))
+            torch._foreach_add_(self._counters, (found_inf == 0).to(torch.float32))
         elif not bool(found_inf):
-            torch._foreach_add_(self._steps, 1.0)
-        self._versions = [step._version for step in self._steps]
+            torch._foreach_add_(self._counters, 1.0)
+        self._versions = [c._version for c in self._counters]
 
     def addresses(self, grads: list[int]) -> Tensor:
         """The gradients' addresses on the device; copied only when one has changed."""
@@ -86,7 +87,10 @@ class RowTable:
                 return rows
             vector = torch.tensor(counts, dtype=torch.float64).to(self._device)
         else:
-            vector = torch.stack(steps).to(torch.float64)
+            whole = len(steps) == len(self._steps) and len(self._counters) == 1
+            # a bank is in the order of its units
+            vector = (self._counters[0] if whole else torch.stack(steps)).to(torch.float64)
+            vector = vector.reshape(-1)
         columns = [
             value.to(torch.float32).expand(len(steps))
             if isinstance(value, Tensor)
@@ -99,3 +103,15 @@ class RowTable:
         if self._device.type != "cuda":
             return table
         return table.pin_memory().to(self._device, non_blocking=True)
+
+
+def _counters(steps: Sequence[Tensor]) -> list[Tensor]:
+    """The fewest tensors whose increment counts a step: whole banks where all of one is here."""
+    banks: dict[int, tuple[Tensor, list[Tensor]]] = {}
+    for step in steps:
+        bank = step._base if step._base is not None else step
+        banks.setdefault(id(bank), (bank, []))[1].append(step)
+    found = []
+    for bank, members in banks.values():
+        found += [bank] if bank.numel() == len(members) else members
+    return found

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
+
+from torch import Tensor
 
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine import eager
 from optstate_codecs.engine.plan import Bucket, build_buckets
 from optstate_codecs.engine.rows import RowTable
-from optstate_codecs.engine.unit import Job
+from optstate_codecs.engine.unit import Job, Unit
 
 __all__ = ["BACKENDS", "Session"]
 
@@ -25,12 +28,40 @@ PLANS = 8
 class Plan:
     """What is kept for one set of units: its buckets, and what they were built from."""
 
-    job: Job
-    identities: list[Any]
+    units: list[Unit]
+    params: list[int]
+    seen: list[Any]
+    parts: list[list[Tensor]]
+    addresses: list[int]
+    functions: list[Any]
     buckets: list[Bucket]
     left: list[int]
     rows: list[RowTable]
     constants: list[dict[str, Any]]
+
+    def holds(self, job: Job, functions: list[Any]) -> bool:
+        """Whether every table still says where things are."""
+        if self.functions != functions or not all(map(is_, self.units, job.units)):
+            return False
+        for unit, address, parts in zip(self.units, self.params, self.parts, strict=True):
+            if unit.param.data_ptr() != address:
+                return False
+            if not all(map(is_, unit.state.values(), parts)):
+                return False
+        # gradients that lie where they lay are what they were
+        if self.addresses != job.addresses:
+            if self.seen != _layouts(job):
+                return False
+            self.addresses = list(job.addresses)
+        return True
+
+
+def _layouts(job: Job) -> list[Any]:
+    """What a plan depends on in the gradients, besides where they lie."""
+    return [
+        (grad.dtype, grad.stride(), address % 16)
+        for grad, address in zip(job.grads, job.addresses, strict=True)
+    ]
 
 
 class Session:
@@ -66,7 +97,7 @@ class Session:
         left = plan.left
         if left:
             units, grads = [job.units[i] for i in left], [job.grads[i] for i in left]
-            eager.step(Job(job.rule, units, grads, job.hypers, job.grad_scale, job.found_inf))
+            eager.step(replace(job, units=units, grads=grads))
         if plan.buckets:
             self._launch(plan, job)
 
@@ -80,17 +111,26 @@ class Session:
         return self.backend == "triton" or (self.backend == "auto" and cuda and HAS_TRITON)
 
     def _plan(self, job: Job) -> Plan:
-        key = tuple(unit.index for unit in job.units)
-        identities = _identities(job)
+        key = tuple([unit.index for unit in job.units])
+        functions = [job.rule.device_function(hyper) for hyper in job.hypers]
         plan = self._plans.get(key)
-        if plan is None or plan.identities != identities:
+        if plan is None or not plan.holds(job, functions):
             # kernels are imported with the first plan, so that CPU users never load triton
             from optstate_codecs.engine.triton.launch import constants
 
             buckets, left = build_buckets(job)
-            rows = [RowTable(bucket.units) for bucket in buckets]
-            chosen = [constants(bucket) for bucket in buckets]
-            plan = self._plans[key] = Plan(job, identities, buckets, left, rows, chosen)
+            plan = self._plans[key] = Plan(
+                units=list(job.units),
+                params=[unit.param.data_ptr() for unit in job.units],
+                seen=_layouts(job),
+                parts=[list(unit.state.values()) for unit in job.units],
+                addresses=list(job.addresses),
+                functions=functions,
+                buckets=buckets,
+                left=left,
+                rows=[RowTable(bucket.units) for bucket in buckets],
+                constants=[constants(bucket) for bucket in buckets],
+            )
         self._plans.move_to_end(key)
         while len(self._plans) > PLANS:
             self._plans.popitem(last=False)
@@ -102,7 +142,7 @@ class Session:
         scale = job.grad_scale.reciprocal() if job.grad_scale is not None else None
         for bucket, rows, chosen in zip(plan.buckets, plan.rows, plan.constants, strict=True):
             rows.advance(job.found_inf)
-            grads = [job.grads[place].data_ptr() for place in bucket.places]
+            grads = [plan.addresses[place] for place in bucket.places]
             launch(
                 bucket,
                 chosen,
@@ -112,17 +152,3 @@ class Session:
                 scale,
                 job.found_inf,
             )
-
-
-def _identities(job: Job) -> list[Any]:
-    """What a plan depends on; equal lists mean that every table still holds."""
-    found: list[Any] = []
-    for unit, grad in zip(job.units, job.grads, strict=True):
-        found.append(id(unit))
-        found.append(unit.param.data_ptr())
-        found.append(grad.data_ptr() % 16)
-        found.append(grad.dtype)
-        found.append(grad.stride())
-        found.extend(map(id, unit.state.values()))
-    found.append([job.rule.device_function(hyper) for hyper in job.hypers])
-    return found

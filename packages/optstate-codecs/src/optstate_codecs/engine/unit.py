@@ -57,6 +57,7 @@ class Job:
         units: the parameters that have a gradient.
         grads: the gradient of each: same shape and device, any real floating dtype.
         hypers: each group's validated hyper-parameters, as ``rule.hyper`` returns them.
+        addresses: of the gradients' first elements.
         grad_scale: what gradients are to be divided by, or None.
         found_inf: non-zero where the step is to be skipped, or None; read on its device.
     """
@@ -65,5 +66,6 @@ class Job:
     units: Sequence[Unit]
     grads: Sequence[Tensor]
     hypers: Sequence[Any]
+    addresses: Sequence[int] = ()
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None

@@ -57,6 +57,7 @@ from optstate_codecs.device import (
     fma,
     jit,
     row_amax,
+    third_byte,
     tl,
 )
 from optstate_codecs.formats.base import (
@@ -304,20 +305,21 @@ def store(codes, scale, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.co
         t = as_float(as_bits(fma(r, 1.0 / 7.0, 6.0 / 7.0)) + range_ * (1 << 23))
         if OPTIONS & _SATURATE:
             t = tl.minimum(t, 128.0)
-        code = (as_bits(t + 127.0) + random) >> 16
-        code = (code & 127) | ((as_bits(x) >> 24) & 128)
+        code = as_bits(t + 127.0) + random
+        code = (code & ~0x800000) | ((as_bits(x) >> 8) & 0x800000)
     else:
         t = as_float(as_bits(fma(r, 2.0 / 7.0, 12.0 / 7.0)) + range_ * (1 << 23))
         if OPTIONS & _SATURATE:
             t = tl.minimum(t, 256.0)
-        t = tl.maximum(t, (x > 0).to(tl.float32) + 2.0)
-        code = ((as_bits(t + 254.0) * 2 + random) >> 16) & 255
+        t = tl.maximum(t, tl.where(x > 0, 3.0, 2.0))
+        code = as_bits(t + 254.0) * 2 + random
+    code = third_byte(code)
     if worst >= INF_BITS:
         nan = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
         bad = (as_bits(x) & MAGNITUDE) >= INF_BITS
         some = tl.max(bad.to(tl.int32), axis=1) > 0
-        code = tl.where((code == nan) & some[:, None], 0, code)
-        code = tl.where(bad, nan, code)
+        code = tl.where((code == nan) & some[:, None], 0, code).to(tl.uint8)
+        code = tl.where(bad, nan, code).to(tl.uint8)
         factor = tl.where(some, -tl.maximum(factor, SMALLEST), factor)
     tl.store(scale + rows, factor, mask=row_mask)
-    tl.store(codes + offsets, code.to(tl.uint8), mask=mask)
+    tl.store(codes + offsets, code, mask=mask)

@@ -14,6 +14,9 @@ from optstate_codecs.formats import FP32, Format
 
 __all__ = ["launch"]
 
+# measured on an H200: fewer leave too little in flight, more wait at the reductions
+NUM_WARPS = 4
+
 # how the kernel sees a stored dtype: bfloat16 as 16-bit integers, so that conversions are ours
 _TYPES = {
     torch.float32: "float32",
@@ -86,11 +89,12 @@ def launch(
     rows: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    num_warps: int = 4,
+    **tuning: int,
 ) -> None:
     """Step every tile of the bucket in one launch.
 
     ``grad_scale`` multiplies the gradients: the reciprocal of what GradScaler calls so.
+    ``tuning`` goes to the compiler: ``num_warps``, ``maxnreg``.
     """
     step_kernel[(bucket.work.shape[0],)](
         bucket.work,
@@ -103,7 +107,7 @@ def launch(
         ROW=rows.shape[1],
         HAS_SCALE=grad_scale is not None,
         HAS_FOUND_INF=found_inf is not None,
-        num_warps=num_warps,
+        **{"num_warps": NUM_WARPS, **tuning},
         enable_fp_fusion=False,
         **chosen,
     )

@@ -1,0 +1,52 @@
+"""The optimizers that are measured: ours, torch's, and every peer that is installed."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+
+Make = Callable[..., torch.optim.Optimizer]
+
+# each is a module, the distribution it comes from, the name of the class, and its arguments
+KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "torch fused": ("torch.optim", "torch", "AdamW", {"fused": True}),
+    "torch foreach": ("torch.optim", "torch", "AdamW", {"foreach": True}),
+    "AdamW8bit": ("lowbit_adam", "lowbit-adam", "AdamW8bit", {}),
+    "AdamW8bit-256": ("lowbit_adam", "lowbit-adam", "AdamW8bit", {"block_size": 256}),
+    "bitsandbytes": ("bitsandbytes.optim", "bitsandbytes", "AdamW8bit", {}),
+    "torchao": ("torchao.optim", "torchao", "AdamW8bit", {}),
+    "flashoptim": ("flashoptim", "flashoptim", "FlashAdamW", {}),
+    "optimi": ("optimi", "torch-optimi", "AdamW", {}),
+    "torchastic": ("torchastic", "torchastic", "AdamW", {}),
+    "turboadam-0.2": ("turboadam", "turboadam", "TurboAdam", {}),
+}
+
+
+def _ours(first: str, second: str, write: str = "nearest") -> Make:
+    codecs = importlib.import_module("optstate_codecs")
+    formats = {"exp_avg": first, "exp_avg_sq": second}
+    return partial(
+        codecs.CodedOptimizer, rule=codecs.Adam(decoupled=True), formats=formats, write=write
+    )
+
+
+def contestants() -> dict[str, tuple[Make, str]]:
+    """Every optimizer that can be imported here, with its version."""
+    found: dict[str, tuple[Make, str]] = {}
+    for name, (module, distribution, attribute, arguments) in KNOWN.items():
+        try:
+            make = getattr(importlib.import_module(module), attribute)
+        except Exception:  # a peer that does not import here is a peer that is not installed
+            continue
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            version = getattr(importlib.import_module(module.split(".")[0]), "__version__", "?")
+        found[name] = (partial(make, **arguments), version)
+    version = importlib.import_module("optstate_codecs").__version__
+    found["codecs fp32"] = (_ours("fp32", "fp32"), version)
+    found["codecs bf16"] = (_ours("bf16", "bf16", "stochastic"), version)
+    return found

@@ -1,0 +1,45 @@
+"""Parameter shapes of the models that step times are measured on."""
+
+Shapes = list[tuple[int, ...]]
+
+
+def llama1b() -> Shapes:
+    """TinyLlama 1.1B: 201 tensors, 1.10e9 parameters."""
+    layer: Shapes = [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048)]
+    layer += [(5632, 2048), (5632, 2048), (2048, 5632), (2048,), (2048,)]
+    return [(32000, 2048), *layer * 22, (2048,), (32000, 2048)]
+
+
+def gpt2() -> Shapes:
+    """GPT-2 small: 148 tensors, 124e6 parameters."""
+    layer: Shapes = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)]
+    layer += [(768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
+    return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
+
+
+def many() -> Shapes:
+    """A thousand small matrices and a thousand vectors."""
+    return [(128, 128)] * 1000 + [(128,)] * 1000
+
+
+def resnet101() -> Shapes:
+    """ResNet-101: 314 tensors, 44.5e6 parameters, most of them convolutions."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    inside = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 23), (512, 3)):
+        for block in range(blocks):
+            kernels = [(width, inside, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                kernels.append((4 * width, inside, 1, 1))
+            for kernel in kernels:
+                shapes += [kernel, (kernel[0],), (kernel[0],)]
+            inside = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def tiny() -> Shapes:
+    """Ten tensors for trying the benchmark itself."""
+    return [(64, 64)] * 5 + [(61,)] * 5
+
+
+LAYOUTS = {f.__name__: f for f in (llama1b, gpt2, many, resnet101, tiny)}
