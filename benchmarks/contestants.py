@@ -19,6 +19,7 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "bitsandbytes": ("bitsandbytes.optim", "bitsandbytes", "AdamW8bit", {}),
     "torchao": ("torchao.optim", "torchao", "AdamW8bit", {}),
     "flashoptim": ("flashoptim", "flashoptim", "FlashAdamW", {}),
+    "flashoptim-32": ("flashoptim", "flashoptim", "FlashAdamW", {"master_weight_bits": None}),
     "optimi": ("optimi", "torch-optimi", "AdamW", {}),
     "torchastic": ("torchastic", "torchastic", "AdamW", {}),
     "turboadam-0.2": ("turboadam", "turboadam", "TurboAdam", {}),

@@ -62,11 +62,24 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / time * 1e3
 
 
-def storage_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state, parameters of tensor subclasses included."""
-    from optstate_codecs.memory import state_bytes
+def plain_tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors inside a state value, those inside tensor subclasses too."""
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in plain_tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in plain_tensors(item)]
+    if not isinstance(value, torch.Tensor):
+        return []
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        return [t for name in names for t in plain_tensors(getattr(value, name))]
+    return [value]
 
-    return state_bytes(optimizer)
+
+def storage_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state, each storage once."""
+    storages = [t.untyped_storage() for t in plain_tensors(dict(optimizer.state))]
+    return sum({(s.data_ptr(), s.device): s.nbytes() for s in storages}.values())
 
 
 def measure(

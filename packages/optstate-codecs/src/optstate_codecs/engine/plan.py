@@ -82,14 +82,15 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
             left.append(place)
         else:
             dtypes = (unit.param.dtype, grad.dtype)
-            key = (unit.param.device, dtypes, formats, function, unit.write, _aligned(unit, grad))
+            devices = (unit.param.device, unit.state["step"].device)
+            key = (devices, dtypes, formats, function, unit.write, _aligned(unit, grad))
             members.setdefault(key, []).append(place)
     buckets = []
-    for (device, dtypes, formats, function, _, aligned), places in members.items():
+    for (devices, dtypes, formats, function, _, aligned), places in members.items():
         shape = block_shape(formats)
         assert shape is not None
         units = [job.units[place] for place in places]
-        tables = _tables(units, formats, shape[0] * shape[1], device)
+        tables = _tables(units, formats, shape[0] * shape[1], devices[0])
         buckets.append(
             Bucket(
                 units, places, formats, function, dtypes[1], shape[1], shape[0], aligned, *tables

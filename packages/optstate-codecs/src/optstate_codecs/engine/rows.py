@@ -1,4 +1,4 @@
-"""The tables of a bucket that change every step: gradient addresses and the rule's scalars.
+"""The tables that change every step: gradient addresses and the rule's scalars.
 
 One row of scalars serves all units of a group that have taken the same number of steps. Where the
 counts lie on the host the row is folded there in float64; where they lie on the device
@@ -8,21 +8,31 @@ counts lie on the host the row is folded there in float64; where they lie on the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.engine.unit import Unit
+from optstate_codecs.engine.plan import Bucket
 from optstate_codecs.rules import Rule
 
 __all__ = ["RowTable"]
 
 
 class RowTable:
-    """Gradient addresses, rows, and each unit's row, for the units of one bucket."""
+    """Gradient addresses, rows, and each unit's row, for the units of some buckets.
 
-    def __init__(self, units: Sequence[Unit]) -> None:
+    Attributes:
+        buckets: each with the slice that is its own of the addresses and of ``row_of``.
+        row_of: the row of each unit, int32.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        units = [unit for bucket in buckets for unit in bucket.units]
+        ends = list(accumulate(len(bucket.units) for bucket in buckets))
+        self.buckets = list(zip(buckets, [0, *ends], ends, strict=False))
+        self._places = [place for bucket in buckets for place in bucket.places]
         self._device = units[0].param.device
         self._steps = [unit.state["step"] for unit in units]
         self._groups = [unit.group for unit in units]
@@ -58,9 +68,10 @@ class RowTable:
         self._versions = [c._version for c in self._counters]
 
     def addresses(self, grads: list[int]) -> Tensor:
-        """The gradients' addresses on the device; copied only when one has changed."""
-        if self._last is None or self._last[0] != grads:
-            self._last = grads, self._upload(torch.tensor(grads, dtype=torch.int64))
+        """The job's gradient ``addresses`` on the device; copied only when one has changed."""
+        if self._last is None or self._last[0] is not grads:
+            mine = torch.tensor([grads[place] for place in self._places], dtype=torch.int64)
+            self._last = grads, self._upload(mine)
         return self._last[1]
 
     def values(self, rule: Rule, hypers: Sequence[Any]) -> Tensor:
@@ -87,10 +98,7 @@ class RowTable:
                 return rows
             vector = torch.tensor(counts, dtype=torch.float64).to(self._device)
         else:
-            whole = len(steps) == len(self._steps) and len(self._counters) == 1
-            # a bank is in the order of its units
-            vector = (self._counters[0] if whole else torch.stack(steps)).to(torch.float64)
-            vector = vector.reshape(-1)
+            vector = torch.stack(steps).to(torch.float64)
         columns = [
             value.to(torch.float32).expand(len(steps))
             if isinstance(value, Tensor)

@@ -36,7 +36,7 @@ class Plan:
     functions: list[Any]
     buckets: list[Bucket]
     left: list[int]
-    rows: list[RowTable]
+    tables: list[RowTable]
     constants: list[dict[str, Any]]
 
     def holds(self, job: Job, functions: list[Any]) -> bool:
@@ -128,7 +128,7 @@ class Session:
                 functions=functions,
                 buckets=buckets,
                 left=left,
-                rows=[RowTable(bucket.units) for bucket in buckets],
+                tables=_tables(buckets),
                 constants=[constants(bucket) for bucket in buckets],
             )
         self._plans.move_to_end(key)
@@ -140,15 +140,28 @@ class Session:
         from optstate_codecs.engine.triton.launch import launch
 
         scale = job.grad_scale.reciprocal() if job.grad_scale is not None else None
-        for bucket, rows, chosen in zip(plan.buckets, plan.rows, plan.constants, strict=True):
-            rows.advance(job.found_inf)
-            grads = [plan.addresses[place] for place in bucket.places]
-            launch(
-                bucket,
-                chosen,
-                rows.addresses(grads),
-                rows.row_of,
-                rows.values(job.rule, job.hypers),
-                scale,
-                job.found_inf,
-            )
+        chosen = dict(zip(map(id, plan.buckets), plan.constants, strict=True))
+        for table in plan.tables:
+            table.advance(job.found_inf)
+            grads = table.addresses(plan.addresses)
+            rows = table.values(job.rule, job.hypers)
+            for bucket, start, stop in table.buckets:
+                launch(
+                    bucket,
+                    chosen[id(bucket)],
+                    grads[start:stop],
+                    table.row_of[start:stop],
+                    rows,
+                    scale,
+                    job.found_inf,
+                )
+
+
+def _tables(buckets: list[Bucket]) -> list[RowTable]:
+    """One table for all buckets whose parameters, and whose step counts, share a device."""
+    together: dict[Any, list[Bucket]] = {}
+    for bucket in buckets:
+        unit = bucket.units[0]
+        devices = (unit.param.device, unit.state["step"].device)
+        together.setdefault(devices, []).append(bucket)
+    return [RowTable(members) for members in together.values()]
