@@ -103,6 +103,8 @@ def test_every_environment_variable_is_in_the_table() -> None:
         for path in sources
         if "environ" in path.read_text()
         for name in pattern.findall(path.read_text())
+        # a name that the file itself defines is a constant in its __all__
+        if not re.search(rf"^{name}\b", path.read_text(), re.MULTILINE)
     }
     assert "PIP_FIND_LINKS" in used
     assert {name for name in used if f"| `{name}` |" not in table} == set()

@@ -78,6 +78,20 @@ def test_umbrella_names_the_extra_of_every_optional_module(packages) -> None:
         assert module in {import_name(Requirement(line)) for line in extras[extra]}
 
 
+def test_umbrella_installs_every_sibling_that_an_extra_needs(packages) -> None:
+    from optstate.siblings import SIBLINGS_OF, install_command
+
+    by_name = {p.name: p for p in packages}
+    extras = by_name["optstate"].project["optional-dependencies"]
+    assert set(SIBLINGS_OF) == set(extras) - {"all"}
+    for extra, siblings in SIBLINGS_OF.items():
+        needed = {Requirement(line).name for line in extras[extra]} & set(by_name)
+        needed |= {r.name for n in needed for r in requirements(by_name[n])} & set(by_name)
+        assert set(siblings) == needed
+        assert all((by_name[name].folder / "pyproject.toml").exists() for name in siblings)
+        assert all(f"./packages/{name} " in install_command(extra) for name in siblings)
+
+
 def test_python_version_and_license_agree(package, root) -> None:
     assert package.project["requires-python"] == ">=3.10"
     assert (package.folder / "LICENSE").read_text() == (root / "LICENSE").read_text()

@@ -276,3 +276,59 @@ def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch) -> None:
         param.grad = torch.ones(3)
         with pytest.raises(RuntimeError, match="parameters must be on a CUDA device"):
             optimizer.step()
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_step_never_waits_for_the_device(fused) -> None:
+    _, kernel = pair(FORMATS["dynamic8"], "cuda", SHAPES[:5], fused=fused)
+    params, optimizer = kernel.params, kernel.optimizer
+    for param in params:
+        param.grad = torch.ones_like(param)
+    if fused:
+        optimizer.grad_scale = torch.ones((), device="cuda")
+        optimizer.found_inf = torch.zeros((), device="cuda")
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3):
+            optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_changing_numbers_compiles_nothing() -> None:
+    from optstate_codecs.engine.triton.kernel import step_kernel
+
+    _, kernel = pair(FORMATS["dynamic8"], "cuda", ((64, 64),))
+    kernel.run(2)
+    compiled = [len(caches[0]) for caches in step_kernel.device_caches.values()]
+    group = kernel.optimizer.param_groups[0]
+    for lr, betas, decay in ((1.0, (0.8, 0.9), 0.0), (0.0, (0.95, 0.9999), 1.0)):
+        group.update(lr=lr, betas=betas, weight_decay=decay)
+        kernel.run(2)
+    assert [len(caches[0]) for caches in step_kernel.device_caches.values()] == compiled
+
+
+@pytest.mark.cuda
+def test_more_elements_than_32_bits_count() -> None:
+    numel = 2**31 + 4096
+    param = torch.nn.Parameter(torch.ones(numel, device="cuda", dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    formats = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
+    CodedOptimizer([param], Adam(), formats, lr=0.5).step()
+    data = param.detach()
+    assert all(float(part.min()) == float(part.max()) == 0.5 for part in data.split(2**30))
+
+
+@pytest.mark.cuda
+def test_loads_are_sixteen_bytes_wide() -> None:
+    from optstate_codecs.engine.triton.kernel import step_kernel
+
+    _, kernel = pair(FORMATS["dynamic8"], "cuda", ((64, 64),), torch.bfloat16)
+    kernel.run(1)
+    programs = [p for caches in step_kernel.device_caches.values() for p in caches[0].values()]
+    assert "ld.global.v4.b32" in programs[-1].asm["ptx"]

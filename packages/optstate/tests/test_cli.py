@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 import optstate
-from optstate import siblings
 from optstate.cli import app
 from optstate.demo import data
 
@@ -81,13 +80,13 @@ def test_folder_that_cannot_be_made(tmp_path: Path, text: Path) -> None:
 
 
 def test_missing_package_says_which_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_there(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(siblings.importlib, "import_module", not_there)
+    # None in sys.modules is what Python takes for a module that is not there
+    monkeypatch.setitem(sys.modules, "torch", None)
     code, output = run("demo")
     assert code == 1
-    assert 'torch is not installed: pip install "optstate[demo]" brings it' in output
+    assert "torch is not installed; the extra 'demo' brings it" in output
+    paths = './packages/optstate-codecs ./packages/lowbit-adam "./packages/optstate[demo]"'
+    assert f"in a clone of the repository, pip install {paths}" in output
 
 
 def test_missing_plays_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 300,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Seeds weights and data order.")] = 0,
-    lr: Annotated[float, typer.Option(help="Peak learning rate, the same for all.")] = 1.5e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate, the same for all.")] = 1e-3,
     out: Annotated[
         Path, typer.Option(help="PNG to write, or the folder for demo.png; JSON goes beside it.")
     ] = Path("demo.png"),

@@ -11,6 +11,13 @@ EXTRA_OF = {
 }
 """The extra of this distribution that brings each optional module, by top-level import name."""
 
+SIBLINGS_OF = {
+    "codecs": ("optstate-codecs",),
+    "lowbit-adam": ("optstate-codecs", "lowbit-adam"),
+    "demo": ("optstate-codecs", "lowbit-adam"),
+}
+"""The distributions of the family that each extra brings, with those that they need."""
+
 
 class MissingExtra(RuntimeError):
     """A module that only an extra of this distribution installs could not be imported."""
@@ -37,5 +44,11 @@ def require(module: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != root:
             raise
         raise MissingExtra(
-            f'{root} is not installed: pip install "optstate[{extra}]" brings it'
+            f"{root} is not installed; the extra {extra!r} brings it: {install_command(extra)}"
         ) from error
+
+
+def install_command(extra: str) -> str:
+    """What installs an extra, in a clone: by path, since no package index has the family yet."""
+    paths = " ".join(f"./packages/{sibling}" for sibling in SIBLINGS_OF[extra])
+    return f'in a clone of the repository, pip install {paths} "./packages/optstate[{extra}]"'

@@ -62,7 +62,9 @@ class RowTable:
         if found_inf is None:
             torch._foreach_add_(self._counters, 1.0)
         elif not self._on_host:
-            torch._foreach_add_(self._counters, (found_inf == 0).to(torch.float32))
+            # a list, since a single tensor would be read by the host
+            one = (found_inf == 0).to(torch.float32).reshape(())
+            torch._foreach_add_(self._counters, [one] * len(self._counters))
         elif not bool(found_inf):
             torch._foreach_add_(self._counters, 1.0)
         self._versions = [c._version for c in self._counters]

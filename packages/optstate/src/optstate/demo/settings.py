@@ -34,7 +34,7 @@ class Settings:
     steps: int = 300
     device: str = "cpu"
     seed: int = 0
-    lr: float = 1.5e-3
+    lr: float = 1e-3
     batch: int = 48
     context: int = 64
     width: int = 128
