@@ -54,11 +54,6 @@ class FlatView:
         self._ordered = tensor.permute(tuple(order))
         self._dense = self._ordered.view(-1) if self._ordered.is_contiguous() else None
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether slices are views of the tensor's own memory."""
-        return self._dense is not None
-
     def read(self, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop``: a view where dense, otherwise a copy."""
         if self._dense is not None:
