@@ -123,9 +123,9 @@ def _merged_groups(
     merged = []
     for i, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         where = f"state_dict['param_groups'][{i}]"
-        needed = ("params", *optimizer.rule.defaults())
-        # torch.optim gained group keys over the years; a default stands in for those
-        if missing := [k for k in needed if k not in saved and k in ("params", "lr", "betas")]:
+        known = ("params", *optimizer.rule.defaults())
+        # torch.optim gained its other keys over the years; a default stands in for those
+        if missing := [k for k in ("params", "lr", "betas") if k in known and k not in saved]:
             raise KeyError(f"{where}: missing key {missing[0]!r}")
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(

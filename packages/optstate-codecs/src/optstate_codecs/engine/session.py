@@ -37,7 +37,7 @@ class Plan:
     buckets: list[Bucket]
     left: list[int]
     tables: list[RowTable]
-    constants: list[dict[str, Any]]
+    constants: dict[int, dict[str, Any]]
 
     def holds(self, job: Job, functions: list[Any]) -> bool:
         """Whether every table still says where things are."""
@@ -129,7 +129,7 @@ class Session:
                 buckets=buckets,
                 left=left,
                 tables=_tables(buckets),
-                constants=[constants(bucket) for bucket in buckets],
+                constants={id(bucket): constants(bucket) for bucket in buckets},
             )
         self._plans.move_to_end(key)
         while len(self._plans) > PLANS:
@@ -140,7 +140,6 @@ class Session:
         from optstate_codecs.engine.triton.launch import launch
 
         scale = job.grad_scale.reciprocal() if job.grad_scale is not None else None
-        chosen = dict(zip(map(id, plan.buckets), plan.constants, strict=True))
         for table in plan.tables:
             table.advance(job.found_inf)
             grads = table.addresses(plan.addresses)
@@ -148,7 +147,7 @@ class Session:
             for bucket, start, stop in table.buckets:
                 launch(
                     bucket,
-                    chosen[id(bucket)],
+                    plan.constants[id(bucket)],
                     grads[start:stop],
                     table.row_of[start:stop],
                     rows,
