@@ -23,6 +23,8 @@ import torch
 from contestants import Make, contestants
 from layouts import LAYOUTS
 
+from optstate_codecs.memory import state_bytes
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -62,26 +64,6 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / time * 1e3
 
 
-def plain_tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors inside a state value, those inside tensor subclasses too."""
-    if isinstance(value, dict):
-        return [t for item in value.values() for t in plain_tensors(item)]
-    if isinstance(value, (list, tuple)):
-        return [t for item in value for t in plain_tensors(item)]
-    if not isinstance(value, torch.Tensor):
-        return []
-    if hasattr(value, "__tensor_flatten__"):
-        names, _ = value.__tensor_flatten__()
-        return [t for name in names for t in plain_tensors(getattr(value, name))]
-    return [value]
-
-
-def storage_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state, each storage once."""
-    storages = [t.untyped_storage() for t in plain_tensors(dict(optimizer.state))]
-    return sum({(s.data_ptr(), s.device): s.nbytes() for s in storages}.values())
-
-
 def measure(
     make: Make, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, n: int
 ) -> dict[str, Any]:
@@ -106,7 +88,7 @@ def measure(
         temporary = torch.cuda.max_memory_allocated(device) - before
     times = milliseconds(device, optimizer.step, n)
     numel = sum(p.numel() for p in params)
-    state = storage_bytes(optimizer)
+    state = state_bytes(optimizer)
     moved = sum(3 * p.nbytes for p in params) + 2 * state
     return {
         "device_ms": times[0],

@@ -37,3 +37,12 @@ def test_shared_storage_counts_once_and_whole() -> None:
     base = torch.zeros(100)
     optimizer.state[param] = {"a": base[:10], "b": [base[50:]], "c": {"d": base}, "e": 3}
     assert state_bytes(optimizer) == 400
+
+
+def test_subclasses_count_as_what_they_hold() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    param = Parameter(torch.ones(10))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    optimizer.state[param] = {"both": TwoTensor(torch.zeros(100), torch.zeros(100))}
+    assert state_bytes(optimizer) == 800
