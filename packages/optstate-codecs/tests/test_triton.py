@@ -25,6 +25,8 @@ FORMATS = {
 }
 # several tiles, tails of every kind, aligned and not, one element, none, no dimensions
 SHAPES = ((96, 128), (61, 83), (4097,), (129,), (16,), (1,), (0,), ())
+# fewer tiles where tails are not the point: the interpreter takes long for each
+FEW = ((16, 128), (11, 83), (129,), ())
 
 
 def devices() -> list:
@@ -115,7 +117,7 @@ def test_same_codes_for_every_format(formats, device) -> None:
     ids=["bf16", "bf16-stochastic", "fp16", "amsgrad", "maximize-far", "coupled"],
 )
 def test_same_codes_for_every_option(dtype, options, device) -> None:
-    run(*pair(FORMATS["dynamic8"], device, dtype=dtype, **options))
+    run(*pair(FORMATS["dynamic8"], device, FEW, dtype=dtype, **options))
 
 
 @pytest.mark.parametrize("device", devices())

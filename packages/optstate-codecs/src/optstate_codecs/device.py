@@ -76,29 +76,30 @@ def mix32(x):  # type: ignore[no-untyped-def]
 
 @jit
 def hash_tile(key, step, start, offsets):  # type: ignore[no-untyped-def]
-    """``rounding.hash_elements`` for a tile, less its last shift, which is ``half``'s.
+    """``rounding.hash_words`` for a tile, less its last shift, which is ``half``'s; uint32.
+
+    Elements 2 i and 2 i + 1 share a word.
 
     ``key`` is a stream key, both halves in an int64; ``step`` int32; ``start`` the number of the
-    tile's first element, int64; ``offsets`` from there, int32. A tile never crosses a multiple of
-    2^32.
+    tile's first element, int64, even; ``offsets`` from there, int32. A tile never crosses a
+    multiple of 2^33.
     """
     turn = step.to(tl.uint32)
     k0 = mix32((key & 0xFFFFFFFF).to(tl.uint32) + turn)
     k1 = mix32(((key >> 32) & 0xFFFFFFFF).to(tl.uint32) ^ (turn * GOLDEN))
-    k1 = k1 + ((start >> 32) & 0xFFFFFFFF).to(tl.uint32) * GOLDEN
-    x = offsets.to(tl.uint32) + ((start & 0xFFFFFFFF).to(tl.uint32) + k0)
+    k1 = k1 + ((start >> 33) & 0xFFFFFFFF).to(tl.uint32) * GOLDEN
+    # the compiler sees that neighbours halve to the same number, and computes it once
+    x = (offsets >> 1).to(tl.uint32) + (((start >> 1) & 0xFFFFFFFF).to(tl.uint32) + k0)
     x = (x ^ (x >> 16)) * M1
     return (x ^ (x >> 15)) * M2 + k1 * M2
 
 
 @jit
-def half(word, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+def half(word, offsets, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
     """The 16 random bits that an element's ``word`` holds for a stream, int32."""
-    if STREAM % 2 == 1:
-        return (word >> 16).to(tl.int32)
-    else:
-        # the last shift of the hash changes only this half
-        return ((word ^ (word >> 16)) & 0xFFFF).to(tl.int32)
+    # the last shift of the hash changes only the low half
+    low, high = ((word ^ (word >> 16)) & 0xFFFF).to(tl.int32), (word >> 16).to(tl.int32)
+    return tl.where((offsets & 1) == STREAM % 2, low, high)
 
 
 @jit
@@ -130,6 +131,27 @@ def byte_float(byte):  # type: ignore[no-untyped-def]
 
 
 @jit
+def widened(byte):  # type: ignore[no-untyped-def]
+    """An unsigned byte as int32."""
+    if INTERPRET:
+        return byte.to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            prmt.b32 $0, $4, 0, 0x4440;
+            prmt.b32 $1, $4, 0, 0x4441;
+            prmt.b32 $2, $4, 0, 0x4442;
+            prmt.b32 $3, $4, 0, 0x4443;
+            """,
+            "=r,=r,=r,=r,r",
+            [byte],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@jit
 def third_byte(word):  # type: ignore[no-untyped-def]
     """Bits 16 to 23 of an int32, as uint8."""
     if INTERPRET:
@@ -149,6 +171,56 @@ def third_byte(word):  # type: ignore[no-untyped-def]
             dtype=tl.uint8,
             is_pure=True,
             pack=4,
+        )
+
+
+@jit
+def third_byte_signed(word, x):  # type: ignore[no-untyped-def]
+    """Bits 16 to 22 of an int32 below the sign of a float32, as uint8."""
+    if INTERPRET:
+        return (((word >> 16) & 127) | ((as_bits(x) >> 24) & 128)).to(tl.uint8)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high, code, sign;
+            prmt.b32 low, $1, $2, 0x0062;
+            prmt.b32 high, $3, $4, 0x0062;
+            prmt.b32 code, low, high, 0x5410;
+            prmt.b32 low, $5, $6, 0x0073;
+            prmt.b32 high, $7, $8, 0x0073;
+            prmt.b32 sign, low, high, 0x5410;
+            lop3.b32 $0, code, sign, 0x7f7f7f7f, 0xe4;
+            }
+            """,
+            "=r,r,r,r,r,r,r,r,r",
+            [word, x],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@jit
+def at_least_if_positive(t, lowest, x):  # type: ignore[no-untyped-def]
+    """``t`` raised to ``lowest`` where ``x`` is positive."""
+    if INTERPRET:
+        return tl.where(x > 0, tl.maximum(t, lowest), t)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred some;
+            setp.gt.f32 some, $2, 0f00000000;
+            mov.b32 $0, $1;
+            @some max.f32 $0, $1, $3;
+            }
+            """,
+            "=f,f,f,f",
+            [t, x, tl.full(t.shape, lowest, tl.float32)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
         )
 
 
@@ -180,12 +252,15 @@ def _larger(a, b):  # type: ignore[no-untyped-def]
 
 
 @jit
-def row_amax(x):  # type: ignore[no-untyped-def]
-    """Each row's largest magnitude, as bits: at least ``INF_BITS`` where a row is not finite."""
+def row_amax(x, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each row's largest magnitude, as bits: at least ``INF_BITS`` where a row is not finite.
+
+    Where not ``SIGNED``, no number is below zero.
+    """
     if INTERPRET:
         return tl.max(as_bits(x) & MAGNITUDE, axis=1)
     else:
-        return as_bits(tl.reduce(tl.abs(x), 1, _larger)) & MAGNITUDE
+        return as_bits(tl.reduce(tl.abs(x) if SIGNED else x, 1, _larger)) & MAGNITUDE
 
 
 @jit
@@ -209,5 +284,15 @@ def to_bf16_bits_stochastic(x, bits16):  # type: ignore[no-untyped-def]
 
 @jit
 def from_bf16_bits(bits16):  # type: ignore[no-untyped-def]
-    """The float32 of a bfloat16's 16 bits."""
-    return as_float(bits16.to(tl.int32) << 16)
+    """The float32 of a bfloat16's 16 bits, int16."""
+    if INTERPRET:
+        return as_float(bits16.to(tl.int32) << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=f,=f,r",
+            [bits16],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )

@@ -5,7 +5,8 @@ device gives the same bits, and a resumed run draws what the uninterrupted one w
 
 The hash is two rounds of multiply-xorshift over 32 bits, with the constants of Wellons' search for
 low-bias integer hashes (https://nullprogram.com/blog/2018/07/31/), keyed before each round. One
-32-bit word per element serves two 16-bit streams.
+32-bit word serves two 16-bit streams of two neighbouring elements: what is the low half for one
+element's stream is the high half for the other's.
 """
 
 from __future__ import annotations
@@ -55,17 +56,17 @@ def _signed(x: int) -> int:
     return x - (1 << 32) if x >> 31 else x
 
 
-def hash_elements(
+def hash_words(
     key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """One 32-bit word (int32, shape [count]) for each element from ``start`` on.
+    """Words ``start`` to ``start + count`` (int32, shape [count]).
 
-    Elements are numbered in 64 bits; the high half enters with the second key.
+    Words are numbered in 64 bits; the high half enters with the second key.
     """
     border = (start | MASK) + 1
     if start + count > border:
-        head = hash_elements(key, start, border - start, device)
-        return torch.cat([head, hash_elements(key, border, start + count - border, device)])
+        head = hash_words(key, start, border - start, device)
+        return torch.cat([head, hash_words(key, border, start + count - border, device)])
     # int32 throughout: its wrap-around is what the hash wants, at half the memory of int64
     x = _counting(count, torch.device(device)) + _signed(start + key[0])
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(M1))
@@ -90,7 +91,8 @@ def _counting(count: int, device: torch.device) -> Tensor:
 class Draw:
     """The random numbers of one stream of one parameter at one step.
 
-    Streams 2w and 2w + 1 are the low and the high half of word w.
+    Streams 2w and 2w + 1 share their words. Of element e's, word e // 2, stream 2w has the low
+    half where e is even and the high half where it is odd; stream 2w + 1 the other.
     """
 
     seed: int
@@ -106,10 +108,13 @@ class Draw:
     def bits16(self, count: int, device: torch.device | str = "cpu") -> Tensor:
         """Integers in [0, 65535], int32, shape [count]."""
         key = step_key(stream_key(self.seed, self.param, self.stream // 2), self.step)
-        words = hash_elements(key, self.start, count, device)
+        first = self.start // 2
+        words = hash_words(key, first, (self.start + count + 1) // 2 - first, device)
+        halves = [words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)]
         if self.stream % 2:
-            words >>= 16
-        return words.bitwise_and_(0xFFFF)
+            halves.reverse()
+        place = self.start % 2
+        return torch.stack(halves, 1).view(-1)[place : place + count]
 
     def centred(self, count: int, device: torch.device | str = "cpu") -> Tensor:
         """Multiples of 2^-16 in [-1/2, 1/2), float32, shape [count]."""

@@ -26,7 +26,7 @@ COLUMNS = 10
 MOMENT_SLOTS = 3
 # elements a tile; of those tried on an H200, the fastest without and with blocks to reduce over
 TILE = 2048
-BLOCKED_TILE = 1024
+BLOCKED_TILE = 512
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -112,7 +112,7 @@ def load(codes, scale, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  #
 @jit
 def store(codes, scale, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile; OPTIONS 1 adds ``random`` before rounding."""
-    top = row_amax(x)
+    top = row_amax(x, True)
     worst = tl.max(top, axis=0)
     if worst >= INF_BITS:
         magnitude = as_bits(x) & MAGNITUDE

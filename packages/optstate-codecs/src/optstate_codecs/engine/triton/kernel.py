@@ -157,7 +157,9 @@ def step_kernel(  # type: ignore[no-untyped-def]
         word1 = hash_tile(tl.load(entry + 9), step, start, offsets)
     if P_BF16:
         if STOCHASTIC:
-            tl.store(p_pointer + offsets, to_bf16_bits_stochastic(p, half(word0, 0)), mask=mask)
+            tl.store(
+                p_pointer + offsets, to_bf16_bits_stochastic(p, half(word0, offsets, 0)), mask=mask
+            )
         else:
             tl.store(p_pointer + offsets, to_bf16_bits(p), mask=mask)
     else:
@@ -168,13 +170,13 @@ def step_kernel(  # type: ignore[no-untyped-def]
         x0 = m0 * reciprocal(tl.maximum(sqrt(m1), _SMALLEST_ROOT))
     if SQRT0:
         x0 = sqrt(m0)
-    random0 = half(word1 if STREAM0 >= 2 else word0, STREAM0)
+    random0 = half(word1 if STREAM0 >= 2 else word0, offsets, STREAM0)
     STORE0(first0, second0, x0, random0, offsets, mask, row_offsets, row_mask, OPTIONS0)
     if MOMENTS >= 2:
         x1 = sqrt(m1) if SQRT1 else m1
-        random1 = half(word1 if STREAM1 >= 2 else word0, STREAM1)
+        random1 = half(word1 if STREAM1 >= 2 else word0, offsets, STREAM1)
         STORE1(first1, second1, x1, random1, offsets, mask, row_offsets, row_mask, OPTIONS1)
     if MOMENTS >= 3:
         x2 = sqrt(m2) if SQRT2 else m2
-        random2 = half(word1 if STREAM2 >= 2 else word0, STREAM2)
+        random2 = half(word1 if STREAM2 >= 2 else word0, offsets, STREAM2)
         STORE2(first2, second2, x2, random2, offsets, mask, row_offsets, row_mask, OPTIONS2)

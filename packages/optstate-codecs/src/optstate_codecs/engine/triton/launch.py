@@ -16,6 +16,9 @@ __all__ = ["launch"]
 
 # measured on an H200: with more elements registers run out, with fewer warps wait at reductions
 ELEMENTS_PER_WARP = 512
+# registers a thread of kernels that reduce over blocks: fewer, and they spill; more, and too few
+# warps are at hand to hide the memory's latency. Tiles of one block in 16 bits need the fewest.
+REGISTERS, REGISTERS_NARROW = 80, 72
 
 # how the kernel sees a stored dtype: bfloat16 as 16-bit integers, so that conversions are ours
 _TYPES = {
@@ -33,7 +36,7 @@ def _type(dtype: torch.dtype) -> Any:
 
 
 def constants(bucket: Bucket) -> dict[str, Any]:
-    """The kernel's compile-time arguments for a bucket."""
+    """The kernel's compile-time arguments for a bucket, and the compiler's."""
     unit = bucket.units[0]
     moments = unit.moments
     chosen: dict[str, Any] = {
@@ -78,7 +81,18 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         "ROWS": bucket.rows,
         "BLOCK": bucket.block,
         "COLUMNS": COLUMNS,
+        **tuning(bucket),
     }
+
+
+def tuning(bucket: Bucket) -> dict[str, int]:
+    """What the compiler is told about a bucket's kernel."""
+    chosen = {"num_warps": bucket.rows * bucket.block // ELEMENTS_PER_WARP}
+    if any(format.span > 1 for format in bucket.formats):
+        dtypes = (bucket.units[0].param.dtype, bucket.grad_dtype)
+        narrow = bucket.rows == 1 and all(dtype.itemsize == 2 for dtype in dtypes)
+        chosen["maxnreg"] = REGISTERS_NARROW if narrow else REGISTERS
+    return chosen
 
 
 def launch(
@@ -89,12 +103,10 @@ def launch(
     rows: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    **tuning: int,
 ) -> None:
     """Step every tile of the bucket in one launch.
 
     ``grad_scale`` multiplies the gradients: the reciprocal of what GradScaler calls so.
-    ``tuning`` goes to the compiler: ``num_warps``, ``maxnreg``.
     """
     step_kernel[(bucket.work.shape[0],)](
         bucket.work,
@@ -107,7 +119,6 @@ def launch(
         ROW=rows.shape[1],
         HAS_SCALE=grad_scale is not None,
         HAS_FOUND_INF=found_inf is not None,
-        **{"num_warps": bucket.rows * bucket.block // ELEMENTS_PER_WARP, **tuning},
         enable_fp_fusion=False,
         **chosen,
     )
