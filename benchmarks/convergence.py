@@ -1,0 +1,165 @@
+"""Trains the same network with each optimizer from the same start on the same data, and compares.
+
+    python benchmarks/convergence.py --task gpt --device cuda --seeds 3
+    python benchmarks/convergence.py --task digits --only AdamW --only AdamW8bit
+
+Every run of a seed has the same initial weights, data order and schedule (warm-up, then a cosine);
+gradients are clipped at norm 1. What counts is the paired difference of the held-out loss from
+torch's AdamW, beside two yardsticks: exact AdamW in another implementation, which differs by
+rounding alone, and Adam without momentum, which a task must be able to tell apart.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from time import perf_counter
+from typing import Any
+
+import torch
+from tasks import TASKS, Task
+
+from optstate.demo.train import schedule
+from optstate_codecs.memory import state_bytes
+
+RESULTS = Path(__file__).parent / "results"
+BASELINE = "AdamW"
+CURVE = 20
+
+# module, class, further arguments, dtype of the parameters
+CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
+    BASELINE: ("torch.optim", "AdamW", {"fused": True}, torch.float32),
+    "AdamW foreach": ("torch.optim", "AdamW", {"foreach": True}, torch.float32),
+    "AdamW, beta1 0": ("torch.optim", "AdamW", {"betas": (0.0, 0.999)}, torch.float32),
+    "AdamW bf16": ("torch.optim", "AdamW", {"fused": True}, torch.bfloat16),
+    "SGD": ("torch.optim", "SGD", {"momentum": 0.9}, torch.float32),
+    "AdamW8bit": ("lowbit_adam", "AdamW8bit", {}, torch.float32),
+    "AdamWFp8": ("lowbit_adam", "AdamWFp8", {}, torch.float32),
+    "AdamW4bit": ("lowbit_adam", "AdamW4bit", {}, torch.float32),
+}
+
+
+def run(task: Task, name: str, lr: float, seed: int) -> dict[str, Any]:
+    """Train once; the held-out loss at the end and along the way."""
+    module, attribute, arguments, dtype = CONTESTANTS[name]
+    make: Callable[..., torch.optim.Optimizer] = getattr(import_module(module), attribute)
+    options = {**task.options, **arguments}
+    if attribute == "SGD":
+        # its rate is another: the best of those tried on each task is near a hundred Adam's
+        options.pop("betas")
+        options["weight_decay"] = 0.0
+    model = task.model(seed).to(dtype)
+    optimizer = make(model.parameters(), lr=lr * (100 if attribute == "SGD" else 1), **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(task.steps))
+    losses, curve = [], []
+    begin = perf_counter()
+    for done, batch in enumerate(task.batches(seed), start=1):
+        loss = task.loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.detach())
+        if done % max(1, task.steps // CURVE) == 0:
+            curve.append([done, task.validate(model)])
+    numel = sum(p.numel() for p in model.parameters())
+    return {
+        "optimizer": name,
+        "lr": lr,
+        "seed": seed,
+        "validation": task.validate(model),
+        "curve": curve,
+        "train": torch.stack(losses[-50:]).double().mean().item(),
+        "state_bits_per_parameter": 8 * state_bytes(optimizer) / numel,
+        "parameters": numel,
+        "seconds": perf_counter() - begin,
+    }
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each optimizer and learning rate: mean, spread, and the paired difference."""
+    base = {(r["lr"], r["seed"]): r["validation"] for r in rows if r["optimizer"] == BASELINE}
+    found = []
+    for name, lr in dict.fromkeys((r["optimizer"], r["lr"]) for r in rows):
+        mine = [r for r in rows if (r["optimizer"], r["lr"]) == (name, lr)]
+        values = [r["validation"] for r in mine]
+        pairs = [(r, base.get((lr, r["seed"]))) for r in mine]
+        gaps = [r["validation"] - b for r, b in pairs if b is not None]
+        found.append(
+            {
+                "optimizer": name,
+                "lr": lr,
+                "seeds": len(mine),
+                "mean": mean(values),
+                "spread": stdev(values) if len(values) > 1 else None,
+                "difference": mean(gaps) if gaps else None,
+                "difference_spread": stdev(gaps) if len(gaps) > 1 else None,
+                "state_bits_per_parameter": mine[0]["state_bits_per_parameter"],
+            }
+        )
+    return found
+
+
+def table(summary: list[dict[str, Any]]) -> str:
+    """The summary as Markdown, for the terminal and the docs."""
+    lines = [
+        "| optimizer | lr | bits of state | held-out loss | spread | difference from AdamW |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in summary:
+        spread = "" if row["spread"] is None else f"{row['spread']:.4f}"
+        gap = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+        if row["difference_spread"] is not None:
+            gap += f" +- {row['difference_spread']:.4f}"
+        lines.append(
+            f"| {row['optimizer']} | {row['lr']:g} | {row['state_bits_per_parameter']:.2f} "
+            f"| {row['mean']:.4f} | {spread} | {gap} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs every chosen optimizer with every seed and learning rate of a task."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--task", choices=TASKS, default="toy-gpt")
+    parser.add_argument("--only", choices=CONTESTANTS, action="append", help="repeatable")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, action="append", help="repeatable; the task's own")
+    parser.add_argument("--steps", type=int, help="the task's own")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="results/convergence_TASK.json")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    task = TASKS[args.task](device, args.steps)
+    report: dict[str, Any] = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "task": args.task,
+        "setup": {**task.setup, **task.options, "steps": task.steps, "clip": 1.0},
+        "rows": [],
+    }
+    out = args.out or RESULTS / f"convergence_{args.task.replace('-', '_')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for lr, seed, name in product(args.lr or task.lrs, range(args.seeds), args.only or CONTESTANTS):
+        row = run(task, name, lr, seed)
+        report["rows"].append(row)
+        report["summary"] = summarise(report["rows"])
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        print(
+            f"{name:16} lr {lr:g} seed {seed}  {row['validation']:.4f}  {row['seconds']:.1f} s",
+            flush=True,
+        )
+    print(f"\n{report['setup']['model']}, {task.steps} steps, {report['setup']['unit']}\n")
+    print(table(report["summary"]))
+
+
+if __name__ == "__main__":
+    main()
