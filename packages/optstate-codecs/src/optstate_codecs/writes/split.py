@@ -190,6 +190,5 @@ def store(param, corrections, x, random, offsets, mask, OPTIONS: tl.constexpr): 
     fits = magnitude < overflow
     correction = tl.where(fits, correction, 0)
     split = tl.where(fits, (top | ((bits >> 16) & 0x8000)).to(tl.int16), rounded)
-    kind = corrections.dtype.element_ty
-    tl.store(corrections + offsets, correction.to(kind), mask=mask)
+    tl.store(corrections + offsets, correction.to(corrections.dtype.element_ty), mask=mask)
     tl.store(param + offsets, split.to(param.dtype.element_ty, bitcast=True), mask=mask)
