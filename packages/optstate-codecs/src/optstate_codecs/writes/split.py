@@ -6,15 +6,15 @@ Layout: the parameter, bfloat16 or float16, and ``master_correction``, int8 (24 
 Mathematics. A *word* is a sign and a magnitude of 31 bits whose upper 15 are those of the parameter
 and whose lower 16 go on with its significand. For bfloat16 it is the float32 itself. For float16 it
 is the float32 with float16's exponent, and below float16's normal numbers a multiple of 2^-40. With
-y the magnitude of the new value's word,
+w the word of the new value,
 
-    top = (y + 2^15) >> 16        the parameter's magnitude, rounded to nearest
-    correction = y - top * 2^16   from -2^15 to 2^15 - 1
+    parameter = (w + 2^15) >> 16        rounded to nearest
+    correction = w - parameter * 2^16   from -2^15 to 2^15 - 1: the lower 16 bits of w
 
 so 32 bits lose nothing: bfloat16 holds every float32 that it does not overflow, float16 those that
-are multiples of 2^-40, as all from 2^-17 up are. For 24 bits y is first rounded stochastically to a
-multiple of 2^8, by adding the upper 8 of the element's 16 random bits of stream 0 and clearing the
-lower 8 of y, and the correction is divided by 2^8.
+are multiples of 2^-40, as all from 2^-17 up are. For 24 bits w is first rounded stochastically to a
+multiple of 2^8, by adding the upper 8 of the element's 16 random bits of stream 0 and leaving out
+the lower 8 of the sum.
 
 A value half-way between two parameters goes to the larger magnitude, where nearest rounding takes
 the even one. A value that overflows, NaN and infinities are rounded to nearest as ever, with a
@@ -38,7 +38,6 @@ from optstate_codecs.device import (
     as_bits,
     as_float,
     constant,
-    from_bf16_bits,
     jit,
     tl,
     to_bf16_bits,
@@ -52,8 +51,9 @@ __all__ = ["CORRECTION", "SplitMaster"]
 #: the state key of what is kept beside the parameter
 CORRECTION = "master_correction"
 
-# the upper halves of the words of infinity
-BF16_INFINITY, FP16_INFINITY = 0x7F80, 0x7C00
+# a word's sign, and the words of infinity
+SIGN = -(2**31)
+BF16_INFINITY, FP16_INFINITY = 0x7F800000, 0x7C000000
 # the float32 magnitudes, as bits, from which nearest rounding overflows
 BF16_OVERFLOW, FP16_OVERFLOW = 0x7F7F8000, 0x477FF000
 # 2^-14 as float32 bits, float16's smallest normal number; its word; what exponents differ by
@@ -90,40 +90,37 @@ class SplitMaster(Write):
         return self.dtype == torch.bfloat16
 
     def read(self, old: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        bits = old.view(torch.int16).to(torch.int32)
-        top = bits & 0x7FFF
-        correction = parts[0].to(torch.int32) << (32 - self.bits)
-        word = ((top << 16) + correction).clamp_(min=0)
+        rounded = old.view(torch.int16).to(torch.int32) << 16
+        top = rounded & 0x7FFFFFFF
+        word = (top + (parts[0].to(torch.int32) << (32 - self.bits))).clamp_(min=0)
         if self._bf16:
-            magnitude = word
+            magnitude, infinity = word, BF16_INFINITY
         else:
             small = (word.to(torch.float32) * 2.0**-40).view(torch.int32)
             magnitude = torch.where(word < FP16_NORMAL_WORD, small, (word >> 3) + REBIAS)
-        value = (magnitude | bits & -(2**31)).view(torch.float32)
-        infinity = BF16_INFINITY if self._bf16 else FP16_INFINITY
+            infinity = FP16_INFINITY
+        value = (magnitude | rounded & SIGN).view(torch.float32)
         return torch.where(top < infinity, value, old.to(torch.float32))
 
     def write(self, value: Tensor, parts: Sequence[Tensor], draw: Draw) -> Tensor:
         bits = value.view(torch.int32)
         magnitude = bits & 0x7FFFFFFF
         if self._bf16:
-            word, overflow = magnitude, BF16_OVERFLOW
+            word, overflow = bits, BF16_OVERFLOW
         else:
             small = value.abs().clamp_(max=2.0**-14).mul_(2.0**40)
             small = torch.where(small < WHOLE, small + 0.5, small).to(torch.int32)
             word = torch.where(magnitude < FP16_NORMAL, small, magnitude - REBIAS << 3)
-            overflow = FP16_OVERFLOW
+            word, overflow = word | bits & SIGN, FP16_OVERFLOW
         if self.bits == 24:
-            random = draw.bits16(value.numel(), value.device) >> 8
-            word = (word + random).bitwise_and_(~0xFF)
             # rounded up from here on, the parameter would overflow
             overflow -= 0x100 if self._bf16 else 0x20
-        top = word + 0x8000 >> 16
-        correction = word - (top << 16) >> (32 - self.bits)
-        fits = magnitude < overflow
-        parts[0].copy_(torch.where(fits, correction, 0))
-        split = (top | bits >> 16 & 0x8000).to(torch.int16).view(self.dtype)
-        return torch.where(fits, split, value.to(self.dtype))
+        rounded = value.to(self.dtype).view(torch.int16).to(torch.int32) << 16
+        word = torch.where(magnitude < overflow, word, rounded)
+        if self.bits == 24:
+            word += draw.bits16(value.numel(), value.device) >> 8
+        parts[0].copy_(word >> (32 - self.bits))
+        return (word + 0x8000 >> 16).to(torch.int16).view(self.dtype)
 
     def convert(self, saved: Tensor) -> Tensor:
         """A correction of either width as this one's; the parameter stays the same."""
@@ -140,7 +137,7 @@ _SHORT, _BF16 = constant(SHORT), constant(BF16)
 _BF16_INFINITY, _FP16_INFINITY = constant(BF16_INFINITY), constant(FP16_INFINITY)
 _BF16_OVERFLOW, _FP16_OVERFLOW = constant(BF16_OVERFLOW), constant(FP16_OVERFLOW)
 _FP16_NORMAL, _FP16_NORMAL_WORD = constant(FP16_NORMAL), constant(FP16_NORMAL_WORD)
-_REBIAS, _WHOLE = constant(REBIAS), constant(WHOLE)
+_SIGN, _REBIAS, _WHOLE = constant(SIGN), constant(REBIAS), constant(WHOLE)
 
 
 @jit
@@ -148,21 +145,19 @@ def load(param, corrections, offsets, mask, OPTIONS: tl.constexpr):  # type: ign
     """The master weights of a tile; bfloat16 parameters come as 16-bit integers."""
     stored = tl.load(param + offsets, mask=mask, other=0)
     correction = tl.load(corrections + offsets, mask=mask, other=0).to(tl.int32)
-    bits = stored.to(tl.int16, bitcast=True).to(tl.int32)
-    top = bits & 0x7FFF
     if OPTIONS & _SHORT:
         correction = correction << 8
-    word = tl.maximum((top << 16) + correction, 0)
+    bits = stored.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    top = bits & MAGNITUDE
+    word = tl.maximum(top + correction, 0)
     if OPTIONS & _BF16:
-        magnitude = word
-        rounded = from_bf16_bits(stored)
-        infinity = _BF16_INFINITY
+        value = as_float(word | (bits & _SIGN))
+        return tl.where(top < _BF16_INFINITY, value, as_float(bits))
     else:
         small = as_bits(word.to(tl.float32) * 9.094947017729282e-13)
         magnitude = tl.where(word < _FP16_NORMAL_WORD, small, (word >> 3) + _REBIAS)
-        rounded = stored.to(tl.float32)
-        infinity = _FP16_INFINITY
-    return tl.where(top < infinity, as_float(magnitude | (bits & -2147483648)), rounded)
+        value = as_float(magnitude | (bits & _SIGN))
+        return tl.where(top < _FP16_INFINITY, value, stored.to(tl.float32))
 
 
 @jit
@@ -171,24 +166,22 @@ def store(param, corrections, x, random, offsets, mask, OPTIONS: tl.constexpr): 
     bits = as_bits(x)
     magnitude = bits & MAGNITUDE
     if OPTIONS & _BF16:
-        word = magnitude
-        overflow = _BF16_OVERFLOW
+        word = bits
         rounded = to_bf16_bits(x)
+        overflow = _BF16_OVERFLOW - 256 * (OPTIONS & _SHORT)
     else:
         small = tl.minimum(tl.abs(x), 6.103515625e-05) * 1099511627776.0
         small = tl.where(small < _WHOLE, small + 0.5, small).to(tl.int32)
         word = tl.where(magnitude < _FP16_NORMAL, small, (magnitude - _REBIAS) << 3)
-        overflow = _FP16_OVERFLOW
+        word = word | (bits & _SIGN)
         rounded = x.to(tl.float16).to(tl.int16, bitcast=True)
+        overflow = _FP16_OVERFLOW - 32 * (OPTIONS & _SHORT)
+    word = tl.where(magnitude < overflow, word, rounded.to(tl.int32) << 16)
     if OPTIONS & _SHORT:
-        word = (word + (random >> 8)) & -256
-        overflow = overflow - (256 if OPTIONS & _BF16 else 32)
-    top = (word + 0x8000) >> 16
-    correction = word - (top << 16)
-    if OPTIONS & _SHORT:
-        correction = correction >> 8
-    fits = magnitude < overflow
-    correction = tl.where(fits, correction, 0)
-    split = tl.where(fits, (top | ((bits >> 16) & 0x8000)).to(tl.int16), rounded)
+        word = word + (random >> 8)
+        correction = word >> 8
+    else:
+        correction = word
+    top = ((word + 0x8000) >> 16).to(tl.int16)
     tl.store(corrections + offsets, correction.to(corrections.dtype.element_ty), mask=mask)
-    tl.store(param + offsets, split.to(param.dtype.element_ty, bitcast=True), mask=mask)
+    tl.store(param + offsets, top.to(param.dtype.element_ty, bitcast=True), mask=mask)
