@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from lowbit_adam import Adam8bit, AdamW8bit
-from optstate_codecs import decode_state, memory_report
+from optstate_codecs import decode_state, master_weights, memory_report
 
 BOTH = [Adam8bit, AdamW8bit]
 PAIRS = [(Adam8bit, torch.optim.Adam), (AdamW8bit, torch.optim.AdamW)]
@@ -125,6 +125,22 @@ def test_bf16_stochastic_round_keeps_small_steps() -> None:
     assert abs(moved[True] - 0.01) < 5e-4
 
 
+@pytest.mark.parametrize(("bits", "extra"), [(24, 1), (32, 2)])
+def test_master_weights_keep_small_steps(bits: int, extra: int) -> None:
+    """As above, but every element arrives, within the noise of its moments."""
+    options = {"lr": 1e-4, "weight_decay": 0.0, "master_weight_bits": bits}
+    param = Parameter(torch.ones(20000, dtype=torch.bfloat16))
+    optimizer = AdamW8bit([param], **options)
+    for _ in range(100):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert float((master_weights(optimizer, param) - 0.99).abs().max()) < 1e-3
+    assert memory_report(optimizer).state_bytes == (2 + extra) * 20000 + 2 * 4 * 10 + 4
+    wide, exact = stepped(AdamW8bit, (300,), master_weight_bits=bits)
+    assert memory_report(exact).state_bytes == 2 * 300 + 2 * 4 + 4
+    assert torch.equal(wide, stepped(AdamW8bit, (300,))[0])
+
+
 def test_deepcopy_and_float_lr() -> None:
     param, optimizer = stepped(AdamW8bit, (100,))
     copied = copy.deepcopy(optimizer)
@@ -141,6 +157,13 @@ def test_deepcopy_and_float_lr() -> None:
         ({"block_size": 100}, ValueError, "block_size=100: must be a power of two"),
         ({"block_size": 2.0}, TypeError, "block_size=2.0: must be an int"),
         ({"bf16_stochastic_round": 1}, TypeError, "bf16_stochastic_round=1: must be True"),
+        ({"master_weight_bits": 16}, ValueError, "master_weight_bits=16: must be None, 24 or 32"),
+        ({"master_weight_bits": True}, ValueError, "master_weight_bits=True: must be None"),
+        (
+            {"master_weight_bits": 24, "bf16_stochastic_round": True},
+            ValueError,
+            "master_weight_bits=24: must be None with bf16_stochastic_round=True",
+        ),
         ({"lr": -1e-3}, ValueError, "lr=-0.001: must be finite and at least 0"),
         ({"betas": (0.9, 2)}, ValueError, r"betas\[1\]=2"),
         ({"formats": {}}, TypeError, "formats: unknown argument"),

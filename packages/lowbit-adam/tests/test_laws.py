@@ -12,6 +12,7 @@ SUBJECTS = [
     Subject("AdamW8bit", AdamW8bit),
     Subject("AdamW8bit-256", partial(AdamW8bit, block_size=256)),
     Subject("AdamW8bit-bf16", partial(AdamW8bit, bf16_stochastic_round=True)),
+    Subject("AdamW8bit-master", partial(AdamW8bit, master_weight_bits=24)),
     Subject("Adam8bit-amsgrad", partial(Adam8bit, amsgrad=True)),
 ]
 CASES = [

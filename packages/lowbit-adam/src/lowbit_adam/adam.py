@@ -12,6 +12,21 @@ from optstate_codecs import Adam, CodedOptimizer, Dynamic8, Format, checks
 __all__ = ["Adam8bit", "AdamW8bit"]
 
 
+def _write(bf16_stochastic_round: bool, master_weight_bits: int | None) -> str:
+    """The parameter write that the two arguments ask for."""
+    checks.flag("bf16_stochastic_round", bf16_stochastic_round)
+    if master_weight_bits is None:
+        return "stochastic" if bf16_stochastic_round else "nearest"
+    if type(master_weight_bits) is not int or master_weight_bits not in (24, 32):
+        raise ValueError(f"master_weight_bits={master_weight_bits!r}: must be None, 24 or 32")
+    if bf16_stochastic_round:
+        raise ValueError(
+            f"master_weight_bits={master_weight_bits}: must be None with "
+            "bf16_stochastic_round=True, since a master weight already keeps what rounding leaves"
+        )
+    return f"split{master_weight_bits}"
+
+
 class _CodedAdam(CodedOptimizer):
     """Adam's arguments; subclasses say how the moments are stored."""
 
@@ -30,9 +45,9 @@ class _CodedAdam(CodedOptimizer):
         *,
         block_size: int | None = None,
         bf16_stochastic_round: bool = False,
+        master_weight_bits: int | None = None,
         **options: Any,
     ) -> None:
-        checks.flag("bf16_stochastic_round", bf16_stochastic_round)
         super().__init__(
             params,
             Adam(decoupled=self.decoupled),
@@ -42,7 +57,7 @@ class _CodedAdam(CodedOptimizer):
             weight_decay=weight_decay,
             amsgrad=amsgrad,
             block_size=self.default_block_size if block_size is None else block_size,
-            write="stochastic" if bf16_stochastic_round else "nearest",
+            write=_write(bf16_stochastic_round, master_weight_bits),
             **options,
         )
 
@@ -100,6 +115,9 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
             Can be set per group.
         bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
             their precision are kept in the mean.
+        master_weight_bits: 24 or 32 keeps what rounding leaves of bfloat16 and float16
+            parameters, 1 or 2 bytes each, and trains the master weight of that many bits that
+            both hold; not together with ``bf16_stochastic_round``.
         **options: ``maximize``, ``skip_nonfinite``, ``rounding_seed`` (see ``CodedOptimizer``)
             and the flags ``foreach``, ``fused``, ``capturable``, ``differentiable``.
 

@@ -14,7 +14,7 @@ from optstate_codecs.memory import (
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
-from optstate_codecs.state import decode_state
+from optstate_codecs.state import decode_state, master_weights
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "MemoryReport",
     "Rule",
     "decode_state",
+    "master_weights",
     "memory_report",
     "parse_format",
     "predicted_state_bytes",

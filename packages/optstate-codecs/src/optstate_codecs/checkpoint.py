@@ -6,6 +6,7 @@ holding the stored components, with ``formats`` added to each group: {moment: te
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.formats import FP32, Format, parse_format
-from optstate_codecs.layout import same_order
+from optstate_codecs.layout import empty_state, same_order
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import (
@@ -22,8 +23,8 @@ from optstate_codecs.state import (
     decode_state,
     encode_state,
     share_steps,
-    state_keys,
 )
+from optstate_codecs.writes import CORRECTION, SplitMaster, Write, parameter_write
 
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
@@ -81,7 +82,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
 
     state: dict[Tensor, dict[str, Any]] = {}
     loaded = []
-    index = 0
+    index = rounded = 0
     for (group, saved_formats), saved in zip(groups, state_dict["param_groups"], strict=True):
         formats = optimizer.group_formats(group)
         moments = optimizer.rule.moments(optimizer.rule.hyper(group))
@@ -96,9 +97,18 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                 if moved is None:
                     decoded = _decoded(param, stored, source, moments)
                     moved = encode_state(param, decoded, moments, formats, counter)
-                state[param] = {"step": step, **moved}
+                write = parameter_write(optimizer.write, param.dtype)
+                state[param] = {"step": step, **moved, **_correction(write, param, stored)}
+                rounded += CORRECTION in stored and not write.components
                 loaded.append((param, state[param], group["fused"]))
             index += 1
+
+    if rounded:
+        warnings.warn(
+            f"state_dict keeps master weights of {rounded} parameters that this optimizer, "
+            f"write={optimizer.write!r}, does not: training goes on from the parameters alone",
+            stacklevel=4,
+        )
 
     for target, (group, _) in zip(optimizer.param_groups, groups, strict=True):
         for key in set(target) - set(group):
@@ -154,11 +164,14 @@ def _check_state(
     source: Mapping[str, Format],
     formats: Mapping[str, Format],
 ) -> None:
-    """Raise unless ``stored`` holds just the components of ``source``, in shape and dtype."""
+    """Raise unless ``stored`` holds just the components of ``source``, in shape and dtype.
+
+    A correction of the parameter may be there or not.
+    """
     if different := sorted(set(source) ^ set(formats)):
         raise KeyError(f"{where}: moment {different[0]!r} is not in both checkpoint and optimizer")
-    keys = state_keys(source)
-    if unknown := [key for key in stored if key not in keys]:
+    keys = ["step", *(c.key(name) for name, f in source.items() for c in f.components)]
+    if unknown := [key for key in stored if key not in (*keys, CORRECTION)]:
         raise KeyError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(keys)}")
     if missing := [key for key in keys if key not in stored]:
         raise KeyError(f"{where}: missing key {missing[0]!r}")
@@ -175,6 +188,26 @@ def _check_state(
                 raise ValueError(f"{where}[{key!r}]: dtype {part.dtype}, must be {component.dtype}")
             if component.suffix == "scale" and not part.isfinite().all():
                 raise ValueError(f"{where}[{key!r}]: must be finite")
+
+    if CORRECTION in stored:
+        part = stored[CORRECTION]
+        if not torch.is_tensor(part) or part.dtype not in (torch.int8, torch.int16):
+            raise ValueError(f"{where}[{CORRECTION!r}]: must be a tensor of dtype int8 or int16")
+        if part.shape != param.shape:
+            raise ValueError(
+                f"{where}[{CORRECTION!r}]: shape {tuple(part.shape)}, "
+                f"must be {tuple(param.shape)} as the parameter's"
+            )
+
+
+def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What ``write`` keeps of ``param``: zeros, the parameter as it is, where none was saved."""
+    if not isinstance(write, SplitMaster):
+        return {}
+    kept = empty_state(param, *write.components)
+    if CORRECTION in stored:
+        kept.copy_(write.convert(stored[CORRECTION]))
+    return {CORRECTION: kept}
 
 
 def _loaded_step(where: str, step: Any) -> Tensor:

@@ -8,13 +8,15 @@ Anything that is not dense in that order is gathered and scattered slice by slic
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.formats import Component, Format
+from optstate_codecs.formats import Component
 
 __all__ = [
+    "Declaration",
     "FlatState",
     "FlatView",
     "empty_state",
@@ -71,28 +73,36 @@ class FlatView:
         return torch.arange(start, stop, device=self._ordered.device)
 
 
+class Declaration(Protocol):
+    """What says which tensors it is stored as: a format, or a parameter write."""
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The tensors, in the order that their owner takes them."""
+
+
 class FlatState:
-    """The components of a parameter's moments, cut into the slices of a step.
+    """The components of a parameter's state, cut into the slices of a step.
 
     Args:
         state: components by state key.
-        formats: the format of each moment.
+        stored: the format of each moment, and the write of the parameter where it is wanted.
         order: the dimension order in which the components lie in memory.
     """
 
     def __init__(
-        self, state: Mapping[str, Tensor], formats: Mapping[str, Format], order: Sequence[int]
+        self, state: Mapping[str, Tensor], stored: Mapping[str, Declaration], order: Sequence[int]
     ) -> None:
         self._flat = {
-            moment: [(_flatten(state[c.key(moment)], c, order), c.span) for c in format.components]
-            for moment, format in formats.items()
+            name: [(_flatten(state[c.key(name)], c, order), c.span) for c in declared.components]
+            for name, declared in stored.items()
         }
 
     def slice(self, start: int, stop: int) -> dict[str, list[Tensor]]:
         """Views of what elements ``start`` to ``stop`` of each moment are stored in."""
         return {
-            moment: [flat[start // span : -(-stop // span)] for flat, span in parts]
-            for moment, parts in self._flat.items()
+            name: [flat[start // span : -(-stop // span)] for flat, span in parts]
+            for name, parts in self._flat.items()
         }
 
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate_codecs.layout import Declaration
+from optstate_codecs.writes import parameter_write
+
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
 
@@ -51,13 +54,17 @@ def state_bytes(optimizer: Optimizer) -> int:
 def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
     """Bytes that the state will take once every parameter has been stepped.
 
-    Exact: it adds up what the formats declare, and 4 bytes of step count per parameter.
+    Exact: it adds up what the formats and the write declare, and 4 bytes of step count per
+    parameter.
     """
     total = 0
     for group in optimizer.param_groups:
         formats = optimizer.group_formats(group)
         for param in group["params"]:
-            total += STEP_BYTES + sum(f.nbytes(param.numel()) for f in formats.values())
+            write = parameter_write(optimizer.write, param.dtype)
+            stored: list[Declaration] = [*formats.values(), write]
+            parts = [component for declared in stored for component in declared.components]
+            total += STEP_BYTES + sum(part.nbytes(param.numel()) for part in parts)
     return total
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from optstate_codecs import checkpoint, checks, engine
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
+from optstate_codecs.layout import empty_state
 from optstate_codecs.rules import Rule
 from optstate_codecs.state import initial_state, share_steps
-from optstate_codecs.writes import WRITES
+from optstate_codecs.writes import MASTER, WRITES, parameter_write
 
 __all__ = ["CodedOptimizer"]
 
@@ -41,7 +42,9 @@ class CodedOptimizer(torch.optim.Optimizer):
         params: tensors, ``named_parameters()``, or dicts of param groups.
         rule: the mathematics, e.g. ``optstate_codecs.rules.Adam(decoupled=True)``.
         formats: for each of the rule's moments a format or its text; can be set per group.
-        write: "nearest", or "stochastic" for unbiased bfloat16 parameters.
+        write: "nearest"; "stochastic" for unbiased bfloat16 parameters; "split24" or "split32" to
+            keep what rounding leaves of bfloat16 and float16 parameters, 1 or 2 bytes each, so
+            that both hold a master weight of 24 or 32 bits (see ``master_weights``).
         backend: "auto", "eager" or "triton", see ``optstate_codecs.engine``; the environment
             variable OPTSTATE_BACKEND stands in for "auto".
         rounding_seed: keys every random number, 0 to 2^63 - 1.
@@ -225,11 +228,17 @@ class CodedOptimizer(torch.optim.Optimizer):
                 or unit.formats is not formats
                 or unit.seed != seed
                 or unit.group != number
+                or unit.write.dtype is not param.dtype
             ):
+                write = parameter_write(self.write, param.dtype)
                 if not state:
-                    state = self.state[param] = initial_state(param, formats)
+                    state = self.state[param] = initial_state(param, {**formats, MASTER: write})
                     fresh.append((param, state, self.param_groups[number]["fused"]))
-                units[index] = Unit(param, state, moments, formats, self.write, seed, index, number)
+                for part in write.components:
+                    # a parameter that has changed its dtype since brings none
+                    if part.key(MASTER) not in state:
+                        state[part.key(MASTER)] = empty_state(param, part)
+                units[index] = Unit(param, state, moments, formats, write, seed, index, number)
         share_steps(fresh)
         return [units[index] for index, *_ in places]
 

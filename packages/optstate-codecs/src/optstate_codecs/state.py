@@ -1,4 +1,4 @@
-"""The components a moment is stored as, and the decoded view of an optimizer's state."""
+"""What the state of a parameter is stored as, and the decoded view of an optimizer's state."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optstate_codecs.formats import Format
 from optstate_codecs.layout import (
+    Declaration,
     FlatState,
     FlatView,
     empty_state,
@@ -20,6 +21,7 @@ from optstate_codecs.layout import (
 from optstate_codecs.moments import decode_slice, encode_slice
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
+from optstate_codecs.writes import MASTER, parameter_write
 
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
@@ -29,15 +31,9 @@ __all__ = [
     "decode_state",
     "encode_state",
     "initial_state",
+    "master_weights",
     "share_steps",
-    "state_keys",
 ]
-
-
-def state_keys(formats: Mapping[str, Format]) -> tuple[str, ...]:
-    """The keys of ``optimizer.state[p]`` under ``formats``: ``step`` first."""
-    keys = [c.key(moment) for moment, f in formats.items() for c in f.components]
-    return ("step", *keys)
 
 
 def share_steps(states: Sequence[tuple[Tensor, dict[str, Tensor], bool | None]]) -> None:
@@ -58,12 +54,17 @@ def share_steps(states: Sequence[tuple[Tensor, dict[str, Tensor], bool | None]])
             state["step"] = bank[place]
 
 
-def initial_state(param: Tensor, formats: Mapping[str, Format]) -> dict[str, Tensor]:
-    """The state of a parameter that has not been stepped: everything zero."""
+def initial_state(param: Tensor, stored: Mapping[str, Declaration]) -> dict[str, Tensor]:
+    """The state of a parameter that has not been stepped: everything zero.
+
+    Args:
+        param: gives shape, layout and device.
+        stored: the format of each moment and, under the name ``MASTER``, the parameter's write.
+    """
     state = {"step": torch.zeros((), dtype=torch.float32)}
-    for moment, format in formats.items():
-        for component in format.components:
-            state[component.key(moment)] = empty_state(param, component)
+    for name, declared in stored.items():
+        for component in declared.components:
+            state[component.key(name)] = empty_state(param, component)
     return state
 
 
@@ -154,3 +155,30 @@ def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
     stored = {key: value for key, value in state.items() if key != "step"}
     decoded = decode_moments(param, stored, moments, optimizer.group_formats(group))
     return {"step": state["step"].clone(), **decoded}
+
+
+def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:
+    """The weights that training goes on from: a parameter and what its rounding left.
+
+    Args:
+        optimizer: any optimizer of the family.
+        param: one of its parameters.
+
+    Returns:
+        float32 (float64 for float64 parameters), of the parameter's shape; a copy. The parameter
+        itself where the optimizer keeps no correction of it.
+
+    Raises:
+        KeyError: the parameter is not the optimizer's.
+
+    Example:
+        >>> fp32_weights = master_weights(optimizer, model.weight)
+    """
+    optimizer.group_of(param)
+    state = optimizer.state.get(param, {})
+    write = parameter_write(optimizer.write, param.dtype)
+    value = param.detach()
+    parts = [state[c.key(MASTER)] for c in write.components if state]
+    if parts:
+        value = write.read(value, parts)
+    return value.to(torch.promote_types(param.dtype, torch.float32), copy=True)

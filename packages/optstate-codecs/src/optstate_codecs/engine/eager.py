@@ -15,7 +15,7 @@ from optstate_codecs.layout import FlatState, FlatView, slices, storage_order
 from optstate_codecs.moments import decode_slice, encode_slice
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Rule
-from optstate_codecs.writes import round_to_parameter
+from optstate_codecs.writes import MASTER
 
 __all__ = ["step"]
 
@@ -35,20 +35,19 @@ def _step_unit(
     count = float(unit.state["step"])
     order = storage_order(unit.param)
     param, grad = FlatView(unit.param, order), FlatView(grads, order)
-    state = FlatState(unit.state, unit.formats, order)
+    state = FlatState(unit.state, unit.stored, order)
     counter = Counter(unit.seed, int(count), unit.index)
     compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
 
     for start, stop in slices(unit.param):
-        old = param.read(start, stop)
-        value = old.to(compute)
-        slope = _unscaled(grad.read(start, stop).to(compute), grad_scale)
         parts = state.slice(start, stop)
+        value = unit.write.read(param.read(start, stop), parts[MASTER]).to(compute)
+        slope = _unscaled(grad.read(start, stop).to(compute), grad_scale)
         decoded = decode_slice(unit.moments, unit.formats, parts, compute)
         rule.update(value, slope, decoded, hyper, count)
         encode_slice(unit.moments, unit.formats, decoded, parts, counter, start)
         draw = counter.stream(0).at(start)
-        param.write(start, stop, round_to_parameter(value, old, unit.write, draw))
+        param.write(start, stop, unit.write.write(value, parts[MASTER], draw))
 
 
 def _unscaled(grad: Tensor, scale: Tensor | None) -> Tensor:

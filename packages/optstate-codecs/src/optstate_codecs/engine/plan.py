@@ -18,11 +18,12 @@ from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.formats import Format
 from optstate_codecs.layout import same_order, storage_order
 from optstate_codecs.rounding import stream_key
+from optstate_codecs.writes import MASTER
 
 __all__ = ["COLUMNS", "MOMENT_SLOTS", "Bucket", "build_buckets"]
 
 # columns of the table of tensors: see triton/kernel.py
-COLUMNS = 10
+COLUMNS = 11
 MOMENT_SLOTS = 3
 # elements a tile; of those tried on an H200, the fastest without and with blocks to reduce over
 TILE = 2048
@@ -117,9 +118,9 @@ def _fits(unit: Unit, grad: Tensor, formats: tuple[Format, ...]) -> bool:
         and param.stride() == grad.stride()
         and param.permute(storage_order(param)).is_contiguous()
         and all(
-            same_order(unit.state[c.key(m.name)], c, param)
-            for m, f in zip(unit.moments, formats, strict=True)
-            for c in f.components
+            same_order(unit.state[c.key(name)], c, param)
+            for name, declared in unit.stored.items()
+            for c in declared.components
         )
     )
 
@@ -143,6 +144,8 @@ def _tables(
         for word in (0, 1):
             low, high = stream_key(unit.seed, unit.index, word)
             row.append((low | high << 32) - (high >> 31 << 64))
+        corrections = [unit.state[c.key(MASTER)].data_ptr() for c in unit.write.components]
+        row += corrections or [0]
         table.append(row)
         tiles.append(-(-unit.param.numel() // tile))
     counts = torch.tensor(tiles)

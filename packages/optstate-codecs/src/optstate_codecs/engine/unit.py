@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from optstate_codecs.formats import Format
+from optstate_codecs.layout import Declaration
 from optstate_codecs.rules import Moment, Rule
+from optstate_codecs.writes import MASTER, Write
 
 __all__ = ["Job", "Unit"]
 
@@ -20,10 +22,11 @@ class Unit:
 
     Attributes:
         param: the parameter, any real floating dtype and layout.
-        state: ``optimizer.state[param]``: ``step`` and the components of every moment.
+        state: ``optimizer.state[param]``: ``step`` and the components of every moment and of the
+            write.
         moments: the rule's moments, in its order.
         formats: the format of each moment.
-        write: how the parameter is rounded, see ``optstate_codecs.writes``.
+        write: how the parameter is read and written.
         seed: the optimizer's ``rounding_seed``.
         index: the parameter's place in the optimizer, counted over all groups.
         group: the number of its param group.
@@ -33,19 +36,20 @@ class Unit:
     state: dict[str, Any]
     moments: tuple[Moment, ...]
     formats: Mapping[str, Format]
-    write: str = "nearest"
+    write: Write
     seed: int = 0
     index: int = 0
     group: int = 0
 
     @property
+    def stored(self) -> dict[str, Declaration]:
+        """What declares the components of the state: each moment's format, then the write."""
+        return {**self.formats, MASTER: self.write}
+
+    @property
     def parts(self) -> list[Tensor]:
-        """The components of all moments, in order."""
-        return [
-            self.state[component.key(moment.name)]
-            for moment in self.moments
-            for component in self.formats[moment.name].components
-        ]
+        """The components of the state, in order."""
+        return [self.state[c.key(name)] for name, d in self.stored.items() for c in d.components]
 
 
 @dataclass

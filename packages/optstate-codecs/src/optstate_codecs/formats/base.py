@@ -46,6 +46,10 @@ class Component:
         """Entries for a moment of ``numel`` elements; the last one may cover fewer."""
         return -(-numel // self.span)
 
+    def nbytes(self, numel: int) -> int:
+        """Exact bytes stored for a moment of ``numel`` elements."""
+        return self.length(numel) * self.dtype.itemsize
+
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The stored shape for a moment of ``shape``.
 
@@ -134,7 +138,7 @@ class Format(ABC):
 
     def nbytes(self, numel: int) -> int:
         """Exact bytes stored for a moment of ``numel`` elements."""
-        return sum(c.length(numel) * c.dtype.itemsize for c in self.components)
+        return sum(component.nbytes(numel) for component in self.components)
 
     @property
     def spec(self) -> str:

@@ -5,7 +5,8 @@ decodes, updates, encodes and writes. What to decode, update and encode with are
 given as constants, so a new format or rule needs no new kernel.
 
 Tables (see ``plan.py``). ``tensors``, int64, one row a tensor: element count, parameter, two
-components of each of three moments, two stream keys. ``grads``: int64 addresses.
+components of each of three moments, two stream keys, what the write keeps. ``grads``: int64
+addresses.
 ``rows``: float32 scalars of the rule, one row for each (group, step count), after the step count
 itself. ``row_of``: each tensor's row, int32.
 """
@@ -88,6 +89,12 @@ def step_kernel(  # type: ignore[no-untyped-def]
     G_TYPE: tl.constexpr,
     G_BF16: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    READ: tl.constexpr,
+    WRITE: tl.constexpr,
+    WRITE_OPTIONS: tl.constexpr,
+    C_TYPE: tl.constexpr,
+    C_DIVISIBLE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     DIVISIBLE: tl.constexpr,
@@ -120,7 +127,11 @@ def step_kernel(  # type: ignore[no-untyped-def]
 
     p_pointer = _pointer(entry + 1, P_TYPE, DIVISIBLE) + start
     g_pointer = _pointer(grads + tensor, G_TYPE, DIVISIBLE) + start
-    p = _load_real(p_pointer, offsets, mask, P_BF16)
+    if SPLIT:
+        c_pointer = _pointer(entry + 10, C_TYPE, C_DIVISIBLE) + start
+        p = READ(p_pointer, c_pointer, offsets, mask, WRITE_OPTIONS)
+    else:
+        p = _load_real(p_pointer, offsets, mask, P_BF16)
     g = _load_real(g_pointer, offsets, mask, G_BF16)
     if HAS_SCALE:
         g = g * tl.load(grad_scale)
@@ -155,7 +166,9 @@ def step_kernel(  # type: ignore[no-untyped-def]
         word0 = hash_tile(tl.load(entry + 8), step, start, offsets)
     if WORD1:
         word1 = hash_tile(tl.load(entry + 9), step, start, offsets)
-    if P_BF16:
+    if SPLIT:
+        WRITE(p_pointer, c_pointer, p, half(word0, offsets, 0), offsets, mask, WRITE_OPTIONS)
+    elif P_BF16:
         if STOCHASTIC:
             tl.store(
                 p_pointer + offsets, to_bf16_bits_stochastic(p, half(word0, offsets, 0)), mask=mask

@@ -11,6 +11,7 @@ from optstate_codecs.device import tl
 from optstate_codecs.engine.plan import COLUMNS, MOMENT_SLOTS, Bucket
 from optstate_codecs.engine.triton.kernel import step_kernel
 from optstate_codecs.formats import FP32, Format
+from optstate_codecs.formats.base import DeviceFunctions
 
 __all__ = ["launch"]
 
@@ -44,8 +45,7 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         "UPDATE_OPTIONS": bucket.function[1],
         "MOMENTS": len(moments),
     }
-    stochastic = unit.write == "stochastic" and unit.param.dtype == torch.bfloat16
-    words = [stochastic, False]
+    words = [unit.write.uses_random, False]
     for slot in range(MOMENT_SLOTS):
         used = slot < len(moments)
         format: Format = bucket.formats[slot] if used else FP32()
@@ -66,6 +66,8 @@ def constants(bucket: Bucket) -> dict[str, Any]:
             words[stream // 2] = True
     # every access covers the same number of elements, so that all tiles share one layout
     wide = 16 // unit.param.dtype.itemsize
+    kept = unit.write.components
+    write = unit.write.device_functions or DeviceFunctions(None, None)
     return chosen | {
         "UPDATE_UNITS0": bucket.formats[0].in_update_units,
         "WORD0": words[0],
@@ -74,7 +76,13 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         "P_BF16": unit.param.dtype == torch.bfloat16,
         "G_TYPE": _type(bucket.grad_dtype),
         "G_BF16": bucket.grad_dtype == torch.bfloat16,
-        "STOCHASTIC": stochastic,
+        "STOCHASTIC": unit.write.uses_random,
+        "SPLIT": bool(kept),
+        "READ": write.load,
+        "WRITE": write.store,
+        "WRITE_OPTIONS": write.options,
+        "C_TYPE": _type(kept[0].dtype) if kept else None,
+        "C_DIVISIBLE": wide * kept[0].dtype.itemsize if kept and bucket.aligned else 1,
         "DIVISIBLE": 16 if bucket.aligned else 1,
         "STATE_DIVISIBLE": wide if bucket.aligned else 1,
         "WHOLE": 16 if bucket.aligned else 1,
