@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from optstate_codecs import BF16, FP32, Dynamic8, Int8, parse_format
+from optstate_codecs import BF16, FP8, FP32, Dynamic8, Int8, Minifloat, parse_format
 from optstate_codecs.formats import Format, as_format, format_names
 from optstate_codecs.formats.dynamic import value_table
 from optstate_codecs.rounding import Draw
@@ -21,6 +21,11 @@ SIGNED = [
     Dynamic8(16),
     Dynamic8(16, base=10),
     Dynamic8(256, rounding="stochastic"),
+    FP8(16),
+    FP8(64, rounding="paired"),
+    Minifloat(0, 3, 16, signed=True),
+    Minifloat(3, 4, 64, signed=True, rounding="stochastic"),
+    Minifloat(1, 2, 32, signed=True, rounding="paired"),
 ]
 UNSIGNED = [
     Dynamic8(16, signed=False),
@@ -28,6 +33,11 @@ UNSIGNED = [
     Dynamic8(64, signed=False, rounding="stochastic"),
     Dynamic8(64, signed=False, domain="sqrt"),
     Dynamic8.second_moment(256),
+    FP8(16, signed=False),
+    Minifloat(2, 2, 16),
+    Minifloat(2, 2, 64, rounding="stochastic"),
+    Minifloat.second_moment4(16),
+    Minifloat.second_moment8(64),
 ]
 BOTH = SIGNED + UNSIGNED
 
@@ -43,12 +53,20 @@ def store(format: Format, x: torch.Tensor, step: int = 1) -> list[torch.Tensor]:
 
 
 def round_trip(format: Format, x: torch.Tensor, step: int = 1) -> torch.Tensor:
-    return format.decode(store(format, x, step)).clone()
+    return format.decode(store(format, x, step))[: x.numel()].clone()
 
 
 def sample(format: Format, numel: int = 1000, scale: float = 1.0) -> torch.Tensor:
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0)) * scale
     return x if format in SIGNED else x * x
+
+
+def coarsest_step(format: Format) -> float:
+    """Of a power of two above the block's largest; twice as coarse in v where roots are kept."""
+    if isinstance(format, Minifloat):
+        step = 2.0**-format.mantissa_bits
+        return step * (2 + step) if format.domain == "sqrt" else step
+    return 1 / 8 if isinstance(format, FP8) else 0.029
 
 
 finite = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -65,7 +83,7 @@ def test_bytes_are_the_declared_ones(format: Format, numel: int) -> None:
 @pytest.mark.parametrize("format", BOTH, ids=ids)
 def test_zero_bytes_decode_to_zero(format: Format) -> None:
     parts = [torch.zeros(c.length(100), dtype=c.dtype) for c in format.components]
-    assert torch.equal(format.decode(parts), torch.zeros(100))
+    assert torch.equal(format.decode(parts)[:100], torch.zeros(100))
     assert torch.equal(round_trip(format, torch.zeros(100)), torch.zeros(100))
 
 
@@ -79,8 +97,7 @@ def test_nothing_grows_beyond_a_step_of_the_grid(format: Format, values: list[fl
     blocks = torch.nn.functional.pad(x.abs(), (0, -x.numel() % format.span)).view(-1, format.span)
     top = blocks.amax(1, keepdim=True).expand_as(blocks).reshape(-1)[: x.numel()]
     power = torch.exp2(torch.ceil(torch.log2(top.clamp_min(1e-30))))
-    # coarsest steps: 9/640 of a power-of-two scale (twice as coarse in v where roots are kept)
-    assert ((x - y).abs() <= 0.029 * power + 1e-6 * top + 1e-30).all()
+    assert ((x - y).abs() <= coarsest_step(format) * power + 1e-6 * top + 1e-30).all()
 
 
 @pytest.mark.parametrize("format", [f for f in BOTH if not f.uses_random], ids=ids)
@@ -90,7 +107,8 @@ def test_encoding_again_changes_nothing(format: Format, values: list[float]) -> 
     # without the first element a block's largest may round down into a lower binade
     x = torch.tensor([1.4e6, *values])
     once = store(format, x if format in SIGNED else x.abs())
-    assert torch.equal(store(format, format.decode(once))[0], once[0])
+    again = store(format, format.decode(once)[: len(values) + 1])
+    assert torch.equal(again[0].view(torch.uint8), once[0].view(torch.uint8))
 
 
 @pytest.mark.parametrize("format", [f for f in SIGNED if not f.uses_random], ids=ids)
@@ -109,7 +127,9 @@ def test_monotone(format: Format) -> None:
         assert (round_trip(format, block).diff() >= 0).all()
 
 
-@pytest.mark.parametrize("format", [f for f in BOTH if f.uses_random], ids=ids)
+@pytest.mark.parametrize(
+    "format", [f for f in BOTH if f.uses_random and not getattr(f, "lift", 0)], ids=ids
+)
 def test_stochastic_rounding_is_unbiased_in_its_domain(format: Format) -> None:
     x = sample(format, 64)
     sqrt = getattr(format, "domain", "linear") == "sqrt"
@@ -118,8 +138,10 @@ def test_stochastic_rounding_is_unbiased_in_its_domain(format: Format) -> None:
         draws, x = draws.sqrt(), x.sqrt()
     error = (draws.mean(0) - x).abs()
     deviation = draws.std(0) / 4000**0.5
+    # positive numbers below the first point are raised to it
+    first = draws[draws > 0].min() if format in UNSIGNED else 0
     # 16 bits of randomness leave a bias of at most 2^-17 of a step
-    assert (error <= 5 * deviation + 1e-5 * x.abs().max()).all()
+    assert (error <= 5 * deviation + 1e-5 * x.abs().max())[x.abs() >= first].all()
 
 
 @pytest.mark.parametrize("format", UNSIGNED, ids=ids)
@@ -183,7 +205,8 @@ def test_codes_do_not_see_powers_of_two(format: Format, bits: int) -> None:
     if getattr(format, "domain", "linear") == "sqrt":
         bits = 2 * bits
     x = sample(format)
-    assert torch.equal(store(format, x)[0], store(format, x * 2.0**bits)[0])
+    codes = [store(format, x * 2.0**k)[0].view(torch.uint8) for k in (0, bits)]
+    assert torch.equal(*codes)
 
 
 def test_dynamic8_scale_covers_the_block() -> None:
@@ -203,7 +226,7 @@ def test_text_round_trip(format: Format) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int4", "must be one of bf16, dynamic8, fp32, int8"),
+        ("int4", "must be one of bf16, dynamic8, fp32, fp8, int8, minifloat"),
         ("int8(block=3)", "option 'block' must be one of block_size, rounding, units"),
         ("int8(block_size=100)", "block_size=100: must be a power of two from 16 to 8192"),
         ("int8(block_size=8)", "power of two from 16 to 8192"),

@@ -4,7 +4,7 @@ An optimizer here is an update rule (``rules``) x a format for each moment (``fo
 parameter write (``writes``); ``CodedOptimizer`` puts the three together.
 """
 
-from optstate_codecs.formats import BF16, FP32, Dynamic8, Format, Int8, parse_format
+from optstate_codecs.formats import BF16, FP8, FP32, Dynamic8, Format, Int8, Minifloat, parse_format
 from optstate_codecs.memory import (
     MemoryReport,
     memory_report,
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BF16",
+    "FP8",
     "FP32",
     "Adam",
     "CodedOptimizer",
@@ -27,6 +28,7 @@ __all__ = [
     "Format",
     "Int8",
     "MemoryReport",
+    "Minifloat",
     "Rule",
     "decode_state",
     "master_weights",

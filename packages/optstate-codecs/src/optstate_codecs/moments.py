@@ -26,7 +26,11 @@ Parts = Mapping[str, Sequence[Tensor]]
 
 
 def decode_slice(
-    moments: Sequence[Moment], formats: Mapping[str, Format], parts: Parts, dtype: torch.dtype
+    moments: Sequence[Moment],
+    formats: Mapping[str, Format],
+    parts: Parts,
+    dtype: torch.dtype,
+    count: int | None = None,
 ) -> dict[str, Tensor]:
     """Decode the moments of one slice.
 
@@ -35,11 +39,12 @@ def decode_slice(
         formats: the format of each.
         parts: the flat component slices of each, in the format's order.
         dtype: of the result, float32 or float64.
+        count: elements of the slice; needed where codes share bytes, which may hold one more.
 
     Returns:
         Each moment, flat; a view of its component where that is the moment itself.
     """
-    decoded = {m.name: formats[m.name].decode(parts[m.name]).to(dtype) for m in moments}
+    decoded = {m.name: formats[m.name].decode(parts[m.name])[:count].to(dtype) for m in moments}
     for moment in moments:
         if formats[moment.name].in_update_units:
             decoded[moment.name] *= decoded[_divisor(moment)].sqrt()

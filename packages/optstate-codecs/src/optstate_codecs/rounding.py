@@ -116,6 +116,12 @@ class Draw:
         place = self.start % 2
         return torch.stack(halves, 1).view(-1)[place : place + count]
 
+    def paired16(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """As ``bits16``, but steps 2k and 2k + 1 draw mirror images: b and 65535 - b."""
+        even = Draw(self.seed, self.step & ~1, self.param, self.stream, self.start)
+        bits = even.bits16(count, device)
+        return bits.bitwise_xor_(0xFFFF) if self.step % 2 else bits
+
     def centred(self, count: int, device: torch.device | str = "cpu") -> Tensor:
         """Multiples of 2^-16 in [-1/2, 1/2), float32, shape [count]."""
         return self.bits16(count, device).to(torch.float32).sub_(32768).mul_(2.0**-16)

@@ -125,7 +125,8 @@ def decode_moments(
     stored = FlatState(state, formats, order)
     for start, stop in slices(shape_as):
         parts = stored.slice(start, stop)
-        for name, value in decode_slice(moments, formats, parts, torch.float32).items():
+        decoded = decode_slice(moments, formats, parts, torch.float32, stop - start)
+        for name, value in decoded.items():
             flat[name][start:stop] = value
     return {name: value.view(ordered).permute(inverse_order(order)) for name, value in flat.items()}
 

@@ -43,7 +43,7 @@ def _step_unit(
         parts = state.slice(start, stop)
         value = unit.write.read(param.read(start, stop), parts[MASTER]).to(compute)
         slope = _unscaled(grad.read(start, stop).to(compute), grad_scale)
-        decoded = decode_slice(unit.moments, unit.formats, parts, compute)
+        decoded = decode_slice(unit.moments, unit.formats, parts, compute, stop - start)
         rule.update(value, slope, decoded, hyper, count)
         encode_slice(unit.moments, unit.formats, decoded, parts, counter, start)
         draw = counter.stream(0).at(start)

@@ -13,16 +13,20 @@ dynamic8   8 + 32 / block_size     first moments; unsigned: second moments
 from optstate_codecs.formats.base import Component, Format
 from optstate_codecs.formats.cast import BF16, FP32
 from optstate_codecs.formats.dynamic import Dynamic8
+from optstate_codecs.formats.fp8 import FP8
 from optstate_codecs.formats.linear import Int8
+from optstate_codecs.formats.minifloat import Minifloat
 from optstate_codecs.formats.registry import as_format, format_names, parse_format
 
 __all__ = [
     "BF16",
+    "FP8",
     "FP32",
     "Component",
     "Dynamic8",
     "Format",
     "Int8",
+    "Minifloat",
     "as_format",
     "format_names",
     "parse_format",

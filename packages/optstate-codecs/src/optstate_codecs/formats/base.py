@@ -110,7 +110,7 @@ class Format(ABC):
     @property
     def uses_random(self) -> bool:
         """Whether ``encode`` needs a draw."""
-        return getattr(self, "rounding", "nearest") == "stochastic"
+        return getattr(self, "rounding", "nearest") != "nearest"
 
     @property
     def device_functions(self) -> DeviceFunctions | None:
@@ -129,7 +129,10 @@ class Format(ABC):
 
     @abstractmethod
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The moment that ``parts`` hold, flat and float32 (a view where the format is fp32)."""
+        """The moment that ``parts`` hold, flat and float32 (a view where the format is fp32).
+
+        Where codes share bytes, what fills up the last byte comes last and is to be cut off.
+        """
 
     @property
     def span(self) -> int:
@@ -149,6 +152,19 @@ class Format(ABC):
             if f.default is MISSING or getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(options)})" if options else self.name
+
+    def _bits16(self, x: Tensor, draw: Draw | None) -> Tensor | int:
+        """What is added to positions in units of 2^-16 before the low 16 bits are cut off.
+
+        Mirrored numbers are mirrored once more where ``x`` is negative: they are for its value.
+        """
+        rounding = getattr(self, "rounding", "nearest")
+        if rounding == "nearest":
+            return 1 << 15
+        draw = self._need(draw)
+        if rounding == "stochastic":
+            return draw.bits16(x.numel(), x.device)
+        return draw.paired16(x.numel(), x.device) ^ (torch.signbit(x).to(torch.int32) * 0xFFFF)
 
     def _need(self, draw: Draw | None) -> Draw:
         if draw is None:

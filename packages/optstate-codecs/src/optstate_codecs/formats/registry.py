@@ -11,11 +11,13 @@ from importlib.metadata import entry_points
 from optstate_codecs.formats.base import Format
 from optstate_codecs.formats.cast import BF16, FP32
 from optstate_codecs.formats.dynamic import Dynamic8
+from optstate_codecs.formats.fp8 import FP8
 from optstate_codecs.formats.linear import Int8
+from optstate_codecs.formats.minifloat import Minifloat
 
 __all__ = ["as_format", "format_names", "parse_format"]
 
-_BUILT_IN: tuple[type[Format], ...] = (FP32, BF16, Int8, Dynamic8)
+_BUILT_IN: tuple[type[Format], ...] = (FP32, BF16, Int8, Dynamic8, FP8, Minifloat)
 _SPEC = re.compile(r"(\w+)(?:\((.*)\))?")
 
 

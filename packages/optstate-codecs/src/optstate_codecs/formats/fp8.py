@@ -1,0 +1,121 @@
+"""FP8: e4m3 codes (Micikevicius et al., arXiv:2209.05433) with a scale per block.
+
+Layout: ``codes`` float8_e4m3fn, one per element, shaped like the parameter; ``scale`` float32, one
+per block of ``block_size`` consecutive elements (the last block may be shorter).
+
+Mathematics. The top bit of a code is the sign; of the other seven, n, the magnitude is
+
+    n div 8 = 0:  (n mod 8) / 8 * 2^-6        otherwise:  (1 + (n mod 8) / 8) * 2^(n div 8 - 7)
+
+up to 448 = 1.75 * 2^8 for n = 126; n = 127 is NaN, so a non-finite element stays non-finite and
+leaves its block alone. A scale is the smallest power of two that brings the block's largest finite
+magnitude to 448 or below. Codes are made and read with integers: no hardware for FP8 is needed, and
+every device gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.formats.base import Component, Format, block_amax, scaled
+from optstate_codecs.rounding import Draw
+
+__all__ = ["FP8"]
+
+NAN_CODE = 127
+LAST = 126
+# the exponent fields of 2^-6, the smallest normal number, and of 2^-7
+NORMAL, BELOW = (127 - 6) << 23, (127 - 7) << 23
+# 448 = 1.75 * 2^8: what lies above 1.75 of a binade needs the next scale
+COVER, TOP = 0x1FFFFF, 8 << 23
+SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
+
+
+@dataclass(frozen=True)
+class FP8(Format):
+    """float8_e4m3fn under a power-of-two scale per block; relative steps of 1/8 to 1/16.
+
+    Args:
+        block_size: elements that share a scale, a power of two from 16 to 8192.
+        signed: True for first moments; False keeps positive numbers positive.
+        rounding: "nearest"; "stochastic", unbiased; or "paired", see ``Minifloat``.
+        units: "value", or "update" (signed only) to hold m / sqrt(v), see
+            ``optstate_codecs.moments``.
+    """
+
+    name: ClassVar[str] = "fp8"
+    block_size: int = 2048
+    signed: bool = True
+    rounding: str = "nearest"
+    units: str = "value"
+
+    def __post_init__(self) -> None:
+        checks.block_size(self.block_size)
+        checks.flag("signed", self.signed)
+        checks.one_of("rounding", self.rounding, ("nearest", "stochastic", "paired"))
+        checks.one_of("units", self.units, ("value", "update"))
+        if not self.signed and self.units == "update":
+            raise ValueError("units='update': needs signed=True")
+
+    @classmethod
+    def first_moment(cls, block_size: int = 2048) -> FP8:
+        """The variant made for first moments: in update units, rounded in pairs of steps."""
+        return cls(block_size, rounding="paired", units="update")
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (
+            Component("codes", torch.float8_e4m3fn),
+            Component("scale", torch.float32, self.block_size),
+        )
+
+    @property
+    def keeps_positive(self) -> bool:
+        return not self.signed
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        codes, scale = parts
+        step, inverse = power_of_two_scale(block_amax(x, self.block_size))
+        magnitude = scaled(x.abs(), inverse, self.block_size)
+        # adding 2^-6 to what is below it gives floats whose steps are those of the subnormals
+        small = (magnitude + 2.0**-6).view(torch.int32) - NORMAL
+        position = torch.where(magnitude < 2.0**-6, small, magnitude.view(torch.int32) - BELOW)
+        position >>= 4
+        position += self._bits16(x, draw)
+        code = (position >> 16).clamp_(max=LAST)
+        if not self.signed:
+            code = torch.maximum(code, (x > 0).to(torch.int32))
+        code = code.masked_fill_(~torch.isfinite(x), NAN_CODE)
+        code += torch.signbit(x).to(torch.int32) << 7
+        codes.view(torch.uint8).copy_(code)
+        scale.copy_(step.view(-1))
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        codes, scale = parts
+        values = value_table(codes.device)
+        x = values.index_select(0, codes.view(torch.uint8).to(torch.int32))
+        return scaled(x, scale.view(-1, 1), self.block_size)
+
+
+def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest power of two that brings ``amax`` to 448 or below, and its reciprocal."""
+    bits = ((amax.view(torch.int32) + COVER) & 0x7F800000) - TOP
+    scale = bits.clamp_(SCALE_MIN, SCALE_MAX).view(torch.float32)
+    some = amax > 0
+    return scale * some, scale.reciprocal() * some
+
+
+@cache
+def value_table(device: torch.device) -> Tensor:
+    """What each of the 256 codes stands for under a scale of 1, float32; one per device."""
+    subnormal = [n / 8 * 2.0**-6 for n in range(8)]
+    normal = [(1 + n % 8 / 8) * 2.0 ** (n // 8 - 7) for n in range(8, NAN_CODE)]
+    values = [*subnormal, *normal, float("nan")]
+    return torch.tensor([*values, *(-v for v in values)], dtype=torch.float32, device=device)

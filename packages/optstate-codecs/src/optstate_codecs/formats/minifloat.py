@@ -1,0 +1,199 @@
+"""Small floating-point codes under a scale per block: 4 or 8 bits, signed or not.
+
+Layout: ``codes`` uint8, one an element, or one for two elements where a code has 4 bits (the first
+in the low half); ``scale``, one per block of ``block_size`` consecutive elements (the last block
+may be shorter): float32 beside 8-bit codes, bfloat16 beside 4-bit codes.
+
+Mathematics. Code n of a format with m mantissa bits stands for the magnitude
+
+    z(n) = (1 + (n mod 2^m) / 2^m) * 2^(n div 2^m) - 1,
+
+in units of the scale: the floats of m mantissa bits from 1 on, less 1. So z(0) = 0, the steps near
+zero are even (2^-m) and double wherever z + 1 passes a power of two, and the bits of the float
+z + 1, less those of 1.0, *are* the code and what is to be rounded off it. Encoding is one
+multiply-add and integer arithmetic, decoding the reverse. No exponent bits give an even grid.
+
+    4 bits  e2m2 unsigned   0 .25 .5 .75 1 1.5 2 2.5 3 4 5 6 7 9 11          NaN is code 15
+            e0m3 signed     0 to 7 eighths, with a sign                      NaN is code 8
+    8 bits  e4m4 unsigned   254 positive ones, over six decades              NaN is code 255
+
+Unsigned, the highest code is NaN; signed, the top bit is the sign and "minus zero" is NaN. Neither
+is ever what a finite number gives, so a NaN leaves its block alone. An unsigned format keeps code 0
+for exact zeros: a positive number becomes at least code 1.
+
+Scales. Unsigned, the smallest power of two under which the block's largest finite magnitude is
+within the grid: it moves only when a binade is crossed, so that a second moment, which changes
+slowly, is not rounded for any other reason. Signed, the largest magnitude lies on the last point,
+but for the rounding of the scale to bfloat16, up: all of a first moment changes at every step.
+
+Lift. A second moment rounded without bias has spread, and the mean of 1 / root is above the
+reciprocal of the mean root, so that steps are too long by the square of the spread. ``lift`` c
+raises the probability f of rounding up to f + c f (1 - f), to even that out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.formats.base import Component, Format, block_amax, scaled
+from optstate_codecs.formats.packing import pack, unpack
+from optstate_codecs.rounding import Draw
+
+__all__ = ["Minifloat"]
+
+ONE = 0x3F800000
+MANTISSA = 0x7FFFFF
+LIFTS = {0.0: 0, 1 / 64: 6, 1 / 32: 5, 1 / 16: 4}
+# scales from 2^-100 to 2^120 have exact or normal reciprocals
+SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
+
+
+@dataclass(frozen=True)
+class Minifloat(Format):
+    """Minifloat codes of 4 or 8 bits under a scale per block.
+
+    Args:
+        exponent_bits: 0 to 5; each more squares the ratio of the largest to the smallest.
+        mantissa_bits: at least 1; each more halves every step. The bits, and one for the sign
+            where ``signed``, must be 4 or 8 together.
+        block_size: elements that share a scale, a power of two from 16 to 8192.
+        signed: True for first moments, False for second moments.
+        domain: "linear" stores the moment, "sqrt" (unsigned only) its root.
+        rounding: "nearest"; "stochastic", unbiased in the domain; or "paired", which is that with
+            steps 2k and 2k + 1 rounded by mirrored random numbers, so that what a running mean
+            forgets slowly cancels.
+        lift: raises the probability of rounding up; 0, 1/64, 1/32 or 1/16.
+        units: "value", or "update" (signed only) to hold m / sqrt(v), see
+            ``optstate_codecs.moments``.
+    """
+
+    name: ClassVar[str] = "minifloat"
+    exponent_bits: int = 2
+    mantissa_bits: int = 2
+    block_size: int = 128
+    signed: bool = False
+    domain: str = "linear"
+    rounding: str = "nearest"
+    lift: float = 0.0
+    units: str = "value"
+
+    def __post_init__(self) -> None:
+        checks.block_size(self.block_size)
+        checks.flag("signed", self.signed)
+        checks.one_of("domain", self.domain, ("linear", "sqrt"))
+        checks.one_of("rounding", self.rounding, ("nearest", "stochastic", "paired"))
+        checks.one_of("units", self.units, ("value", "update"))
+        checks.whole_number("exponent_bits", self.exponent_bits)
+        checks.whole_number("mantissa_bits", self.mantissa_bits)
+        if self.bits not in (4, 8) or self.exponent_bits > 5 or self.mantissa_bits < 1:
+            raise ValueError(
+                f"exponent_bits={self.exponent_bits}, mantissa_bits={self.mantissa_bits}: must be "
+                f"at most 5, at least 1, and 4 or 8 bits with the sign, got {self.bits}"
+            )
+        if self.lift not in LIFTS:
+            raise ValueError(f"lift={self.lift!r}: must be one of 0, 1/64, 1/32, 1/16")
+        if self.signed and self.domain == "sqrt":
+            raise ValueError("domain='sqrt': needs signed=False")
+        if not self.signed and self.units == "update":
+            raise ValueError("units='update': needs signed=True")
+
+    @classmethod
+    def first_moment4(cls, block_size: int = 128) -> Minifloat:
+        """4 bits for first moments: an even grid in update units, rounded in pairs of steps."""
+        return cls(0, 3, block_size, signed=True, rounding="paired", units="update")
+
+    @classmethod
+    def second_moment4(cls, block_size: int = 128) -> Minifloat:
+        """4 bits for second moments: e2m2 roots, rounded stochastically and lifted."""
+        return cls(2, 2, block_size, domain="sqrt", rounding="stochastic", lift=1 / 32)
+
+    @classmethod
+    def second_moment8(cls, block_size: int = 2048) -> Minifloat:
+        """8 bits for second moments: e4m4 roots, rounded stochastically."""
+        return cls(4, 4, block_size, domain="sqrt", rounding="stochastic")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.exponent_bits + self.mantissa_bits + self.signed
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        packed = self.bits == 4
+        return (
+            Component("codes", torch.uint8, 2 if packed else 1),
+            Component("scale", torch.bfloat16 if packed else torch.float32, self.block_size),
+        )
+
+    @property
+    def keeps_positive(self) -> bool:
+        return not self.signed
+
+    @property
+    def _nan_code(self) -> int:
+        return 1 << (self.bits - 1) if self.signed else (1 << self.bits) - 1
+
+    @property
+    def _last(self) -> int:
+        """The code of the largest magnitude; signed, without the sign."""
+        return self._nan_code - 1
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        codes, scale = parts
+        if self.domain == "sqrt":
+            x = x.sqrt()
+        step, inverse = self._scales(block_amax(x, self.block_size))
+        position = scaled(x.abs(), inverse, self.block_size).add_(1).view(torch.int32).sub_(ONE)
+        # in units of 2^-16 codes
+        position >>= 7 - self.mantissa_bits
+        if self.lift:
+            part = position & 0xFFFF
+            position += (part * (65536 - part)) >> (16 + LIFTS[self.lift])
+        position += self._bits16(x, draw)
+        code = (position >> 16).clamp_(max=self._last)
+        if self.signed:
+            code += torch.signbit(x).to(torch.int32) * (code > 0) * self._nan_code
+        else:
+            code = torch.maximum(code, (x > 0).to(torch.int32))
+        code = code.masked_fill_(~torch.isfinite(x), self._nan_code)
+        codes.copy_(pack(code) if self.bits == 4 else code)
+        scale.copy_(step.view(-1))
+
+    def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:
+        """Each block's scale and its reciprocal; 0 and 0 for blocks of zeros."""
+        top = float(self._values(torch.tensor([self._last], dtype=torch.int32)))
+        if self.signed:
+            bits = (amax * (1 / top)).view(torch.int32)
+            bits = (bits + 0xFFFF) & ~0xFFFF
+        else:
+            high, mantissa = divmod(int(torch.tensor(top).view(torch.int32)), 1 << 23)
+            bits = ((amax.view(torch.int32) + (MANTISSA - mantissa)) & ~MANTISSA) - (
+                (high - 127) << 23
+            )
+        bits = bits.clamp_(SCALE_MIN, SCALE_MAX)
+        some = amax > 0
+        scale = bits.view(torch.float32)
+        return scale * some, scale.reciprocal() * some
+
+    def _values(self, magnitude: Tensor) -> Tensor:
+        """z of each magnitude code (int32), float32."""
+        bits = (magnitude << (23 - self.mantissa_bits)) + ONE
+        return bits.view(torch.float32) - 1
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        codes, scale = parts
+        code = unpack(codes) if self.bits == 4 else codes.to(torch.int32)
+        if self.signed:
+            x = self._values(code & self._nan_code - 1)
+            x = torch.where(code > self._nan_code, -x, x)
+        else:
+            x = self._values(code)
+        x = x.masked_fill_(code == self._nan_code, float("nan"))
+        x = scaled(x, scale.to(torch.float32).view(-1, 1), self.block_size)
+        return x.mul_(x) if self.domain == "sqrt" else x

@@ -1,0 +1,229 @@
+"""The fidelity lab: how far an optimizer's updates are from exact Adam's, on the recursion.
+
+State is read, updated and rewritten every step, so a format is judged by the updates it gives after
+many steps, not by one round trip. Optimizers and an Adam in float64 see the same gradients, drawn
+independently of the parameters; all kinds of gradients are stretches of one parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.state import decode_state
+
+__all__ = ["GRADIENTS", "Fidelity", "Stops", "compare", "gradients", "stops"]
+
+BETA1, EPS = 0.9, 1e-8
+
+Make = Callable[..., CodedOptimizer]
+
+
+def _dense(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    return noise
+
+
+def _sparse(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    return noise * (chance < 0.05)
+
+
+def _drifting(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    return noise + own * math.sin(step / 80)
+
+
+def _bursty(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    return noise * (10 if step // 20 % 10 == 0 else 1)
+
+
+def _spread1(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    return noise * own.exp()
+
+
+def _spread2(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    return noise * (2 * own).exp()
+
+
+#: kinds of gradients: each from normal noise, a normal number of the element's own, and a chance
+GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+    "dense": _dense,
+    "5 % sparse": _sparse,
+    "drifting": _drifting,
+    "bursty": _bursty,
+    "log-normal 1": _spread1,
+    "log-normal 2": _spread2,
+}
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """An optimizer's updates u_q beside exact Adam's u; the first three over the last steps.
+
+    Attributes:
+        gain: <u_q, u> / <u, u>: 1 where steps are as long as they should be.
+        error: |u_q - u| / |u|.
+        cosine: of the angle between u_q and u.
+        log_bias: mean of ln sqrt(v_q / v) at the end, over elements that had a gradient.
+        log_spread: its standard deviation.
+        path: |sum (u_q - u)| / |sum u| over all steps: how far apart parameters end.
+        longest: the largest |u_q| of any element at any step, in units of the learning rate.
+    """
+
+    gain: float
+    error: float
+    cosine: float
+    log_bias: float
+    log_spread: float
+    path: float
+    longest: float
+
+
+def gradients(kinds: Sequence[str], steps: int, numel: int, seed: int = 0) -> Iterator[Tensor]:
+    """``numel`` elements of each kind, one kind after the other, for each of ``steps`` steps."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(numel, generator=generator)
+    for step in range(steps):
+        noise = torch.randn(numel, generator=generator)
+        chance = torch.rand(numel, generator=generator)
+        yield torch.cat([GRADIENTS[kind](noise, own, chance, step) for kind in kinds])
+
+
+class _Exact:
+    """Adam in float64, from its formula."""
+
+    def __init__(self, beta2: float) -> None:
+        self.beta2 = beta2
+        self.step = 0
+        self.m = self.v = torch.zeros((), dtype=torch.float64)
+
+    def update(self, grad: Tensor) -> Tensor:
+        self.step += 1
+        grad = grad.double()
+        self.m = BETA1 * self.m + (1 - BETA1) * grad
+        self.v = self.beta2 * self.v + (1 - self.beta2) * grad * grad
+        root = (self.v / (1 - self.beta2**self.step)).sqrt()
+        return self.m / (1 - BETA1**self.step) / (root + EPS)
+
+
+class _Coded:
+    """An optimizer, and what has been seen of its updates, [kinds, elements] throughout."""
+
+    def __init__(self, make: Make, beta2: float, shape: tuple[int, int], device: str) -> None:
+        self.shape = shape
+        self.param = Parameter(torch.zeros(shape[0] * shape[1], device=device))
+        self.optimizer = make([self.param], lr=1.0, betas=(BETA1, beta2), eps=EPS, weight_decay=0.0)
+        self.sums = torch.zeros(4, shape[0], dtype=torch.float64)
+        self.path = torch.zeros(shape, dtype=torch.float64)
+        self.longest = torch.zeros(shape[0], dtype=torch.float64)
+
+    def update(self, grad: Tensor) -> Tensor:
+        self.param.detach().zero_()
+        self.param.grad = grad.to(self.param.device)
+        self.optimizer.step()
+        return -self.param.detach().cpu().double().view(self.shape)
+
+    def follow(self, grad: Tensor, exact: Tensor, compared: bool) -> None:
+        update = self.update(grad)
+        apart = update - exact
+        self.path += apart
+        self.longest = torch.maximum(self.longest, update.abs().amax(1))
+        if compared:
+            pairs = ((update, exact), (exact, exact), (apart, apart), (update, update))
+            self.sums += torch.stack([(a * b).sum(1) for a, b in pairs])
+
+    def results(self, exact: Tensor, path: Tensor) -> Iterator[Fidelity]:
+        """One for each kind; ``exact`` is the second moment, ``path`` the sum of exact updates."""
+        stored = decode_state(self.optimizer, self.param)["exp_avg_sq"].cpu()
+        logs = (stored.double() / exact).log().view(self.shape) / 2
+        for i, (along, squared, apart, own) in enumerate(self.sums.T.tolist()):
+            log = logs[i][logs[i].isfinite()]
+            yield Fidelity(
+                gain=along / squared,
+                error=(apart / squared) ** 0.5,
+                cosine=along / (squared * own) ** 0.5,
+                log_bias=float(log.mean()),
+                log_spread=float(log.std()),
+                path=float(self.path[i].norm() / path[i].norm()),
+                longest=float(self.longest[i]),
+            )
+
+
+def compare(
+    makes: Mapping[str, Make],
+    beta2: float,
+    kinds: Sequence[str] = tuple(GRADIENTS),
+    *,
+    steps: int = 3000,
+    last: int = 100,
+    numel: int = 4096,
+    seed: int = 0,
+    device: str = "cpu",
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, dict[str, Fidelity]]:
+    """Run optimizers beside exact Adam at beta1 = 0.9, eps = 1e-8.
+
+    Args:
+        makes: optimizers by name, each built from a list of parameters and keyword arguments.
+        beta2: decay of the second moment.
+        kinds: of gradients, from ``GRADIENTS``.
+        steps: how many.
+        last: of them, the last ones that gain, error and cosine are over.
+        numel: elements for each kind; a multiple of the block size keeps blocks of one kind.
+        seed: of the gradients.
+        device: where the optimizers run.
+        advance: called after each step of all.
+
+    Returns:
+        ``[name][kind]``.
+
+    Example:
+        >>> compare({"8-bit": AdamW8bit}, 0.999, ["dense"], steps=300)["8-bit"]["dense"].gain
+    """
+    shape = (len(kinds), numel)
+    exact = _Exact(beta2)
+    coded = {name: _Coded(make, beta2, shape, device) for name, make in makes.items()}
+    path = torch.zeros(shape, dtype=torch.float64)
+    for step, grad in enumerate(gradients(kinds, steps, numel, seed)):
+        update = exact.update(grad).view(shape)
+        path += update
+        for one in coded.values():
+            one.follow(grad, update, step >= steps - last)
+        advance()
+    return {
+        name: dict(zip(kinds, one.results(exact.v, path), strict=True))
+        for name, one in coded.items()
+    }
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What happens to elements without gradients among others that have them, in lr.
+
+    Attributes:
+        still: the farthest that an element which never had a gradient has moved.
+        drift: root mean square of how far from exact Adam's an element ends whose gradient stopped.
+    """
+
+    still: float
+    drift: float
+
+
+def stops(make: Make, beta2: float = 0.999, steps: int = 1200, numel: int = 4096) -> Stops:
+    """Of each four elements one never has a gradient, and one none after a sixth of the steps."""
+    exact, coded = _Exact(beta2), _Coded(make, beta2, (1, numel), "cpu")
+    moved = torch.zeros(2, numel, dtype=torch.float64)
+    place = torch.arange(numel) % 4
+    for step, grad in enumerate(gradients(["dense"], steps, numel)):
+        late = step >= steps // 6
+        grad = grad * ((place > 1) | ((place == 1) & (not late)))
+        update, own = exact.update(grad), coded.update(grad).view(-1)
+        moved += torch.stack([own.abs(), (own - update) * late])
+    return Stops(
+        still=float(moved[0][place == 0].max()),
+        drift=float(moved[1][place == 1].square().mean().sqrt()),
+    )
