@@ -95,11 +95,24 @@ def hash_tile(key, step, start, offsets):  # type: ignore[no-untyped-def]
 
 
 @jit
+def paired_tile(key, step, start, offsets):  # type: ignore[no-untyped-def]
+    """As ``hash_tile``, with the words of the even step before, mirrored where ``step`` is odd."""
+    # the low half gets the high half added last: flipping one flips both
+    return hash_tile(key, step & -2, start, offsets) ^ ((-(step & 1)).to(tl.uint32) << 16)
+
+
+@jit
 def half(word, offsets, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
     """The 16 random bits that an element's ``word`` holds for a stream, int32."""
     # the last shift of the hash changes only the low half
     low, high = ((word ^ (word >> 16)) & 0xFFFF).to(tl.int32), (word >> 16).to(tl.int32)
     return tl.where((offsets & 1) == STREAM % 2, low, high)
+
+
+@jit
+def mirrored(bits16, x):  # type: ignore[no-untyped-def]
+    """``bits16``, or 65535 less that where ``x`` is negative."""
+    return bits16 ^ ((as_bits(x) >> 31) & 0xFFFF)
 
 
 @jit
@@ -146,6 +159,52 @@ def widened(byte):  # type: ignore[no-untyped-def]
             "=r,=r,=r,=r,r",
             [byte],
             dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@jit
+def top_byte(byte):  # type: ignore[no-untyped-def]
+    """An unsigned byte as the top eight bits of an int32."""
+    if INTERPRET:
+        return byte.to(tl.int32) << 24
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            prmt.b32 $0, $4, 0, 0x0444;
+            prmt.b32 $1, $4, 0, 0x1444;
+            prmt.b32 $2, $4, 0, 0x2444;
+            prmt.b32 $3, $4, 0, 0x3444;
+            """,
+            "=r,=r,=r,=r,r",
+            [byte],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@jit
+def nibbles(byte):  # type: ignore[no-untyped-def]
+    """A byte's low and its high half as bits 20 to 23 of two int32, among bits of its neighbours."""
+    if INTERPRET:
+        return byte.to(tl.int32) << 20, (byte.to(tl.int32) >> 4) << 20
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            shl.b32 $0, $8, 20;
+            shl.b32 $1, $8, 12;
+            shl.b32 $2, $8, 4;
+            shr.b32 $3, $8, 4;
+            shl.b32 $4, $8, 16;
+            shl.b32 $5, $8, 8;
+            mov.b32 $6, $8;
+            shr.b32 $7, $8, 8;
+            """,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [byte],
+            dtype=(tl.int32, tl.int32),
             is_pure=True,
             pack=4,
         )
@@ -202,11 +261,11 @@ def third_byte_signed(word, x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def at_least_if_positive(t, lowest, x):  # type: ignore[no-untyped-def]
-    """``t`` raised to ``lowest`` where ``x`` is positive."""
+def at_least_if_positive(t, LOWEST: tl.constexpr, x):  # type: ignore[no-untyped-def]
+    """``t``, float32 or int32, raised to ``LOWEST`` where ``x`` is positive."""
     if INTERPRET:
-        return tl.where(x > 0, tl.maximum(t, lowest), t)
-    else:
+        return tl.where(x > 0, tl.maximum(t, LOWEST), t)
+    elif t.dtype == tl.float32:
         return tl.inline_asm_elementwise(
             """
             {
@@ -217,8 +276,24 @@ def at_least_if_positive(t, lowest, x):  # type: ignore[no-untyped-def]
             }
             """,
             "=f,f,f,f",
-            [t, x, tl.full(t.shape, lowest, tl.float32)],
+            [t, x, tl.full(t.shape, LOWEST, tl.float32)],
             dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred some;
+            setp.gt.f32 some, $2, 0f00000000;
+            mov.b32 $0, $1;
+            @some max.s32 $0, $1, $3;
+            }
+            """,
+            "=r,r,f,r",
+            [t, x, tl.full(t.shape, LOWEST, tl.int32)],
+            dtype=tl.int32,
             is_pure=True,
             pack=1,
         )

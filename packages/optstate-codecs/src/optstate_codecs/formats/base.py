@@ -71,10 +71,12 @@ class Component:
 class DeviceFunctions:
     """A format inside a kernel: how a tile of it is loaded and stored.
 
-    ``load(first, second, offsets, mask, rows, row_mask, OPTIONS)`` returns float32 [rows, block];
-    ``store(first, second, x, random, offsets, mask, rows, row_mask, OPTIONS)`` keeps it. ``first``
-    and ``second`` point at the components' entries for the tile's first element (``second`` is
-    unused where there is one component); ``random`` holds 16 random bits an element, int32.
+    ``load(first, second, offsets, rows, left, OPTIONS)`` returns float32 [rows, block];
+    ``store(first, second, x, random, offsets, rows, left, OPTIONS)`` keeps it. ``first`` and
+    ``second`` point at the components' entries for the tile's first element (``second`` is unused
+    where there is one component); ``offsets`` [rows, block] count elements and ``rows`` blocks
+    from there, ``left`` says how many elements there are; ``random`` holds 16 random bits an
+    element, int32.
     """
 
     load: Any
@@ -111,6 +113,11 @@ class Format(ABC):
     def uses_random(self) -> bool:
         """Whether ``encode`` needs a draw."""
         return getattr(self, "rounding", "nearest") != "nearest"
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether steps 2k and 2k + 1 are rounded by mirrored random numbers."""
+        return getattr(self, "rounding", "nearest") == "paired"
 
     @property
     def device_functions(self) -> DeviceFunctions | None:

@@ -83,28 +83,28 @@ class BF16(Format):
 
 
 @jit
-def load_fp32(values, unused, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_fp32(values, unused, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Load a float32 tile."""
-    return tl.load(values + offsets, mask=mask, other=0.0)
+    return tl.load(values + offsets, mask=offsets < left, other=0.0)
 
 
 @jit
-def store_fp32(values, unused, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_fp32(values, unused, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store a float32 tile."""
-    tl.store(values + offsets, x, mask=mask)
+    tl.store(values + offsets, x, mask=offsets < left)
 
 
 @jit
-def load_bf16(values, unused, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_bf16(values, unused, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Load a bfloat16 tile, as 16-bit integers."""
-    return from_bf16_bits(tl.load(values + offsets, mask=mask, other=0))
+    return from_bf16_bits(tl.load(values + offsets, mask=offsets < left, other=0))
 
 
 @jit
-def store_bf16(values, unused, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_bf16(values, unused, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Round a tile to bfloat16, stochastically where OPTIONS is 1."""
     if OPTIONS == 1:
         bits = to_bf16_bits_stochastic(x, random)
     else:
         bits = to_bf16_bits(x)
-    tl.store(values + offsets, bits, mask=mask)
+    tl.store(values + offsets, bits, mask=offsets < left)

@@ -49,7 +49,6 @@ from torch import Tensor
 from optstate_codecs import checks
 from optstate_codecs.device import (
     INF_BITS,
-    MAGNITUDE,
     as_bits,
     as_float,
     at_least_if_positive,
@@ -57,7 +56,6 @@ from optstate_codecs.device import (
     constant,
     fma,
     jit,
-    row_amax,
     third_byte,
     third_byte_signed,
     tl,
@@ -68,9 +66,16 @@ from optstate_codecs.formats.base import (
     DeviceFunctions,
     Format,
     block_amax,
-    blocked,
     scaled,
-    surely,
+)
+from optstate_codecs.formats.blocks import (
+    fill_marked,
+    finite_amax,
+    load_scale,
+    mark,
+    nan_where_marked,
+    store_marked,
+    store_scale,
 )
 from optstate_codecs.rounding import Draw
 
@@ -84,7 +89,6 @@ HALF = 1 << 15
 # exponent fields of the smallest and largest scale, 2^-100 and 2^126: both have exact reciprocals
 # and leave room for the factor base^-7 above float32's subnormals
 SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 126) << 23
-SMALLEST_SCALE = 2.0**-100
 # rounds a float's bits up to the next power of two, unless it is within the top point
 COVER = 0x800007
 
@@ -179,18 +183,9 @@ class Dynamic8(Format):
             lowest = (x > 0).to(x.dtype).add_(2)
             fixed = torch.maximum(position.mul_(2), lowest).add_(254).view(torch.int32)
             code = (fixed * 2 + bits >> 16).bitwise_and_(255)
-        finite = torch.isfinite(x)
-        if not surely(finite):
-            code, step = self._mark(code, step, ~finite)
+        code, step = mark(code, step, x, self._nan_code, self.block_size)
         codes.copy_(code)
         scale.copy_(step.view(-1))
-
-    def _mark(self, code: Tensor, step: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
-        """Give ``bad`` elements the code of NaN, and their blocks a negative scale."""
-        some = blocked(bad.to(step.dtype), self.block_size).amax(1, keepdim=True)
-        zeros = scaled((code == self._nan_code).to(step.dtype), some, self.block_size)
-        code = code.masked_fill(zeros > 0, 0).masked_fill(bad, self._nan_code)
-        return code, torch.where(some > 0, -step.clamp(min=SMALLEST_SCALE), step)
 
     @property
     def _nan_code(self) -> int:
@@ -200,10 +195,7 @@ class Dynamic8(Format):
         codes, scale = parts
         values = value_table(self.signed, self.base, codes.device)
         x = values.index_select(0, codes.to(torch.int32))
-        marked = (scale < 0).view(-1, 1)
-        if not surely(~marked):
-            bad = scaled((codes == self._nan_code).to(x.dtype), marked, self.block_size)
-            x = x.masked_fill(bad > 0, float("nan"))
+        x = fill_marked(x, codes, scale, self._nan_code, self.block_size)
         x = scaled(x, scale.abs().view(-1, 1), self.block_size)
         return x.mul_(x) if self.domain == "sqrt" else x
 
@@ -257,7 +249,6 @@ def value_table(signed: bool, base: int, device: torch.device) -> Tensor:
 # and its two powers come from the float's own exponent.
 SIGNED, STOCHASTIC, SATURATE = 1, 2, 4
 _SIGNED, _STOCHASTIC, _SATURATE = constant(SIGNED), constant(STOCHASTIC), constant(SATURATE)
-SMALLEST = constant(SMALLEST_SCALE)
 _SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
 _SIGNED_NAN, _UNSIGNED_NAN = constant(SIGNED_NAN), constant(UNSIGNED_NAN)
 _COVER, _HALF = constant(COVER), constant(HALF)
@@ -275,10 +266,10 @@ def decode_tile(code, t, unit, OPTIONS: tl.constexpr):  # type: ignore[no-untype
 
 
 @jit
-def load(codes, scale, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Decode a tile, in the format's domain and units."""
-    code = tl.load(codes + offsets, mask=mask, other=0)
-    factor = tl.load(scale + rows, mask=row_mask, other=0.0)
+    code = tl.load(codes + offsets, mask=offsets < left, other=0)
+    factor = load_scale(scale, offsets, rows, left)
     unit = tl.abs(factor) * 4.76837158203125e-07
     # floats whose exponents end in the three bits of d: 2 t when signed, t when unsigned
     if offsets.shape[0] == 1:
@@ -296,19 +287,14 @@ def load(codes, scale, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  #
         else:
             t = as_bits(byte_float(code) - 8388606.0)
         x = decode_tile(code.to(tl.int32), t, unit[:, None], OPTIONS)
-    if tl.min(factor, axis=0) < 0.0:
-        nan = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
-        x = tl.where((code == nan) & (factor[:, None] < 0.0), float("nan"), x)
-    return x
+    nan: tl.constexpr = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
+    return nan_where_marked(x, code, factor, nan)
 
 
 @jit
-def store(codes, scale, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile; ``random`` is what ``Draw.bits16`` gives."""
-    top = row_amax(x, (OPTIONS & _SIGNED) != 0)
-    worst = tl.max(top, axis=0)
-    if worst >= INF_BITS:
-        top = tl.max(tl.where(tl.abs(x) < float("inf"), as_bits(x) & MAGNITUDE, 0), axis=1)
+    top, worst = finite_amax(x, (OPTIONS & _SIGNED) != 0)
     scale_bits = (top + _COVER) & 0x7F800000
     scale_bits = tl.minimum(tl.maximum(scale_bits, _SCALE_MIN), _SCALE_MAX)
     factor = tl.where(top > 0, as_float(scale_bits), 0.0)
@@ -333,14 +319,8 @@ def store(codes, scale, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.co
             t = tl.minimum(t, 256.0)
         t = at_least_if_positive(t, 3.0, x)
         code = third_byte(as_bits(t + 254.0) * 2 + random)
-    tl.store(scale + rows, factor, mask=row_mask)
-    tl.store(codes + offsets, code, mask=mask)
+    store_scale(scale, factor, offsets, rows, left)
+    tl.store(codes + offsets, code, mask=offsets < left)
     if worst >= INF_BITS:
-        nan = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
-        bad = x - x != 0.0
-        some = tl.max(bad.to(tl.int32), axis=1) > 0
-        code = tl.where((code == nan) & some[:, None], 0, code).to(tl.uint8)
-        code = tl.where(bad, nan, code).to(tl.uint8)
-        # stored twice, so that the usual codes need not wait in registers for this
-        tl.store(scale + rows, tl.where(some, -tl.maximum(factor, SMALLEST), factor), mask=row_mask)
-        tl.store(codes + offsets, code, mask=mask)
+        nan: tl.constexpr = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
+        store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, False)

@@ -1,14 +1,17 @@
 """FP8: e4m3 codes (Micikevicius et al., arXiv:2209.05433) with a scale per block.
 
-Layout: ``codes`` float8_e4m3fn, one per element, shaped like the parameter; ``scale`` float32, one
-per block of ``block_size`` consecutive elements (the last block may be shorter).
+Layout: ``codes`` uint8, one per element, shaped like the parameter, the bytes of float8_e4m3fn
+(``codes.view(torch.float8_e4m3fn)`` gives that; as bytes they can be pickled, and read by devices
+that do not know the type); ``scale`` float32, one per block of ``block_size`` consecutive elements
+(the last block may be shorter).
 
 Mathematics. The top bit of a code is the sign; of the other seven, n, the magnitude is
 
     n div 8 = 0:  (n mod 8) / 8 * 2^-6        otherwise:  (1 + (n mod 8) / 8) * 2^(n div 8 - 7)
 
 up to 448 = 1.75 * 2^8 for n = 126; n = 127 is NaN, so a non-finite element stays non-finite and
-leaves its block alone. A scale is the smallest power of two that brings the block's largest finite
+leaves its block alone; the scale of a block that has one is negative, so that kernels need look for
+it nowhere else. A scale is the smallest power of two that brings the block's largest finite
 magnitude to 448 or below. Codes are made and read with integers: no hardware for FP8 is needed, and
 every device gives the same bits.
 """
@@ -24,7 +27,26 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.formats.base import Component, Format, block_amax, scaled
+from optstate_codecs.device import (
+    INF_BITS,
+    as_bits,
+    as_float,
+    at_least_if_positive,
+    constant,
+    jit,
+    third_byte_signed,
+    tl,
+    top_byte,
+)
+from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
+from optstate_codecs.formats.blocks import (
+    finite_amax,
+    load_scale,
+    mark,
+    nan_where_marked,
+    store_marked,
+    store_scale,
+)
 from optstate_codecs.rounding import Draw
 
 __all__ = ["FP8"]
@@ -72,13 +94,23 @@ class FP8(Format):
     @property
     def components(self) -> tuple[Component, ...]:
         return (
-            Component("codes", torch.float8_e4m3fn),
+            Component("codes", torch.uint8),
             Component("scale", torch.float32, self.block_size),
         )
 
     @property
     def keeps_positive(self) -> bool:
         return not self.signed
+
+    @property
+    def device_functions(self) -> DeviceFunctions:
+        options = (
+            self.signed * SIGNED
+            + self.uses_random * STOCHASTIC
+            # update units stay far below the largest scale; plain values may pass it
+            + (self.units == "value") * SATURATE
+        )
+        return DeviceFunctions(load, store, options)
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
@@ -92,16 +124,16 @@ class FP8(Format):
         code = (position >> 16).clamp_(max=LAST)
         if not self.signed:
             code = torch.maximum(code, (x > 0).to(torch.int32))
-        code = code.masked_fill_(~torch.isfinite(x), NAN_CODE)
-        code += torch.signbit(x).to(torch.int32) << 7
-        codes.view(torch.uint8).copy_(code)
+        code, step = mark(code, step, x, NAN_CODE, self.block_size)
+        code += (torch.signbit(x) & torch.isfinite(x)).to(torch.int32) << 7
+        codes.copy_(code)
         scale.copy_(step.view(-1))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
         values = value_table(codes.device)
-        x = values.index_select(0, codes.view(torch.uint8).to(torch.int32))
-        return scaled(x, scale.view(-1, 1), self.block_size)
+        x = values.index_select(0, codes.to(torch.int32))
+        return scaled(x, scale.abs().view(-1, 1), self.block_size)
 
 
 def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,3 +151,52 @@ def value_table(device: torch.device) -> Tensor:
     normal = [(1 + n % 8 / 8) * 2.0 ** (n // 8 - 7) for n in range(8, NAN_CODE)]
     values = [*subnormal, *normal, float("nan")]
     return torch.tensor([*values, *(-v for v in values)], dtype=torch.float32, device=device)
+
+
+# The same on a tile. Times 2^-120, a number of e4m3 has its own bits as a float32, the subnormal
+# ones too, and rounding to a multiple of 2^-149 is what adding 2^-6 does above.
+SIGNED, STOCHASTIC, SATURATE = 1, 2, 4
+_SIGNED, _STOCHASTIC, _SATURATE = constant(SIGNED), constant(STOCHASTIC), constant(SATURATE)
+_NAN_CODE, _COVER, _TOP = constant(NAN_CODE), constant(COVER), constant(TOP)
+_SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
+DOWN, UP = constant(2.0**-120), constant(2.0**120)
+
+
+@jit
+def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Decode a tile, in the format's units."""
+    code = tl.load(codes + offsets, mask=offsets < left, other=0)
+    factor = load_scale(scale, offsets, rows, left)
+    small = as_float((top_byte(code) >> 4) & -2014314496)
+    if OPTIONS & _SATURATE:
+        x = (small * UP) * tl.abs(factor)[:, None]
+    else:
+        x = small * (tl.abs(factor) * UP)[:, None]
+    return nan_where_marked(x, code, factor, _NAN_CODE)
+
+
+@jit
+def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Encode a tile; ``random`` is what ``Draw.bits16`` or ``Draw.paired16`` gives."""
+    top, worst = finite_amax(x, (OPTIONS & _SIGNED) != 0)
+    bits = ((top + _COVER) & 0x7F800000) - _TOP
+    bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
+    factor = tl.where(top > 0, as_float(bits), 0.0)
+    inverse = tl.where(top > 0, as_float(0x7F000000 - bits), 0.0)
+    if OPTIONS & _SATURATE:
+        small = (tl.abs(x) * inverse[:, None]) * DOWN
+    else:
+        small = tl.abs(x) * (inverse * DOWN)[:, None]
+    if OPTIONS & _STOCHASTIC:
+        position = (as_bits(small) >> 4) + random
+    else:
+        position = (as_bits(small) >> 4) + 0x8000
+    if OPTIONS & _SATURATE:
+        position = tl.minimum(position, (_NAN_CODE << 16) - 1)
+    if not (OPTIONS & _SIGNED):
+        position = at_least_if_positive(position, 65536, x)
+    code = third_byte_signed(position, x)
+    store_scale(scale, factor, offsets, rows, left)
+    tl.store(codes + offsets, code, mask=offsets < left)
+    if worst >= INF_BITS:
+        store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE, False)

@@ -25,7 +25,6 @@ from optstate_codecs.device import (
     constant,
     dithered,
     jit,
-    row_amax,
     tl,
 )
 from optstate_codecs.formats.base import (
@@ -36,6 +35,7 @@ from optstate_codecs.formats.base import (
     mark_nonfinite,
     scaled,
 )
+from optstate_codecs.formats.blocks import finite_amax
 from optstate_codecs.rounding import Draw
 
 __all__ = ["Int8"]
@@ -101,25 +101,21 @@ _NAN_CODE, _TINY = constant(NAN_CODE), constant(TINY)
 
 
 @jit
-def load(codes, scale, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Decode a tile, in the format's units."""
-    code = tl.load(codes + offsets, mask=mask, other=0).to(tl.int32)
-    factor = tl.load(scale + rows, mask=row_mask, other=0.0)
+    code = tl.load(codes + offsets, mask=offsets < left, other=0).to(tl.int32)
+    factor = tl.load(scale + rows, mask=rows * offsets.shape[1] < left, other=0.0)
     x = tl.where(code == _NAN_CODE, float("nan"), code.to(tl.float32))
     return x * factor[:, None]
 
 
 @jit
-def store(codes, scale, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile; OPTIONS 1 adds ``random`` before rounding."""
-    top = row_amax(x, True)
-    worst = tl.max(top, axis=0)
-    if worst >= INF_BITS:
-        magnitude = as_bits(x) & MAGNITUDE
-        top = tl.max(tl.where(magnitude < INF_BITS, magnitude, 0), axis=1)
+    top, worst = finite_amax(x, True)
     factor = as_float(top) * (1.0 / 127.0)
     factor = tl.where(factor >= _TINY, factor, 0.0)
-    tl.store(scale + rows, factor, mask=row_mask)
+    tl.store(scale + rows, factor, mask=rows * offsets.shape[1] < left)
     inverse = tl.where(factor > 0, tl.math.div_rn(1.0 + factor * 0.0, factor), 0.0)
     position = x * inverse[:, None]
     if OPTIONS == 1:
@@ -128,4 +124,4 @@ def store(codes, scale, x, random, offsets, mask, rows, row_mask, OPTIONS: tl.co
     code = tl.minimum(tl.maximum(code, -127), 127)
     if worst >= INF_BITS:
         code = tl.where((as_bits(x) & MAGNITUDE) >= INF_BITS, _NAN_CODE, code)
-    tl.store(codes + offsets, code.to(tl.int8), mask=mask)
+    tl.store(codes + offsets, code.to(tl.int8), mask=offsets < left)

@@ -13,13 +13,13 @@ zero are even (2^-m) and double wherever z + 1 passes a power of two, and the bi
 z + 1, less those of 1.0, *are* the code and what is to be rounded off it. Encoding is one
 multiply-add and integer arithmetic, decoding the reverse. No exponent bits give an even grid.
 
-    4 bits  e2m2 unsigned   0 .25 .5 .75 1 1.5 2 2.5 3 4 5 6 7 9 11          NaN is code 15
-            e0m3 signed     0 to 7 eighths, with a sign                      NaN is code 8
-    8 bits  e4m4 unsigned   254 positive ones, over six decades              NaN is code 255
+    4 bits  e2m2 unsigned   0 .25 .5 .75 1 1.5 2 2.5 3 4 5 6 7 9 11          15 in marked blocks: NaN
+            e0m3 signed     0 to 7 eighths, with a sign                      8 in marked blocks: NaN
+    8 bits  e4m4 unsigned   254 positive ones, over six decades              255 there: NaN
 
-Unsigned, the highest code is NaN; signed, the top bit is the sign and "minus zero" is NaN. Neither
-is ever what a finite number gives, so a NaN leaves its block alone. An unsigned format keeps code 0
-for exact zeros: a positive number becomes at least code 1.
+An unsigned format keeps code 0 for exact zeros: a positive number becomes at least code 1. Signed,
+the top bit is the sign. In blocks whose scale is negative, and only there, the highest code
+(unsigned) or "minus zero" (signed) is NaN, see ``formats.blocks``; a NaN leaves its block alone.
 
 Scales. Unsigned, the smallest power of two under which the block's largest finite magnitude is
 within the grid: it moves only when a binade is crossed, so that a second moment, which changes
@@ -41,7 +41,30 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.formats.base import Component, Format, block_amax, scaled
+from optstate_codecs.device import (
+    INF_BITS,
+    as_bits,
+    as_float,
+    at_least_if_positive,
+    constant,
+    fma,
+    jit,
+    nibbles,
+    reciprocal,
+    tl,
+    widened,
+)
+from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
+from optstate_codecs.formats.blocks import (
+    fill_marked,
+    finite_amax,
+    load_bytes,
+    load_scale,
+    mark,
+    store_codes,
+    store_marked,
+    store_scale,
+)
 from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.rounding import Draw
 
@@ -136,6 +159,20 @@ class Minifloat(Format):
         return not self.signed
 
     @property
+    def device_functions(self) -> DeviceFunctions:
+        options = (
+            self.signed * SIGNED
+            + (self.bits == 4) * PACKED
+            + self.uses_random * STOCHASTIC
+            # roots and update units stay far below the largest scale; plain values may pass it
+            + (self.domain == "linear" and self.units == "value") * SATURATE
+            + (self.mantissa_bits << 4)
+            + (LIFTS[self.lift] << 8)
+            + (self._nan_code << 12)
+        )
+        return DeviceFunctions(load, store, options)
+
+    @property
     def _nan_code(self) -> int:
         return 1 << (self.bits - 1) if self.signed else (1 << self.bits) - 1
 
@@ -158,10 +195,10 @@ class Minifloat(Format):
         position += self._bits16(x, draw)
         code = (position >> 16).clamp_(max=self._last)
         if self.signed:
-            code += torch.signbit(x).to(torch.int32) * (code > 0) * self._nan_code
+            code += torch.signbit(x).to(torch.int32) * self._nan_code
         else:
             code = torch.maximum(code, (x > 0).to(torch.int32))
-        code = code.masked_fill_(~torch.isfinite(x), self._nan_code)
+        code, step = mark(code, step, x, self._nan_code, self.block_size)
         codes.copy_(pack(code) if self.bits == 4 else code)
         scale.copy_(step.view(-1))
 
@@ -191,9 +228,120 @@ class Minifloat(Format):
         code = unpack(codes) if self.bits == 4 else codes.to(torch.int32)
         if self.signed:
             x = self._values(code & self._nan_code - 1)
-            x = torch.where(code > self._nan_code, -x, x)
+            x = torch.where(code >= self._nan_code, -x, x)
         else:
             x = self._values(code)
-        x = x.masked_fill_(code == self._nan_code, float("nan"))
-        x = scaled(x, scale.to(torch.float32).view(-1, 1), self.block_size)
+        scale = scale.to(torch.float32)
+        x = fill_marked(x, code, scale, self._nan_code, self.block_size)
+        x = scaled(x, scale.abs().view(-1, 1), self.block_size)
         return x.mul_(x) if self.domain == "sqrt" else x
+
+
+# The same on a tile. OPTIONS holds the flags below; the mantissa bits from bit 4 on, the shift that
+# makes the lift from bit 8 on, and from bit 12 on the code of NaN in marked blocks, which comes
+# after that of the largest magnitude.
+SIGNED, PACKED, STOCHASTIC, SATURATE = 1, 2, 4, 8
+_SIGNED, _PACKED = constant(SIGNED), constant(PACKED)
+_STOCHASTIC, _SATURATE = constant(STOCHASTIC), constant(SATURATE)
+_ONE, _MANTISSA = constant(ONE), constant(MANTISSA)
+_SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
+
+
+@jit
+def value_of(magnitude, sign, unit, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What codes stand for: their magnitudes from bit 20 on, their signs in bit 31."""
+    mantissa: tl.constexpr = (OPTIONS >> 4) & 7
+    if mantissa <= 3:
+        field = magnitude << (3 - mantissa)
+    else:
+        field = magnitude >> (mantissa - 3)
+    x = fma(as_float(field + _ONE), unit, -unit)
+    if OPTIONS & _SIGNED:
+        x = as_float(as_bits(x) | (sign & -2147483648))
+    return x
+
+
+@jit
+def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Decode a tile, in the format's domain and units."""
+    factor = load_scale(scale, offsets, rows, left)
+    unit = tl.abs(factor)[:, None]
+    nan: tl.constexpr = (OPTIONS >> 12) & 255
+    if OPTIONS & _PACKED:
+        magnitudes: tl.constexpr = 0x700000 if OPTIONS & _SIGNED else 0xF00000
+        low, high = nibbles(load_bytes(codes, offsets, rows, left))
+        x = tl.interleave(
+            value_of(low & magnitudes, low << 8, unit, OPTIONS),
+            value_of(high & magnitudes, high << 8, unit, OPTIONS),
+        )
+        if tl.min(factor, axis=0) < 0.0:
+            code = (tl.interleave(low, high) >> 20) & 15
+            x = tl.where((code == nan) & (factor[:, None] < 0.0), float("nan"), x)
+    else:
+        code = tl.load(codes + offsets, mask=offsets < left, other=0)
+        word = widened(code)
+        magnitude = (word & 127 if OPTIONS & _SIGNED else word) << 20
+        x = value_of(magnitude, word << 24, unit, OPTIONS)
+        if tl.min(factor, axis=0) < 0.0:
+            x = tl.where((code == nan) & (factor[:, None] < 0.0), float("nan"), x)
+    return x
+
+
+@jit
+def scales(top, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``Minifloat._scales``: each row's scale and its reciprocal, from the bits of its largest."""
+    mantissa: tl.constexpr = (OPTIONS >> 4) & 7
+    nan: tl.constexpr = (OPTIONS >> 12) & 255
+    fraction: tl.constexpr = ((nan - 1) % (1 << mantissa)) / (1 << mantissa)
+    largest: tl.constexpr = (1 + fraction) * (1 << ((nan - 1) >> mantissa)) - 1
+    if OPTIONS & _SIGNED:
+        bits = (as_bits(as_float(top) * (1.0 / largest)) + 0xFFFF) & -65536
+    else:
+        # of constants, so it costs nothing
+        last = as_bits(top * 0.0 + largest)
+        exponent = (last & ~_MANTISSA) - _ONE
+        bits = ((top + (_MANTISSA - (last & _MANTISSA))) & ~_MANTISSA) - exponent
+    bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
+    scale = as_float(bits)
+    if OPTIONS & _SIGNED:
+        inverse = reciprocal(scale)
+    else:
+        inverse = as_float(0x7F000000 - bits)
+    return tl.where(top > 0, scale, 0.0), tl.where(top > 0, inverse, 0.0)
+
+
+@jit
+def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Encode a tile; ``random`` is what ``Draw.bits16`` or ``Draw.paired16`` gives."""
+    packed: tl.constexpr = (OPTIONS & _PACKED) != 0
+    nan: tl.constexpr = (OPTIONS >> 12) & 255
+    mantissa: tl.constexpr = (OPTIONS >> 4) & 7
+    lift: tl.constexpr = (OPTIONS >> 8) & 15
+    top, worst = finite_amax(x, (OPTIONS & _SIGNED) != 0)
+    factor, inverse = scales(top, OPTIONS)
+
+    magnitude = tl.abs(x) if OPTIONS & _SIGNED else x
+    z = as_bits(fma(magnitude, inverse[:, None], 1.0))
+    # in units of 2^-16 codes
+    position = (z >> (7 - mantissa)) - (_ONE >> (7 - mantissa))
+    if lift:
+        part = position & 0xFFFF
+        position = position + ((part * (65536 - part)) >> (16 + lift))
+    if OPTIONS & _STOCHASTIC:
+        position = position + random
+    else:
+        position = position + 0x8000
+    if OPTIONS & _SATURATE:
+        position = tl.minimum(position, (nan << 16) - 1)
+    if OPTIONS & _SIGNED:
+        if packed:
+            position = position | ((as_bits(x) >> 31) & 0x80000)
+        else:
+            position = position | ((as_bits(x) >> 31) & 0x800000)
+    else:
+        position = at_least_if_positive(position, 65536, x)
+    store_scale(scale, factor, offsets, rows, left)
+    store_codes(codes, position, offsets, rows, left, packed)
+    if worst >= INF_BITS:
+        code = (position >> 16) & (15 if packed else 255)
+        store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, packed)

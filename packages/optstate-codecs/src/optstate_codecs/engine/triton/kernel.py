@@ -19,6 +19,8 @@ from optstate_codecs.device import (
     half,
     hash_tile,
     jit,
+    mirrored,
+    paired_tile,
     reciprocal,
     sqrt,
     tl,
@@ -47,6 +49,15 @@ def _pointer(entry, DTYPE: tl.constexpr, DIVISIBLE: tl.constexpr):  # type: igno
 
 
 @jit
+def _bits16(x, words, even, offsets, STREAM: tl.constexpr, PAIRED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What ``Draw.bits16`` gives, or ``Draw.paired16``, mirrored where ``x`` is negative."""
+    if PAIRED:
+        return mirrored(half(even, offsets, STREAM), x)
+    else:
+        return half(words, offsets, STREAM)
+
+
+@jit
 def step_kernel(  # type: ignore[no-untyped-def]
     work,
     tensors,
@@ -68,6 +79,9 @@ def step_kernel(  # type: ignore[no-untyped-def]
     SQRT0: tl.constexpr,
     UPDATE_UNITS0: tl.constexpr,
     STREAM0: tl.constexpr,
+    PAIRED0: tl.constexpr,
+    SPAN0: tl.constexpr,
+    DIVISIBLE0: tl.constexpr,
     LOAD1: tl.constexpr,
     STORE1: tl.constexpr,
     OPTIONS1: tl.constexpr,
@@ -75,6 +89,9 @@ def step_kernel(  # type: ignore[no-untyped-def]
     SECOND1: tl.constexpr,
     SQRT1: tl.constexpr,
     STREAM1: tl.constexpr,
+    PAIRED1: tl.constexpr,
+    SPAN1: tl.constexpr,
+    DIVISIBLE1: tl.constexpr,
     LOAD2: tl.constexpr,
     STORE2: tl.constexpr,
     OPTIONS2: tl.constexpr,
@@ -82,8 +99,13 @@ def step_kernel(  # type: ignore[no-untyped-def]
     SECOND2: tl.constexpr,
     SQRT2: tl.constexpr,
     STREAM2: tl.constexpr,
+    PAIRED2: tl.constexpr,
+    SPAN2: tl.constexpr,
+    DIVISIBLE2: tl.constexpr,
     WORD0: tl.constexpr,
     WORD1: tl.constexpr,
+    EVEN0: tl.constexpr,
+    EVEN1: tl.constexpr,
     P_TYPE: tl.constexpr,
     P_BF16: tl.constexpr,
     G_TYPE: tl.constexpr,
@@ -98,7 +120,6 @@ def step_kernel(  # type: ignore[no-untyped-def]
     HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     DIVISIBLE: tl.constexpr,
-    STATE_DIVISIBLE: tl.constexpr,
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -122,7 +143,6 @@ def step_kernel(  # type: ignore[no-untyped-def]
     # a mask that changes only at multiples of 16 keeps accesses wide
     left = tl.multiple_of(left, WHOLE)
     mask = offsets < left
-    row_mask = row_offsets * BLOCK < left
     first_row = tile.to(tl.int64) * ROWS
 
     p_pointer = _pointer(entry + 1, P_TYPE, DIVISIBLE) + start
@@ -136,19 +156,19 @@ def step_kernel(  # type: ignore[no-untyped-def]
     if HAS_SCALE:
         g = g * tl.load(grad_scale)
 
-    first0 = _pointer(entry + 2, FIRST0, STATE_DIVISIBLE) + start
+    first0 = _pointer(entry + 2, FIRST0, DIVISIBLE0) + start // SPAN0
     second0 = _pointer(entry + 3, SECOND0, 1) + first_row
-    m0 = LOAD0(first0, second0, offsets, mask, row_offsets, row_mask, OPTIONS0)
+    m0 = LOAD0(first0, second0, offsets, row_offsets, left, OPTIONS0)
     m1 = m0
     m2 = m0
     if MOMENTS >= 2:
-        first1 = _pointer(entry + 4, FIRST1, STATE_DIVISIBLE) + start
+        first1 = _pointer(entry + 4, FIRST1, DIVISIBLE1) + start // SPAN1
         second1 = _pointer(entry + 5, SECOND1, 1) + first_row
-        m1 = LOAD1(first1, second1, offsets, mask, row_offsets, row_mask, OPTIONS1)
+        m1 = LOAD1(first1, second1, offsets, row_offsets, left, OPTIONS1)
     if MOMENTS >= 3:
-        first2 = _pointer(entry + 6, FIRST2, STATE_DIVISIBLE) + start
+        first2 = _pointer(entry + 6, FIRST2, DIVISIBLE2) + start // SPAN2
         second2 = _pointer(entry + 7, SECOND2, 1) + first_row
-        m2 = LOAD2(first2, second2, offsets, mask, row_offsets, row_mask, OPTIONS2)
+        m2 = LOAD2(first2, second2, offsets, row_offsets, left, OPTIONS2)
         if SQRT2:
             m2 = m2 * m2
     if UPDATE_UNITS0:
@@ -162,10 +182,16 @@ def step_kernel(  # type: ignore[no-untyped-def]
 
     word0 = offsets
     word1 = offsets
+    even0 = offsets
+    even1 = offsets
     if WORD0:
         word0 = hash_tile(tl.load(entry + 8), step, start, offsets)
     if WORD1:
         word1 = hash_tile(tl.load(entry + 9), step, start, offsets)
+    if EVEN0:
+        even0 = paired_tile(tl.load(entry + 8), step, start, offsets)
+    if EVEN1:
+        even1 = paired_tile(tl.load(entry + 9), step, start, offsets)
     if SPLIT:
         WRITE(p_pointer, c_pointer, p, half(word0, offsets, 0), offsets, mask, WRITE_OPTIONS)
     elif P_BF16:
@@ -183,13 +209,19 @@ def step_kernel(  # type: ignore[no-untyped-def]
         x0 = m0 * reciprocal(tl.maximum(sqrt(m1), _SMALLEST_ROOT))
     if SQRT0:
         x0 = sqrt(m0)
-    random0 = half(word1 if STREAM0 >= 2 else word0, offsets, STREAM0)
-    STORE0(first0, second0, x0, random0, offsets, mask, row_offsets, row_mask, OPTIONS0)
+    words0 = word1 if STREAM0 >= 2 else word0
+    pairs0 = even1 if STREAM0 >= 2 else even0
+    random0 = _bits16(x0, words0, pairs0, offsets, STREAM0, PAIRED0)
+    STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
     if MOMENTS >= 2:
         x1 = sqrt(m1) if SQRT1 else m1
-        random1 = half(word1 if STREAM1 >= 2 else word0, offsets, STREAM1)
-        STORE1(first1, second1, x1, random1, offsets, mask, row_offsets, row_mask, OPTIONS1)
+        words1 = word1 if STREAM1 >= 2 else word0
+        pairs1 = even1 if STREAM1 >= 2 else even0
+        random1 = _bits16(x1, words1, pairs1, offsets, STREAM1, PAIRED1)
+        STORE1(first1, second1, x1, random1, offsets, row_offsets, left, OPTIONS1)
     if MOMENTS >= 3:
         x2 = sqrt(m2) if SQRT2 else m2
-        random2 = half(word1 if STREAM2 >= 2 else word0, offsets, STREAM2)
-        STORE2(first2, second2, x2, random2, offsets, mask, row_offsets, row_mask, OPTIONS2)
+        words2 = word1 if STREAM2 >= 2 else word0
+        pairs2 = even1 if STREAM2 >= 2 else even0
+        random2 = _bits16(x2, words2, pairs2, offsets, STREAM2, PAIRED2)
+        STORE2(first2, second2, x2, random2, offsets, row_offsets, left, OPTIONS2)

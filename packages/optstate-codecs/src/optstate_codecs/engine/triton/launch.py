@@ -45,7 +45,9 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         "UPDATE_OPTIONS": bucket.function[1],
         "MOMENTS": len(moments),
     }
-    words = [unit.write.uses_random, False]
+    words, even = [unit.write.uses_random, False], [False, False]
+    # every access covers the same number of elements, so that all tiles share one layout
+    wide = 16 // unit.param.dtype.itemsize if bucket.aligned else 1
     for slot in range(MOMENT_SLOTS):
         used = slot < len(moments)
         format: Format = bucket.formats[slot] if used else FP32()
@@ -61,17 +63,20 @@ def constants(bucket: Bucket) -> dict[str, Any]:
             f"SECOND{slot}": _type(second),
             f"SQRT{slot}": getattr(format, "domain", "linear") == "sqrt",
             f"STREAM{slot}": stream,
+            f"PAIRED{slot}": format.in_pairs,
+            f"SPAN{slot}": format.components[0].span,
+            f"DIVISIBLE{slot}": max(1, wide * first.itemsize // format.components[0].span),
         }
         if used and format.uses_random:
-            words[stream // 2] = True
-    # every access covers the same number of elements, so that all tiles share one layout
-    wide = 16 // unit.param.dtype.itemsize
+            (even if format.in_pairs else words)[stream // 2] = True
     kept = unit.write.components
     write = unit.write.device_functions or DeviceFunctions(None, None)
     return chosen | {
         "UPDATE_UNITS0": bucket.formats[0].in_update_units,
         "WORD0": words[0],
         "WORD1": words[1],
+        "EVEN0": even[0],
+        "EVEN1": even[1],
         "P_TYPE": _type(unit.param.dtype),
         "P_BF16": unit.param.dtype == torch.bfloat16,
         "G_TYPE": _type(bucket.grad_dtype),
@@ -82,9 +87,8 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         "WRITE": write.store,
         "WRITE_OPTIONS": write.options,
         "C_TYPE": _type(kept[0].dtype) if kept else None,
-        "C_DIVISIBLE": wide * kept[0].dtype.itemsize if kept and bucket.aligned else 1,
+        "C_DIVISIBLE": wide * kept[0].dtype.itemsize if kept else 1,
         "DIVISIBLE": 16 if bucket.aligned else 1,
-        "STATE_DIVISIBLE": wide if bucket.aligned else 1,
         "WHOLE": 16 if bucket.aligned else 1,
         "ROWS": bucket.rows,
         "BLOCK": bucket.block,

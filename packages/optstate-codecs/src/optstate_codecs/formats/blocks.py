@@ -1,0 +1,154 @@
+"""Marked blocks, and what else device functions of formats with a scale per block share.
+
+Where every code stands for a number, one code can still mean NaN in *marked* blocks: those whose
+scale is negative, because one of their elements is not finite. A kernel then compares codes only
+where there is such a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.device import (
+    INF_BITS,
+    MAGNITUDE,
+    as_bits,
+    as_float,
+    constant,
+    jit,
+    row_amax,
+    third_byte,
+    tl,
+)
+from optstate_codecs.formats.base import blocked, scaled, surely
+
+__all__ = [
+    "SMALLEST_SCALE",
+    "fill_marked",
+    "finite_amax",
+    "load_bytes",
+    "load_scale",
+    "mark",
+    "nan_where_marked",
+    "store_codes",
+    "store_marked",
+    "store_scale",
+]
+
+# the least scale of every format that marks: its reciprocal is a normal number
+SMALLEST_SCALE = 2.0**-100
+
+
+def mark(
+    code: Tensor, scale: Tensor, x: Tensor, nan_code: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Give the elements of ``x`` that are not finite the code of NaN, and mark their blocks.
+
+    Args:
+        code: flat integers; what has ``nan_code`` by chance becomes 0 in a marked block.
+        scale: [blocks, 1], at least 0.
+        x: what is encoded, flat.
+        nan_code: the code of NaN.
+        block_size: elements that share a scale.
+    """
+    finite = torch.isfinite(x)
+    if surely(finite):
+        return code, scale
+    some = blocked((~finite).to(scale.dtype), block_size).amax(1, keepdim=True)
+    chance = scaled((code == nan_code).to(scale.dtype), some, block_size)
+    code = code.masked_fill(chance > 0, 0).masked_fill(~finite, nan_code)
+    return code, torch.where(some > 0, -scale.clamp(min=SMALLEST_SCALE), scale)
+
+
+def fill_marked(x: Tensor, codes: Tensor, scale: Tensor, nan_code: int, block_size: int) -> Tensor:
+    """``x`` with NaN where ``codes`` say so in marked blocks; all flat but ``scale``."""
+    marked = (scale < 0).view(-1, 1)
+    if surely(~marked):
+        return x
+    bad = scaled((codes == nan_code).to(x.dtype), marked, block_size)
+    return x.masked_fill(bad > 0, float("nan"))
+
+
+SMALLEST = constant(SMALLEST_SCALE)
+
+
+@jit
+def load_scale(scale, offsets, rows, left):  # type: ignore[no-untyped-def]
+    """Each row's scale, float32; bfloat16 ones come as 16-bit integers."""
+    stored = tl.load(scale + rows, mask=rows * offsets.shape[1] < left, other=0)
+    if scale.dtype.element_ty == tl.int16:
+        return as_float(stored.to(tl.int32) << 16)
+    else:
+        return stored
+
+
+@jit
+def store_scale(scale, value, offsets, rows, left):  # type: ignore[no-untyped-def]
+    """Keep each row's scale; where bfloat16 is stored, it is one that bfloat16 holds."""
+    if scale.dtype.element_ty == tl.int16:
+        value = (as_bits(value) >> 16).to(tl.int16)
+    tl.store(scale + rows, value, mask=rows * offsets.shape[1] < left)
+
+
+@jit
+def finite_amax(x, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each row's largest finite magnitude, and the tile's largest magnitude, as bits."""
+    top = row_amax(x, SIGNED)
+    worst = tl.max(top, axis=0)
+    if worst >= INF_BITS:
+        finite = tl.abs(x) < float("inf")
+        top = tl.max(tl.where(finite, as_bits(x) & MAGNITUDE, 0), axis=1)
+    return top, worst
+
+
+@jit
+def byte_places(offsets, rows):  # type: ignore[no-untyped-def]
+    """Where the bytes of a tile lie whose elements share them two by two: [rows, block / 2]."""
+    half: tl.constexpr = offsets.shape[1] // 2
+    return rows[:, None] * half + tl.arange(0, half)[None, :]
+
+
+@jit
+def load_bytes(codes, offsets, rows, left):  # type: ignore[no-untyped-def]
+    """The bytes of a tile whose elements share them two by two, uint8 [rows, block / 2]."""
+    places = byte_places(offsets, rows)
+    return tl.load(codes + places, mask=places < left - (left >> 1), other=0)
+
+
+@jit
+def store_codes(codes, word, offsets, rows, left, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keep bits 16 to 23 of each int32, or, two by two in a byte, bits 16 to 19."""
+    if PACKED:
+        half: tl.constexpr = offsets.shape[1] // 2
+        low, high = tl.split(tl.reshape(word, [offsets.shape[0], half, 2]))
+        pair = (low & 0xF0000) | ((high << 4) & 0xF00000)
+        places = byte_places(offsets, rows)
+        tl.store(codes + places, third_byte(pair), mask=places < left - (left >> 1))
+    else:
+        tl.store(codes + offsets, third_byte(word), mask=offsets < left)
+
+
+@jit
+def nan_where_marked(x, code, factor, NAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``x`` with NaN where ``code`` says so in marked rows."""
+    if tl.min(factor, axis=0) < 0.0:
+        x = tl.where((code == NAN) & (factor[:, None] < 0.0), float("nan"), x)
+    return x
+
+
+@jit
+def store_marked(  # type: ignore[no-untyped-def]
+    codes, scale, code, factor, x, offsets, rows, left, NAN: tl.constexpr, PACKED: tl.constexpr
+):
+    """Once more, and as ``mark`` does: for tiles that hold something that is not finite.
+
+    A second store, so that the usual codes need not wait in registers for this.
+    """
+    bad = x - x != 0.0
+    some = tl.max(bad.to(tl.int32), axis=1) > 0
+    code = tl.where((code == NAN) & some[:, None], 0, code.to(tl.int32))
+    code = tl.where(bad, NAN, code)
+    store_codes(codes, code << 16, offsets, rows, left, PACKED)
+    factor = tl.where(some, -tl.maximum(factor, SMALLEST), factor)
+    store_scale(scale, factor, offsets, rows, left)
