@@ -18,6 +18,7 @@ from optstate_codecs.layout import same_order
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import (
+    counts_on_device,
     decode_moments,
     decode_state,
     encode_state,
@@ -97,7 +98,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                     decoded = _decoded(param, stored, source, moments)
                     moved = encode_state(param, decoded, moments, formats, counter)
                 state[param] = {"step": step, **moved}
-                loaded.append((param, state[param], group["fused"]))
+                loaded.append((param, state[param], counts_on_device(group)))
             index += 1
 
     for target, (group, _) in zip(optimizer.param_groups, groups, strict=True):
