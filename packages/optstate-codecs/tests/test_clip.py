@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from subjects import EXACT, SECOND
+from subjects import EXACT, FIRST, SECOND
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
@@ -14,7 +14,7 @@ from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.scaling import gradient_norm
 from optstate_codecs.testing import SHAPES, Trainer
 
-CODED = {"exp_avg": "dynamic8(rounding=stochastic, units=update)", "exp_avg_sq": SECOND}
+CODED = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
 BACKENDS = [
     pytest.param("eager", "cpu", id="eager"),
     pytest.param("triton", "cpu", marks=pytest.mark.interpret, id="interpreter"),

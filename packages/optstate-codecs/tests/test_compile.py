@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from subjects import SECOND
+from subjects import FIRST, SECOND
 from torch._dynamo.utils import counters
 
 from optstate_codecs import Adam, CodedOptimizer
 
-FORMATS = {"exp_avg": "dynamic8(rounding=stochastic, units=update)", "exp_avg_sq": SECOND}
+FORMATS = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
 BACKENDS = ("eager", "aot_eager")
 
 pytestmark = [

@@ -5,14 +5,13 @@ Both sides take each step from the same state, so that one different rounding is
 
 import pytest
 import torch
-from subjects import SECOND
+from subjects import FIRST, SECOND
 
 from optstate_codecs import Adam, CodedOptimizer
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.plan import build_buckets
 from optstate_codecs.testing import Trainer
 
-FIRST = "dynamic8(block_size=256, rounding=stochastic, units=update)"
 FORMATS = {
     "fp32": ("fp32", "fp32"),
     "bf16": ("bf16", "bf16"),

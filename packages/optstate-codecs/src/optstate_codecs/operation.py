@@ -71,6 +71,8 @@ def _pretend(handle: int, places: list[int], params: list[Tensor], grads: list[T
 
 
 _library = torch.library.Library("optstate", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(SCHEMA)  # type: ignore[no-untyped-call]
+# a compiler must not record it into a CUDA graph of its own: the host has a part in every step
+_tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+_library.define(SCHEMA, tags=_tags)  # type: ignore[no-untyped-call]
 _library.impl("step", torch.no_grad()(_run), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("optstate::step", _pretend, lib=_library)

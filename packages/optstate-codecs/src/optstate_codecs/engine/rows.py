@@ -61,19 +61,24 @@ class RowTable:
         """``scalar`` as the kernel reads it: float32, on the device of the parameters."""
         return None if scalar is None else scalar.to(self._device, torch.float32)
 
-    def advance(self, found_inf: Tensor | None) -> None:
-        """Count a step, on the device without waiting for it where the counts are there."""
+    def advance(self, found_inf: Tensor | None) -> bool:
+        """Count a step, on the device without waiting for it where the counts are there.
+
+        Returns:
+            False where the host knows that the step is to be skipped.
+        """
         if self.on_host and self._versions != [c._version for c in self._counters]:
             self.row_of = self._sort()  # somebody else has stepped or loaded some of the units
-        if found_inf is None:
-            torch._foreach_add_(self._counters, 1.0)
-        elif not self.on_host:
+        if found_inf is not None and not self.on_host:
             # a list, since a single tensor would be read by the host
             one = (found_inf == 0).to(torch.float32).reshape(())
             torch._foreach_add_(self._counters, [one] * len(self._counters))
-        elif not bool(found_inf):
+        elif found_inf is None or not bool(found_inf):
             torch._foreach_add_(self._counters, 1.0)
+        else:
+            return False
         self._versions = [c._version for c in self._counters]
+        return True
 
     def addresses(self, grads: list[int]) -> Tensor:
         """The job's gradient ``addresses`` on the device; copied only when one has changed."""

@@ -150,7 +150,8 @@ class Session:
             self._captured.append(plan)
         for table in plan.tables:
             factor, found_inf = table.beside(job.factor), table.beside(job.found_inf)
-            table.advance(found_inf)
+            if not table.advance(found_inf):
+                continue
             grads = table.addresses(plan.addresses)
             rows = table.values(job.rule, job.hypers)
             for bucket, start, stop in table.buckets:
