@@ -100,8 +100,9 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
             Can be set per group.
         bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
             their precision are kept in the mean.
-        **options: ``maximize``, ``skip_nonfinite``, ``rounding_seed`` (see ``CodedOptimizer``)
-            and the flags ``foreach``, ``fused``, ``capturable``, ``differentiable``.
+        **options: ``maximize``, ``skip_nonfinite``, ``max_grad_norm``, ``rounding_seed`` (see
+            ``CodedOptimizer``) and the flags ``foreach``, ``fused``, ``capturable``,
+            ``differentiable``.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
