@@ -1,5 +1,6 @@
 """``torch.compile`` around ``step``: one operation in the graph, no breaks, no recompilation."""
 
+import copy
 import gc
 import subprocess
 import sys
@@ -214,6 +215,22 @@ def test_bad_gradients_raise_from_the_graph() -> None:
     with pytest.raises(ValueError, match=r"lr=-1.0: must be finite and at least 0"):
         step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_replaced_groups_raise_instead_of_stepping_the_old_ones() -> None:
+    model, optimizer = build()
+    step = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)
+    gradients(model, 0)
+    step()
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer.param_groups = list(optimizer.param_groups)
+    with pytest.raises(RuntimeError, match="param_groups is another list than the compiled one"):
+        step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    optimizer.step()
+    step()
+    assert float(optimizer.state[model[0].weight]["step"]) == 3
+    assert copy.deepcopy(optimizer)._handle != optimizer._handle
 
 
 def test_the_operation_keeps_no_optimizer_alive() -> None:

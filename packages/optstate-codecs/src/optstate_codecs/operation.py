@@ -51,6 +51,11 @@ def _run(handle: int, places: list[int], params: list[Tensor], grads: list[Tenso
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError("optstate::step: its optimizer is gone; compile the step again")
+    if optimizer._traced_groups is not optimizer.param_groups:
+        raise RuntimeError(
+            "optstate::step: optimizer.param_groups is another list than the compiled one; "
+            "take a step outside torch.compile and compile again"
+        )
     every = [param for group in optimizer.param_groups for param in group["params"]]
     own = [every[place] for place in places]
     # a compiler that removes mutation hands over copies and writes them back later

@@ -107,6 +107,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         if unknown := sorted(set(options) - set(known)):
             raise TypeError(f"{unknown[0]}: unknown argument; known are {', '.join(known)}")
         super().__init__(params, {**known, **storage, **options})
+        # by its own name, torch.compile would guard on every value in it
         self._traced_groups = self.param_groups
         if self.defaults["fused"]:
             # GradScaler then hands grad_scale and found_inf to step instead of unscaling itself
