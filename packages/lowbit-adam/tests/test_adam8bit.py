@@ -36,6 +36,22 @@ def test_arguments_are_torchs(ours, theirs) -> None:
 
 
 @pytest.mark.parametrize("optimizer_class", BOTH)
+def test_clipping_in_the_step_equals_clipping_before(optimizer_class) -> None:
+    params = [Parameter(torch.ones(300)) for _ in range(2)]
+    inside = optimizer_class(params[:1], max_grad_norm=0.5, capturable=True)
+    before = optimizer_class(params[1:])
+    for scale in (1.0, 1e-4):
+        for param in params:
+            param.grad = torch.linspace(-1, 2, 300) * scale
+        torch.nn.utils.clip_grad_norm_(params[1:], 0.5)
+        inside.step()
+        before.step()
+        assert torch.equal(*params)
+    with pytest.raises(ValueError, match="max_grad_norm=-1: must be finite and above 0"):
+        optimizer_class(params, max_grad_norm=-1)
+
+
+@pytest.mark.parametrize("optimizer_class", BOTH)
 @pytest.mark.parametrize(("block_size", "bits"), [(2048, 16.3), (256, 16.6)])
 def test_bits_per_parameter(optimizer_class, block_size: int, bits: float) -> None:
     _, optimizer = stepped(optimizer_class, (4096, 4096), block_size=block_size)

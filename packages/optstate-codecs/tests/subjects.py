@@ -15,6 +15,7 @@ def adam(first: str, second: str, *, decoupled: bool = False, **options: object)
     return partial(CodedOptimizer, rule=Adam(decoupled=decoupled), formats=formats, **options)
 
 
+FIRST = "dynamic8(block_size=256, rounding=stochastic, units=update)"
 SECOND = "dynamic8(block_size=256, signed=False, domain=sqrt, rounding=stochastic)"
 
 SUBJECTS = [

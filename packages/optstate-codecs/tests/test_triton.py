@@ -5,15 +5,14 @@ Both sides take each step from the same state, so that one different rounding is
 
 import pytest
 import torch
-from subjects import SECOND
+from subjects import FIRST, SECOND
 
-from optstate_codecs import Adam, CodedOptimizer, master_weights
+from optstate_codecs import FP8, Adam, CodedOptimizer, Minifloat, master_weights
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.plan import build_buckets
 from optstate_codecs.testing import Trainer
 from optstate_codecs.writes import CORRECTION
 
-FIRST = "dynamic8(block_size=256, rounding=stochastic, units=update)"
 FORMATS = {
     "fp32": ("fp32", "fp32"),
     "bf16": ("bf16", "bf16"),
@@ -23,6 +22,13 @@ FORMATS = {
     "dynamic8": (FIRST, SECOND),
     "dynamic8-plain": ("dynamic8(block_size=64)", "dynamic8(block_size=64, signed=False)"),
     "dynamic8-2048": ("dynamic8", "dynamic8(signed=False, domain=sqrt)"),
+    "fp8": (FP8.first_moment(256).spec, Minifloat.second_moment8(256).spec),
+    "fp8-plain": ("fp8(block_size=64)", "fp8(block_size=64, signed=False)"),
+    "4bit": (Minifloat.first_moment4().spec, Minifloat.second_moment4().spec),
+    "4bit-plain": (
+        "minifloat(exponent_bits=1, block_size=64, signed=True)",
+        "minifloat(exponent_bits=3, mantissa_bits=1, block_size=64)",
+    ),
 }
 # several tiles, tails of every kind, aligned and not, one element, none, no dimensions
 SHAPES = ((96, 128), (61, 83), (4097,), (129,), (16,), (1,), (0,), ())
@@ -144,7 +150,7 @@ def test_same_codes_for_every_option(dtype, options, device) -> None:
 
 
 @pytest.mark.parametrize("device", devices())
-@pytest.mark.parametrize("name", ["dynamic8", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["dynamic8", "bf16", "int8", "fp8", "4bit"])
 def test_nonfinite_stays_where_it_is(name, device) -> None:
     reference, kernel = pair(FORMATS[name], device, ((3, 1024),))
     for value in (float("nan"), float("inf"), -float("inf")):

@@ -19,6 +19,7 @@ from optstate_codecs.layout import empty_state, same_order
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import (
+    counts_on_device,
     decode_moments,
     decode_state,
     encode_state,
@@ -100,7 +101,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                 write = parameter_write(optimizer.write, param.dtype)
                 state[param] = {"step": step, **moved, **_correction(write, param, stored)}
                 rounded += CORRECTION in stored and not write.components
-                loaded.append((param, state[param], group["fused"]))
+                loaded.append((param, state[param], counts_on_device(group)))
             index += 1
 
     if rounded:

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["block_size", "flag", "nonnegative", "one_of", "unit_interval", "whole_number"]
+__all__ = [
+    "block_size",
+    "flag",
+    "nonnegative",
+    "one_of",
+    "positive",
+    "unit_interval",
+    "whole_number",
+]
 
 
 def _number(name: str, value: Any) -> float | None:
@@ -32,6 +40,15 @@ def nonnegative(name: str, value: Any) -> None:
     number = _number(name, value)
     if number is not None and not (math.isfinite(number) and number >= 0.0):
         raise ValueError(f"{name}={value!r}: must be finite and at least 0")
+
+
+def positive(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number above zero; no tensor."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: must be a number, got Tensor")
+    number = _number(name, value)
+    if number is None or not (math.isfinite(number) and number > 0.0):
+        raise ValueError(f"{name}={value!r}: must be finite and above 0")
 
 
 def unit_interval(name: str, value: Any) -> None:

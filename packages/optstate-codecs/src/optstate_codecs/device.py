@@ -187,7 +187,7 @@ def top_byte(byte):  # type: ignore[no-untyped-def]
 
 @jit
 def nibbles(byte):  # type: ignore[no-untyped-def]
-    """A byte's low and its high half as bits 20 to 23 of two int32, among bits of its neighbours."""
+    """A byte's low and high half as bits 20 to 23 of two int32, among bits of its neighbours."""
     if INTERPRET:
         return byte.to(tl.int32) << 20, (byte.to(tl.int32) >> 4) << 20
     else:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checkpoint, checks, engine
+from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.layout import empty_state
+from optstate_codecs.operation import new_handle, step_as_operation
 from optstate_codecs.rules import Rule
-from optstate_codecs.state import initial_state, share_steps
+from optstate_codecs.scaling import gradient_factor, nonfinite
+from optstate_codecs.state import counts_on_device, initial_state, share_steps
 from optstate_codecs.writes import MASTER, WRITES, parameter_write
 
 __all__ = ["CodedOptimizer"]
@@ -49,8 +52,15 @@ class CodedOptimizer(torch.optim.Optimizer):
             variable OPTSTATE_BACKEND stands in for "auto".
         rounding_seed: keys every random number, 0 to 2^63 - 1.
         skip_nonfinite: leave everything as it is when any gradient holds a NaN or Inf.
+        max_grad_norm: above 0: step as after ``torch.nn.utils.clip_grad_norm_`` over all
+            parameters, without rewriting gradients; None: do not clip.
         **options: the rule's hyper-parameters, and the flags ``foreach``, ``fused``,
             ``capturable``, ``differentiable`` of ``torch.optim``.
+
+    Attributes:
+        max_grad_norm: as given; may be changed between steps.
+        grad_norm: what the norm of the last step's gradients was before clipping, 0-d on their
+            device; None without ``max_grad_norm``.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -73,6 +83,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         backend: str = "auto",
         rounding_seed: int = 0,
         skip_nonfinite: bool = False,
+        max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(rule, Rule):
@@ -81,9 +92,12 @@ class CodedOptimizer(torch.optim.Optimizer):
         checks.one_of("backend", backend, engine.BACKENDS)
         checks.whole_number("rounding_seed", rounding_seed)
         checks.flag("skip_nonfinite", skip_nonfinite)
+        if max_grad_norm is not None:
+            checks.positive("max_grad_norm", max_grad_norm)
         self.rule = rule
         self.write = write
         self.skip_nonfinite = skip_nonfinite
+        self.max_grad_norm = max_grad_norm
         self.backend = backend
         self._session = engine.Session(backend)
         self._forget()
@@ -96,12 +110,16 @@ class CodedOptimizer(torch.optim.Optimizer):
         if unknown := sorted(set(options) - set(known)):
             raise TypeError(f"{unknown[0]}: unknown argument; known are {', '.join(known)}")
         super().__init__(params, {**known, **storage, **options})
+        # by its own name, torch.compile would guard on every value in it
+        self._traced_groups = self.param_groups
         if self.defaults["fused"]:
             # GradScaler then hands grad_scale and found_inf to step instead of unscaling itself
             self._step_supports_amp_scaling = True
 
     def _forget(self) -> None:
         """Drop what is kept from step to step."""
+        self.grad_norm: Tensor | None = None
+        self._handle = new_handle(self)
         self._units: dict[int, Unit] = {}
         self._groups: dict[int, tuple[Any, ...]] = {}
         self._checked: dict[int, Any] = {}
@@ -146,9 +164,8 @@ class CodedOptimizer(torch.optim.Optimizer):
                     f"formats[{moment.name!r}]={format.spec!r}: rounds small second moments to "
                     "zero, which makes steps of thousands x lr; use an unsigned format"
                 )
-        for flag in ("differentiable", "capturable"):
-            if group[flag]:
-                raise ValueError(f"{flag}=True: not supported; leave it False")
+        if group["differentiable"]:
+            raise ValueError("differentiable=True: not supported; leave it False")
         for i, param in enumerate(group["params"]):
             if param.dtype not in PARAM_DTYPES:
                 allowed = ", ".join(str(d).removeprefix("torch.") for d in PARAM_DTYPES)
@@ -168,32 +185,64 @@ class CodedOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError: a gradient or hyper-parameter is unusable; nothing has changed.
+            RuntimeError: a CUDA graph is being recorded, and the step cannot be part of it.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        hypers = [self.rule.hyper(group) for group in self.param_groups]
-        kept = [self._kept(number, hyper) for number, hyper in enumerate(hypers)]
-        places = self._gradients()
-        grads = [place[3] for place in places]
-        addresses = [place[4] for place in places]
-        if self.skip_nonfinite and not all(torch.isfinite(grad).all() for grad in grads):
-            return loss
-        units = self._current_units(places, kept)
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        job = engine.Job(self.rule, units, grads, hypers, addresses, scale, found_inf)
-        self._session.step(job)
+        if torch.compiler.is_compiling():
+            self._step_in_graph()
+        else:
+            self._step()
         return loss
 
-    def _gradients(self) -> list[Place]:
+    def _step_in_graph(self) -> None:
+        """What a compiler traces of a step: which parameters have gradients, and one operation."""
+        places, params, grads = [], [], []
+        index = 0
+        for group in self._traced_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    places.append(index)
+                    params.append(param)
+                    grads.append(param.grad)
+                index += 1
+        if places:
+            step_as_operation(self._handle, places, params, grads)
+
+    def _step(self, given: Mapping[int, Tensor] | None = None) -> None:
+        """Step with the gradients ``given`` by place, or else with those of the parameters."""
+        self._opt_called = True
+        self._traced_groups = self.param_groups
+        if capturing() and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError("capturable=False: must be True for steps in a CUDA graph")
+        hypers = [self.rule.hyper(group) for group in self.param_groups]
+        kept = [self._kept(number, hyper) for number, hyper in enumerate(hypers)]
+        places = self._gradients(given)
+        if not places:
+            return
+        grads = [place[3] for place in places]
+        addresses = [place[4] for place in places]
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self.skip_nonfinite:
+            bad = nonfinite(grads)
+            found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
+            if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
+                return
+        factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
+        units = self._current_units(places, kept)
+        job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf)
+        self._session.step(job)
+
+    def _gradients(self, given: Mapping[int, Tensor] | None) -> list[Place]:
         """Where there are gradients; raises if one of them is unusable."""
         found = []
         index = 0
         checked = self._checked
         for number, group in enumerate(self.param_groups):
             for param in group["params"]:
-                grad = param.grad
+                grad = param.grad if given is None else given.get(index)
                 if grad is not None:
                     address = grad.data_ptr() if grad.layout is torch.strided else -1
                     # where a good gradient of this dtype lay last time, another one lies now
@@ -232,8 +281,10 @@ class CodedOptimizer(torch.optim.Optimizer):
             ):
                 write = parameter_write(self.write, param.dtype)
                 if not state:
+                    if capturing():
+                        raise needs_warm_up(f"parameter {index} has no state")
                     state = self.state[param] = initial_state(param, {**formats, MASTER: write})
-                    fresh.append((param, state, self.param_groups[number]["fused"]))
+                    fresh.append((param, state, counts_on_device(self.param_groups[number])))
                 for part in write.components:
                     # a parameter that has changed its dtype since brings none
                     if part.key(MASTER) not in state:
@@ -267,21 +318,28 @@ class CodedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rule", "write", "skip_nonfinite", "backend")
+        names = ("rule", "write", "skip_nonfinite", "max_grad_norm", "backend")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.write = "nearest"
         self.skip_nonfinite = False
+        self.max_grad_norm = None
         self.backend = "auto"
         super().__setstate__(state)
         self._session = engine.Session(self.backend)
         self._forget()
+        self._traced_groups = self.param_groups
         for group in self.param_groups:
             for key, value in TORCH_FLAGS.items():
                 group.setdefault(key, value)
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True
+
+
+# A learning rate scheduler wraps ``step`` to note that it was called, which breaks a compiler's
+# graph; ``_step`` notes it itself, and this says so.
+CodedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 def _check_grad(index: int, param: Tensor, grad: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
 
 __all__ = [
+    "counts_on_device",
     "decode_moments",
     "decode_state",
     "encode_state",
@@ -36,12 +37,20 @@ __all__ = [
 ]
 
 
-def share_steps(states: Sequence[tuple[Tensor, dict[str, Tensor], bool | None]]) -> None:
+def counts_on_device(group: Mapping[str, Any]) -> bool:
+    """Whether a group's step counts lie beside its parameters instead of on the host.
+
+    As ``fused=True`` asks, so that a skipped step needs no wait, and ``capturable=True``, so that
+    a replayed one counts.
+    """
+    return bool(group["fused"] or group["capturable"])
+
+
+def share_steps(states: Sequence[tuple[Tensor, dict[str, Tensor], bool]]) -> None:
     """Lay the step counts of several parameters side by side, so that one addition counts all.
 
     Args:
-        states: parameter, its state, and whether its count lies on the parameter's device (as
-            ``fused=True`` asks, so that a skipped step needs no wait) instead of the host.
+        states: parameter, its state, and ``counts_on_device`` of its group.
     """
     members: dict[torch.device, list[dict[str, Tensor]]] = {}
     for param, state, on_device in states:

@@ -112,7 +112,6 @@ def _fits(unit: Unit, grad: Tensor, formats: tuple[Format, ...]) -> bool:
         and all(f.device_functions is not None for f in formats)
         and not any(f.in_update_units for f in formats[1:])
         and block_shape(formats) is not None
-        and param.numel() > 0
         and param.dtype in PARAM_DTYPES
         and grad.dtype in PARAM_DTYPES
         and param.stride() == grad.stride()

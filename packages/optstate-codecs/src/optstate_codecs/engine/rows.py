@@ -2,7 +2,7 @@
 
 One row of scalars serves all units of a group that have taken the same number of steps. Where the
 counts lie on the host the row is folded there in float64; where they lie on the device
-(``fused=True``), it is folded there, so that nothing waits.
+(``fused=True``, ``capturable=True``), it is folded there, so that nothing waits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate_codecs.engine.capture import capturing, constant_table
 from optstate_codecs.engine.plan import Bucket
 from optstate_codecs.rules import Rule
 
@@ -26,6 +27,7 @@ class RowTable:
     Attributes:
         buckets: each with the slice that is its own of the addresses and of ``row_of``.
         row_of: the row of each unit, int32.
+        on_host: whether step counts lie there.
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
@@ -36,7 +38,7 @@ class RowTable:
         self._device = units[0].param.device
         self._steps = [unit.state["step"] for unit in units]
         self._groups = [unit.group for unit in units]
-        self._on_host = self._steps[0].device.type == "cpu"
+        self.on_host = self._steps[0].device.type == "cpu"
         self._last: tuple[list[int], Tensor] | None = None
         self._counters = _counters(self._steps)
         self._versions: list[int] = []
@@ -45,7 +47,7 @@ class RowTable:
     def _sort(self) -> Tensor:
         """Find which units share a row, and return each unit's."""
         keys = [
-            (group, float(step) if self._on_host else float(place))
+            (group, float(step) if self.on_host else float(place))
             for place, (group, step) in enumerate(zip(self._groups, self._steps, strict=True))
         ]
         first: dict[Any, int] = {}
@@ -55,22 +57,34 @@ class RowTable:
         self._rows = [(group, self._steps[place]) for (group, _), place in first.items()]
         return torch.tensor([order[key] for key in keys], dtype=torch.int32).to(self._device)
 
-    def advance(self, found_inf: Tensor | None) -> None:
-        """Count a step, on the device without waiting for it where the counts are there."""
-        if self._on_host and self._versions != [c._version for c in self._counters]:
+    def beside(self, scalar: Tensor | None) -> Tensor | None:
+        """``scalar`` as the kernel reads it: float32, on the device of the parameters."""
+        return None if scalar is None else scalar.to(self._device, torch.float32)
+
+    def advance(self, found_inf: Tensor | None) -> bool:
+        """Count a step, on the device without waiting for it where the counts are there.
+
+        Returns:
+            False where the host knows that the step is to be skipped.
+        """
+        if self.on_host and self._versions != [c._version for c in self._counters]:
             self.row_of = self._sort()  # somebody else has stepped or loaded some of the units
-        if found_inf is None:
-            torch._foreach_add_(self._counters, 1.0)
-        elif not self._on_host:
+        if found_inf is not None and not self.on_host:
             # a list, since a single tensor would be read by the host
             one = (found_inf == 0).to(torch.float32).reshape(())
             torch._foreach_add_(self._counters, [one] * len(self._counters))
-        elif not bool(found_inf):
+        elif found_inf is None or not bool(found_inf):
             torch._foreach_add_(self._counters, 1.0)
+        else:
+            return False
         self._versions = [c._version for c in self._counters]
+        return True
 
     def addresses(self, grads: list[int]) -> Tensor:
         """The job's gradient ``addresses`` on the device; copied only when one has changed."""
+        if capturing():
+            # a table of the graph's own: the kept one goes when gradients move after the capture
+            return constant_table([grads[place] for place in self._places], self._device)
         if self._last is None or self._last[0] is not grads:
             mine = torch.tensor([grads[place] for place in self._places], dtype=torch.int64)
             self._last = grads, self._upload(mine)
@@ -93,7 +107,7 @@ class RowTable:
     def _fold(self, rule: Rule, hyper: Any, group: int) -> list[list[float]] | Tensor:
         """A group's rows: numbers, or a tensor where something is known to the device only."""
         steps = [step for number, step in self._rows if number == group]
-        if self._on_host:
+        if self.on_host:
             counts = [float(step) for step in steps]
             rows: list[list[Any]] = [[c, *rule.device_row(hyper, c)] for c in counts]
             if not any(isinstance(value, Tensor) for row in rows for value in row):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine import eager
+from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.plan import Bucket, build_buckets
 from optstate_codecs.engine.rows import RowTable
 from optstate_codecs.engine.unit import Job, Unit
@@ -85,6 +86,8 @@ class Session:
             raise RuntimeError("backend='triton': triton is not installed; pip install triton")
         self.backend = backend
         self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
+        # a graph reads the tables of its plan as long as it is replayed
+        self._captured: list[Plan] = []
 
     def step(self, job: Job) -> None:
         """Step every unit of the job."""
@@ -115,6 +118,8 @@ class Session:
         functions = [job.rule.device_function(hyper) for hyper in job.hypers]
         plan = self._plans.get(key)
         if plan is None or not plan.holds(job, functions):
+            if capturing():
+                raise needs_warm_up("no step yet had just these gradients, laid out like these")
             # kernels are imported with the first plan, so that CPU users never load triton
             from optstate_codecs.engine.triton.launch import constants
 
@@ -139,9 +144,14 @@ class Session:
     def _launch(self, plan: Plan, job: Job) -> None:
         from optstate_codecs.engine.triton.launch import launch
 
-        scale = job.grad_scale.reciprocal() if job.grad_scale is not None else None
+        if capturing() and not any(plan is kept for kept in self._captured):
+            if any(table.on_host for table in plan.tables):
+                raise needs_warm_up("step counts are on the host, since capturable was False")
+            self._captured.append(plan)
         for table in plan.tables:
-            table.advance(job.found_inf)
+            factor, found_inf = table.beside(job.factor), table.beside(job.found_inf)
+            if not table.advance(found_inf):
+                continue
             grads = table.addresses(plan.addresses)
             rows = table.values(job.rule, job.hypers)
             for bucket, start, stop in table.buckets:
@@ -151,8 +161,8 @@ class Session:
                     grads[start:stop],
                     table.row_of[start:stop],
                     rows,
-                    scale,
-                    job.found_inf,
+                    factor,
+                    found_inf,
                 )
 
 

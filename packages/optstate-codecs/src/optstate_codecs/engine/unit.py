@@ -62,7 +62,7 @@ class Job:
         grads: the gradient of each: same shape and device, any real floating dtype.
         hypers: each group's validated hyper-parameters, as ``rule.hyper`` returns them.
         addresses: of the gradients' first elements.
-        grad_scale: what gradients are to be divided by, or None.
+        factor: what gradients are multiplied with, 0-d, or None; read on its device.
         found_inf: non-zero where the step is to be skipped, or None; read on its device.
     """
 
@@ -71,5 +71,5 @@ class Job:
     grads: Sequence[Tensor]
     hypers: Sequence[Any]
     addresses: Sequence[int] = ()
-    grad_scale: Tensor | None = None
+    factor: Tensor | None = None
     found_inf: Tensor | None = None

@@ -13,9 +13,9 @@ zero are even (2^-m) and double wherever z + 1 passes a power of two, and the bi
 z + 1, less those of 1.0, *are* the code and what is to be rounded off it. Encoding is one
 multiply-add and integer arithmetic, decoding the reverse. No exponent bits give an even grid.
 
-    4 bits  e2m2 unsigned   0 .25 .5 .75 1 1.5 2 2.5 3 4 5 6 7 9 11          15 in marked blocks: NaN
-            e0m3 signed     0 to 7 eighths, with a sign                      8 in marked blocks: NaN
-    8 bits  e4m4 unsigned   254 positive ones, over six decades              255 there: NaN
+    4 bits  e2m2 unsigned   0 .25 .5 .75 1 1.5 2 2.5 3 4 5 6 7 9 11  15 in marked blocks: NaN
+            e0m3 signed     0 to 7 eighths, with a sign              8 in marked blocks: NaN
+    8 bits  e4m4 unsigned   254 positive ones, over six decades      255 there: NaN
 
 An unsigned format keeps code 0 for exact zeros: a positive number becomes at least code 1. Signed,
 the top bit is the sign. In blocks whose scale is negative, and only there, the highest code

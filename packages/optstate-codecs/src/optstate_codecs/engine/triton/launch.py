@@ -113,23 +113,25 @@ def launch(
     grads: Tensor,
     row_of: Tensor,
     rows: Tensor,
-    grad_scale: Tensor | None,
+    factor: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
     """Step every tile of the bucket in one launch.
 
-    ``grad_scale`` multiplies the gradients: the reciprocal of what GradScaler calls so.
+    ``factor`` multiplies the gradients; the kernel's ``grad_scale``.
     """
+    if not bucket.work.shape[0]:
+        return  # tensors without elements
     step_kernel[(bucket.work.shape[0],)](
         bucket.work,
         bucket.tensors,
         grads,
         row_of,
         rows,
-        grad_scale,
+        factor,
         found_inf,
         ROW=rows.shape[1],
-        HAS_SCALE=grad_scale is not None,
+        HAS_SCALE=factor is not None,
         HAS_FOUND_INF=found_inf is not None,
         enable_fp_fusion=False,
         **chosen,

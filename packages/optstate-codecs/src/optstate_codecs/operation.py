@@ -1,0 +1,83 @@
+"""The step as one operation of ``torch.library``, which a compiler calls and does not look into.
+
+``torch.compile`` would otherwise trace the host's side of a step: hyper-parameters would become
+constants of the graph, and a new learning rate a new compilation. Through the operation they are
+read when the graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from optstate_codecs.optimizer import CodedOptimizer
+
+__all__ = ["new_handle", "step_as_operation"]
+
+# an operation takes tensors and numbers only, so an optimizer goes by a number
+SCHEMA = "step(int handle, int[] places, Tensor(a!)[] params, Tensor[] grads) -> ()"
+_optimizers: WeakValueDictionary[int, CodedOptimizer] = WeakValueDictionary()
+_handles = count()
+
+
+def new_handle(optimizer: CodedOptimizer) -> int:
+    """A number by which the operation finds ``optimizer`` as long as it lives."""
+    handle = next(_handles)
+    _optimizers[handle] = optimizer
+    return handle
+
+
+def step_as_operation(
+    handle: int, places: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor]
+) -> None:
+    """Step the optimizer; compilers take this into their graph as it is.
+
+    Args:
+        handle: of the optimizer.
+        places: of the parameters that have gradients, counted over all groups.
+        params: these parameters.
+        grads: their gradients.
+    """
+    torch.ops.optstate.step(handle, places, params, grads)
+
+
+def _run(handle: int, places: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+    optimizer = _optimizers.get(handle)
+    if optimizer is None:
+        raise RuntimeError("optstate::step: its optimizer is gone; compile the step again")
+    if optimizer._traced_groups is not optimizer.param_groups:
+        raise RuntimeError(
+            "optstate::step: optimizer.param_groups is another list than the compiled one; "
+            "take a step outside torch.compile and compile again"
+        )
+    every = [param for group in optimizer.param_groups for param in group["params"]]
+    own = [every[place] for place in places]
+    # a compiler that removes mutation hands over copies and writes them back later
+    copies = [
+        (mine, given)
+        for mine, given in zip(own, params, strict=True)
+        if mine.data_ptr() != given.data_ptr()
+    ]
+    for mine, given in copies:
+        mine.copy_(given)
+    optimizer._step(dict(zip(places, grads, strict=True)))
+    for mine, given in copies:
+        given.copy_(mine)
+
+
+def _pretend(handle: int, places: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+    """The operation on tensors without data: it returns nothing."""
+
+
+_library = torch.library.Library("optstate", "FRAGMENT")  # type: ignore[no-untyped-call]
+# a compiler must not record it into a CUDA graph of its own: the host has a part in every step
+_tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+_library.define(SCHEMA, tags=_tags)  # type: ignore[no-untyped-call]
+_library.impl("step", torch.no_grad()(_run), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("optstate::step", _pretend, lib=_library)

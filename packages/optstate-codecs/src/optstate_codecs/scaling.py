@@ -1,0 +1,81 @@
+"""The number that gradients are multiplied with inside a step: unscaling, then clipping.
+
+Both are one factor, so that a launch reads every gradient once and rewrites none. Nothing here is
+read by the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["gradient_factor", "gradient_norm", "nonfinite"]
+
+
+def gradient_factor(
+    grads: Sequence[Tensor], grad_scale: Tensor | None, max_norm: float | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What to multiply gradients with, and the norm that they had.
+
+    Args:
+        grads: at least one.
+        grad_scale: what they are to be divided by first, or None.
+        max_norm: the norm that all of them together may have then, or None.
+
+    Returns:
+        The factor, or None for 1, and the norm of the unscaled gradients, or None where it was
+        not asked for; 0-d. With ``max_norm`` the factor is that of
+        ``torch.nn.utils.clip_grad_norm_``: a NaN norm makes it NaN, an infinite one 0.
+    """
+    inverse = None if grad_scale is None else grad_scale.reciprocal()
+    if max_norm is None:
+        return inverse, None
+    norm = gradient_norm(grads)
+    if inverse is not None:
+        inverse = inverse.to(norm.device, norm.dtype)
+        norm = norm * inverse
+    clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return (clip if inverse is None else inverse * clip), norm
+
+
+def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all of ``grads`` together, 0-d, on the device of the first.
+
+    As ``torch.nn.utils.get_total_norm``, but float32 where that would be narrower.
+
+    Raises:
+        TypeError: one is a DTensor, of which only a shard is here.
+    """
+    for place, grad in enumerate(grads):
+        if type(grad) is not Tensor and hasattr(grad, "placements"):
+            raise TypeError(
+                f"max_grad_norm: gradient {place} is a DTensor, whose norm needs all its shards; "
+                "leave max_grad_norm=None and call torch.nn.utils.clip_grad_norm_"
+            )
+    norm: Tensor = torch.linalg.vector_norm(_norms(grads, 2.0), 2.0)
+    return norm
+
+
+def nonfinite(grads: Sequence[Tensor]) -> Tensor:
+    """1.0 where any element of ``grads`` is NaN or infinite, else 0.0; 0-d float32."""
+    some = [grad for grad in grads if grad.numel()]  # there is no maximum over nothing
+    if not some:
+        return torch.zeros((), device=grads[0].device)
+    return (~torch.isfinite(_norms(some, math.inf)).all()).to(torch.float32)
+
+
+def _norms(grads: Sequence[Tensor], order: float) -> Tensor:
+    """The norm of each gradient, all on the device of the first."""
+    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        together.setdefault((grad.device, grad.dtype), []).append(grad)
+    double = any(dtype == torch.float64 for _, dtype in together)
+    wide = torch.float64 if double else torch.float32
+    device = grads[0].device
+    found: list[Tensor] = []
+    for members in together.values():
+        found += (norm.to(device) for norm in torch._foreach_norm(members, order, wide))
+    return torch.stack(found)
