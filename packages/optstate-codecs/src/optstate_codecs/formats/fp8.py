@@ -1,7 +1,9 @@
 """FP8: e4m3 codes (Micikevicius et al., arXiv:2209.05433) with a scale per block.
 
-Layout: ``codes`` float8_e4m3fn, one per element, shaped like the parameter; ``scale`` float32, one
-per block of ``block_size`` consecutive elements (the last block may be shorter).
+Layout: ``codes`` uint8, one per element, shaped like the parameter, the bytes of float8_e4m3fn
+(``codes.view(torch.float8_e4m3fn)`` gives that; as bytes they can be pickled, and read by devices
+that do not know the type); ``scale`` float32, one per block of ``block_size`` consecutive elements
+(the last block may be shorter).
 
 Mathematics. The top bit of a code is the sign; of the other seven, n, the magnitude is
 
@@ -72,7 +74,7 @@ class FP8(Format):
     @property
     def components(self) -> tuple[Component, ...]:
         return (
-            Component("codes", torch.float8_e4m3fn),
+            Component("codes", torch.uint8),
             Component("scale", torch.float32, self.block_size),
         )
 
@@ -94,13 +96,13 @@ class FP8(Format):
             code = torch.maximum(code, (x > 0).to(torch.int32))
         code = code.masked_fill_(~torch.isfinite(x), NAN_CODE)
         code += torch.signbit(x).to(torch.int32) << 7
-        codes.view(torch.uint8).copy_(code)
+        codes.copy_(code)
         scale.copy_(step.view(-1))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
         values = value_table(codes.device)
-        x = values.index_select(0, codes.view(torch.uint8).to(torch.int32))
+        x = values.index_select(0, codes.to(torch.int32))
         return scaled(x, scale.view(-1, 1), self.block_size)
 
 
