@@ -108,7 +108,7 @@ def test_encoding_again_changes_nothing(format: Format, values: list[float]) -> 
     x = torch.tensor([1.4e6, *values])
     once = store(format, x if format in SIGNED else x.abs())
     again = store(format, format.decode(once)[: len(values) + 1])
-    assert torch.equal(again[0].view(torch.uint8), once[0].view(torch.uint8))
+    assert torch.equal(again[0], once[0])
 
 
 @pytest.mark.parametrize("format", [f for f in SIGNED if not f.uses_random], ids=ids)
@@ -205,8 +205,7 @@ def test_codes_do_not_see_powers_of_two(format: Format, bits: int) -> None:
     if getattr(format, "domain", "linear") == "sqrt":
         bits = 2 * bits
     x = sample(format)
-    codes = [store(format, x * 2.0**k)[0].view(torch.uint8) for k in (0, bits)]
-    assert torch.equal(*codes)
+    assert torch.equal(store(format, x)[0], store(format, x * 2.0**bits)[0])
 
 
 def test_dynamic8_scale_covers_the_block() -> None:
@@ -226,7 +225,7 @@ def test_text_round_trip(format: Format) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int4", "must be one of bf16, dynamic8, fp32, fp8, int8, minifloat"),
+        ("int4", "must be one of bf16, dynamic4, dynamic8, fp32, fp8, int8, linear4, minifloat"),
         ("int8(block=3)", "option 'block' must be one of block_size, rounding, units"),
         ("int8(block_size=100)", "block_size=100: must be a power of two from 16 to 8192"),
         ("int8(block_size=8)", "power of two from 16 to 8192"),
@@ -251,6 +250,30 @@ def test_bad_types() -> None:
         as_format(8)
     with pytest.raises(ValueError, match="draw=None"):
         Int8(16, "stochastic").encode(torch.ones(4), [torch.zeros(4), torch.zeros(1)])
+
+
+@pytest.mark.parametrize(("format", "values"), [("dynamic4", 16), ("linear4", 16)])
+def test_published_maps_of_four_bits(format: str, values: int) -> None:
+    """Decades cut into 1, 2 and 4 parts, their middles; and sixteenths."""
+    parsed = parse_format(format)
+    if format == "linear4":
+        expected = np.arange(1, 17) / 16
+    else:
+        edges = [np.linspace(10.0**d, 10.0 ** (d + 1), 2 ** (d + 3) + 1) for d in (-3, -2, -1)]
+        side = np.concatenate([(edge[1:] + edge[:-1]) / 2 for edge in edges])
+        expected = np.concatenate([-side[::-1], [0.0], side, [1.0]])
+    np.testing.assert_allclose(parsed.values, expected)
+    assert len(parsed.values) == values
+
+    x = torch.linspace(0.0 if format == "linear4" else -1.0, 1.0, 129)[1:]
+    exact = x.double().numpy()
+    nearest = np.abs(expected[:, None] - exact).min(0)
+    error = np.abs(round_trip(parsed, x).numpy() - exact)
+    np.testing.assert_allclose(error, nearest, atol=1e-6)
+
+    spoilt = round_trip(parsed, x.index_fill(0, torch.tensor([3, 70]), float("nan")))
+    assert torch.isnan(spoilt).nonzero().view(-1).tolist() == [3, 70]
+    assert torch.equal(round_trip(parsed, torch.zeros(5)), torch.zeros(5))
 
 
 def test_names_are_listed() -> None:

@@ -74,6 +74,18 @@ class Jitters(CodedOptimizer):
                 param.mul_(1 + 1e-3 * torch.rand_like(param))
 
 
+class Stretches(CodedOptimizer):
+    """Takes steps 1 % too long."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        params = [p for group in self.param_groups for p in group["params"]]
+        before = [param.clone() for param in params]
+        super().step(closure)
+        for param, start in zip(params, before, strict=True):
+            param.add_(param - start, alpha=0.01)
+
+
 @pytest.mark.parametrize(
     ("law", "broken"),
     [
@@ -84,6 +96,7 @@ class Jitters(CodedOptimizer):
         (testing.resume, Jitters),
         (testing.bytes_are_said, Hoards),
         (testing.scale_equivariance, Jitters),
+        (testing.unbiased_length, Stretches),
     ],
 )
 def test_a_law_catches_who_breaks_it(law: Callable, broken: type[CodedOptimizer]) -> None:

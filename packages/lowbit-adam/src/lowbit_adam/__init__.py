@@ -1,7 +1,7 @@
-"""Adam and AdamW with 8-bit state: change one line, keep a quarter of the optimizer's memory."""
+"""Adam and AdamW with 8-bit, FP8 and 4-bit state: change one line, keep an eighth of the memory."""
 
-from lowbit_adam.adam import Adam8bit, AdamW8bit
+from lowbit_adam.adam import Adam4bit, Adam8bit, AdamFp8, AdamW4bit, AdamW8bit, AdamWFp8
 
 __version__ = "0.1.0"
 
-__all__ = ["Adam8bit", "AdamW8bit"]
+__all__ = ["Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"]

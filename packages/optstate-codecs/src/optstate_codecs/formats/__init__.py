@@ -7,6 +7,11 @@ fp32       32                      anything, exactly
 bf16       16                      anything
 int8       8 + 32 / block_size     first moments
 dynamic8   8 + 32 / block_size     first moments; unsigned: second moments
+fp8        8 + 32 / block_size     first moments; unsigned: second moments
+minifloat  8 + 32 / block_size,    first moments; unsigned: second moments
+           4 + 16 / block_size
+dynamic4   4 + 32 / block_size     first moments, as published, to compare with
+linear4    4 + 32 / block_size     second moments, as published, to compare with
 ========== ======================= ==================================================
 """
 
@@ -17,15 +22,18 @@ from optstate_codecs.formats.fp8 import FP8
 from optstate_codecs.formats.linear import Int8
 from optstate_codecs.formats.minifloat import Minifloat
 from optstate_codecs.formats.registry import as_format, format_names, parse_format
+from optstate_codecs.formats.table4 import Dynamic4, Linear4
 
 __all__ = [
     "BF16",
     "FP8",
     "FP32",
     "Component",
+    "Dynamic4",
     "Dynamic8",
     "Format",
     "Int8",
+    "Linear4",
     "Minifloat",
     "as_format",
     "format_names",

@@ -72,7 +72,7 @@ __all__ = ["Minifloat"]
 
 ONE = 0x3F800000
 MANTISSA = 0x7FFFFF
-LIFTS = {0.0: 0, 1 / 64: 6, 1 / 32: 5, 1 / 16: 4}
+LIFTS = {0.0: 0, 1 / 128: 7, 1 / 64: 6, 1 / 32: 5, 1 / 16: 4}
 # scales from 2^-100 to 2^120 have exact or normal reciprocals
 SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
 
@@ -91,7 +91,7 @@ class Minifloat(Format):
         rounding: "nearest"; "stochastic", unbiased in the domain; or "paired", which is that with
             steps 2k and 2k + 1 rounded by mirrored random numbers, so that what a running mean
             forgets slowly cancels.
-        lift: raises the probability of rounding up; 0, 1/64, 1/32 or 1/16.
+        lift: raises the probability of rounding up; 0, 1/128, 1/64, 1/32 or 1/16.
         units: "value", or "update" (signed only) to hold m / sqrt(v), see
             ``optstate_codecs.moments``.
     """
@@ -120,7 +120,7 @@ class Minifloat(Format):
                 f"at most 5, at least 1, and 4 or 8 bits with the sign, got {self.bits}"
             )
         if self.lift not in LIFTS:
-            raise ValueError(f"lift={self.lift!r}: must be one of 0, 1/64, 1/32, 1/16")
+            raise ValueError(f"lift={self.lift!r}: must be one of 0, 1/128, 1/64, 1/32, 1/16")
         if self.signed and self.domain == "sqrt":
             raise ValueError("domain='sqrt': needs signed=False")
         if not self.signed and self.units == "update":
@@ -138,8 +138,8 @@ class Minifloat(Format):
 
     @classmethod
     def second_moment8(cls, block_size: int = 2048) -> Minifloat:
-        """8 bits for second moments: e4m4 roots, rounded stochastically."""
-        return cls(4, 4, block_size, domain="sqrt", rounding="stochastic")
+        """8 bits for second moments: e4m4 roots, rounded stochastically and lifted."""
+        return cls(4, 4, block_size, domain="sqrt", rounding="stochastic", lift=1 / 128)
 
     @property
     def bits(self) -> int:

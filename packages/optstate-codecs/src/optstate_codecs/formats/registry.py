@@ -14,10 +14,20 @@ from optstate_codecs.formats.dynamic import Dynamic8
 from optstate_codecs.formats.fp8 import FP8
 from optstate_codecs.formats.linear import Int8
 from optstate_codecs.formats.minifloat import Minifloat
+from optstate_codecs.formats.table4 import Dynamic4, Linear4
 
 __all__ = ["as_format", "format_names", "parse_format"]
 
-_BUILT_IN: tuple[type[Format], ...] = (FP32, BF16, Int8, Dynamic8, FP8, Minifloat)
+_BUILT_IN: tuple[type[Format], ...] = (
+    FP32,
+    BF16,
+    Int8,
+    Dynamic8,
+    FP8,
+    Minifloat,
+    Dynamic4,
+    Linear4,
+)
 _SPEC = re.compile(r"(\w+)(?:\((.*)\))?")
 
 

@@ -9,11 +9,20 @@ Each check takes a ``Subject`` and raises ``AssertionError`` with what went wron
 
 from collections.abc import Callable
 
+from optstate_codecs.testing.fidelity import (
+    GRADIENTS,
+    Fidelity,
+    Stops,
+    compare,
+    gradients,
+    stops,
+)
 from optstate_codecs.testing.numerics import (
     exactness,
     locality,
     positive_stays_positive,
     scale_equivariance,
+    unbiased_length,
     zero_stays,
 )
 from optstate_codecs.testing.persistence import resume
@@ -21,19 +30,26 @@ from optstate_codecs.testing.storage import bytes_are_said, no_surprises
 from optstate_codecs.testing.subject import SHAPES, Subject, Trainer, assert_close
 
 __all__ = [
+    "GRADIENTS",
     "LAWS",
     "SHAPES",
+    "Fidelity",
+    "Stops",
     "Subject",
     "Trainer",
     "assert_close",
     "bytes_are_said",
+    "compare",
     "exactness",
+    "gradients",
     "laws_for",
     "locality",
     "no_surprises",
     "positive_stays_positive",
     "resume",
     "scale_equivariance",
+    "stops",
+    "unbiased_length",
     "zero_stays",
 ]
 
@@ -43,6 +59,7 @@ Law = Callable[[Subject], None]
 LAWS: tuple[Law, ...] = (
     zero_stays,
     positive_stays_positive,
+    unbiased_length,
     scale_equivariance,
     locality,
     resume,

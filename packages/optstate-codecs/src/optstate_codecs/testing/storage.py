@@ -80,7 +80,7 @@ def _layouts_agree(subject: Subject) -> None:
                 optimizer.step()
                 reference.step()
             moved = param.detach().double().cpu() - start
-            assert_close(f"no surprises: {name}", exact.detach() - start, moved, 0.1)
+            assert_close(f"no surprises: {name}", exact.detach() - start, moved, subject.error)
 
 
 def _refused(subject: Subject, trainer: Trainer, spoil: Callable[[], Any], words: str) -> None:

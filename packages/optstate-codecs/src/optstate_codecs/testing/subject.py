@@ -31,6 +31,8 @@ class Subject:
             spread sigma 2.
         drift: law 2, how far a parameter whose gradient stops may end from where exact Adam's
             would, in units of lr.
+        error: law 10, how far three steps may be from exact Adam's, relative root mean square.
+        gain: law 4, how far from 1 the updates' gain against exact Adam's may be.
         device: where to check.
     """
 
@@ -39,6 +41,8 @@ class Subject:
     exact: Callable[..., Optimizer] | None = None
     max_step: float = 8.0
     drift: float = 1.0
+    error: float = 0.1
+    gain: float = 0.005
     device: str = "cpu"
 
 
