@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Minifloat, checks
+from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat, checks
 
 __all__ = ["Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"]
 
@@ -146,7 +146,7 @@ class _Minifloat4Moments(CodedOptimizer):
 
     @classmethod
     def moment_formats(cls, block_size: int) -> tuple[Format, Format]:
-        return Minifloat.first_moment4(block_size), Minifloat.second_moment4(block_size)
+        return Int4.first_moment(block_size), Minifloat.second_moment4(block_size)
 
 
 class Adam4bit(_Minifloat4Moments, _CodedAdam):
