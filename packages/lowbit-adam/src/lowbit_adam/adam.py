@@ -152,8 +152,8 @@ class _Minifloat4Moments(CodedOptimizer):
 class Adam4bit(_Minifloat4Moments, _CodedAdam):
     """Adam with 4 bits per moment (8 + 32 / block_size bits per parameter).
 
-    Two codes a byte. The first moment is held in units of the update, on an even grid of 15
-    points; the second as its root, in floating-point codes of two exponent and two mantissa bits.
+    Two codes a byte, which are small floating-point numbers: the first moment in units of the
+    update, with one exponent and two mantissa bits; the second as its root, with two and two.
     Both are rounded stochastically, the first in pairs of steps. Steps are as long as exact Adam's
     within 5 %, and shorter where second moments differ by more than a thousand in one block.
 

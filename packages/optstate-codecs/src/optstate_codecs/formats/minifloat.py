@@ -14,7 +14,7 @@ z + 1, less those of 1.0, *are* the code and what is to be rounded off it. Encod
 multiply-add and integer arithmetic, decoding the reverse. No exponent bits give an even grid.
 
     4 bits  e2m2 unsigned   0 .25 .5 .75 1 1.5 2 2.5 3 4 5 6 7 9 11  15 in marked blocks: NaN
-            e0m3 signed     0 to 7 eighths, with a sign              8 in marked blocks: NaN
+            e1m2 signed     0 .25 .5 .75 1 1.5 2 2.5, with a sign    8 in marked blocks: NaN
     8 bits  e4m4 unsigned   254 positive ones, over six decades      255 there: NaN
 
 An unsigned format keeps code 0 for exact zeros: a positive number becomes at least code 1. Signed,
@@ -127,6 +127,11 @@ class Minifloat(Format):
             raise ValueError("domain='sqrt': needs signed=False")
         if not self.signed and self.units == "update":
             raise ValueError("units='update': needs signed=True")
+
+    @classmethod
+    def first_moment4(cls, block_size: int = 128) -> Minifloat:
+        """4 bits for first moments: e1m2 in update units, rounded in pairs of steps."""
+        return cls(1, 2, block_size, signed=True, rounding="paired", units="update")
 
     @classmethod
     def second_moment4(cls, block_size: int = 128) -> Minifloat:
