@@ -36,7 +36,7 @@ def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None
     assert plot.read_text().startswith("<?xml")
     for row in result["rows"]:
         assert row["longest"] > 0.5
-        assert 0 < row["error"] < 0.9
+        assert 0 < row["error"] < 2
         if row["arrangement"] == "bf16":
             assert abs(row["gain"] - 1) < 0.01
 
