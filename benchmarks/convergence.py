@@ -1,6 +1,6 @@
 """Trains the same network with each optimizer from the same start on the same data, and compares.
 
-    python benchmarks/convergence.py --task gpt --device cuda --seeds 3
+    python benchmarks/convergence.py --task gpt --device cuda
     python benchmarks/convergence.py --task digits --only AdamW --only AdamW8bit
 
 Every run of a seed has the same initial weights, data order and schedule (warm-up, then a cosine);
@@ -39,6 +39,12 @@ CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
     "AdamW bf16": ("torch.optim", "AdamW", {"fused": True}, torch.bfloat16),
     "SGD": ("torch.optim", "SGD", {"momentum": 0.9}, torch.float32),
     "AdamW8bit": ("lowbit_adam", "AdamW8bit", {}, torch.float32),
+    "AdamW8bit + 24": (
+        "lowbit_adam",
+        "AdamW8bit",
+        {"master_weight_bits": 24},
+        torch.bfloat16,
+    ),
     "AdamWFp8": ("lowbit_adam", "AdamWFp8", {}, torch.float32),
     "AdamW4bit": ("lowbit_adam", "AdamW4bit", {}, torch.float32),
 }
@@ -124,16 +130,25 @@ def table(summary: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write(report: dict[str, Any], out: Path) -> None:
+    """Keep what there is after every run."""
+    order = list(CONTESTANTS)
+    report["rows"].sort(key=lambda r: (r["lr"], order.index(r["optimizer"]), r["seed"]))
+    report["summary"] = summarise(report["rows"])
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     """Runs every chosen optimizer with every seed and learning rate of a task."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--task", choices=TASKS, default="toy-gpt")
     parser.add_argument("--only", choices=CONTESTANTS, action="append", help="repeatable")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, action="append", help="repeatable; 0, 1 and 2")
     parser.add_argument("--lr", type=float, action="append", help="repeatable; the task's own")
     parser.add_argument("--steps", type=int, help="the task's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="results/convergence_TASK.json")
+    parser.add_argument("--add", type=Path, action="append", help="a result file to go on from")
     args = parser.parse_args()
     device = torch.device(args.device)
     task = TASKS[args.task](device, args.steps)
@@ -148,15 +163,21 @@ def main() -> None:
     }
     out = args.out or RESULTS / f"convergence_{args.task.replace('-', '_')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    for lr, seed, name in product(args.lr or task.lrs, range(args.seeds), args.only or CONTESTANTS):
+    for earlier in args.add or []:
+        report["rows"] += json.loads(earlier.read_text())["rows"]
+    done = {(row["lr"], row["seed"], row["optimizer"]) for row in report["rows"]}
+    chosen = product(args.lr or task.lrs, args.seed or range(3), args.only or CONTESTANTS)
+    for lr, seed, name in chosen:
+        if (lr, seed, name) in done:
+            continue
         row = run(task, name, lr, seed)
         report["rows"].append(row)
-        report["summary"] = summarise(report["rows"])
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        write(report, out)
         print(
             f"{name:16} lr {lr:g} seed {seed}  {row['validation']:.4f}  {row['seconds']:.1f} s",
             flush=True,
         )
+    write(report, out)
     print(f"\n{report['setup']['model']}, {task.steps} steps, {report['setup']['unit']}\n")
     print(table(report["summary"]))
 

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import optstate_codecs
-from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Minifloat
+from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat
 from optstate_codecs.testing import (
     GRADIENTS,
     Subject,
@@ -45,7 +45,8 @@ def arrangements() -> dict[str, Formats]:
     """The formats of both moments, by what they are called in the tables."""
     first8, second8 = Dynamic8.first_moment(), Dynamic8.second_moment()
     fp8, root8 = FP8.first_moment(), Minifloat.second_moment8()
-    first4, second4 = Minifloat.first_moment4(), Minifloat.second_moment4()
+    first4, second4 = Int4.first_moment(), Minifloat.second_moment4()
+    e1m2 = partial(Minifloat, 1, 2, signed=True, units="update")
     root4 = partial(Minifloat, domain="sqrt", rounding=SR, lift=1 / 32)
     return {
         "bf16": ("bf16", "bf16"),
@@ -57,17 +58,15 @@ def arrangements() -> dict[str, Formats]:
         "8-bit, values to nearest": (Dynamic8(base=10), Dynamic8(signed=False, base=10)),
         "8-bit, roots to nearest": (first8, Dynamic8(signed=False, domain="sqrt")),
         "8-bit, first in values": (Dynamic8(rounding=SR), second8),
-        "FP8": (fp8, root8),
+        "FP8": (fp8, second8),
+        "FP8, e4m4 roots": (fp8, root8),
         "FP8, e3m5 roots": (fp8, Minifloat(3, 5, 2048, domain="sqrt", rounding=SR)),
-        "FP8, unpaired": (FP8(rounding=SR, units="update"), root8),
+        "FP8, unpaired": (FP8(rounding=SR, units="update"), second8),
         "FP8, e4m3 values to nearest": (FP8(), FP8(signed=False)),
         "4-bit": (first4, second4),
-        "4-bit, blocks of 64": (Minifloat.first_moment4(64), Minifloat.second_moment4(64)),
-        "4-bit, unpaired": (Minifloat(1, 2, signed=True, rounding=SR, units="update"), second4),
-        "4-bit, even first": (
-            Minifloat(0, 3, signed=True, rounding="paired", units="update"),
-            second4,
-        ),
+        "4-bit, blocks of 64": (Int4.first_moment(64), Minifloat.second_moment4(64)),
+        "4-bit, unpaired": (Int4(rounding=SR, units="update"), second4),
+        "4-bit, e1m2 first": (e1m2(rounding="paired"), second4),
         "4-bit, not lifted": (first4, root4(2, 2, lift=0.0)),
         "4-bit, e1m3 roots": (first4, root4(1, 3)),
         "4-bit, e3m1 roots": (first4, root4(3, 1)),

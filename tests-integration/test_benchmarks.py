@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from runpy import run_path
 
+import pytest
+
 
 def test_step_time_writes_times_and_bytes(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "results" / "step_time.json"
@@ -48,3 +50,27 @@ def test_docs_quote_the_fidelity_that_was_measured(root: Path) -> None:
     for table in (script["by_kind"], script["overall"]):
         assert script["markdown"](table(result)) in page
     assert list(result["setup"]["formats"]) == list(script["arrangements"]())
+
+
+def test_convergence_compares_runs_of_one_start(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "convergence.json"
+    command = [sys.executable, root / "benchmarks" / "convergence.py", "--task", "toy-gpt"]
+    sizes = ["--steps", "2", "--seed", "0", "--lr", "1e-3", "--device", "cpu", "--out", out]
+    subprocess.run([*command, *sizes, "--only", "AdamW"], check=True, capture_output=True)
+    # what was run before is taken over, not run again
+    more = ["--add", out, "--only", "AdamW", "--only", "AdamW4bit"]
+    subprocess.run([*command, *sizes, *more], check=True, capture_output=True)
+    report = json.loads(out.read_text())
+    exact, coded = report["rows"]
+    assert [exact["optimizer"], coded["optimizer"]] == ["AdamW", "AdamW4bit"]
+    assert exact["train"] != coded["train"]
+    assert exact["curve"][0][1] == pytest.approx(coded["curve"][0][1], abs=0.05)
+    assert report["summary"][1]["difference"] == coded["validation"] - exact["validation"]
+    assert coded["state_bits_per_parameter"] < 8.5
+
+
+def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "convergence.py"))
+    report = json.loads((script["RESULTS"] / "convergence_gpt.json").read_text())
+    assert script["table"](report["summary"]) in (root / "docs" / "benchmarks.md").read_text()

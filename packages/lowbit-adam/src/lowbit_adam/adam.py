@@ -141,7 +141,7 @@ class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
     """
 
 
-class _Minifloat4Moments(CodedOptimizer):
+class _FourBitMoments(CodedOptimizer):
     default_block_size: ClassVar[int] = 128
 
     @classmethod
@@ -149,13 +149,13 @@ class _Minifloat4Moments(CodedOptimizer):
         return Int4.first_moment(block_size), Minifloat.second_moment4(block_size)
 
 
-class Adam4bit(_Minifloat4Moments, _CodedAdam):
+class Adam4bit(_FourBitMoments, _CodedAdam):
     """Adam with 4 bits per moment (8 + 32 / block_size bits per parameter).
 
-    Two codes a byte, which are small floating-point numbers: the first moment in units of the
-    update, with one exponent and two mantissa bits; the second as its root, with two and two.
-    Both are rounded stochastically, the first in pairs of steps. Steps are as long as exact Adam's
-    within 5 %, and shorter where second moments differ by more than a thousand in one block.
+    Two codes a byte: the first moment in units of the update, as an integer from -7 to 7; the
+    second as its root, in floating-point codes of two exponent and two mantissa bits. Both are
+    rounded stochastically, the first in pairs of steps. Steps are as long as exact Adam's within
+    5 %, and shorter where second moments differ by more than a thousand in one block.
 
     Arguments are those of ``Adam8bit``. ``block_size`` is 128 by default, which makes 8.25 bits
     per parameter; 64 makes 8.5 and follows unequal gradients more closely.
@@ -165,7 +165,7 @@ class Adam4bit(_Minifloat4Moments, _CodedAdam):
     """
 
 
-class AdamW4bit(_Minifloat4Moments, _CodedAdamW):
+class AdamW4bit(_FourBitMoments, _CodedAdamW):
     """AdamW with 4 bits per moment (8 + 32 / block_size bits per parameter).
 
     As ``Adam4bit``, with decoupled weight decay, see ``AdamW8bit``.
@@ -178,15 +178,15 @@ class AdamW4bit(_Minifloat4Moments, _CodedAdamW):
 class _Fp8Moments(CodedOptimizer):
     @classmethod
     def moment_formats(cls, block_size: int) -> tuple[Format, Format]:
-        return FP8.first_moment(block_size), Minifloat.second_moment8(block_size)
+        return FP8.first_moment(block_size), Dynamic8.second_moment(block_size)
 
 
 class AdamFp8(_Fp8Moments, _CodedAdam):
     """Adam with FP8 state (16 + 64 / block_size bits per parameter), on any device.
 
-    The first moment is ``float8_e4m3fn`` in units of the update; the second, which has no sign,
-    spends that bit on precision: its root in four exponent and four mantissa bits. Codes are made
-    and read with integers, so no hardware for FP8 is needed. Arguments are those of ``Adam8bit``.
+    The first moment is ``float8_e4m3fn`` in units of the update, made and read with integers, so
+    that no hardware for FP8 is needed. The second needs finer steps than e4m3 has, and is stored
+    as ``Adam8bit`` stores it. Arguments are those of ``Adam8bit``.
 
     Example:
         >>> optimizer = AdamFp8(model.parameters(), lr=1e-3)

@@ -201,26 +201,54 @@ def _nibbles(bit: int) -> str:
     return "\n".join(lines)
 
 
-NIBBLES_19, NIBBLES_20 = constant(_nibbles(19)), constant(_nibbles(20))
-NIBBLES_21, NIBBLES_22 = constant(_nibbles(21)), constant(_nibbles(22))
+NIBBLES_20, NIBBLES_21, NIBBLES_22 = map(constant, map(_nibbles, (20, 21, 22)))
 
 
 @jit
 def nibbles(byte, BIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A byte's low and high half as bits BIT (19 to 22) to BIT + 3 of two int32, among others."""
+    """A byte's low and high half as bits BIT (20 to 22) to BIT + 3 of two int32, among others."""
     if INTERPRET:
         return byte.to(tl.int32) << BIT, (byte.to(tl.int32) >> 4) << BIT
     else:
-        shifts: tl.constexpr = (
-            (NIBBLES_19 if BIT == 19 else NIBBLES_20)
-            if BIT <= 20
-            else (NIBBLES_21 if BIT == 21 else NIBBLES_22)
-        )
+        wide: tl.constexpr = NIBBLES_21 if BIT == 21 else NIBBLES_22
         return tl.inline_asm_elementwise(
-            shifts,
+            NIBBLES_20 if BIT == 20 else wide,
             "=r,=r,=r,=r,=r,=r,=r,=r,r",
             [byte],
             dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@jit
+def nibble_floats(byte):  # type: ignore[no-untyped-def]
+    """136 + n for the two's complements n in the low and the high half of a byte, float32."""
+    if INTERPRET:
+        word = byte.to(tl.int32) ^ 0x88
+        low, high = (word & 15) << 16, (word >> 4) << 16
+        return as_float(low | 0x43000000), as_float(high | 0x43000000)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, high;
+            shr.b32 high, $8, 4;
+            lop3.b32 low, $8, 0x0f0f0f0f, 0x08080808, 0x6a;
+            lop3.b32 high, high, 0x0f0f0f0f, 0x08080808, 0x6a;
+            prmt.b32 $0, low, 0x43000000, 0x7044;
+            prmt.b32 $1, low, 0x43000000, 0x7144;
+            prmt.b32 $2, low, 0x43000000, 0x7244;
+            prmt.b32 $3, low, 0x43000000, 0x7344;
+            prmt.b32 $4, high, 0x43000000, 0x7044;
+            prmt.b32 $5, high, 0x43000000, 0x7144;
+            prmt.b32 $6, high, 0x43000000, 0x7244;
+            prmt.b32 $7, high, 0x43000000, 0x7344;
+            }
+            """,
+            "=f,=f,=f,=f,=f,=f,=f,=f,r",
+            [byte],
+            dtype=(tl.float32, tl.float32),
             is_pure=True,
             pack=4,
         )

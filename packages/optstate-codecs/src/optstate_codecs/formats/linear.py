@@ -33,7 +33,7 @@ from optstate_codecs.device import (
     dithered,
     fma,
     jit,
-    nibbles,
+    nibble_floats,
     reciprocal,
     tl,
 )
@@ -233,16 +233,11 @@ def load4(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ig
     """Decode a tile of 4-bit codes, in the format's units."""
     factor = load_scale(scale, offsets, rows, left)
     unit = tl.abs(factor)[:, None]
-    low, high = nibbles(load_bytes(codes, offsets, rows, left), 19)
-    # code + 8 as the upper mantissa bits of a float from 16 to 31
-    low = (low & 0x780000) ^ 0x41C00000
-    high = (high & 0x780000) ^ 0x41C00000
-    x = tl.interleave(
-        fma(as_float(low), unit, -24.0 * unit), fma(as_float(high), unit, -24.0 * unit)
-    )
+    low, high = nibble_floats(load_bytes(codes, offsets, rows, left))
+    x = tl.interleave(fma(low, unit, -136.0 * unit), fma(high, unit, -136.0 * unit))
     if tl.min(factor, axis=0) < 0.0:
-        code = (tl.interleave(low, high) >> 19) & 15
-        x = tl.where((code == (_NAN_CODE4 ^ 8)) & (factor[:, None] < 0.0), float("nan"), x)
+        # -8, which no finite number is coded as
+        x = tl.where((x == -8.0 * unit) & (factor[:, None] < 0.0), float("nan"), x)
     return x
 
 

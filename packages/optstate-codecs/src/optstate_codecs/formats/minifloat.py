@@ -129,11 +129,6 @@ class Minifloat(Format):
             raise ValueError("units='update': needs signed=True")
 
     @classmethod
-    def first_moment4(cls, block_size: int = 128) -> Minifloat:
-        """4 bits for first moments: e1m2 in update units, rounded in pairs of steps."""
-        return cls(1, 2, block_size, signed=True, rounding="paired", units="update")
-
-    @classmethod
     def second_moment4(cls, block_size: int = 128) -> Minifloat:
         """4 bits for second moments: e2m2 roots, rounded stochastically and lifted."""
         return cls(2, 2, block_size, domain="sqrt", rounding="stochastic", lift=1 / 32)

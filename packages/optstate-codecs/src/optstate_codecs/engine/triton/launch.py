@@ -18,7 +18,8 @@ __all__ = ["launch"]
 # measured on an H200: with more elements registers run out, with fewer warps wait at reductions
 ELEMENTS_PER_WARP = 512
 # registers a thread of kernels that reduce over blocks: fewer, and they spill; more, and too few
-# warps are at hand to hide the memory's latency. Tiles of one block in 16 bits need the fewest.
+# warps are at hand to hide the memory's latency. Tiles of one block in 16 bits need the fewest;
+# packed codes are best left to the compiler.
 REGISTERS, REGISTERS_NARROW = 80, 72
 
 # how the kernel sees a stored dtype: bfloat16 as 16-bit integers, so that conversions are ours
@@ -100,7 +101,8 @@ def constants(bucket: Bucket) -> dict[str, Any]:
 def tuning(bucket: Bucket) -> dict[str, int]:
     """What the compiler is told about a bucket's kernel."""
     chosen = {"num_warps": bucket.rows * bucket.block // ELEMENTS_PER_WARP}
-    if any(format.span > 1 for format in bucket.formats):
+    packed = any(format.components[0].span > 1 for format in bucket.formats)
+    if not packed and any(format.span > 1 for format in bucket.formats):
         dtypes = (bucket.units[0].param.dtype, bucket.grad_dtype)
         narrow = bucket.rows == 1 and all(dtype.itemsize == 2 for dtype in dtypes)
         chosen["maxnreg"] = REGISTERS_NARROW if narrow else REGISTERS
