@@ -228,7 +228,7 @@ def test_text_round_trip(format: Format) -> None:
     ("text", "words"),
     [
         (
-            "int4",
+            "int3",
             "must be one of bf16, dynamic4, dynamic8, fp32, fp8, int4, int8, linear4, minifloat",
         ),
         ("int8(block=3)", "option 'block' must be one of block_size, rounding, units"),

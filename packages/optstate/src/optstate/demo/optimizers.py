@@ -12,7 +12,11 @@ SHORT_NAMES = {
     "adamw": "torch.optim.AdamW",
     "sgd": "torch.optim.SGD",
     "adam8bit": "lowbit_adam.Adam8bit",
+    "adam4bit": "lowbit_adam.Adam4bit",
+    "adamfp8": "lowbit_adam.AdamFp8",
     "adamw8bit": "lowbit_adam.AdamW8bit",
+    "adamw4bit": "lowbit_adam.AdamW4bit",
+    "adamwfp8": "lowbit_adam.AdamWFp8",
 }
 """Names that need no module, in lower case; any other optimizer is named module.Class."""
 
