@@ -7,10 +7,13 @@ machine. Hyper-parameters, step counts and sizes are arguments, so nothing is bu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from operator import is_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,7 +31,7 @@ from optstate_codecs.rounding import Draw, stream_key
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["CannotBuild", "Kind", "Loops", "loops", "source", "step"]
+__all__ = ["Kind", "Loops", "loops", "source", "step", "try_step"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 # elements a row where no format has blocks
@@ -83,7 +86,7 @@ class Kind:
         return spans.pop() if spans else PLAIN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loops:
     """Built loops, and what they want in which order; see ``cpu.emit``.
 
@@ -184,9 +187,25 @@ def loops(kind: Kind, scalars: int) -> Loops | None:
     return Loops(build(text), kind.block, keys, streams)
 
 
-@cache
-def _stream_keys(seed: int, index: int, streams: tuple[int, ...]) -> list[int]:
-    return [key for stream in streams for key in stream_key(seed, index, stream // 2)]
+_warned: set[str] = set()
+
+
+def try_step(job: Job) -> bool:
+    """``step``, or False with one warning where there is no working compiler."""
+    if _warned:
+        return False
+    try:
+        step(job)
+    except CannotBuild as error:
+        _warned.add(str(error))
+        warnings.warn(
+            f"no working C++ compiler ({error}), so optimizers on the CPU step several times "
+            "slower; install g++ or clang++ or set CXX, or choose backend='eager'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def step(job: Job) -> None:
@@ -195,37 +214,77 @@ def step(job: Job) -> None:
     Raises:
         CannotBuild: there is no working compiler; nothing has changed.
     """
-    kinds: dict[Kind, list[int]] = {}
+    variants = [job.rule.variant(hyper) for hyper in job.hypers]
+    together: dict[Loops, list[tuple[int, _Standing]]] = {}
     left = []
     for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
-        kind = _kind(job, unit, grad)
-        if kind is None:
+        standing = _standings.get(unit)
+        if standing is None or not standing.holds(unit, grad, variants[unit.group]):
+            standing = _standings[unit] = _stand(job, unit, grad, variants[unit.group])
+        if standing.loops is None:
             left.append(place)
         else:
-            kinds.setdefault(kind, []).append(place)
-    found = []
-    for kind, places in kinds.items():
-        scalars = len(job.rule.scalars(job.hypers[job.units[places[0]].group], 1.0))
-        built = loops(kind, scalars)
-        if built is None:
-            left += places
-        else:
-            found.append((built, places))
+            together.setdefault(standing.loops, []).append((place, standing))
     if job.found_inf is not None and bool(job.found_inf):
         return
-    for built, places in found:
-        _run(job, built, places)
+    for built, members in together.items():
+        _run(job, built, members)
     if left:
         units, grads = [job.units[i] for i in left], [job.grads[i] for i in left]
         eager.step(replace(job, units=units, grads=grads))
 
 
-def _kind(job: Job, unit: Unit, grad: Tensor) -> Kind | None:
-    """Which loops a unit wants, or None where its layout or dtype is the reference's."""
+@dataclass(eq=False)
+class _Standing:
+    """Where a unit stands: its loops, and what of it they want that stays from step to step.
+
+    Attributes:
+        loops: or None, where the reference steps it.
+        variant, grad: what it was chosen for.
+        parts: the state's tensors.
+        addresses: of the parameter and of what ``loops`` want of the state.
+        keys: of the random numbers.
+    """
+
+    loops: Loops | None
+    variant: Hashable
+    grad: tuple[torch.dtype, tuple[int, ...]]
+    parts: list[Tensor]
+    addresses: list[int]
+    keys: list[int]
+
+    def holds(self, unit: Unit, grad: Tensor, variant: Hashable) -> bool:
+        """Whether all is where it was."""
+        return (
+            unit.param.data_ptr() == self.addresses[0]
+            and all(map(is_, unit.state.values(), self.parts))
+            and self.variant == variant
+            and self.grad == (grad.dtype, grad.stride())
+        )
+
+
+_standings: WeakKeyDictionary[Unit, _Standing] = WeakKeyDictionary()
+
+
+def _stand(job: Job, unit: Unit, grad: Tensor, variant: Hashable) -> _Standing:
+    built = None
+    if _fits(unit, grad):
+        formats = tuple(unit.formats[moment.name] for moment in unit.moments)
+        kind = Kind(job.rule, variant, unit.moments, formats, unit.write, grad.dtype)
+        built = loops(kind, len(job.rule.scalars(job.hypers[unit.group], 1.0)))
+    addresses, keys = [unit.param.data_ptr()], []
+    if built is not None:
+        addresses += [unit.state[key].data_ptr() for key in built.keys]
+        keys = [k for s in built.streams for k in stream_key(unit.seed, unit.index, s // 2)]
+    parts = list(unit.state.values())
+    return _Standing(built, variant, (grad.dtype, grad.stride()), parts, addresses, keys)
+
+
+def _fits(unit: Unit, grad: Tensor) -> bool:
+    """Whether loops can take a unit's layout and dtypes."""
     param = unit.param
-    fits = (
-        param.device.type == "cpu"
-        and unit.state["step"].device.type == "cpu"
+    return (
+        unit.state["step"].device.type == "cpu"
         and param.dtype in DTYPES
         and grad.dtype in DTYPES
         and param.stride() == grad.stride()
@@ -236,32 +295,27 @@ def _kind(job: Job, unit: Unit, grad: Tensor) -> Kind | None:
             for c in declared.components
         )
     )
-    if not fits:
-        return None
-    hyper = job.hypers[unit.group]
-    formats = tuple(unit.formats[moment.name] for moment in unit.moments)
-    variant = job.rule.variant(hyper)
-    return Kind(job.rule, variant, unit.moments, formats, unit.write, grad.dtype)
 
 
-def _run(job: Job, built: Loops, places: list[int]) -> None:
-    """Step units of one kind in one call."""
-    units = [job.units[place] for place in places]
+def _run(job: Job, built: Loops, members: list[tuple[int, _Standing]]) -> None:
+    """Step units of the same loops in one call."""
+    units = [job.units[place] for place, _ in members]
     torch._foreach_add_([unit.state["step"] for unit in units], 1.0)
     factor = 1.0 if job.factor is None else float(job.factor)
-    table, scalars, keys = [], [], []
-    rows = 0
+    table: list[int] = []
+    scalars: list[Any] = []
+    keys: list[int] = []
     folded: dict[tuple[int, float], list[Any]] = {}
-    for place, unit in zip(places, units, strict=True):
-        count = float(unit.state["step"])
-        numel = unit.param.numel()
-        table += [numel, rows, int(count), unit.param.data_ptr(), job.grads[place].data_ptr()]
-        table += [unit.state[key].data_ptr() for key in built.keys]
+    rows = 0
+    for unit, (place, standing) in zip(units, members, strict=True):
+        count, numel = float(unit.state["step"]), unit.param.numel()
+        param, *parts = standing.addresses
+        table += [numel, rows, int(count), param, job.grads[place].data_ptr(), *parts]
         which = (unit.group, count)
         if which not in folded:
             folded[which] = [*job.rule.scalars(job.hypers[unit.group], count), factor]
         scalars += folded[which]
-        keys += _stream_keys(unit.seed, unit.index, built.streams)
+        keys += standing.keys
         rows += -(-numel // built.block)
     tables = (
         torch.tensor(table, dtype=torch.int64),

@@ -250,8 +250,8 @@ class _Loop:
         lines = [f"int32_t most_{names[v]} = 0;" for v in self._reduced]
         lines_after: list[str] = []
         for value in self._here:
-            if value in self._flags:
-                continue
+            if value in self._flags and not any(value in v.needs for v in self._row._order):
+                continue  # written where it is asked for
             needs = [self._local(need, value.kind) for need in value.needs]
             text = value.text.format(*needs)
             if value.kind == "pair":
