@@ -257,7 +257,7 @@ def value_table(signed: bool, base: int, device: torch.device) -> Tensor:
 
 
 def values_of(codes: Tensor, signed: bool) -> Tensor:
-    """What ``value_table`` holds for base 8, computed: compiled, that is cheaper than looking up."""
+    """What ``value_table`` holds for base 8, computed: compiled, that is cheaper than a look-up."""
     # a range is three binades, and floats from 2 on end their exponents in the number of the range
     t = codes.bitwise_and(127).to(torch.float32) * 2 if signed else codes.to(torch.float32)
     bits = (t + 2).view(torch.int32)

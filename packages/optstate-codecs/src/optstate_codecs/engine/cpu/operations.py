@@ -15,7 +15,7 @@ import torch
 
 from optstate_codecs.engine.cpu.record import Unrecordable
 
-__all__ = ["C_TYPES", "OPERATIONS", "PRELUDE", "bits_type", "convert", "literal"]
+__all__ = ["C_TYPES", "OPERATIONS", "PRELUDE", "STORED", "bits_type", "convert", "literal"]
 
 C_TYPES = {
     torch.float32: "float",
@@ -25,6 +25,16 @@ C_TYPES = {
     torch.int8: "int32_t",
     torch.uint8: "int32_t",
     torch.bool: "bool",
+}
+
+# how they lie in memory
+STORED = {
+    torch.float32: "float",
+    torch.bfloat16: "uint16_t",
+    torch.int32: "int32_t",
+    torch.int16: "int16_t",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
 }
 
 PRELUDE = """

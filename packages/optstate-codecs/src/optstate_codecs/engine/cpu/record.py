@@ -6,7 +6,7 @@ computes from constants alone is not: it enters the record as its value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,9 +65,9 @@ class Record:
     assumptions: list[Node] = field(default_factory=list)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, inputs: Mapping[str, Tensor], assume: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._assume = assume
         # tensors are kept, so that no other one takes the number of one that is gone
         self._nodes: dict[int, tuple[Tensor, Node]] = {}
@@ -110,7 +110,9 @@ class _Recorder(TorchDispatchMode):
             return self._answer(args[0])
         result = func(*args, **kwargs)
         results = list(result) if isinstance(result, (list, tuple)) else [result]
-        call = Call(name, overload, self._node(args), {k: self._node(v) for k, v in kwargs.items()}, [])
+        call = Call(
+            name, overload, self._node(args), {k: self._node(v) for k, v in kwargs.items()}, []
+        )
         # an operation in place gives what it was given
         call.results = [
             self._nodes[id(r)][1]
@@ -134,9 +136,7 @@ class _Recorder(TorchDispatchMode):
         return self._assume
 
 
-def record(
-    function: Callable[..., Any], inputs: Mapping[str, Tensor], *, assume: bool
-) -> Record:
+def record(function: Callable[..., Any], inputs: Mapping[str, Tensor], *, assume: bool) -> Record:
     """Run ``function(inputs)`` and note what it does, in place on its inputs.
 
     Args:
