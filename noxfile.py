@@ -38,7 +38,7 @@ PACKAGES = ("optstate-codecs", "lowbit-adam", "optstate")
 SIBLINGS = {"optstate-codecs": (), "lowbit-adam": ("optstate-codecs",), "optstate": ()}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("2.6", "2.13")
-BENCHMARKS = ("step_time", "fidelity_8bit")
+BENCHMARKS = ("step_time", "fidelity")
 
 SOURCES = [f"packages/{package}/src" for package in PACKAGES]
 EDITABLE = [

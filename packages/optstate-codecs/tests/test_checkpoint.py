@@ -127,6 +127,31 @@ def test_layout_of_the_parameter_may_differ() -> None:
         torch.testing.assert_close(before[key], after[key], rtol=0.1, atol=1e-5)
 
 
+@pytest.mark.parametrize("there", [CODED, {"exp_avg": "fp32", "exp_avg_sq": "fp32"}])
+@pytest.mark.parametrize("shape", [(4, 6, 5, 8), (3, 5, 3, 7)])
+def test_layout_may_differ_where_codes_share_bytes(there, shape) -> None:
+    """Packed codes have no strides of their own to show in which order they lie."""
+    four = {"exp_avg": "minifloat(signed=True, mantissa_bits=1)", "exp_avg_sq": "minifloat"}
+    data = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    source_param = Parameter(data.clone().to(memory_format=torch.channels_last))
+    source = coded([source_param], four)
+    source_param.grad = data
+    source.step()
+    before = decode_state(source, source_param)
+    for formats in (four, there):
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            target_param = Parameter(data.clone().to(memory_format=memory_format))
+            target = coded([target_param], formats)
+            target.load_state_dict(copy.deepcopy(source.state_dict()))
+            after = decode_state(target, target_param)
+            same = formats == four and memory_format == torch.channels_last
+            for key in ("exp_avg", "exp_avg_sq"):
+                error = (before[key] - after[key]).norm() / before[key].norm()
+                assert error == 0 if same else error < 0.3
+            target_param.grad = data
+            target.step()
+
+
 def test_hooks_see_the_load() -> None:
     _, optimizer = trained(coded)
     seen = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from optstate_codecs import BF16, FP8, FP32, Dynamic8, Int8, Minifloat, parse_format
+from optstate_codecs import BF16, FP8, FP32, Dynamic8, Int4, Int8, Minifloat, parse_format
 from optstate_codecs.formats import Format, as_format, format_names
 from optstate_codecs.formats.dynamic import value_table
 from optstate_codecs.rounding import Draw
@@ -23,7 +23,7 @@ SIGNED = [
     Dynamic8(256, rounding="stochastic"),
     FP8(16),
     FP8(64, rounding="paired"),
-    Minifloat(0, 3, 16, signed=True),
+    Int4(16),
     Minifloat(3, 4, 64, signed=True, rounding="stochastic"),
     Minifloat(1, 2, 32, signed=True, rounding="paired"),
 ]
@@ -66,6 +66,8 @@ def coarsest_step(format: Format) -> float:
     if isinstance(format, Minifloat):
         step = 2.0**-format.mantissa_bits
         return step * (2 + step) if format.domain == "sqrt" else step
+    if isinstance(format, Int4):
+        return 1 / 7
     return 1 / 8 if isinstance(format, FP8) else 0.029
 
 
@@ -225,7 +227,7 @@ def test_text_round_trip(format: Format) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int4", "must be one of bf16, dynamic4, dynamic8, fp32, fp8, int8, linear4, minifloat"),
+        ("int4", "must be one of bf16, dynamic4, dynamic8, fp32, fp8, int4, int8, linear4, minifloat"),
         ("int8(block=3)", "option 'block' must be one of block_size, rounding, units"),
         ("int8(block_size=100)", "block_size=100: must be a power of two from 16 to 8192"),
         ("int8(block_size=8)", "power of two from 16 to 8192"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from subjects import FIRST, SECOND
 
-from optstate_codecs import FP8, Adam, CodedOptimizer, Minifloat, master_weights
+from optstate_codecs import FP8, Adam, CodedOptimizer, Int4, Minifloat, master_weights
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.plan import build_buckets
 from optstate_codecs.testing import Trainer
@@ -24,7 +24,7 @@ FORMATS = {
     "dynamic8-2048": ("dynamic8", "dynamic8(signed=False, domain=sqrt)"),
     "fp8": (FP8.first_moment(256).spec, Minifloat.second_moment8(256).spec),
     "fp8-plain": ("fp8(block_size=64)", "fp8(block_size=64, signed=False)"),
-    "4bit": (Minifloat.first_moment4().spec, Minifloat.second_moment4().spec),
+    "4bit": (Int4.first_moment().spec, Minifloat.second_moment4().spec),
     "4bit-plain": (
         "minifloat(exponent_bits=1, block_size=64, signed=True)",
         "minifloat(exponent_bits=3, mantissa_bits=1, block_size=64)",

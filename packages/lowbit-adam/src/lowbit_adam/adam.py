@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Minifloat, checks
+from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat, checks
 
 __all__ = ["Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"]
 
@@ -146,14 +146,14 @@ class _Minifloat4Moments(CodedOptimizer):
 
     @classmethod
     def moment_formats(cls, block_size: int) -> tuple[Format, Format]:
-        return Minifloat.first_moment4(block_size), Minifloat.second_moment4(block_size)
+        return Int4.first_moment(block_size), Minifloat.second_moment4(block_size)
 
 
 class Adam4bit(_Minifloat4Moments, _CodedAdam):
     """Adam with 4 bits per moment (8 + 32 / block_size bits per parameter).
 
-    Two codes a byte. The first moment is held in units of the update, on an even grid of 15
-    points; the second as its root, in floating-point codes of two exponent and two mantissa bits.
+    Two codes a byte, which are small floating-point numbers: the first moment in units of the
+    update, with one exponent and two mantissa bits; the second as its root, with two and two.
     Both are rounded stochastically, the first in pairs of steps. Steps are as long as exact Adam's
     within 5 %, and shorter where second moments differ by more than a thousand in one block.
 

@@ -4,7 +4,17 @@ An optimizer here is an update rule (``rules``) x a format for each moment (``fo
 parameter write (``writes``); ``CodedOptimizer`` puts the three together.
 """
 
-from optstate_codecs.formats import BF16, FP8, FP32, Dynamic8, Format, Int8, Minifloat, parse_format
+from optstate_codecs.formats import (
+    BF16,
+    FP8,
+    FP32,
+    Dynamic8,
+    Format,
+    Int4,
+    Int8,
+    Minifloat,
+    parse_format,
+)
 from optstate_codecs.memory import (
     MemoryReport,
     memory_report,
@@ -26,6 +36,7 @@ __all__ = [
     "CodedOptimizer",
     "Dynamic8",
     "Format",
+    "Int4",
     "Int8",
     "MemoryReport",
     "Minifloat",

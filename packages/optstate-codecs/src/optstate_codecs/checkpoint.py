@@ -1,7 +1,9 @@
 """Packed and full state dicts, and loading either, or one of ``torch.optim``'s.
 
 A packed state dict is ``torch.optim``'s layout (``state`` by parameter number, ``param_groups``)
-holding the stored components, with ``formats`` added to each group: {moment: text of its format}.
+holding the stored components, with ``formats`` added to each group: {moment: text of its format},
+and ``orders`` where codes share bytes and so cannot show in which order of dimensions they lie:
+{parameter number: that order}, of parameters that are not contiguous.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.formats import FP32, Format, parse_format
-from optstate_codecs.layout import empty_state, same_order
+from optstate_codecs.layout import empty_state, inverse_order, same_order, storage_order
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import (
@@ -40,6 +42,10 @@ def packed(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
     for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):
         formats = optimizer.group_formats(group)
         saved["formats"] = {moment: format.spec for moment, format in formats.items()}
+        if any(format.components[0].span > 1 for format in formats.values()):
+            places = zip(saved["params"], group["params"], strict=True)
+            orders = {number: list(storage_order(param)) for number, param in places}
+            saved["orders"] = {n: order for n, order in orders.items() if order != sorted(order)}
     # counts lie side by side in one storage, which some savers refuse and torch.save writes whole
     plain["state"] = {
         number: {**state, "step": state["step"].clone()} if "step" in state else state
@@ -54,7 +60,7 @@ def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
     for number, param in _numbered(optimizer):
         if plain["state"].get(number):
             state[number] = decode_state(optimizer, param)
-    own = {*optimizer.storage_options, "formats", "rounding_seed"}
+    own = {*optimizer.storage_options, "formats", "orders", "rounding_seed"}
     groups = [
         {key: value for key, value in group.items() if key not in own}
         for group in plain["param_groups"]
@@ -94,9 +100,10 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                 _check_state(where, param, stored, source, formats)
                 step = _loaded_step(where, stored["step"])
                 counter = Counter(group["rounding_seed"], int(step), index)
-                moved = _moved(param, stored, source, formats)
+                order = saved.get("orders", {}).get(number, range(param.dim()))
+                moved = _moved(param, stored, source, formats, order)
                 if moved is None:
-                    decoded = _decoded(param, stored, source, moments)
+                    decoded = _decoded(param, stored, source, moments, order)
                     moved = encode_state(param, decoded, moments, formats, counter)
                 write = parameter_write(optimizer.write, param.dtype)
                 state[param] = {"step": step, **moved, **_correction(write, param, stored)}
@@ -143,7 +150,7 @@ def _merged_groups(
                 f"{where}['params']: {len(saved['params'])} parameters, "
                 f"must be {len(group['params'])}"
             )
-        own = {*optimizer.storage_options, "formats", "params", "decoupled_weight_decay"}
+        own = {*optimizer.storage_options, "formats", "orders", "params", "decoupled_weight_decay"}
         new = {k: deepcopy(v) for k, v in saved.items() if k not in own}
         if "betas" in new:
             new["betas"] = tuple(new["betas"])
@@ -223,12 +230,16 @@ def _moved(
     stored: Mapping[str, Tensor],
     source: Mapping[str, Format],
     formats: Mapping[str, Format],
+    order: Sequence[int],
 ) -> dict[str, Tensor] | None:
     """Copies of ``stored`` beside ``param``, or None where they are not stored as wanted."""
     if source != formats:
         return None
     parts = {c.key(name): c for name, format in formats.items() for c in format.components}
     if not all(same_order(stored[key], c, param) for key, c in parts.items()):
+        return None
+    packed = any(format.components[0].span > 1 for format in formats.values())
+    if packed and tuple(order) != storage_order(param):
         return None
     return {
         key: stored[key].detach().to(param.device, c.dtype, copy=True) for key, c in parts.items()
@@ -240,13 +251,16 @@ def _decoded(
     stored: Mapping[str, Tensor],
     source: Mapping[str, Format],
     moments: Sequence[Moment],
+    order: Sequence[int],
 ) -> dict[str, Tensor]:
     """The moments of a checkpoint, whatever order in memory it was saved in.
 
-    Blocks follow the order that the codes had when they were saved, so that order decides.
+    Blocks follow the order that the codes had when they were saved, so that order decides; it is
+    ``order`` where codes share bytes.
     """
     parts = [(c.key(n), c) for n, format in source.items() for c in format.components]
-    like = next((stored[key] for key, c in parts if c.span == 1 and c.suffix), param)
+    ordered = torch.empty([param.shape[d] for d in order]).permute(inverse_order(order))
+    like = next((stored[key] for key, c in parts if c.span == 1 and c.suffix), ordered)
     local = {
         key: stored[key].to(param.device)
         if c.span > 1

@@ -43,6 +43,7 @@ BF16_MAX = constant(0x7F7F0000)
 M1 = constant(0x7FEB352D)
 M2 = constant(0x846CA68B)
 GOLDEN = constant(0x9E3779B9)
+ODD = constant(747796405)
 
 
 @jit
@@ -75,30 +76,35 @@ def mix32(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def hash_tile(key, step, start, offsets):  # type: ignore[no-untyped-def]
-    """``rounding.hash_words`` for a tile, less its last shift, which is ``half``'s; uint32.
+def unfinished(key, step, start, offsets):  # type: ignore[no-untyped-def]
+    """``rounding.hash_words`` for a tile, before the last multiplication; uint32.
 
-    Elements 2 i and 2 i + 1 share a word.
-
-    ``key`` is a stream key, both halves in an int64; ``step`` int32; ``start`` the number of the
-    tile's first element, int64, even; ``offsets`` from there, int32. A tile never crosses a
-    multiple of 2^33.
+    Elements 2 i and 2 i + 1 share a word. ``key`` is a stream key, both halves in an int64;
+    ``step`` int32; ``start`` the number of the tile's first element, int64, even; ``offsets`` from
+    there, int32. A tile never crosses a multiple of 2^33.
     """
-    turn = step.to(tl.uint32)
+    turn = (step & -2).to(tl.uint32)
     k0 = mix32((key & 0xFFFFFFFF).to(tl.uint32) + turn)
     k1 = mix32(((key >> 32) & 0xFFFFFFFF).to(tl.uint32) ^ (turn * GOLDEN))
     k1 = k1 + ((start >> 33) & 0xFFFFFFFF).to(tl.uint32) * GOLDEN
     # the compiler sees that neighbours halve to the same number, and computes it once
     x = (offsets >> 1).to(tl.uint32) + (((start >> 1) & 0xFFFFFFFF).to(tl.uint32) + k0)
     x = (x ^ (x >> 16)) * M1
-    return (x ^ (x >> 15)) * M2 + k1 * M2
+    return (x ^ (x >> 15)) + k1
+
+
+@jit
+def hash_tile(key, step, start, offsets):  # type: ignore[no-untyped-def]
+    """``rounding.hash_words`` for a tile, less its last shift, which is ``half``'s."""
+    odd = tl.where((step & 1) == 1, ODD, 1).to(tl.uint32)
+    return unfinished(key, step, start, offsets) * (odd * M2)
 
 
 @jit
 def paired_tile(key, step, start, offsets):  # type: ignore[no-untyped-def]
     """As ``hash_tile``, with the words of the even step before, mirrored where ``step`` is odd."""
     # the low half gets the high half added last: flipping one flips both
-    return hash_tile(key, step & -2, start, offsets) ^ ((-(step & 1)).to(tl.uint32) << 16)
+    return (unfinished(key, step, start, offsets) * M2) ^ ((-(step & 1)).to(tl.uint32) << 16)
 
 
 @jit
@@ -185,26 +191,64 @@ def top_byte(byte):  # type: ignore[no-untyped-def]
         )
 
 
+def _nibbles(bit: int) -> str:
+    """Shifts that bring the low and the high halves of four bytes to bits ``bit`` to bit + 3."""
+    lines = []
+    for place in range(8):
+        by = bit - 8 * (place % 4) - 4 * (place // 4)
+        shift = f"shl.b32 ${place}, $8, {by};" if by >= 0 else f"shr.b32 ${place}, $8, {-by};"
+        lines.append(shift)
+    return "\n".join(lines)
+
+
+NIBBLES_19, NIBBLES_20 = constant(_nibbles(19)), constant(_nibbles(20))
+NIBBLES_21, NIBBLES_22 = constant(_nibbles(21)), constant(_nibbles(22))
+
+
 @jit
-def nibbles(byte):  # type: ignore[no-untyped-def]
-    """A byte's low and high half as bits 20 to 23 of two int32, among bits of its neighbours."""
+def nibbles(byte, BIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A byte's low and high half as bits BIT (19 to 22) to BIT + 3 of two int32, among others."""
     if INTERPRET:
-        return byte.to(tl.int32) << 20, (byte.to(tl.int32) >> 4) << 20
+        return byte.to(tl.int32) << BIT, (byte.to(tl.int32) >> 4) << BIT
     else:
+        shifts: tl.constexpr = (
+            (NIBBLES_19 if BIT == 19 else NIBBLES_20)
+            if BIT <= 20
+            else (NIBBLES_21 if BIT == 21 else NIBBLES_22)
+        )
         return tl.inline_asm_elementwise(
-            """
-            shl.b32 $0, $8, 20;
-            shl.b32 $1, $8, 12;
-            shl.b32 $2, $8, 4;
-            shr.b32 $3, $8, 4;
-            shl.b32 $4, $8, 16;
-            shl.b32 $5, $8, 8;
-            mov.b32 $6, $8;
-            shr.b32 $7, $8, 8;
-            """,
+            shifts,
             "=r,=r,=r,=r,=r,=r,=r,=r,r",
             [byte],
             dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@jit
+def pair_of_nibbles(low, high):  # type: ignore[no-untyped-def]
+    """Bits 16 to 19 of two int32 as the low and the high half of a byte."""
+    if INTERPRET:
+        return (((low >> 16) & 15) | ((high >> 12) & 240)).to(tl.uint8)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, even, odd;
+            prmt.b32 a, $1, $2, 0x0062;
+            prmt.b32 b, $3, $4, 0x0062;
+            prmt.b32 even, a, b, 0x5410;
+            prmt.b32 a, $5, $6, 0x0062;
+            prmt.b32 b, $7, $8, 0x0062;
+            prmt.b32 odd, a, b, 0x5410;
+            shl.b32 odd, odd, 4;
+            lop3.b32 $0, even, odd, 0x0f0f0f0f, 0xe4;
+            }
+            """,
+            "=r,r,r,r,r,r,r,r,r",
+            [low, high],
+            dtype=tl.uint8,
             is_pure=True,
             pack=4,
         )

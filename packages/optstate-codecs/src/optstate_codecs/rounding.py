@@ -6,7 +6,9 @@ device gives the same bits, and a resumed run draws what the uninterrupted one w
 The hash is two rounds of multiply-xorshift over 32 bits, with the constants of Wellons' search for
 low-bias integer hashes (https://nullprogram.com/blog/2018/07/31/), keyed before each round. One
 32-bit word serves two 16-bit streams of two neighbouring elements: what is the low half for one
-element's stream is the high half for the other's.
+element's stream is the high half for the other's. An odd step's words are those of the even step
+before, times another odd number at the end, so that a stream that wants both has them for one
+multiplication more; that number is L'Ecuyer's (Math. Comp. 68, 1999, table 5), as PCG's is.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ MASK = 0xFFFFFFFF
 M1 = 0x7FEB352D
 M2 = 0x846CA68B
 GOLDEN = 0x9E3779B9
+ODD = 747796405
 BF16_MAX = torch.finfo(torch.bfloat16).max
 
 
@@ -47,6 +50,7 @@ def stream_key(seed: int, param: int, word: int) -> tuple[int, int]:
 
 def step_key(key: tuple[int, int], step: int) -> tuple[int, int]:
     """Fold the step count into a stream key; a kernel repeats this on the device."""
+    step &= ~1
     return mix32(key[0] + step), mix32(key[1] ^ (step * GOLDEN))
 
 
@@ -57,21 +61,21 @@ def _signed(x: int) -> int:
 
 
 def hash_words(
-    key: tuple[int, int], start: int, count: int, device: torch.device | str = "cpu"
+    key: tuple[int, int], odd: bool, start: int, count: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Words ``start`` to ``start + count`` (int32, shape [count]).
+    """Words ``start`` to ``start + count`` (int32, shape [count]) of an even or an odd step.
 
     Words are numbered in 64 bits; the high half enters with the second key.
     """
     border = (start | MASK) + 1
     if start + count > border:
-        head = hash_words(key, start, border - start, device)
-        return torch.cat([head, hash_words(key, border, start + count - border, device)])
+        head = hash_words(key, odd, start, border - start, device)
+        return torch.cat([head, hash_words(key, odd, border, start + count - border, device)])
     # int32 throughout: its wrap-around is what the hash wants, at half the memory of int64
     x = _counting(count, torch.device(device)) + _signed(start + key[0])
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(M1))
     x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
-    x.add_(_signed(key[1] + (start >> 32) * GOLDEN)).mul_(_signed(M2))
+    x.add_(_signed(key[1] + (start >> 32) * GOLDEN)).mul_(_signed(M2 * ODD if odd else M2))
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
@@ -109,7 +113,8 @@ class Draw:
         """Integers in [0, 65535], int32, shape [count]."""
         key = step_key(stream_key(self.seed, self.param, self.stream // 2), self.step)
         first = self.start // 2
-        words = hash_words(key, first, (self.start + count + 1) // 2 - first, device)
+        number = (self.start + count + 1) // 2 - first
+        words = hash_words(key, self.step % 2 == 1, first, number, device)
         halves = [words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)]
         if self.stream % 2:
             halves.reverse()

@@ -19,7 +19,7 @@ from optstate_codecs.formats.base import Component, Format
 from optstate_codecs.formats.cast import BF16, FP32
 from optstate_codecs.formats.dynamic import Dynamic8
 from optstate_codecs.formats.fp8 import FP8
-from optstate_codecs.formats.linear import Int8
+from optstate_codecs.formats.linear import Int4, Int8
 from optstate_codecs.formats.minifloat import Minifloat
 from optstate_codecs.formats.registry import as_format, format_names, parse_format
 from optstate_codecs.formats.table4 import Dynamic4, Linear4
@@ -32,6 +32,7 @@ __all__ = [
     "Dynamic4",
     "Dynamic8",
     "Format",
+    "Int4",
     "Int8",
     "Linear4",
     "Minifloat",

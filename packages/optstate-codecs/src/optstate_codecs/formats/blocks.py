@@ -17,6 +17,7 @@ from optstate_codecs.device import (
     as_float,
     constant,
     jit,
+    pair_of_nibbles,
     row_amax,
     third_byte,
     tl,
@@ -122,9 +123,8 @@ def store_codes(codes, word, offsets, rows, left, PACKED: tl.constexpr):  # type
     if PACKED:
         half: tl.constexpr = offsets.shape[1] // 2
         low, high = tl.split(tl.reshape(word, [offsets.shape[0], half, 2]))
-        pair = (low & 0xF0000) | ((high << 4) & 0xF00000)
         places = byte_places(offsets, rows)
-        tl.store(codes + places, third_byte(pair), mask=places < left - (left >> 1))
+        tl.store(codes + places, pair_of_nibbles(low, high), mask=places < left - (left >> 1))
     else:
         tl.store(codes + offsets, third_byte(word), mask=offsets < left)
 

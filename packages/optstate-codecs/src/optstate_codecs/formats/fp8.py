@@ -34,6 +34,7 @@ from optstate_codecs.device import (
     at_least_if_positive,
     constant,
     jit,
+    mirrored,
     third_byte_signed,
     tl,
     top_byte,
@@ -109,6 +110,7 @@ class FP8(Format):
             + self.uses_random * STOCHASTIC
             # update units stay far below the largest scale; plain values may pass it
             + (self.units == "value") * SATURATE
+            + self.in_pairs * PAIRED
         )
         return DeviceFunctions(load, store, options)
 
@@ -155,8 +157,9 @@ def value_table(device: torch.device) -> Tensor:
 
 # The same on a tile. Times 2^-120, a number of e4m3 has its own bits as a float32, the subnormal
 # ones too, and rounding to a multiple of 2^-149 is what adding 2^-6 does above.
-SIGNED, STOCHASTIC, SATURATE = 1, 2, 4
-_SIGNED, _STOCHASTIC, _SATURATE = constant(SIGNED), constant(STOCHASTIC), constant(SATURATE)
+SIGNED, STOCHASTIC, SATURATE, PAIRED = 1, 2, 4, 8
+_SIGNED, _STOCHASTIC = constant(SIGNED), constant(STOCHASTIC)
+_SATURATE, _PAIRED = constant(SATURATE), constant(PAIRED)
 _NAN_CODE, _COVER, _TOP = constant(NAN_CODE), constant(COVER), constant(TOP)
 _SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
 DOWN, UP = constant(2.0**-120), constant(2.0**120)
@@ -187,6 +190,8 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
         small = (tl.abs(x) * inverse[:, None]) * DOWN
     else:
         small = tl.abs(x) * (inverse * DOWN)[:, None]
+    if OPTIONS & _PAIRED:
+        random = mirrored(random, x)
     if OPTIONS & _STOCHASTIC:
         position = (as_bits(small) >> 4) + random
     else:

@@ -1,9 +1,16 @@
-"""Linear 8-bit integers with one scale per block, for first moments.
+"""Linear integers with one scale per block, for first moments: 8 bits, or 4.
 
-Layout: ``codes`` int8, one per element, shaped like the parameter; ``scale`` float32, one per
-block of ``block_size`` consecutive elements (the last block may be shorter).
-An element is code * scale, with scale = (largest finite magnitude of the block) / 127.
-Code -128 is NaN: a non-finite element stays non-finite and leaves its block alone.
+An element is code * scale, the last block may be shorter than ``block_size``.
+
+8 bits: ``codes`` int8, one per element, shaped like the parameter; ``scale`` float32, the block's
+largest finite magnitude over 127. Code -128 is NaN: a non-finite element stays non-finite and
+leaves its block alone.
+
+4 bits: ``codes`` uint8, two's complements of two elements each, the first in the low half;
+``scale`` bfloat16, the largest magnitude over 7, rounded up. In blocks whose scale is negative, and
+only there, code -8 is NaN, see ``formats.blocks``. Adding 192 to what is to be coded makes floats
+whose unit in the last place is 2^-16: 16 random bits are added to those, and the code is four of
+the bits above.
 """
 
 from __future__ import annotations
@@ -24,7 +31,10 @@ from optstate_codecs.device import (
     as_float,
     constant,
     dithered,
+    fma,
     jit,
+    nibbles,
+    reciprocal,
     tl,
 )
 from optstate_codecs.formats.base import (
@@ -35,12 +45,24 @@ from optstate_codecs.formats.base import (
     mark_nonfinite,
     scaled,
 )
-from optstate_codecs.formats.blocks import finite_amax
+from optstate_codecs.formats.blocks import (
+    fill_marked,
+    finite_amax,
+    load_bytes,
+    load_scale,
+    mark,
+    store_codes,
+    store_marked,
+    store_scale,
+)
+from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.rounding import Draw
 
-__all__ = ["Int8"]
+__all__ = ["Int4", "Int8"]
 
-NAN_CODE = -128
+NAN_CODE, NAN_CODE4 = -128, 8
+# exponent fields of the smallest and largest 4-bit scale, 2^-100 and 2^120
+SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -97,6 +119,76 @@ class Int8(Format):
         return scaled(x, scale.view(-1, 1), self.block_size)
 
 
+@dataclass(frozen=True)
+class Int4(Format):
+    """4-bit integers from -7 to 7 under an absmax scale.
+
+    Args:
+        block_size: elements that share a scale, a power of two from 16 to 8192.
+        rounding: "nearest"; "stochastic", unbiased; or "paired": that, with steps 2k and 2k + 1
+            rounded by mirrored random numbers, so that their errors cancel in a running mean.
+        units: "value", or "update" to hold m / sqrt(v), see ``optstate_codecs.moments``.
+    """
+
+    name: ClassVar[str] = "int4"
+    block_size: int = 128
+    rounding: str = "nearest"
+    units: str = "value"
+
+    def __post_init__(self) -> None:
+        checks.block_size(self.block_size)
+        checks.one_of("rounding", self.rounding, ("nearest", "stochastic", "paired"))
+        checks.one_of("units", self.units, ("value", "update"))
+
+    @classmethod
+    def first_moment(cls, block_size: int = 128) -> Int4:
+        """The variant made for first moments: in update units, rounded in pairs of steps."""
+        return cls(block_size, rounding="paired", units="update")
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (
+            Component("codes", torch.uint8, 2),
+            Component("scale", torch.bfloat16, self.block_size),
+        )
+
+    @property
+    def keeps_positive(self) -> bool:
+        return False
+
+    @property
+    def device_functions(self) -> DeviceFunctions:
+        options = self.uses_random * STOCHASTIC + (self.units == "value") * SATURATE
+        return DeviceFunctions(load4, store4, options)
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        codes, scale = parts
+        amax = block_amax(x, self.block_size)
+        bits = ((amax * (1 / 7)).view(torch.int32) + 0xFFFF) & ~0xFFFF
+        step = bits.clamp_(SCALE_MIN, SCALE_MAX).view(torch.float32)
+        some = amax > 0
+        value = scaled(x, step.reciprocal() * some, self.block_size)
+        position = value.clamp_(-7, 7).add_(192).view(torch.int32)
+        if self.rounding == "nearest":
+            position += 0x8000
+        elif self.rounding == "stochastic":
+            position += self._need(draw).bits16(x.numel(), x.device)
+        else:
+            position += self._need(draw).paired16(x.numel(), x.device)
+        code = (position >> 16) & 15
+        code, step = mark(code, step * some, x, NAN_CODE4, self.block_size)
+        codes.copy_(pack(code))
+        scale.copy_(step.view(-1))
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        codes, scale = parts
+        code = unpack(codes)
+        x = ((code ^ 8) - 8).to(torch.float32)
+        scale = scale.to(torch.float32)
+        x = fill_marked(x, code, scale, NAN_CODE4, self.block_size)
+        return scaled(x, scale.abs().view(-1, 1), self.block_size)
+
+
 _NAN_CODE, _TINY = constant(NAN_CODE), constant(TINY)
 
 
@@ -125,3 +217,50 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     if worst >= INF_BITS:
         code = tl.where((as_bits(x) & MAGNITUDE) >= INF_BITS, _NAN_CODE, code)
     tl.store(codes + offsets, code.to(tl.int8), mask=offsets < left)
+
+
+STOCHASTIC, SATURATE = 1, 2
+_STOCHASTIC, _SATURATE = constant(STOCHASTIC), constant(SATURATE)
+_NAN_CODE4, _SCALE_MIN, _SCALE_MAX = (
+    constant(NAN_CODE4),
+    constant(SCALE_MIN),
+    constant(SCALE_MAX),
+)
+
+
+@jit
+def load4(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Decode a tile of 4-bit codes, in the format's units."""
+    factor = load_scale(scale, offsets, rows, left)
+    unit = tl.abs(factor)[:, None]
+    low, high = nibbles(load_bytes(codes, offsets, rows, left), 19)
+    # code + 8 as the upper mantissa bits of a float from 16 to 31
+    low = (low & 0x780000) ^ 0x41C00000
+    high = (high & 0x780000) ^ 0x41C00000
+    x = tl.interleave(
+        fma(as_float(low), unit, -24.0 * unit), fma(as_float(high), unit, -24.0 * unit)
+    )
+    if tl.min(factor, axis=0) < 0.0:
+        code = (tl.interleave(low, high) >> 19) & 15
+        x = tl.where((code == (_NAN_CODE4 ^ 8)) & (factor[:, None] < 0.0), float("nan"), x)
+    return x
+
+
+@jit
+def store4(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Encode a tile in 4-bit codes; ``random`` is what the format draws."""
+    top, worst = finite_amax(x, True)
+    bits = (as_bits(as_float(top) * (1.0 / 7.0)) + 0xFFFF) & -65536
+    bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
+    factor = tl.where(top > 0, as_float(bits), 0.0)
+    inverse = tl.where(top > 0, reciprocal(as_float(bits)), 0.0)[:, None]
+    if OPTIONS & _SATURATE:
+        value = tl.minimum(tl.maximum(x * inverse, -7.0), 7.0) + 192.0
+    else:
+        value = fma(x, inverse, 192.0)
+    position = as_bits(value) + (random if OPTIONS & _STOCHASTIC else 0x8000)
+    store_scale(scale, factor, offsets, rows, left)
+    store_codes(codes, position, offsets, rows, left, True)
+    if worst >= INF_BITS:
+        code = (position >> 16) & 15
+        store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE4, True)

@@ -14,7 +14,7 @@ z + 1, less those of 1.0, *are* the code and what is to be rounded off it. Encod
 multiply-add and integer arithmetic, decoding the reverse. No exponent bits give an even grid.
 
     4 bits  e2m2 unsigned   0 .25 .5 .75 1 1.5 2 2.5 3 4 5 6 7 9 11  15 in marked blocks: NaN
-            e0m3 signed     0 to 7 eighths, with a sign              8 in marked blocks: NaN
+            e1m2 signed     0 .25 .5 .75 1 1.5 2 2.5, with a sign    8 in marked blocks: NaN
     8 bits  e4m4 unsigned   254 positive ones, over six decades      255 there: NaN
 
 An unsigned format keeps code 0 for exact zeros: a positive number becomes at least code 1. Signed,
@@ -49,6 +49,7 @@ from optstate_codecs.device import (
     constant,
     fma,
     jit,
+    mirrored,
     nibbles,
     reciprocal,
     tl,
@@ -61,6 +62,7 @@ from optstate_codecs.formats.blocks import (
     load_bytes,
     load_scale,
     mark,
+    nan_where_marked,
     store_codes,
     store_marked,
     store_scale,
@@ -82,7 +84,7 @@ class Minifloat(Format):
     """Minifloat codes of 4 or 8 bits under a scale per block.
 
     Args:
-        exponent_bits: 0 to 5; each more squares the ratio of the largest to the smallest.
+        exponent_bits: 1 to 5; each more squares the ratio of the largest to the smallest.
         mantissa_bits: at least 1; each more halves every step. The bits, and one for the sign
             where ``signed``, must be 4 or 8 together.
         block_size: elements that share a scale, a power of two from 16 to 8192.
@@ -114,10 +116,10 @@ class Minifloat(Format):
         checks.one_of("units", self.units, ("value", "update"))
         checks.whole_number("exponent_bits", self.exponent_bits)
         checks.whole_number("mantissa_bits", self.mantissa_bits)
-        if self.bits not in (4, 8) or self.exponent_bits > 5 or self.mantissa_bits < 1:
+        if self.bits not in (4, 8) or not 1 <= self.exponent_bits <= 5 or self.mantissa_bits < 1:
             raise ValueError(
                 f"exponent_bits={self.exponent_bits}, mantissa_bits={self.mantissa_bits}: must be "
-                f"at most 5, at least 1, and 4 or 8 bits with the sign, got {self.bits}"
+                f"1 to 5, at least 1, and 4 or 8 bits with the sign, got {self.bits}"
             )
         if self.lift not in LIFTS:
             raise ValueError(f"lift={self.lift!r}: must be one of 0, 1/128, 1/64, 1/32, 1/16")
@@ -128,8 +130,8 @@ class Minifloat(Format):
 
     @classmethod
     def first_moment4(cls, block_size: int = 128) -> Minifloat:
-        """4 bits for first moments: an even grid in update units, rounded in pairs of steps."""
-        return cls(0, 3, block_size, signed=True, rounding="paired", units="update")
+        """4 bits for first moments: e1m2 in update units, rounded in pairs of steps."""
+        return cls(1, 2, block_size, signed=True, rounding="paired", units="update")
 
     @classmethod
     def second_moment4(cls, block_size: int = 128) -> Minifloat:
@@ -166,6 +168,7 @@ class Minifloat(Format):
             + self.uses_random * STOCHASTIC
             # roots and update units stay far below the largest scale; plain values may pass it
             + (self.domain == "linear" and self.units == "value") * SATURATE
+            + self.in_pairs * PAIRED
             + (self.mantissa_bits << 4)
             + (LIFTS[self.lift] << 8)
             + (self._nan_code << 12)
@@ -240,22 +243,18 @@ class Minifloat(Format):
 # The same on a tile. OPTIONS holds the flags below; the mantissa bits from bit 4 on, the shift that
 # makes the lift from bit 8 on, and from bit 12 on the code of NaN in marked blocks, which comes
 # after that of the largest magnitude.
-SIGNED, PACKED, STOCHASTIC, SATURATE = 1, 2, 4, 8
+SIGNED, PACKED, STOCHASTIC, SATURATE, PAIRED = 1, 2, 4, 8, 1 << 20
 _SIGNED, _PACKED = constant(SIGNED), constant(PACKED)
-_STOCHASTIC, _SATURATE = constant(STOCHASTIC), constant(SATURATE)
+_STOCHASTIC, _SATURATE, _PAIRED = constant(STOCHASTIC), constant(SATURATE), constant(PAIRED)
 _ONE, _MANTISSA = constant(ONE), constant(MANTISSA)
 _SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
 
 
 @jit
-def value_of(magnitude, sign, unit, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What codes stand for: their magnitudes from bit 20 on, their signs in bit 31."""
-    mantissa: tl.constexpr = (OPTIONS >> 4) & 7
-    if mantissa <= 3:
-        field = magnitude << (3 - mantissa)
-    else:
-        field = magnitude >> (mantissa - 3)
-    x = fma(as_float(field + _ONE), unit, -unit)
+def value_of(field, sign, unit, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What codes stand for: their magnitudes as the bits of floats, their signs in bit 31."""
+    # of 2 (z + 1), whose exponent has room for the code's: one operation takes and places it
+    x = fma(as_float(field | 0x40000000), 0.5 * unit, -unit)
     if OPTIONS & _SIGNED:
         x = as_float(as_bits(x) | (sign & -2147483648))
     return x
@@ -267,23 +266,23 @@ def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ign
     factor = load_scale(scale, offsets, rows, left)
     unit = tl.abs(factor)[:, None]
     nan: tl.constexpr = (OPTIONS >> 12) & 255
+    bit: tl.constexpr = 23 - ((OPTIONS >> 4) & 7)
     if OPTIONS & _PACKED:
-        magnitudes: tl.constexpr = 0x700000 if OPTIONS & _SIGNED else 0xF00000
-        low, high = nibbles(load_bytes(codes, offsets, rows, left))
+        field: tl.constexpr = (7 if OPTIONS & _SIGNED else 15) << bit
+        low, high = nibbles(load_bytes(codes, offsets, rows, left), bit)
         x = tl.interleave(
-            value_of(low & magnitudes, low << 8, unit, OPTIONS),
-            value_of(high & magnitudes, high << 8, unit, OPTIONS),
+            value_of(low & field, low << (28 - bit), unit, OPTIONS),
+            value_of(high & field, high << (28 - bit), unit, OPTIONS),
         )
         if tl.min(factor, axis=0) < 0.0:
-            code = (tl.interleave(low, high) >> 20) & 15
+            code = (tl.interleave(low, high) >> bit) & 15
             x = tl.where((code == nan) & (factor[:, None] < 0.0), float("nan"), x)
     else:
         code = tl.load(codes + offsets, mask=offsets < left, other=0)
         word = widened(code)
-        magnitude = (word & 127 if OPTIONS & _SIGNED else word) << 20
-        x = value_of(magnitude, word << 24, unit, OPTIONS)
-        if tl.min(factor, axis=0) < 0.0:
-            x = tl.where((code == nan) & (factor[:, None] < 0.0), float("nan"), x)
+        magnitude = (word & 127) if OPTIONS & _SIGNED else word
+        x = value_of(magnitude << bit, word << 24, unit, OPTIONS)
+        x = nan_where_marked(x, code, factor, nan)
     return x
 
 
@@ -327,6 +326,8 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     if lift:
         part = position & 0xFFFF
         position = position + ((part * (65536 - part)) >> (16 + lift))
+    if OPTIONS & _PAIRED:
+        random = mirrored(random, x)
     if OPTIONS & _STOCHASTIC:
         position = position + random
     else:

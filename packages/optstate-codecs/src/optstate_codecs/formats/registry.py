@@ -12,7 +12,7 @@ from optstate_codecs.formats.base import Format
 from optstate_codecs.formats.cast import BF16, FP32
 from optstate_codecs.formats.dynamic import Dynamic8
 from optstate_codecs.formats.fp8 import FP8
-from optstate_codecs.formats.linear import Int8
+from optstate_codecs.formats.linear import Int4, Int8
 from optstate_codecs.formats.minifloat import Minifloat
 from optstate_codecs.formats.table4 import Dynamic4, Linear4
 
@@ -22,6 +22,7 @@ _BUILT_IN: tuple[type[Format], ...] = (
     FP32,
     BF16,
     Int8,
+    Int4,
     Dynamic8,
     FP8,
     Minifloat,

@@ -19,7 +19,6 @@ from optstate_codecs.device import (
     half,
     hash_tile,
     jit,
-    mirrored,
     paired_tile,
     reciprocal,
     sqrt,
@@ -46,15 +45,6 @@ def _load_real(pointer, offsets, mask, BF16: tl.constexpr):  # type: ignore[no-u
 def _pointer(entry, DTYPE: tl.constexpr, DIVISIBLE: tl.constexpr):  # type: ignore[no-untyped-def]
     # an address from memory has lost its alignment: without this, loads are 2 or 4 bytes wide
     return tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), DIVISIBLE)
-
-
-@jit
-def _bits16(x, words, even, offsets, STREAM: tl.constexpr, PAIRED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What ``Draw.bits16`` gives, or ``Draw.paired16``, mirrored where ``x`` is negative."""
-    if PAIRED:
-        return mirrored(half(even, offsets, STREAM), x)
-    else:
-        return half(words, offsets, STREAM)
 
 
 @jit
@@ -209,19 +199,22 @@ def step_kernel(  # type: ignore[no-untyped-def]
         x0 = m0 * reciprocal(tl.maximum(sqrt(m1), _SMALLEST_ROOT))
     if SQRT0:
         x0 = sqrt(m0)
-    words0 = word1 if STREAM0 >= 2 else word0
-    pairs0 = even1 if STREAM0 >= 2 else even0
-    random0 = _bits16(x0, words0, pairs0, offsets, STREAM0, PAIRED0)
+    if PAIRED0:
+        random0 = half(even1 if STREAM0 >= 2 else even0, offsets, STREAM0)
+    else:
+        random0 = half(word1 if STREAM0 >= 2 else word0, offsets, STREAM0)
     STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
     if MOMENTS >= 2:
         x1 = sqrt(m1) if SQRT1 else m1
-        words1 = word1 if STREAM1 >= 2 else word0
-        pairs1 = even1 if STREAM1 >= 2 else even0
-        random1 = _bits16(x1, words1, pairs1, offsets, STREAM1, PAIRED1)
+        if PAIRED1:
+            random1 = half(even1 if STREAM1 >= 2 else even0, offsets, STREAM1)
+        else:
+            random1 = half(word1 if STREAM1 >= 2 else word0, offsets, STREAM1)
         STORE1(first1, second1, x1, random1, offsets, row_offsets, left, OPTIONS1)
     if MOMENTS >= 3:
         x2 = sqrt(m2) if SQRT2 else m2
-        words2 = word1 if STREAM2 >= 2 else word0
-        pairs2 = even1 if STREAM2 >= 2 else even0
-        random2 = _bits16(x2, words2, pairs2, offsets, STREAM2, PAIRED2)
+        if PAIRED2:
+            random2 = half(even1 if STREAM2 >= 2 else even0, offsets, STREAM2)
+        else:
+            random2 = half(word1 if STREAM2 >= 2 else word0, offsets, STREAM2)
         STORE2(first2, second2, x2, random2, offsets, row_offsets, left, OPTIONS2)

@@ -1,0 +1,230 @@
+"""Compares the updates of every format with those of exact Adam, on the recursion.
+
+All arrangements and an Adam in float64 see the same gradients; ``optstate_codecs.testing.fidelity``
+says what is measured. Prints the tables of the docs, and writes a JSON file and a plot.
+
+    python benchmarks/fidelity.py --steps 3000 --out benchmarks/results/fidelity.json
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from platform import machine, python_version
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import optstate_codecs
+from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Minifloat
+from optstate_codecs.testing import (
+    GRADIENTS,
+    Subject,
+    compare,
+    scale_equivariance,
+    stops,
+)
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "fidelity.json"
+PLOT = ROOT / "docs" / "concepts" / "fidelity.svg"
+BETA2 = (0.95, 0.99, 0.999, 0.9999)
+QUOTED = 0.999
+BARS = ("dense", "5 % sparse")
+SR = "stochastic"
+
+Formats = tuple[Format | str, Format | str]
+
+
+def arrangements() -> dict[str, Formats]:
+    """The formats of both moments, by what they are called in the tables."""
+    first8, second8 = Dynamic8.first_moment(), Dynamic8.second_moment()
+    fp8, root8 = FP8.first_moment(), Minifloat.second_moment8()
+    first4, second4 = Minifloat.first_moment4(), Minifloat.second_moment4()
+    root4 = partial(Minifloat, domain="sqrt", rounding=SR, lift=1 / 32)
+    return {
+        "bf16": ("bf16", "bf16"),
+        "8-bit": (first8, second8),
+        "8-bit, base 10": (
+            Dynamic8(base=10, rounding=SR, units="update"),
+            Dynamic8(signed=False, base=10, domain="sqrt", rounding=SR),
+        ),
+        "8-bit, values to nearest": (Dynamic8(base=10), Dynamic8(signed=False, base=10)),
+        "8-bit, roots to nearest": (first8, Dynamic8(signed=False, domain="sqrt")),
+        "8-bit, first in values": (Dynamic8(rounding=SR), second8),
+        "FP8": (fp8, root8),
+        "FP8, e3m5 roots": (fp8, Minifloat(3, 5, 2048, domain="sqrt", rounding=SR)),
+        "FP8, unpaired": (FP8(rounding=SR, units="update"), root8),
+        "FP8, e4m3 values to nearest": (FP8(), FP8(signed=False)),
+        "4-bit": (first4, second4),
+        "4-bit, blocks of 64": (Minifloat.first_moment4(64), Minifloat.second_moment4(64)),
+        "4-bit, unpaired": (Minifloat(1, 2, signed=True, rounding=SR, units="update"), second4),
+        "4-bit, even first": (
+            Minifloat(0, 3, signed=True, rounding="paired", units="update"),
+            second4,
+        ),
+        "4-bit, not lifted": (first4, root4(2, 2, lift=0.0)),
+        "4-bit, e1m3 roots": (first4, root4(1, 3)),
+        "4-bit, e3m1 roots": (first4, root4(3, 1)),
+        "4-bit, as published": ("dynamic4", "linear4"),
+    }
+
+
+def maker(formats: Formats) -> Callable[..., CodedOptimizer]:
+    """Adam with these formats."""
+    moments = dict(zip(("exp_avg", "exp_avg_sq"), formats, strict=True))
+    return partial(CodedOptimizer, rule=Adam(), formats=moments)
+
+
+def same_codes(name: str, make: Callable[..., CodedOptimizer]) -> bool:
+    """Whether gradients times a power of two give the same codes."""
+    try:
+        scale_equivariance(Subject(name, make))
+    except AssertionError:
+        return False
+    return True
+
+
+def measure(steps: int, last: int, numel: int) -> dict[str, list[dict[str, object]]]:
+    """A row for each arrangement, kind of gradients and beta2; and one for each arrangement."""
+    makes = {name: maker(formats) for name, formats in arrangements().items()}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    rows, probes = [], []
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("steps of all", total=len(BETA2) * steps)
+        for beta2 in BETA2:
+            found = compare(
+                makes,
+                beta2,
+                steps=steps,
+                last=last,
+                numel=numel,
+                advance=partial(progress.advance, bar),
+            )
+            for name, kinds in found.items():
+                for kind, fidelity in kinds.items():
+                    values = {key: round(value, 5) for key, value in asdict(fidelity).items()}
+                    where = {"arrangement": name, "gradients": kind, "beta2": beta2}
+                    rows.append({**where, **values})
+        for name, make in progress.track(makes.items(), description="stopped gradients"):
+            probe = {key: round(v, 5) for key, v in asdict(stops(make, steps=steps // 3)).items()}
+            probes.append({"arrangement": name, **probe, "same_codes": same_codes(name, make)})
+    return {"rows": rows, "probes": probes}
+
+
+def by_kind(result: dict[str, list]) -> list[list[str]]:
+    """Gain and error at one beta2, a column for each kind of gradients."""
+    lines = [[f"beta2 {QUOTED}: gain, error", *GRADIENTS]]
+    for name in arrangements():
+        cells = {
+            row["gradients"]: f"{row['gain']:.3f}, {100 * row['error']:.0f} %"
+            for row in result["rows"]
+            if (row["arrangement"], row["beta2"]) == (name, QUOTED)
+        }
+        lines.append([name, *(cells[kind] for kind in GRADIENTS)])
+    return lines
+
+
+def overall(result: dict[str, list]) -> list[list[str]]:
+    """What each arrangement costs, and its worst over all that was measured."""
+    heads = ["bits", *(f"gain, {bar}" for bar in BARS), "longest", "spread", "path"]
+    lines = [["all beta2", *heads, "drift", "same codes"]]
+    for (name, formats), probe in zip(arrangements().items(), result["probes"], strict=True):
+        rows = [row for row in result["rows"] if row["arrangement"] == name]
+        bits = sum(8 * optstate_codecs.formats.as_format(f).nbytes(2**20) / 2**20 for f in formats)
+        dense = next(r for r in rows if (r["gradients"], r["beta2"]) == ("dense", QUOTED))
+        cells = [f"{bits:.2f}"]
+        for bar in BARS:
+            gains = [row["gain"] for row in rows if row["gradients"] == bar]
+            cells.append(f"{min(gains):.3f} to {max(gains):.3f}")
+        cells.append(f"{max(row['longest'] for row in rows):.1f} lr")
+        cells += [f"{dense['log_spread']:.3f}", f"{100 * dense['path']:.0f} %"]
+        cells += [f"{probe['drift']:.1f} lr", "yes" if probe["same_codes"] else "no"]
+        lines.append([name, *cells])
+    return lines
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table as the docs show it."""
+    head, *body = lines
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+
+
+def show(lines: list[list[str]]) -> None:
+    """A table in the terminal."""
+    table = Table(*lines[0])
+    for line in lines[1:]:
+        table.add_row(*line)
+    Console(width=160).print(table)
+
+
+def draw(result: dict[str, list], path: Path) -> None:
+    """Gain by beta2 for dense and sparse gradients, for the defaults and what they came from."""
+    shown = ("8-bit", "FP8", "4-bit", "8-bit, roots to nearest", "4-bit, as published")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), BARS, strict=True):
+        for number, name in enumerate(shown):
+            gains = {
+                row["beta2"]: row["gain"]
+                for row in result["rows"]
+                if (row["arrangement"], row["gradients"]) == (name, kind)
+            }
+            style = {"marker": "osD^v"[number], "linestyle": "--" if "," in name else "-"}
+            axes.plot([str(b) for b in gains], list(gains.values()), label=name, **style)
+        axes.axhspan(0.95, 1.05, color="grey", alpha=0.15, linewidth=0)
+        axes.set(title=f"{kind} gradients", xlabel="beta2", ylim=(0.4, 2.1))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("gain of the update, exact Adam = 1")
+    figure.axes[0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def setup(steps: int, last: int, numel: int) -> dict[str, object]:
+    """What has to be the same to get the same numbers."""
+    return {
+        "steps": steps,
+        "last": last,
+        "numel": numel,
+        "beta1": 0.9,
+        "eps": 1e-8,
+        "seed": 0,
+        "formats": {
+            name: [f if isinstance(f, str) else f.spec for f in formats]
+            for name, formats in arrangements().items()
+        },
+        "device": f"cpu {machine()}",
+        "threads": torch.get_num_threads(),
+        "python": python_version(),
+        "torch": torch.__version__,
+        "optstate_codecs": optstate_codecs.__version__,
+    }
+
+
+def main() -> None:
+    """Measures every arrangement, prints the tables, writes the file and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--last", type=int, default=100, help="steps that gain and error are over")
+    parser.add_argument("--numel", type=int, default=2048, help="elements of a kind of gradients")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write")
+    parser.add_argument("--plot", type=Path, default=PLOT, help="plot to write, SVG or PNG")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as the docs do")
+    args = parser.parse_args()
+    size = args.steps, min(args.last, args.steps), args.numel
+    result = measure(*size)
+    for lines in (by_kind(result), overall(result)):
+        print(f"\n{markdown(lines)}") if args.markdown else show(lines)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"setup": setup(*size), **result}, indent=1) + "\n")
+    draw(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()
