@@ -227,7 +227,10 @@ def test_text_round_trip(format: Format) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int4", "must be one of bf16, dynamic4, dynamic8, fp32, fp8, int4, int8, linear4, minifloat"),
+        (
+            "int4",
+            "must be one of bf16, dynamic4, dynamic8, fp32, fp8, int4, int8, linear4, minifloat",
+        ),
         ("int8(block=3)", "option 'block' must be one of block_size, rounding, units"),
         ("int8(block_size=100)", "block_size=100: must be a power of two from 16 to 8192"),
         ("int8(block_size=8)", "power of two from 16 to 8192"),

@@ -191,16 +191,17 @@ class Loop:
     def _hash(self, words: str, place: int, mirrored: bool) -> None:
         """A word for each two elements."""
         half = self._piece // 2
-        turn = "step & ~(int64_t)1" if mirrored else "step"
+        odd = "0" if mirrored else "step & 1"
         self._before += [
             f"uint32_t {words}[{half}];",
             "{",
-            f"    const uint32_t turn = (uint32_t)({turn});",
+            "    const uint32_t turn = (uint32_t)step & ~1u;",
+            f"    const uint32_t factor = 0x846ca68bu * ({odd} ? 747796405u : 1u);",
             "    const uint64_t first = (start + c) >> 1;",
             f"    const uint32_t low = (uint32_t)first + mix32(keys[{2 * place}] + turn);",
             f"    const uint32_t high = mix32(keys[{2 * place + 1}] ^ (turn * 0x9e3779b9u))",
             "        + (uint32_t)(first >> 32) * 0x9e3779b9u;",
-            f"    for (uint32_t j = 0; j < {half}; j++) {words}[j] = word(low + j, high);",
+            f"    for (uint32_t j = 0; j < {half}; j++) {words}[j] = word(low + j, high, factor);",
             "}",
         ]
 

@@ -73,9 +73,9 @@ INLINE uint32_t mix32(uint32_t x) {
     x = (x ^ (x >> 15)) * 0x846ca68bu;
     return x ^ (x >> 16);
 }
-INLINE uint32_t word(uint32_t x, uint32_t key) {
+INLINE uint32_t word(uint32_t x, uint32_t key, uint32_t factor) {
     x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = ((x ^ (x >> 15)) + key) * 0x846ca68bu;
+    x = ((x ^ (x >> 15)) + key) * factor;
     return x ^ (x >> 16);
 }
 """
