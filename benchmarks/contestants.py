@@ -15,6 +15,7 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "torch fused": ("torch.optim", "torch", "AdamW", {"fused": True}),
     "torch foreach": ("torch.optim", "torch", "AdamW", {"foreach": True}),
     "AdamW8bit": ("lowbit_adam", "lowbit-adam", "AdamW8bit", {}),
+    "AdamW8bit eager": ("lowbit_adam", "lowbit-adam", "AdamW8bit", {"backend": "eager"}),
     "AdamW8bit-256": ("lowbit_adam", "lowbit-adam", "AdamW8bit", {"block_size": 256}),
     "AdamWFp8": ("lowbit_adam", "lowbit-adam", "AdamWFp8", {}),
     "AdamW4bit": ("lowbit_adam", "lowbit-adam", "AdamW4bit", {}),

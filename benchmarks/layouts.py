@@ -37,9 +37,16 @@ def resnet101() -> Shapes:
     return [*shapes, (1000, 2048), (1000,)]
 
 
+def cpu50m() -> Shapes:
+    """A transformer of width 640: 98 tensors, 49.9e6 parameters, what a CPU can train."""
+    layer: Shapes = [(640,), (640,), (1920, 640), (1920,), (640, 640), (640,)]
+    layer += [(640,), (640,), (2560, 640), (2560,), (640, 2560), (640,)]
+    return [(16384, 640), *layer * 8, (640,)]
+
+
 def tiny() -> Shapes:
     """Ten tensors for trying the benchmark itself."""
     return [(64, 64)] * 5 + [(61,)] * 5
 
 
-LAYOUTS = {f.__name__: f for f in (llama1b, gpt2, many, resnet101, tiny)}
+LAYOUTS = {f.__name__: f for f in (llama1b, gpt2, many, resnet101, cpu50m, tiny)}

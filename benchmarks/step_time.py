@@ -2,12 +2,16 @@
 
     python benchmarks/step_time.py --layout llama1b --dtype bfloat16 --device cuda
     python benchmarks/step_time.py --layout gpt2 --only "torch fused" --only AdamW8bit
+    python benchmarks/step_time.py --layout cpu50m --dtype float32 --device cpu
 
 Bytes are those a step must move: parameter, gradient and state read, parameter and state written.
 The copy bandwidth is measured in the same run and counts bytes read and written. "device" is the
 median between CUDA events around a step whose launches the host has queued before (so the host is
 not in it, unless the optimizer waits for the device), "host" the median time until `step()`
-returns, "whole" the median until the device is done. Results are printed and written as JSON.
+returns, "whole" the median until the device is done; on a CPU all three are the same. Temporary
+memory is what torch's allocator had at most during a step on a GPU, and on Linux's CPUs by how much
+the process grew; "first" is the seconds that the first step took, building included (with an
+empty XDG_CACHE_HOME, as on a new machine). Results are printed and written as JSON.
 """
 
 import argparse
@@ -64,6 +68,42 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / time * 1e3
 
 
+def resident(key: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most since its peak was forgotten."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status: no {key}")
+
+
+def temporary_bytes(device: torch.device, step: Any) -> int | None:
+    """What a step needs besides parameters, gradients and state; None where that is unknown."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        before = resident("VmRSS")
+        step()
+        return max(0, resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def processor(device: torch.device) -> str:
+    """What does the arithmetic."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        return f"cpu: {len(models)} x {models[0]}"
+    except (OSError, IndexError):
+        return "cpu"
+
+
 def measure(
     make: Make, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, n: int
 ) -> dict[str, Any]:
@@ -80,12 +120,7 @@ def measure(
     synchronize(device)
     first = perf_counter() - begin
     milliseconds(device, optimizer.step, 3)
-    temporary = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        optimizer.step()
-        temporary = torch.cuda.max_memory_allocated(device) - before
+    temporary = temporary_bytes(device, optimizer.step)
     times = milliseconds(device, optimizer.step, n)
     numel = sum(p.numel() for p in params)
     state = state_bytes(optimizer)
@@ -119,7 +154,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(device)
     report: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": processor(device),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -130,7 +165,7 @@ def main() -> None:
         "rows": [],
     }
     print(f"{report['device']}, torch {torch.__version__}, copy {bandwidth / 1e9:.0f} GB/s")
-    print(f"{'':14}{'layout':10}{'dtype':9}  device    host   whole     B/p  share  temp  first")
+    print(f"{'':16}{'layout':10}{'dtype':9}  device    host   whole     B/p  share  temp  first")
     for layout in args.layout or ["gpt2"]:
         for dtype in args.dtype or ["bfloat16"]:
             for name in args.only or available:
@@ -145,7 +180,7 @@ def main() -> None:
                     )
                 except Exception as error:  # a peer's failure is a result, not the end of the run
                     report["rows"].append({**key, "error": repr(error)[:300]})
-                    print(f"{name:14}{layout:10}{dtype:9}  {repr(error)[:80]}")
+                    print(f"{name:16}{layout:10}{dtype:9}  {repr(error)[:80]}")
                     continue
                 finally:
                     if device.type == "cuda":
@@ -153,9 +188,9 @@ def main() -> None:
                 share = row["moved_bytes"] / row["device_ms"] * 1e3 / bandwidth
                 report["rows"].append({**key, **row, "copy_share": share})
                 print(
-                    f"{name:14}{layout:10}{dtype:9}{row['device_ms']:8.3f}{row['host_ms']:8.3f}"
+                    f"{name:16}{layout:10}{dtype:9}{row['device_ms']:8.3f}{row['host_ms']:8.3f}"
                     f"{row['whole_ms']:8.3f}{row['bytes_per_parameter']:8.2f}{100 * share:6.1f}%"
-                    f"{row['temporary_bytes'] / 2**20:6.1f}{row['first_step_s']:7.2f}",
+                    f"{(row['temporary_bytes'] or 0) / 2**20:6.1f}{row['first_step_s']:7.2f}",
                     flush=True,
                 )
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ SUBJECTS = [
         "adamw-dynamic8",
         adam("dynamic8(rounding=stochastic, units=update)", SECOND, decoupled=True),
     ),
+    Subject("adam-compiled", adam(FIRST, SECOND, backend="compile")),
     Subject("adam-split24", adam("fp32", "bf16", write="split24")),
     Subject("adam-split32", adam("fp32", "fp32", write="split32"), exact=torch.optim.Adam),
 ]

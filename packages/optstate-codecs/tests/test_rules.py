@@ -43,7 +43,7 @@ def test_against_the_closed_form(decoupled: bool, amsgrad: bool, tensors: bool) 
     moments = {m.name: torch.zeros_like(start) for m in rule.moments(hyper)}
     for t, grad in enumerate(grads, 1):
         kept = grad.clone()
-        rule.update(param, grad, moments, hyper, float(t))
+        rule.apply(param, grad, moments, rule.scalars(hyper, float(t)), rule.variant(hyper))
         assert torch.equal(grad, kept)
     torch.testing.assert_close(param, expected, rtol=1e-11, atol=1e-12)
     assert ("max_exp_avg_sq" in moments) == amsgrad
@@ -57,6 +57,6 @@ def test_step_as_a_tensor_is_the_same() -> None:
     for step in (3.0, torch.tensor(3.0)):
         param = torch.ones(40)
         moments = {m.name: torch.full((40,), 0.1) for m in rule.moments(hyper)}
-        rule.update(param, grad, moments, hyper, step)
+        rule.apply(param, grad, moments, rule.scalars(hyper, step), rule.variant(hyper))
         results.append(param)
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)

@@ -48,8 +48,8 @@ class CodedOptimizer(torch.optim.Optimizer):
         write: "nearest"; "stochastic" for unbiased bfloat16 parameters; "split24" or "split32" to
             keep what rounding leaves of bfloat16 and float16 parameters, 1 or 2 bytes each, so
             that both hold a master weight of 24 or 32 bits (see ``master_weights``).
-        backend: "auto", "eager" or "triton", see ``optstate_codecs.engine``; the environment
-            variable OPTSTATE_BACKEND stands in for "auto".
+        backend: "auto", "eager", "compile" or "triton", see ``optstate_codecs.engine``; the
+            environment variable OPTSTATE_BACKEND stands in for "auto".
         rounding_seed: keys every random number, 0 to 2^63 - 1.
         skip_nonfinite: leave everything as it is when any gradient holds a NaN or Inf.
         max_grad_norm: above 0: step as after ``torch.nn.utils.clip_grad_norm_`` over all

@@ -5,6 +5,8 @@ A tensor is stepped in slices, so that decoded moments never exist for more than
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +14,15 @@ from torch import Tensor
 
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.unit import Job, Unit
+from optstate_codecs.formats import Format
 from optstate_codecs.layout import FlatState, FlatView, slices, storage_order
 from optstate_codecs.moments import decode_slice, encode_slice
 from optstate_codecs.rounding import Counter
-from optstate_codecs.rules import Rule
-from optstate_codecs.writes import MASTER
+from optstate_codecs.rules import Moment, Rule
+from optstate_codecs.rules.base import Scalar
+from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["step"]
+__all__ = ["How", "step", "step_slice"]
 
 
 def step(job: Job) -> None:
@@ -49,14 +53,59 @@ def _step_unit(unit: Unit, grads: Tensor, rule: Rule, hyper: Any, factor: Tensor
     counter = Counter(unit.seed, int(count), unit.index)
     compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
 
+    how = How(rule, rule.variant(hyper), unit.moments, unit.formats, unit.write)
+    scalars = rule.scalars(hyper, count)
+
     for start, stop in slices(unit.param):
-        parts = state.slice(start, stop)
-        value = unit.write.read(param.read(start, stop), parts[MASTER]).to(compute)
         slope = grad.read(start, stop).to(compute)
         if factor is not None:
             slope = slope * factor.to(slope.device, compute)
-        decoded = decode_slice(unit.moments, unit.formats, parts, compute, stop - start)
-        rule.update(value, slope, decoded, hyper, count)
-        encode_slice(unit.moments, unit.formats, decoded, parts, counter, start)
-        draw = counter.stream(0).at(start)
-        param.write(start, stop, unit.write.write(value, parts[MASTER], draw))
+        old, parts = param.read(start, stop), state.slice(start, stop)
+        param.write(start, stop, step_slice(how, old, slope, parts, scalars, counter, start))
+
+
+@dataclass(frozen=True)
+class How:
+    """What decides which operations a step is made of.
+
+    Attributes:
+        rule, variant: the mathematics, and what of the hyper-parameters picks its operations.
+        moments, formats, write: as in a ``Unit``.
+    """
+
+    rule: Rule
+    variant: Hashable
+    moments: tuple[Moment, ...]
+    formats: Mapping[str, Format]
+    write: Write
+
+
+def step_slice(
+    how: How,
+    old: Tensor,
+    slope: Tensor,
+    parts: Mapping[str, Sequence[Tensor]],
+    scalars: Sequence[Scalar],
+    counter: Counter,
+    start: int,
+) -> Tensor:
+    """One step of one slice: ``parts`` change in place, and so may ``old``.
+
+    Args:
+        how: the operations.
+        old: the parameter's elements, flat, in its dtype.
+        slope: their gradient in the dtype to compute in, float32 or float64.
+        parts: the matching slices of the state's components.
+        scalars: what the rule folded for this step.
+        counter: keys the random numbers.
+        start: the place of the slice's first element.
+
+    Returns:
+        The new elements; ``old`` where they were written into it.
+    """
+    compute = slope.dtype
+    value = how.write.read(old, parts[MASTER]).to(compute)
+    decoded = decode_slice(how.moments, how.formats, parts, compute, slope.numel())
+    how.rule.apply(value, slope, decoded, scalars, how.variant)
+    encode_slice(how.moments, how.formats, decoded, parts, counter, start)
+    return how.write.write(value, parts[MASTER], counter.stream(0).at(start))

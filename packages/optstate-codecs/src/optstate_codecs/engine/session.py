@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
@@ -11,18 +12,21 @@ from typing import Any
 from torch import Tensor
 
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
-from optstate_codecs.engine import eager
+from optstate_codecs.engine import compiled, eager
 from optstate_codecs.engine.capture import capturing, needs_warm_up
+from optstate_codecs.engine.cpu.build import CannotBuild, compiler
 from optstate_codecs.engine.plan import Bucket, build_buckets
 from optstate_codecs.engine.rows import RowTable
 from optstate_codecs.engine.unit import Job, Unit
 
 __all__ = ["BACKENDS", "Session"]
 
-BACKENDS = ("auto", "eager", "triton")
+BACKENDS = ("auto", "eager", "compile", "triton")
 VARIABLE = "OPTSTATE_BACKEND"
 # plans are keyed by which parameters have gradients; models that route keep a few
 PLANS = 8
+# building loops takes a second or two, which 2^20 elements win back in about a hundred steps
+WORTH_BUILDING = 1 << 20
 
 
 @dataclass
@@ -69,11 +73,12 @@ class Session:
     """Runs jobs on one backend and remembers their plans.
 
     Args:
-        backend: "auto" takes Triton on CUDA devices where it is installed and the reference
-            elsewhere; the environment variable OPTSTATE_BACKEND stands in for "auto".
+        backend: "auto" takes Triton on CUDA devices where it is installed; on a CPU compiled
+            loops, from 2^20 elements on and where there is a C++ compiler; and the reference
+            elsewhere. The environment variable OPTSTATE_BACKEND stands in for "auto".
 
     Raises:
-        RuntimeError: "triton" was asked for by name and is not there.
+        RuntimeError: "triton" or "compile" was asked for by name and cannot run here.
     """
 
     def __init__(self, backend: str) -> None:
@@ -84,6 +89,8 @@ class Session:
                 raise ValueError(f"{VARIABLE}={backend!r}: must be one of {allowed}")
         if backend == "triton" and not HAS_TRITON:
             raise RuntimeError("backend='triton': triton is not installed; pip install triton")
+        if backend == "compile":
+            self._with_compiler(compiler)
         self.backend = backend
         self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
         # a graph reads the tables of its plan as long as it is replayed
@@ -94,7 +101,8 @@ class Session:
         if not job.units:
             return
         if not self._kernel_runs(job):
-            eager.step(job)
+            if not self._loops_run(job):
+                eager.step(job)
             return
         plan = self._plan(job)
         left = plan.left
@@ -112,6 +120,32 @@ class Session:
                 "(or TRITON_INTERPRET=1 set); use backend='auto'"
             )
         return self.backend == "triton" or (self.backend == "auto" and cuda and HAS_TRITON)
+
+    def _loops_run(self, job: Job) -> bool:
+        """Step the job by compiled loops, if that is asked for or worth it and possible."""
+        if self.backend not in ("auto", "compile"):
+            return False
+        on_cpu = all(unit.param.device.type == "cpu" for unit in job.units)
+        if self.backend == "compile":
+            if not on_cpu:
+                raise RuntimeError(
+                    "backend='compile': parameters must be on the CPU; use backend='auto'"
+                )
+            self._with_compiler(lambda: compiled.step(job))
+            return True
+        if not on_cpu or sum(unit.param.numel() for unit in job.units) < WORTH_BUILDING:
+            return False
+        return compiled.try_step(job)
+
+    @staticmethod
+    def _with_compiler(action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except CannotBuild as error:
+            raise RuntimeError(
+                f"backend='compile': needs a working C++ compiler ({error}); install g++ or "
+                "clang++, name one in the environment variable CXX, or use backend='eager'"
+            ) from error
 
     def _plan(self, job: Job) -> Plan:
         key = tuple([unit.index for unit in job.units])

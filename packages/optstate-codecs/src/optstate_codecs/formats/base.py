@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ __all__ = [
     "block_amax",
     "blocked",
     "mark_nonfinite",
+    "recorded",
     "scaled",
     "surely",
 ]
@@ -205,6 +207,10 @@ def surely(flags: Tensor) -> bool:
     if flags.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return bool(flags.all())
+
+
+#: whether operations are recorded, to be repeated on other numbers
+recorded: ContextVar[bool] = ContextVar("recorded", default=False)
 
 
 def mark_nonfinite(code: Tensor, x: Tensor, nan_code: float) -> Tensor:

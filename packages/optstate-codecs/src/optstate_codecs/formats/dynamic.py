@@ -66,6 +66,7 @@ from optstate_codecs.formats.base import (
     DeviceFunctions,
     Format,
     block_amax,
+    recorded,
     scaled,
 )
 from optstate_codecs.formats.blocks import (
@@ -193,8 +194,11 @@ class Dynamic8(Format):
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
-        values = value_table(self.signed, self.base, codes.device)
-        x = values.index_select(0, codes.to(torch.int32))
+        if self.base == 8 and recorded.get():
+            x = values_of(codes.to(torch.int32), self.signed)
+        else:
+            values = value_table(self.signed, self.base, codes.device)
+            x = values.index_select(0, codes.to(torch.int32))
         x = fill_marked(x, codes, scale, self._nan_code, self.block_size)
         x = scaled(x, scale.abs().view(-1, 1), self.block_size)
         return x.mul_(x) if self.domain == "sqrt" else x
@@ -220,6 +224,13 @@ def lines(base: int) -> list[tuple[float, float]]:
 
 def position_of(units: Tensor, base: int) -> Tensor:
     """The signed map's position t for ``units`` = b^7 z + 1; a new tensor."""
+    if base == 8 and recorded.get():
+        # as in ``store``: binades in threes are the ranges
+        bits = units.view(torch.int32)
+        ranges = ((bits >> 23) * 43 - 127 * 43) >> 7
+        inside = (bits - ranges * (3 << 23)).view(torch.float32)
+        line = torch.add(torch.full((), 6 / 7, device=units.device), inside, alpha=1 / 7)
+        return (line.view(torch.int32) + ranges * (1 << 23)).view(torch.float32)
     (slope, offset), *rest = lines(base)
     # add with alpha rounds once, as the kernels' fused multiply-add does
     position = torch.add(torch.full((), offset, device=units.device), units, alpha=slope)
@@ -243,6 +254,19 @@ def value_table(signed: bool, base: int, device: torch.device) -> Tensor:
         magnitudes.append(float(whole * unit))
     values = [*magnitudes, *(-m for m in magnitudes)] if signed else [*magnitudes, 0.0]
     return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def values_of(codes: Tensor, signed: bool) -> Tensor:
+    """What ``value_table`` holds for base 8, computed: compiled, that is cheaper than a look-up."""
+    # a range is three binades, and floats from 2 on end their exponents in the number of the range
+    t = codes.bitwise_and(127).to(torch.float32) * 2 if signed else codes.to(torch.float32)
+    bits = (t + 2).view(torch.int32)
+    ranges = bits & 0x03800000
+    whole = ((bits - ranges).view(torch.float32) * 3.5 - 6).view(torch.int32) + ranges * 3
+    x = (whole.view(torch.float32) - 1) * 8.0**-RANGES
+    if signed:
+        x = (x.view(torch.int32) | (codes >> 7 << 31)).view(torch.float32)
+    return x
 
 
 # The same on a tile of [rows, block_size], base 8 only: a range is three binades, so its number

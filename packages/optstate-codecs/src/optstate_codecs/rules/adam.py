@@ -14,10 +14,11 @@ moments give its bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, maximum
 
 from optstate_codecs import checks
@@ -107,47 +108,62 @@ class Adam(Rule):
             hyper.eps * root,
         ]
 
-    def update(
+    def variant(self, hyper: AdamHyper) -> tuple[bool, bool]:
+        return hyper.amsgrad, hyper.maximize
+
+    def scalars(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
+        lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
+        beta1, beta2 = map(host_scalar, hyper.betas)
+        return [
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            1 - lr * decay if self.decoupled else decay,
+            -lr / (1 - beta1**step),
+            (1 - beta2**step) ** 0.5,
+            hyper.eps,
+        ]
+
+    def apply(
         self,
         param: Tensor,
         grad: Tensor,
         moments: Mapping[str, Tensor],
-        hyper: AdamHyper,
-        step: float | Tensor,
+        scalars: Sequence[Scalar],
+        variant: tuple[bool, bool],
     ) -> None:
-        lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
-        beta1, beta2 = map(host_scalar, hyper.betas)
-        if hyper.maximize:
+        other1, beta2, other2, decay, length, root, eps = scalars
+        amsgrad, maximize = variant
+        if maximize:
             grad = -grad
-        if not isinstance(decay, float) or decay != 0:
-            if self.decoupled:
-                param.mul_(1 - lr * decay)
-            else:
-                grad = _add_scaled(grad, param, decay)
+        if self.decoupled:
+            if isinstance(decay, Tensor) or decay != 1:
+                param.mul_(decay)
+        elif isinstance(decay, Tensor) or decay != 0:
+            grad = _add_scaled(grad, param, decay)
 
         exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
-        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg.lerp_(grad, other1)
         exp_avg_sq.mul_(beta2)
-        if isinstance(beta2, float):
-            exp_avg_sq.addcmul_(grad, grad, value=1 - beta2)
+        if isinstance(other2, Tensor):
+            exp_avg_sq.addcmul_(grad * other2, grad)
         else:
-            exp_avg_sq.addcmul_(grad * (1 - beta2), grad)
-        if hyper.amsgrad:
+            exp_avg_sq.addcmul_(grad, grad, value=other2)
+        if amsgrad:
             largest = moments["max_exp_avg_sq"]
             exp_avg_sq = maximum(largest, exp_avg_sq, out=largest)
 
-        length = lr / (1 - beta1**step)
-        denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(hyper.eps)
-        if isinstance(length, float):
-            param.addcdiv_(exp_avg, denominator, value=-length)
+        denominator = (exp_avg_sq.sqrt() / root).add_(eps)
+        if isinstance(length, Tensor):
+            param.addcdiv_(exp_avg * length, denominator)
         else:
-            param.addcdiv_(exp_avg * -length, denominator)
+            param.addcdiv_(exp_avg, denominator, value=length)
 
 
 def _add_scaled(grad: Tensor, param: Tensor, decay: Scalar) -> Tensor:
-    if isinstance(decay, float):
-        return grad.add(param, alpha=decay)
-    return grad + param * decay
+    if isinstance(decay, Tensor):
+        return torch.addcmul(grad, param, decay)
+    return grad.add(param, alpha=decay)
 
 
 DECOUPLED, AMSGRAD, MAXIMIZE, FAR = 1, 2, 4, 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,18 +72,31 @@ class Rule(ABC):
         """
         raise NotImplementedError(f"{self.name}: no device function")
 
+    def variant(self, hyper: Any) -> Hashable:
+        """What of the hyper-parameters decides which operations ``apply`` does."""
+        return None
+
     @abstractmethod
-    def update(
+    def scalars(self, hyper: Any, step: Scalar) -> list[Scalar]:
+        """The numbers of one step that ``apply`` takes, folded in float64.
+
+        Floats; or 0-d tensors where hyper-parameters or ``step`` are tensors on a device.
+        ``step`` counts from 1.
+        """
+
+    @abstractmethod
+    def apply(
         self,
         param: Tensor,
         grad: Tensor,
         moments: Mapping[str, Tensor],
-        hyper: Any,
-        step: float | Tensor,
+        scalars: Sequence[Scalar],
+        variant: Any,
     ) -> None:
         """Take one step, in place on ``param`` and ``moments``; ``grad`` is only read.
 
-        All tensors are flat slices of the same elements. ``step`` counts from 1.
+        All tensors are flat slices of the same elements. ``scalars`` and ``variant`` are what the
+        methods of these names gave.
         """
 
 

@@ -1,0 +1,170 @@
+"""The reference as compiled loops: the fast path on a CPU.
+
+The very functions of the reference are recorded once for each set of formats, rule, dtypes and
+write, turned into C that steps one block after another, and built with the C++ compiler of the
+machine (``engine.cpu``). Hyper-parameters, step counts and sizes are arguments, so nothing is built
+twice. A row of decoded numbers on each thread's stack is all the memory that a step takes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from operator import is_
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.engine import eager
+from optstate_codecs.engine.cpu.build import CannotBuild
+from optstate_codecs.engine.cpu.loops import Kind, Loops, loops
+from optstate_codecs.engine.unit import Job, Unit
+from optstate_codecs.layout import same_order, storage_order
+from optstate_codecs.rounding import stream_key
+
+__all__ = ["step", "try_step"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+_warned: set[str] = set()
+
+
+def try_step(job: Job) -> bool:
+    """``step``, or False with one warning where there is no working compiler."""
+    if _warned:
+        return False
+    try:
+        step(job)
+    except CannotBuild as error:
+        _warned.add(str(error))
+        warnings.warn(
+            f"no working C++ compiler ({error}), so optimizers on the CPU step several times "
+            "slower; install g++ or clang++ or set CXX, or choose backend='eager'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def step(job: Job) -> None:
+    """Step every unit that loops exist for, and the others by the reference.
+
+    Raises:
+        CannotBuild: there is no working compiler; nothing has changed.
+    """
+    variants = [job.rule.variant(hyper) for hyper in job.hypers]
+    together: dict[Loops, list[tuple[int, _Standing]]] = {}
+    left = []
+    for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
+        standing = _standings.get(unit)
+        if standing is None or not standing.holds(unit, grad, variants[unit.group]):
+            standing = _standings[unit] = _stand(job, unit, grad, variants[unit.group])
+        if standing.loops is None:
+            left.append(place)
+        else:
+            together.setdefault(standing.loops, []).append((place, standing))
+    if job.found_inf is not None and bool(job.found_inf):
+        return
+    for built, members in together.items():
+        _run(job, built, members)
+    if left:
+        units, grads = [job.units[i] for i in left], [job.grads[i] for i in left]
+        eager.step(replace(job, units=units, grads=grads))
+
+
+@dataclass(eq=False)
+class _Standing:
+    """Where a unit stands: its loops, and what of it they want that stays from step to step.
+
+    Attributes:
+        loops: or None, where the reference steps it.
+        variant, grad: what it was chosen for.
+        parts: the state's tensors.
+        addresses: of the parameter and of what ``loops`` want of the state.
+        keys: of the random numbers.
+    """
+
+    loops: Loops | None
+    variant: Hashable
+    grad: tuple[torch.dtype, tuple[int, ...]]
+    parts: list[Tensor]
+    addresses: list[int]
+    keys: list[int]
+
+    def holds(self, unit: Unit, grad: Tensor, variant: Hashable) -> bool:
+        """Whether all is where it was."""
+        return (
+            unit.param.data_ptr() == self.addresses[0]
+            and all(map(is_, unit.state.values(), self.parts))
+            and self.variant == variant
+            and self.grad == (grad.dtype, grad.stride())
+        )
+
+
+_standings: WeakKeyDictionary[Unit, _Standing] = WeakKeyDictionary()
+
+
+def _stand(job: Job, unit: Unit, grad: Tensor, variant: Hashable) -> _Standing:
+    built = None
+    if _fits(unit, grad):
+        formats = tuple(unit.formats[moment.name] for moment in unit.moments)
+        scalars = len(job.rule.scalars(job.hypers[unit.group], 1.0))
+        built = loops(
+            Kind(job.rule, variant, unit.moments, formats, unit.write, grad.dtype, scalars)
+        )
+    addresses, keys = [unit.param.data_ptr()], list[int]()
+    if built is not None:
+        addresses += [unit.state[key].data_ptr() for key in built.keys]
+        keys = [k for s in built.streams for k in stream_key(unit.seed, unit.index, s // 2)]
+    parts = list(unit.state.values())
+    return _Standing(built, variant, (grad.dtype, grad.stride()), parts, addresses, keys)
+
+
+def _fits(unit: Unit, grad: Tensor) -> bool:
+    """Whether loops can take a unit's layout and dtypes."""
+    param = unit.param
+    return (
+        unit.state["step"].device.type == "cpu"
+        and param.dtype in DTYPES
+        and grad.dtype in DTYPES
+        and param.stride() == grad.stride()
+        and param.permute(storage_order(param)).is_contiguous()
+        and all(
+            same_order(unit.state[c.key(name)], c, param)
+            for name, declared in unit.stored.items()
+            for c in declared.components
+        )
+    )
+
+
+def _run(job: Job, built: Loops, members: list[tuple[int, _Standing]]) -> None:
+    """Step units of the same loops in one call."""
+    units = [job.units[place] for place, _ in members]
+    torch._foreach_add_([unit.state["step"] for unit in units], 1.0)
+    factor = 1.0 if job.factor is None else float(job.factor)
+    table: list[int] = []
+    scalars: list[Any] = []
+    keys: list[int] = []
+    folded: dict[tuple[int, float], list[Any]] = {}
+    rows = 0
+    for unit, (place, standing) in zip(units, members, strict=True):
+        count, numel = float(unit.state["step"]), unit.param.numel()
+        param, *parts = standing.addresses
+        table += [numel, rows, int(count), param, job.grads[place].data_ptr(), *parts]
+        which = (unit.group, count)
+        if which not in folded:
+            folded[which] = [*job.rule.scalars(job.hypers[unit.group], count), factor]
+        scalars += folded[which]
+        keys += standing.keys
+        rows += -(-numel // built.block)
+    tables = (
+        torch.tensor(table, dtype=torch.int64),
+        torch.tensor(scalars, dtype=torch.float32),
+        torch.tensor(keys, dtype=torch.int64).to(torch.int32),
+    )
+    addresses = [tensor.data_ptr() for tensor in tables]
+    built.run(len(units), rows, *addresses, torch.get_num_threads())

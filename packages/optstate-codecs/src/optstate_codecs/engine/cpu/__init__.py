@@ -1,0 +1,1 @@
+"""The reference's operations as loops in C: recorded, lowered, emitted, built."""

@@ -1,0 +1,178 @@
+"""Loops for each kind of tensor: which operations the reference would do, built once a process."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.engine.cpu.build import build
+from optstate_codecs.engine.cpu.emit import emit
+from optstate_codecs.engine.cpu.lower import lower
+from optstate_codecs.engine.cpu.record import Unrecordable, record
+from optstate_codecs.engine.cpu.row import Given
+from optstate_codecs.engine.cpu.value import Lowered
+from optstate_codecs.engine.eager import How, step_slice
+from optstate_codecs.formats import Component, Format
+from optstate_codecs.rounding import Counter, Draw
+from optstate_codecs.rules import Moment, Rule
+from optstate_codecs.writes import MASTER, Write
+
+__all__ = ["Kind", "Loops", "loops", "source"]
+
+# elements a row where no format has blocks
+PLAIN = 1024
+# rows that are recorded: more than one, and odd, so that no count of elements means two things
+ROWS = 3
+STREAMS = 4
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What decides which loops step a tensor.
+
+    Attributes:
+        rule, variant: the mathematics, and what of the hyper-parameters picks its operations.
+        moments: of the rule.
+        formats: one for each.
+        write: of the parameter; it knows the dtype.
+        grad: the gradient's dtype.
+        scalars: how many numbers the rule folds for a step.
+    """
+
+    rule: Rule
+    variant: Hashable
+    moments: tuple[Moment, ...]
+    formats: tuple[Format, ...]
+    write: Write
+    grad: torch.dtype
+    scalars: int
+
+    @property
+    def how(self) -> How:
+        """The operations, as the reference takes them."""
+        names = [moment.name for moment in self.moments]
+        formats = dict(zip(names, self.formats, strict=True))
+        return How(self.rule, self.variant, self.moments, formats, self.write)
+
+    @property
+    def components(self) -> dict[str, list[tuple[str, Component]]]:
+        """The state's components with their keys, by moment; the write's last."""
+        owners = {m.name: f.components for m, f in zip(self.moments, self.formats, strict=True)}
+        owners[MASTER] = self.write.components
+        return {name: [(c.key(name), c) for c in found] for name, found in owners.items()}
+
+    @property
+    def block(self) -> int:
+        """Elements a row.
+
+        Raises:
+            Unrecordable: formats have blocks of different sizes.
+        """
+        spans = {format.span for format in self.formats} - {1, 2}
+        if len(spans) > 1:
+            raise Unrecordable("blocks of different sizes")
+        return spans.pop() if spans else PLAIN
+
+    @property
+    def given(self) -> Given:
+        """What the loops take."""
+        tensors = {"param": (self.write.dtype, 1), "grad": (self.grad, 1)}
+        for parts in self.components.values():
+            tensors |= {key: (c.dtype, c.span) for key, c in parts}
+        draws = {f"draw{stream}": (stream, False) for stream in range(STREAMS)}
+        draws |= {f"mirrored{stream}": (stream, True) for stream in range(STREAMS)}
+        scalars = [*(f"scalar{place}" for place in range(self.scalars)), "factor"]
+        return Given(tensors, scalars, draws, self.block)
+
+
+@dataclass(frozen=True, eq=False)
+class Loops:
+    """Built loops, and what they want in which order.
+
+    Attributes:
+        run: the function, see ``emit``.
+        block: elements a row.
+        keys: state keys of the tensors that follow parameter and gradient.
+        streams: of the random numbers.
+    """
+
+    run: Any
+    block: int
+    keys: tuple[str, ...]
+    streams: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _GivenDraw(Draw):
+    """Random numbers that are an input of the record."""
+
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def at(self, start: int) -> Draw:
+        return self
+
+    def bits16(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        return self.inputs[f"draw{self.stream}"]
+
+    def paired16(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        return self.inputs[f"mirrored{self.stream}"]
+
+
+@dataclass(frozen=True)
+class _GivenCounter(Counter):
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def stream(self, stream: int) -> Draw:
+        return _GivenDraw(0, 0, 0, stream, inputs=self.inputs)
+
+
+def source(kind: Kind) -> str:
+    """C that steps tensors of a kind.
+
+    Raises:
+        Unrecordable: there is no C for one of the operations.
+    """
+    given, owners = kind.given, kind.components
+
+    def step(inputs: Mapping[str, Tensor]) -> None:
+        old = inputs["param"]
+        slope = inputs["grad"].to(torch.float32) * inputs["factor"]
+        parts = {name: [inputs[key] for key, _ in found] for name, found in owners.items()}
+        scalars = [inputs[name] for name in given.scalars[:-1]]
+        counter = _GivenCounter(0, 0, 0, inputs=inputs)
+        new = step_slice(kind.how, old, slope, parts, scalars, counter, 0)
+        if new is not old:
+            old.copy_(new)
+
+    def lowered(fast: bool) -> Lowered:
+        count = ROWS * given.block
+        inputs = {
+            name: torch.zeros(count // span, dtype=dtype)
+            for name, (dtype, span) in given.tensors.items()
+        }
+        inputs |= {name: torch.ones(()) for name in given.scalars}
+        inputs |= {name: torch.zeros(count, dtype=torch.int32) for name in given.draws}
+        return lower(record(step, inputs, assume=fast), ROWS, given.block, fast=fast)
+
+    return emit(lowered(True), lowered(False), given)
+
+
+@cache
+def loops(kind: Kind) -> Loops | None:
+    """Built loops for a kind, or None where one of its operations has no form in C.
+
+    Raises:
+        CannotBuild: there is no working compiler.
+    """
+    try:
+        text = source(kind)
+    except Unrecordable:
+        return None
+    keys = [key for parts in kind.components.values() for key, _ in parts]
+    streams = [stream for stream, _ in kind.given.draws.values()]
+    return Loops(build(text), kind.block, tuple(keys), tuple(streams))

@@ -1,0 +1,243 @@
+"""What each torch operation is in C, on one element.
+
+Numbers are float, or int32_t whatever the width of the integers: a uint8 is kept within 0 to 255.
+A bfloat16 is an int32_t that holds its 16 bits. Where torch's vectorised loops on a CPU round once,
+a fused multiply-add does here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from optstate_codecs.engine.cpu.record import Unrecordable
+
+__all__ = ["C_TYPES", "OPERATIONS", "PRELUDE", "STORED", "bits_type", "convert", "literal"]
+
+C_TYPES = {
+    torch.float32: "float",
+    torch.bfloat16: "int32_t",
+    torch.int32: "int32_t",
+    torch.int16: "int32_t",
+    torch.int8: "int32_t",
+    torch.uint8: "int32_t",
+    torch.bool: "bool",
+}
+
+# how they lie in memory
+STORED = {
+    torch.float32: "float",
+    torch.bfloat16: "uint16_t",
+    torch.int32: "int32_t",
+    torch.int16: "int16_t",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+}
+
+PRELUDE = """
+#include <stdint.h>
+#include <string.h>
+#define INLINE static inline __attribute__((always_inline))
+INLINE int32_t as_int(float x) { int32_t y; memcpy(&y, &x, 4); return y; }
+INLINE float as_float(int32_t x) { float y; memcpy(&y, &x, 4); return y; }
+INLINE float to_float(int32_t bf16) { return as_float((int32_t)((uint32_t)bf16 << 16)); }
+INLINE int32_t to_bf16(float x) {
+    int32_t i = as_int(x), rounded = (i + 0x7fff + ((i >> 16) & 1)) >> 16;
+    return (x != x ? 0x7fc0 : rounded) & 0xffff;
+}
+INLINE float least(float a, float b) { float c = b < a ? b : a; return b != b ? b : c; }
+INLINE float most(float a, float b) { float c = b > a ? b : a; return b != b ? b : c; }
+INLINE int32_t least_int(int32_t a, int32_t b) { return b < a ? b : a; }
+INLINE int32_t most_int(int32_t a, int32_t b) { return b > a ? b : a; }
+INLINE float at_least(float x, float low) { return low > x ? low : x; }
+INLINE float at_most(float x, float high) { return high < x ? high : x; }
+INLINE float lerp(float a, float b, float w) {
+    bool near = __builtin_fabsf(w) < 0.5f;
+    return __builtin_fmaf(near ? w : w - 1.0f, b - a, near ? a : b);
+}
+INLINE float finite_or(float x, float nan, float high, float low) {
+    if (nan == high && nan == low)
+        return __builtin_fabsf(x) <= 3.402823466e38f ? x : nan;
+    return x != x ? nan : x > 3.402823466e38f ? high : x < -3.402823466e38f ? low : x;
+}
+/* x / y rounded once, from the reciprocal of y rounded once; x a root, y from 2^-60 to 1 */
+INLINE float divide(float x, float y, float inverse) {
+    float q = x * inverse;
+    return __builtin_fmaf(__builtin_fmaf(-q, y, x), inverse, q);
+}
+INLINE uint32_t mix32(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+INLINE uint32_t word(uint32_t x, uint32_t key, uint32_t factor) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = ((x ^ (x >> 15)) + key) * factor;
+    return x ^ (x >> 16);
+}
+"""
+
+# an argument: its C expression and the dtype of the tensor, or None for a number of Python's
+Argument = tuple[str, torch.dtype | None]
+
+
+def literal(value: Any, dtype: torch.dtype) -> str:
+    """A Python number as a C constant of ``dtype``."""
+    if dtype != torch.float32:
+        whole = int(value)
+        return f"((int32_t){whole & 0xFFFFFFFF}u)" if abs(whole) > 2**30 else f"({whole})"
+    number = float(torch.tensor(float(value), dtype=torch.float32))
+    if math.isnan(number):
+        return '__builtin_nanf("")'
+    if math.isinf(number):
+        return "(-__builtin_inff())" if number < 0 else "__builtin_inff()"
+    return f"({number.hex()}f)" if number >= 0 else f"(-{(-number).hex()}f)"
+
+
+def convert(text: str, source: torch.dtype | None, target: torch.dtype) -> str:
+    """The expression ``text`` of dtype ``source`` as ``target``."""
+    if source == target or source is None:
+        return text
+    if source == torch.bfloat16:
+        text, source = f"to_float({text})", torch.float32
+        if target == torch.float32:
+            return text
+    if target == torch.bfloat16:
+        return f"to_bf16((float)({text}))"
+    if target == torch.bool:
+        return f"(({text}) != 0)"
+    if source == torch.bool:  # compilers find vectors for this form
+        return f"({text} ? {literal(1, target)} : {literal(0, target)})"
+    if target == torch.float32:
+        return f"((float)({text}))"
+    text = f"((int32_t)({text}))"
+    return {
+        torch.uint8: f"({text} & 255)",
+        torch.int8: f"((int32_t)((uint32_t){text} << 24) >> 24)",
+        torch.int16: f"((int32_t)((uint32_t){text} << 16) >> 16)",
+    }.get(target, text)
+
+
+def bits_type(text: str, source: torch.dtype, target: torch.dtype) -> str:
+    """``text`` of dtype ``source``, its bits read as ``target``."""
+    if (source, target) == (torch.float32, torch.int32):
+        return f"as_int({text})"
+    if (source, target) == (torch.int32, torch.float32):
+        return f"as_float({text})"
+    if (source, target) == (torch.bfloat16, torch.int16):
+        return convert(text, torch.int32, torch.int16)
+    if (source, target) == (torch.int16, torch.bfloat16):
+        return f"({text} & 0xffff)"
+    raise Unrecordable(f"bits of {source} as {target}")
+
+
+def _infix(sign: str) -> Callable[..., str]:
+    return lambda args, kwargs, dtype: f"({args[0]} {sign} {args[1]})"
+
+
+def _add(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
+    alpha = kwargs.get("alpha", 1)
+    if alpha == 1:
+        return f"({args[0]} + {args[1]})"
+    if dtype == torch.float32:
+        return f"__builtin_fmaf({args[1]}, {literal(alpha, dtype)}, {args[0]})"
+    return f"({args[0]} + {args[1]} * {literal(alpha, dtype)})"
+
+
+def _plain(function: Callable[..., str]) -> Callable[..., str]:
+    """An operation of its arguments alone."""
+    return lambda args, kwargs, dtype: function(*args)
+
+
+def _either(floats: str, integers: str) -> Callable[..., str]:
+    """Functions of C for floats and for integers."""
+    return lambda args, kwargs, dtype: (
+        f"{floats if dtype == torch.float32 else integers}({', '.join(args)})"
+    )
+
+
+def _clamp(args: Sequence[str | None], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
+    low, high = [*args[1:], None, None][:2]
+    low = kwargs["min"] if low is None and kwargs.get("min") is not None else low
+    high = kwargs["max"] if high is None and kwargs.get("max") is not None else high
+    names = ("at_least", "at_most") if dtype == torch.float32 else ("most_int", "least_int")
+    text = str(args[0])
+    for name, limit in zip(names, (low, high), strict=True):
+        if limit is not None:
+            limit = limit if isinstance(limit, str) else literal(limit, dtype)
+            text = f"{name}({text}, {limit})"
+    return text
+
+
+def _nan_to_num(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
+    largest = torch.finfo(torch.float32).max
+    given = [*args[1:], None, None, None][:3]
+    names = ("nan", "posinf", "neginf")
+    texts = []
+    for text, name, default in zip(given, names, (0.0, largest, -largest), strict=True):
+        value = kwargs.get(name)
+        texts.append(text or literal(default if value is None else value, dtype))
+    return f"finite_or({args[0]}, {', '.join(texts)})"
+
+
+def _addcmul(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
+    first = args[1]
+    if kwargs.get("value", 1) != 1:
+        first = f"({first} * {literal(kwargs['value'], dtype)})"
+    return f"__builtin_fmaf({first}, {args[2]}, {args[0]})"
+
+
+def _addcdiv(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
+    first = args[1]
+    if kwargs.get("value", 1) != 1:
+        first = f"({first} * {literal(kwargs['value'], dtype)})"
+    return f"({args[0]} + {first} / {args[2]})"
+
+
+# each takes the arguments, converted to the dtype that torch computes in, keywords and that dtype
+OPERATIONS: dict[str, Callable[..., str]] = {
+    "add": _add,
+    "sub": _infix("-"),
+    "rsub": _plain(lambda a, b: f"({b} - {a})"),
+    "mul": lambda args, kwargs, dtype: (
+        f"({args[0]} & {args[1]})" if dtype == torch.bool else f"({args[0]} * {args[1]})"
+    ),
+    "div": _infix("/"),
+    "lt": _infix("<"),
+    "le": _infix("<="),
+    "gt": _infix(">"),
+    "ge": _infix(">="),
+    "eq": _infix("=="),
+    "ne": _infix("!="),
+    "bitwise_and": _infix("&"),
+    "bitwise_or": _infix("|"),
+    "bitwise_xor": _infix("^"),
+    "logical_and": _infix("&"),
+    "logical_or": _infix("|"),
+    "__rshift__": _infix(">>"),
+    "__irshift__": _infix(">>"),
+    "__lshift__": _plain(lambda a, b: f"((int32_t)((uint32_t){a} << {b}))"),
+    "__ilshift__": _plain(lambda a, b: f"((int32_t)((uint32_t){a} << {b}))"),
+    "bitwise_not": lambda args, kwargs, dtype: (
+        f"(!{args[0]})" if dtype == torch.bool else f"(~{args[0]})"
+    ),
+    "logical_not": _plain(lambda a: f"(!{a})"),
+    "neg": _plain(lambda a: f"(-{a})"),
+    "abs": _either("__builtin_fabsf", "__builtin_abs"),
+    "sqrt": _plain(lambda a: f"__builtin_sqrtf({a})"),
+    "reciprocal": _plain(lambda a: f"(1.0f / {a})"),
+    "round": _plain(lambda a: f"__builtin_rintf({a})"),
+    "floor": _plain(lambda a: f"__builtin_floorf({a})"),
+    "signbit": lambda args, kwargs, dtype: f"(as_int({args[0]}) < 0)",
+    "minimum": _either("least", "least_int"),
+    "maximum": _either("most", "most_int"),
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "nan_to_num": _nan_to_num,
+    "lerp": _plain(lambda a, b, w: f"lerp({a}, {b}, {w})"),
+    "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
+}

@@ -1,0 +1,346 @@
+"""Law 7 on a CPU: compiled loops give the reference's codes; and what happens without a compiler.
+
+Both sides take each step from the same state, so that one different rounding is counted once.
+"""
+
+import ctypes
+import shutil
+import warnings
+
+import pytest
+import torch
+from subjects import SECOND
+
+from optstate_codecs import Adam, CodedOptimizer
+from optstate_codecs.engine import compiled
+from optstate_codecs.engine.cpu import build, loops
+from optstate_codecs.engine.cpu.operations import PRELUDE
+from optstate_codecs.engine.cpu.record import Unrecordable, record
+from optstate_codecs.formats.dynamic import value_table, values_of
+from optstate_codecs.testing import Trainer
+
+FIRST = "dynamic8(block_size=256, rounding=stochastic, units=update)"
+FOUR = "minifloat(block_size=128, domain=sqrt, rounding=stochastic, lift=0.03125)"
+FP8 = "fp8(block_size=256, rounding=paired, units=update)"
+EIGHT = "minifloat(exponent_bits=4, mantissa_bits=4, block_size=256, rounding=stochastic)"
+FORMATS = {
+    "fp32": ("fp32", "fp32"),
+    "bf16": ("bf16", "bf16(rounding=nearest)"),
+    "int8": ("int8(rounding=stochastic, units=update)", "fp32"),
+    "dynamic8": (FIRST, SECOND),
+    "dynamic8-plain": ("dynamic8(block_size=64)", "dynamic8(block_size=64, signed=False)"),
+    "dynamic8-10": ("dynamic8(base=10)", "dynamic8(base=10, signed=False, domain=sqrt)"),
+    "fp8": (FP8, EIGHT),
+    "4-bit": ("int4(block_size=128, rounding=paired, units=update)", FOUR),
+}
+# several rows, tails of every kind, one element, none, no dimensions
+SHAPES = ((96, 128), (61, 83), (4097,), (129,), (16,), (1,), (0,), ())
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A compiler that fails, and nothing built or warned of before."""
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setattr(compiled, "_warned", set())
+    loops.loops.cache_clear()
+    yield
+    loops.loops.cache_clear()
+
+
+def pair(formats: tuple[str, str], shapes=SHAPES, dtype=torch.float32, **options):
+    """The reference and the loops, over equal parameters."""
+    chosen = {"exp_avg": formats[0], "exp_avg_sq": formats[1], "max_exp_avg_sq": formats[1]}
+    rule = Adam(decoupled=options.pop("decoupled", True))
+
+    def make(backend):
+        return lambda params: CodedOptimizer(params, rule, chosen, backend=backend, **options)
+
+    return Trainer(make("eager"), shapes, dtype), Trainer(make("compile"), shapes, dtype)
+
+
+def compare(reference: Trainer, ours: Trainer) -> tuple[int, int]:
+    """Elements and differing codes; asserts that none differs by more than a level."""
+    total = different = 0
+    for theirs, mine in zip(reference.params, ours.params, strict=True):
+        state = ours.optimizer.state.get(mine, {})
+        for key, expected in reference.optimizer.state.get(theirs, {}).items():
+            got = state[key]
+            wrong = ~torch.isclose(got, expected, rtol=0, atol=0, equal_nan=True)
+            total, different = total + expected.numel(), different + int(wrong.sum())
+            if expected.is_floating_point():
+                torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-30, equal_nan=True)
+            elif key.endswith("_codes"):
+                assert ((got.int() - expected.int())[wrong].abs() <= 1).all()
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-7, equal_nan=True)
+    return total, different
+
+
+def synchronise(reference: Trainer, ours: Trainer) -> None:
+    ours.optimizer.load_state_dict(reference.optimizer.state_dict())
+    for theirs, mine in zip(reference.params, ours.params, strict=True):
+        mine.data.copy_(theirs.data)
+
+
+def run(reference: Trainer, ours: Trainer, steps: int = 4) -> None:
+    total = different = 0
+    for _ in range(steps):
+        reference.run(1)
+        ours.run(1)
+        counts = compare(reference, ours)
+        total, different = total + counts[0], different + counts[1]
+        synchronise(reference, ours)
+    assert different <= max(2, 1e-4 * total)
+
+
+def stepped_by_loops(trainer: Trainer) -> list[bool]:
+    """Of each parameter that has taken a step."""
+    units = trainer.optimizer._units
+    return [compiled._standings[units[i]].loops is not None for i in sorted(units)]
+
+
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
+def test_same_codes_for_every_format(formats) -> None:
+    reference, ours = pair(formats)
+    ours.run(1)
+    assert all(stepped_by_loops(ours))
+    reference.run(1)
+    run(reference, ours)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {"write": "stochastic"}),
+        (torch.bfloat16, {"write": "split24"}),
+        (torch.float32, {"amsgrad": True}),
+        (torch.float32, {"maximize": True, "betas": (0.4, 0.95)}),
+        (torch.float32, {"decoupled": False, "weight_decay": 0.3}),
+    ],
+    ids=["bf16-stochastic", "bf16-split", "amsgrad", "maximize-far", "coupled"],
+)
+def test_same_codes_for_every_option(dtype, options) -> None:
+    reference, ours = pair(FORMATS["dynamic8"], dtype=dtype, **options)
+    run(reference, ours)
+    assert all(stepped_by_loops(ours))
+
+
+@pytest.mark.parametrize("name", ["dynamic8", "fp32", "4-bit"])
+def test_rows_that_are_not_finite_or_out_of_range(name) -> None:
+    """They take the slow loops; 1e-25 has a square that no float holds."""
+    reference, ours = pair(FORMATS[name], ((5, 1024), (1500,)))
+    for value in (float("nan"), float("inf"), -float("inf"), 1e-25, 1e25):
+        for trainer in (reference, ours):
+            trainer.run(1)
+            for param in trainer.params:
+                param.grad = torch.full_like(param, 1e-3)
+                param.grad.view(-1)[1025] = value
+            trainer.optimizer.step()
+        assert compare(reference, ours)[1] <= 1
+        synchronise(reference, ours)
+    bad = (~torch.isfinite(ours.params[0])).nonzero().tolist()
+    assert bad == [[1, 1]]
+
+
+def test_layouts_and_what_is_left_to_the_reference() -> None:
+    reference, ours = pair(FORMATS["dynamic8"], ((4, 8, 6, 6),) * 5)
+    layouts = [
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda t: torch.cat([t, t], 3)[..., ::2],
+        lambda t: t.double(),
+        lambda t: t.half(),
+    ]
+    for trainer in (reference, ours):
+        for param, layout in zip(trainer.params, layouts, strict=True):
+            param.data = layout(param.data)
+    for step in range(2):
+        for trainer in (reference, ours):
+            for i, param in enumerate(trainer.params):
+                generator = torch.Generator().manual_seed(10 * step + i)
+                grad = torch.randn(4, 8, 6, 6, generator=generator)
+                param.grad = torch.empty_like(param).copy_(grad)
+            trainer.optimizer.step()
+    assert compare(reference, ours)[1] <= 1
+    assert stepped_by_loops(ours) == [True, True, False, False, False]
+
+
+def test_formats_without_a_form_in_c_are_left_to_the_reference() -> None:
+    reference, ours = pair(("dynamic4(block_size=128)", SECOND), ((300,),))
+    run(reference, ours, steps=2)
+    assert stepped_by_loops(ours) == [False]
+
+
+def test_nothing_beyond_a_tensor_is_touched() -> None:
+    for numel in (1, 255, 256, 257, 515):
+        around = torch.full((numel + 64,), 7.0)
+        around[32:-32] = 1.0
+        param = torch.nn.Parameter(around[32:-32])
+        param.grad = torch.ones(numel)
+        formats = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
+        CodedOptimizer([param], Adam(), formats, backend="compile", lr=0.5).step()
+        torch.testing.assert_close(around[32:-32], torch.full((numel,), 0.5))
+        assert (around[:32] == 7).all()
+        assert (around[-32:] == 7).all()
+
+
+def test_groups_counts_and_late_starters() -> None:
+    reference, ours = pair(FORMATS["dynamic8"], ((256,), (300,), (64,)))
+    for trainer in (reference, ours):
+        trainer.run(3)
+        late = torch.nn.Parameter(torch.ones(256))
+        trainer.optimizer.add_param_group({"params": [late], "lr": 0.1, "weight_decay": 0.5})
+        trainer.params.append(late)
+        trainer.run(4)
+    assert len({float(s["step"]) for s in ours.optimizer.state.values()}) > 1
+    assert compare(reference, ours)[1] <= 1
+
+
+def test_scaling_and_skipping_are_part_of_the_step() -> None:
+    reference, ours = pair(FORMATS["dynamic8"], ((300,),), fused=True)
+    for skip in (0.0, 1.0, 0.0):
+        for trainer in (reference, ours):
+            param, optimizer = trainer.params[0], trainer.optimizer
+            param.grad = torch.linspace(-1, 1, 300) * 48
+            optimizer.grad_scale = torch.tensor(48.0)
+            optimizer.found_inf = torch.tensor(skip)
+            optimizer.step()
+        compare(reference, ours)
+    assert float(ours.optimizer.state[ours.params[0]]["step"]) == 2
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            _, ours = pair(FORMATS["dynamic8"], ((300, 255), (7,), (60, 1000)))
+            results.append(ours.run(2).tensors())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_nothing_is_built_twice(monkeypatch) -> None:
+    """Hyper-parameters, step counts and sizes are arguments; a file serves other processes."""
+    built, compilations = [], []
+    real_build, real_compile = loops.build, build._compile
+    monkeypatch.setattr(loops, "build", lambda text: built.append(text) or real_build(text))
+    monkeypatch.setattr(
+        build, "_compile", lambda *given: compilations.append(given) or real_compile(*given)
+    )
+    loops.loops.cache_clear()
+    _, ours = pair(("dynamic8(block_size=32)", "dynamic8(block_size=32, signed=False)"))
+    ours.run(6)
+    for lr, betas, decay, eps in ((1.0, (0.8, 0.9), 0.0, 1e-8), (0.0, (0.4, 0.9999), 1.0, 0.5)):
+        ours.optimizer.param_groups[0].update(lr=lr, betas=betas, weight_decay=decay, eps=eps)
+        ours.run(2)
+    ours.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(12345))]})
+    ours.params.append(ours.optimizer.param_groups[1]["params"][0])
+    ours.run(2)
+    assert (len(built), len(compilations)) == (1, 1)
+    loops.loops.cache_clear()  # as in another process
+    _, again = pair(("dynamic8(block_size=32)", "dynamic8(block_size=32, signed=False)"))
+    again.run(1)
+    assert (len(built), len(compilations)) == (2, 1)
+
+
+def test_auto_builds_for_large_models_only(monkeypatch) -> None:
+    steps = []
+    monkeypatch.setattr(compiled, "step", lambda job: steps.append(len(job.units)))
+    monkeypatch.delenv("OPTSTATE_BACKEND", raising=False)
+    for numel, expected in ((1 << 19, []), (1 << 20, [1])):
+        param = torch.nn.Parameter(torch.zeros(numel))
+        param.grad = torch.zeros(numel)
+        CodedOptimizer([param], Adam(), {"exp_avg": "fp32", "exp_avg_sq": "fp32"}).step()
+        assert steps == expected
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_auto_falls_back_with_one_warning(monkeypatch) -> None:
+    monkeypatch.setattr("optstate_codecs.engine.session.WORTH_BUILDING", 1)
+    monkeypatch.delenv("OPTSTATE_BACKEND", raising=False)
+
+    def trainer(backend):
+        chosen = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+        return Trainer(lambda ps: CodedOptimizer(ps, Adam(), chosen, backend=backend), ((64,),))
+
+    expected, ours = trainer("eager").run(3), trainer("auto")
+    with pytest.warns(RuntimeWarning, match=r"no working C\+\+ compiler .*false fails.*set CXX"):
+        ours.run(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.run(2)
+        trainer("auto").run(1)
+    assert torch.equal(ours.params[0], expected.params[0])
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch) -> None:
+    formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = CodedOptimizer([param], Adam(), formats, backend="compile")
+    with pytest.raises(RuntimeError, match=r"backend='compile': needs a working C\+\+ compiler"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+    assert float(optimizer.state[param]["step"]) == 0
+    monkeypatch.setenv("CXX", "no-such-program")
+    with pytest.raises(RuntimeError, match="CXX='no-such-program' is not a program"):
+        CodedOptimizer([param], Adam(), formats, backend="compile")
+    monkeypatch.setenv("OPTSTATE_BACKEND", "compile")
+    with pytest.raises(RuntimeError, match="use backend='eager'"):
+        CodedOptimizer([param], Adam(), formats)
+
+
+@pytest.mark.cuda
+def test_parameters_elsewhere_are_refused() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    param = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    param.grad = torch.ones_like(param)
+    formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+    with pytest.raises(RuntimeError, match="parameters must be on the CPU"):
+        CodedOptimizer([param], Adam(), formats, backend="compile").step()
+
+
+def test_only_flags_may_be_asked_for() -> None:
+    inputs = {"x": torch.ones(4)}
+    found = record(lambda given: bool((given["x"] > 0).all()), inputs, assume=True)
+    assert [flag.dtype for flag in found.assumptions] == [torch.bool]
+    with pytest.raises(Unrecordable, match="read by the host"):
+        record(lambda given: float(given["x"].sum()), inputs, assume=True)
+
+
+def test_corrected_division_is_division() -> None:
+    """A product with the reciprocal, corrected once, has the quotient's bits."""
+    text = PRELUDE + (
+        'extern "C" void run(int64_t n, int64_t unused, const float *x, const float *y, float *z,'
+        " int threads) {"
+        " for (int64_t i = 0; i < n; i++) z[i] = divide(x[i], y[i], 1.0f / y[i]); }"
+    )
+    generator = torch.Generator().manual_seed(0)
+    x, power = torch.rand(2, 1_000_000, generator=generator).unbind()
+    x = (x + 2.0**-24) * 2.0 ** (power * 60 - 40).round()
+    y = torch.rand(x.shape, generator=generator).clamp_(min=1e-6)
+    z = torch.empty_like(x)
+    build.build(text)(x.numel(), 0, *(ctypes.c_void_p(t.data_ptr()) for t in (x, y, z)), 1)
+    assert torch.equal(z, x / y)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_computed_values_are_the_table(signed) -> None:
+    codes = torch.arange(255, dtype=torch.int32)
+    table = value_table(signed, 8, torch.device("cpu"))[:255]
+    assert torch.equal(values_of(codes, signed).view(torch.int32), table.view(torch.int32))
