@@ -1,0 +1,120 @@
+"""Other libraries' low-bit Adam states in ``torch.optim``'s layout.
+
+Every optimizer here loads that layout, and encodes it as it stores its moments:
+
+    optimizer.load_state_dict(from_bitsandbytes(torch.load("optimizer.pt")))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["from_bitsandbytes", "from_torchao"]
+
+GROUP_KEYS = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# bitsandbytes' names, and the entry that its newer versions wrap the coded state in
+BNB_MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
+BNB_WRAPPED = "__bnb_optimizer_quant_state__"
+BNB_BLOCK = 256
+
+
+def from_torchao(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of torchao's ``Adam(W)8bit``, ``Adam(W)4bit`` or ``Adam(W)Fp8``, decoded.
+
+    Args:
+        state_dict: what their ``state_dict()`` returned. Their tensors decode themselves, so
+            torchao has to be importable where it was pickled.
+
+    Returns:
+        A state dict in the layout of ``torch.optim.AdamW``, in float32. Where a second moment was
+        stored as zero beside a first moment that is not, it is the square of that.
+
+    Raises:
+        KeyError: an entry is missing; the message names it.
+    """
+
+    def decode(number: Any, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        found = {}
+        for moment in MOMENTS:
+            if moment in state:
+                value = state[moment]
+                plain = value.dequantize() if hasattr(value, "codes") else value
+                found[moment] = plain.to(torch.float32)
+            elif moment != "max_exp_avg_sq":
+                raise KeyError(f"state_dict['state'][{number!r}]: missing key {moment!r}")
+        return found
+
+    return _converted(state_dict, decode)
+
+
+def from_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of bitsandbytes' block-wise 8-bit ``Adam`` or ``AdamW``, decoded.
+
+    Args:
+        state_dict: what their ``state_dict()`` returned: ``state1``, ``qmap1`` and ``absmax1`` for
+            the first moment and the same with 2 for the second, wrapped or not; tensors that they
+            leave in float32 as well.
+
+    Returns:
+        As ``from_torchao``.
+
+    Raises:
+        KeyError: an entry is missing; the message names it.
+        ValueError: scales are not one for each 256 elements.
+    """
+
+    def decode(number: Any, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        state = {**state, **state.get(BNB_WRAPPED, {})}
+        where = f"state_dict['state'][{number!r}]"
+        found = {}
+        for moment, suffix in BNB_MOMENTS.items():
+            if f"state{suffix}" not in state:
+                raise KeyError(f"{where}: missing key 'state{suffix}'")
+            codes = state[f"state{suffix}"]
+            if codes.dtype != torch.uint8:
+                found[moment] = codes.to(torch.float32)
+                continue
+            for name in (f"qmap{suffix}", f"absmax{suffix}"):
+                if name not in state:
+                    raise KeyError(f"{where}: missing key {name!r}; only block-wise state converts")
+            scales = state[f"absmax{suffix}"]
+            if scales.numel() != -(-codes.numel() // BNB_BLOCK):
+                raise ValueError(
+                    f"{where}['absmax{suffix}']: {scales.numel()} scales for {codes.numel()} "
+                    f"elements, must be one for each {BNB_BLOCK}"
+                )
+            values = state[f"qmap{suffix}"].to(torch.float32)[codes.flatten().to(torch.int64)]
+            scale = scales.to(torch.float32).repeat_interleave(BNB_BLOCK)[: codes.numel()]
+            found[moment] = (values * scale).view(codes.shape)
+        return found
+
+    return _converted(state_dict, decode)
+
+
+def _converted(
+    state_dict: Mapping[str, Any],
+    decode: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]],
+) -> dict[str, Any]:
+    state = {}
+    for number, stored in state_dict["state"].items():
+        if not stored:
+            continue
+        moments = decode(number, stored)
+        first, second = moments["exp_avg"], moments["exp_avg_sq"]
+        # their codes lose small second moments, and dividing by that zero would be a long step
+        moments["exp_avg_sq"] = torch.where((second == 0) & (first != 0), first.square(), second)
+        if "step" not in stored:
+            raise KeyError(f"state_dict['state'][{number!r}]: missing key 'step'")
+        state[number] = {"step": torch.tensor(float(stored["step"])), **moments}
+    groups = []
+    for group in state_dict["param_groups"]:
+        kept = {key: group[key] for key in GROUP_KEYS if key in group}
+        if isinstance(kept.get("lr"), Tensor):
+            kept["lr"] = float(kept["lr"])
+        groups.append(kept)
+    return {"state": state, "param_groups": groups}
