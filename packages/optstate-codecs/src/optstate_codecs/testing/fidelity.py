@@ -182,7 +182,8 @@ def compare(
         ``[name][kind]``.
 
     Example:
-        >>> compare({"8-bit": AdamW8bit}, 0.999, ["dense"], steps=300)["8-bit"]["dense"].gain
+        >>> (found,) = compare({"8-bit": AdamW8bit}, 0.999, ["dense"], steps=300).values()
+        >>> found["dense"].gain
     """
     shape = (len(kinds), numel)
     exact = _Exact(beta2)
