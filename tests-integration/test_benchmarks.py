@@ -72,5 +72,7 @@ def test_convergence_compares_runs_of_one_start(root: Path, tmp_path: Path) -> N
 def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "convergence.py"))
-    report = json.loads((script["RESULTS"] / "convergence_gpt.json").read_text())
-    assert script["table"](report["summary"]) in (root / "docs" / "benchmarks.md").read_text()
+    page = (root / "docs" / "benchmarks.md").read_text()
+    for task in ("gpt", "digits"):
+        report = json.loads((script["RESULTS"] / f"convergence_{task}.json").read_text())
+        assert script["table"](report["summary"]) in page

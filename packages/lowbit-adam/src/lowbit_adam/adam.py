@@ -118,9 +118,9 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
         master_weight_bits: 24 or 32 keeps what rounding leaves of bfloat16 and float16
             parameters, 1 or 2 bytes each, and trains the master weight of that many bits that
             both hold; not together with ``bf16_stochastic_round``.
-        **options: ``maximize``, ``skip_nonfinite``, ``max_grad_norm``, ``rounding_seed`` (see
-            ``CodedOptimizer``) and the flags ``foreach``, ``fused``, ``capturable``,
-            ``differentiable``.
+        **options: ``backend``, ``maximize``, ``skip_nonfinite``, ``max_grad_norm``,
+            ``rounding_seed`` (see ``CodedOptimizer``) and the flags ``foreach``, ``fused``,
+            ``capturable``, ``differentiable``.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
