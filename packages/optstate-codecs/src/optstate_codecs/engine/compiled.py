@@ -22,7 +22,6 @@ from optstate_codecs.engine import eager
 from optstate_codecs.engine.cpu.build import CannotBuild
 from optstate_codecs.engine.cpu.loops import Kind, Loops, loops
 from optstate_codecs.engine.unit import Job, Unit
-from optstate_codecs.layout import same_order, storage_order
 from optstate_codecs.rounding import stream_key
 
 __all__ = ["step", "try_step"]
@@ -131,13 +130,7 @@ def _fits(unit: Unit, grad: Tensor) -> bool:
         unit.state["step"].device.type == "cpu"
         and param.dtype in DTYPES
         and grad.dtype in DTYPES
-        and param.stride() == grad.stride()
-        and param.permute(storage_order(param)).is_contiguous()
-        and all(
-            same_order(unit.state[c.key(name)], c, param)
-            for name, declared in unit.stored.items()
-            for c in declared.components
-        )
+        and unit.in_one_order(grad)
     )
 
 

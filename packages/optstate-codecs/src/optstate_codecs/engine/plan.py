@@ -16,7 +16,6 @@ from torch import Tensor
 
 from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.formats import Format
-from optstate_codecs.layout import same_order, storage_order
 from optstate_codecs.rounding import stream_key
 from optstate_codecs.writes import MASTER
 
@@ -114,13 +113,7 @@ def _fits(unit: Unit, grad: Tensor, formats: tuple[Format, ...]) -> bool:
         and block_shape(formats) is not None
         and param.dtype in PARAM_DTYPES
         and grad.dtype in PARAM_DTYPES
-        and param.stride() == grad.stride()
-        and param.permute(storage_order(param)).is_contiguous()
-        and all(
-            same_order(unit.state[c.key(name)], c, param)
-            for name, declared in unit.stored.items()
-            for c in declared.components
-        )
+        and unit.in_one_order(grad)
     )
 
 

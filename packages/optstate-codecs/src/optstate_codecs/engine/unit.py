@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from optstate_codecs.formats import Format
-from optstate_codecs.layout import Declaration
+from optstate_codecs.layout import Declaration, same_order, storage_order
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.writes import MASTER, Write
 
@@ -50,6 +50,18 @@ class Unit:
     def parts(self) -> list[Tensor]:
         """The components of the state, in order."""
         return [self.state[c.key(name)] for name, d in self.stored.items() for c in d.components]
+
+    def in_one_order(self, grad: Tensor) -> bool:
+        """Whether parameter, gradient and state are dense and lie alike, element after element."""
+        return (
+            self.param.stride() == grad.stride()
+            and self.param.permute(storage_order(self.param)).is_contiguous()
+            and all(
+                same_order(self.state[c.key(name)], c, self.param)
+                for name, declared in self.stored.items()
+                for c in declared.components
+            )
+        )
 
 
 @dataclass
