@@ -1,6 +1,19 @@
-"""Makes ``subjects`` importable by the tests of this folder."""
+"""Makes ``subjects`` importable by the tests of this folder, and skips what cannot run here."""
 
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from optstate_codecs.device import HAS_TRITON, INTERPRETED
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _can_run(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if request.node.get_closest_marker("interpret") and not (HAS_TRITON and INTERPRETED):
+        pytest.skip("needs triton and TRITON_INTERPRET=1")

@@ -8,20 +8,11 @@ import torch
 from subjects import EXACT, FIRST, SECOND
 
 from optstate_codecs import Adam, CodedOptimizer
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.capture import constant_table
 from optstate_codecs.testing import SHAPES, Trainer
 
 CODED = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
 BF16 = {"exp_avg": "bf16", "exp_avg_sq": "bf16"}
-
-
-@pytest.fixture(autouse=True)
-def _can_run(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.node.get_closest_marker("interpret") and not (HAS_TRITON and INTERPRETED):
-        pytest.skip("needs triton and TRITON_INTERPRET=1")
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")

@@ -10,7 +10,6 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from optstate_codecs import Adam, CodedOptimizer
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.scaling import gradient_norm
 from optstate_codecs.testing import SHAPES, Trainer
 
@@ -20,14 +19,6 @@ BACKENDS = [
     pytest.param("triton", "cpu", marks=pytest.mark.interpret, id="interpreter"),
     pytest.param("triton", "cuda", marks=pytest.mark.cuda, id="cuda"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _can_run(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.node.get_closest_marker("interpret") and not (HAS_TRITON and INTERPRETED):
-        pytest.skip("needs triton and TRITON_INTERPRET=1")
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")

@@ -41,14 +41,6 @@ def devices() -> list:
     return [interpreter, pytest.param("cuda", marks=pytest.mark.cuda, id="cuda")]
 
 
-@pytest.fixture(autouse=True)
-def _can_run(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.node.get_closest_marker("interpret") and not (HAS_TRITON and INTERPRETED):
-        pytest.skip("needs triton and TRITON_INTERPRET=1")
-
-
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")
 
 

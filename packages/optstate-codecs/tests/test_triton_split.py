@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_split_master import HALVES, SPLITS, every_kind
-from test_triton import SHAPES, _can_run, devices, pair  # noqa: F401 - the fixture skips
+from test_triton import SHAPES, devices, pair
 
 from optstate_codecs.device import jit, tl
 from optstate_codecs.rounding import Counter
