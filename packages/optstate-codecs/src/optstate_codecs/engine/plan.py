@@ -40,10 +40,11 @@ class Bucket:
         formats: one a moment, in the rule's order.
         function: the rule's device function and its options.
         grad_dtype: of every gradient.
-        block: elements a row of a tile.
-        rows: rows a tile.
+        rows: blocks a tile.
+        block: elements a block.
         aligned: whether addresses and element counts are multiples of 16, so that a thread may
             access 16 bytes at once.
+        full: whether tensors end where tiles end, so that a kernel need mask nothing.
         tensors: int64 [units, COLUMNS].
         work: int32 [tiles, 2], the tensor and the tile's place in it.
     """
@@ -53,9 +54,10 @@ class Bucket:
     formats: tuple[Format, ...]
     function: tuple[Any, int]
     grad_dtype: torch.dtype
-    block: int
     rows: int
+    block: int
     aligned: bool
+    full: bool
     tensors: Tensor
     work: Tensor
 
@@ -87,18 +89,18 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
         else:
             dtypes = (unit.param.dtype, grad.dtype)
             devices = (unit.param.device, unit.state["step"].device)
-            key = (devices, dtypes, formats, function, unit.write, _aligned(unit, grad))
+            shape = block_shape(formats)
+            assert shape is not None
+            ends = _aligned(unit, grad), unit.param.numel() % (shape[0] * shape[1]) == 0
+            key = (devices, dtypes, formats, function, unit.write, shape, ends)
             members.setdefault(key, []).append(place)
     buckets = []
-    for (devices, dtypes, formats, function, _, aligned), places in members.items():
-        shape = block_shape(formats)
-        assert shape is not None
+    for (devices, dtypes, formats, function, _, shape, ends), places in members.items():
+        (rows, block), (aligned, full) = shape, ends
         units = [job.units[place] for place in places]
-        tables = _tables(units, formats, shape[0] * shape[1], devices[0])
+        tables = _tables(units, formats, rows * block, devices[0])
         buckets.append(
-            Bucket(
-                units, places, formats, function, dtypes[1], shape[1], shape[0], aligned, *tables
-            )
+            Bucket(units, places, formats, function, dtypes[1], rows, block, aligned, full, *tables)
         )
     return buckets, left
 

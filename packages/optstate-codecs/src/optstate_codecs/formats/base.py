@@ -73,17 +73,23 @@ class Component:
 class DeviceFunctions:
     """A format inside a kernel: how a tile of it is loaded and stored.
 
-    ``load(first, second, offsets, rows, left, OPTIONS)`` returns float32 [rows, block];
-    ``store(first, second, x, random, offsets, rows, left, OPTIONS)`` keeps it. ``first`` and
-    ``second`` point at the components' entries for the tile's first element (``second`` is unused
-    where there is one component); ``offsets`` [rows, block] count elements and ``rows`` blocks
-    from there, ``left`` says how many elements there are; ``random`` holds 16 random bits an
-    element, int32.
+    ``load(first, second, offsets, rows, left, MARKED, OPTIONS)`` returns float32 [pieces,
+    elements], and an int32 for each block, below zero where it is marked (``formats.blocks``). Only
+    if MARKED, which it is wherever a block of the tile is, does it mind marks; ``marks`` says
+    whether blocks can be. ``store(first, second, x, random, offsets, rows, left, OPTIONS)`` keeps a
+    tile.
+
+    ``first`` and ``second`` point at the components' entries for the tile's first element
+    (``second`` is unused where there is one component); ``offsets`` [pieces, elements] count
+    elements and ``rows`` blocks from there, ``left`` says how many elements there are; ``random``
+    holds 16 random bits an element, int32. Pieces r, r + rows, r + 2 rows ... make block r:
+    ``device.spread`` brings a number a block to its elements, ``device.row_amax`` finds one.
     """
 
     load: Any
     store: Any
     options: int = 0
+    marks: bool = False
 
 
 @dataclass(frozen=True)

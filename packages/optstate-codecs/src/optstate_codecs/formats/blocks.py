@@ -18,7 +18,10 @@ from optstate_codecs.device import (
     constant,
     jit,
     pair_of_nibbles,
+    piece_starts,
     row_amax,
+    row_max,
+    spread,
     third_byte,
     tl,
 )
@@ -75,9 +78,15 @@ SMALLEST = constant(SMALLEST_SCALE)
 
 
 @jit
+def block_size(offsets, rows):  # type: ignore[no-untyped-def]
+    """Elements a row."""
+    return offsets.shape[0] * offsets.shape[1] // rows.shape[0]
+
+
+@jit
 def load_scale(scale, offsets, rows, left):  # type: ignore[no-untyped-def]
     """Each row's scale, float32; bfloat16 ones come as 16-bit integers."""
-    stored = tl.load(scale + rows, mask=rows * offsets.shape[1] < left, other=0)
+    stored = tl.load(scale + rows, mask=rows * block_size(offsets, rows) < left, other=0)
     if scale.dtype.element_ty == tl.int16:
         return as_float(stored.to(tl.int32) << 16)
     else:
@@ -89,30 +98,32 @@ def store_scale(scale, value, offsets, rows, left):  # type: ignore[no-untyped-d
     """Keep each row's scale; where bfloat16 is stored, it is one that bfloat16 holds."""
     if scale.dtype.element_ty == tl.int16:
         value = (as_bits(value) >> 16).to(tl.int16)
-    tl.store(scale + rows, value, mask=rows * offsets.shape[1] < left)
+    tl.store(scale + rows, value, mask=rows * block_size(offsets, rows) < left)
 
 
 @jit
-def finite_amax(x, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def finite_amax(x, rows, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Each row's largest finite magnitude, and the tile's largest magnitude, as bits."""
-    top = row_amax(x, SIGNED)
+    top = row_amax(x, rows, SIGNED)
     worst = tl.max(top, axis=0)
     if worst >= INF_BITS:
         finite = tl.abs(x) < float("inf")
-        top = tl.max(tl.where(finite, as_bits(x) & MAGNITUDE, 0), axis=1)
+        top = row_max(tl.where(finite, as_bits(x) & MAGNITUDE, 0), rows)
     return top, worst
 
 
 @jit
 def byte_places(offsets, rows):  # type: ignore[no-untyped-def]
-    """Where the bytes of a tile lie whose elements share them two by two: [rows, block / 2]."""
+    """Where a tile's bytes lie whose elements share them two by two: [pieces, elements / 2]."""
     half: tl.constexpr = offsets.shape[1] // 2
-    return rows[:, None] * half + tl.arange(0, half)[None, :]
+    return (
+        piece_starts(half, offsets.shape[0], rows.shape[0])[:, None] + tl.arange(0, half)[None, :]
+    )
 
 
 @jit
 def load_bytes(codes, offsets, rows, left):  # type: ignore[no-untyped-def]
-    """The bytes of a tile whose elements share them two by two, uint8 [rows, block / 2]."""
+    """The bytes of a tile whose elements share them two by two, uint8 [pieces, elements / 2]."""
     places = byte_places(offsets, rows)
     return tl.load(codes + places, mask=places < left - (left >> 1), other=0)
 
@@ -132,9 +143,7 @@ def store_codes(codes, word, offsets, rows, left, PACKED: tl.constexpr):  # type
 @jit
 def nan_where_marked(x, code, factor, NAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """``x`` with NaN where ``code`` says so in marked rows."""
-    if tl.min(factor, axis=0) < 0.0:
-        x = tl.where((code == NAN) & (factor[:, None] < 0.0), float("nan"), x)
-    return x
+    return tl.where((code == NAN) & (spread(factor, x) < 0.0), float("nan"), x)
 
 
 @jit
@@ -146,8 +155,8 @@ def store_marked(  # type: ignore[no-untyped-def]
     A second store, so that the usual codes need not wait in registers for this.
     """
     bad = x - x != 0.0
-    some = tl.max(bad.to(tl.int32), axis=1) > 0
-    code = tl.where((code == NAN) & some[:, None], 0, code.to(tl.int32))
+    some = row_max(bad.to(tl.int32), rows) > 0
+    code = tl.where((code == NAN) & (spread(some.to(tl.int32), x) > 0), 0, code.to(tl.int32))
     code = tl.where(bad, NAN, code)
     store_codes(codes, code << 16, offsets, rows, left, PACKED)
     factor = tl.where(some, -tl.maximum(factor, SMALLEST), factor)

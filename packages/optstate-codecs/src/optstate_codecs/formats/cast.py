@@ -83,9 +83,9 @@ class BF16(Format):
 
 
 @jit
-def load_fp32(values, unused, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_fp32(values, unused, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Load a float32 tile."""
-    return tl.load(values + offsets, mask=offsets < left, other=0.0)
+    return tl.load(values + offsets, mask=offsets < left, other=0.0), rows
 
 
 @jit
@@ -95,9 +95,9 @@ def store_fp32(values, unused, x, random, offsets, rows, left, OPTIONS: tl.const
 
 
 @jit
-def load_bf16(values, unused, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_bf16(values, unused, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Load a bfloat16 tile, as 16-bit integers."""
-    return from_bf16_bits(tl.load(values + offsets, mask=offsets < left, other=0))
+    return from_bf16_bits(tl.load(values + offsets, mask=offsets < left, other=0)), rows
 
 
 @jit

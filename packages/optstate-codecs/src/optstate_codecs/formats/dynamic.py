@@ -56,6 +56,7 @@ from optstate_codecs.device import (
     constant,
     fma,
     jit,
+    spread,
     third_byte,
     third_byte_signed,
     tl,
@@ -162,7 +163,7 @@ class Dynamic8(Format):
             + (self.rounding == "stochastic") * STOCHASTIC
             + saturate * SATURATE
         )
-        return DeviceFunctions(load, store, options) if self.base == 8 else None
+        return DeviceFunctions(load, store, options, marks=True) if self.base == 8 else None
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
@@ -290,7 +291,7 @@ def decode_tile(code, t, unit, OPTIONS: tl.constexpr):  # type: ignore[no-untype
 
 
 @jit
-def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Decode a tile, in the format's domain and units."""
     code = tl.load(codes + offsets, mask=offsets < left, other=0)
     factor = load_scale(scale, offsets, rows, left)
@@ -310,15 +311,17 @@ def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ign
             t = as_bits(fma(byte_float(code & 127), 2.0, -16777214.0))
         else:
             t = as_bits(byte_float(code) - 8388606.0)
-        x = decode_tile(code.to(tl.int32), t, unit[:, None], OPTIONS)
+        x = decode_tile(code.to(tl.int32), t, spread(unit, offsets), OPTIONS)
     nan: tl.constexpr = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
-    return nan_where_marked(x, code, factor, nan)
+    if MARKED:
+        x = nan_where_marked(x, code, factor, nan)
+    return x, as_bits(factor)
 
 
 @jit
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile; ``random`` is what ``Draw.bits16`` gives."""
-    top, worst = finite_amax(x, (OPTIONS & _SIGNED) != 0)
+    top, worst = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
     scale_bits = (top + _COVER) & 0x7F800000
     scale_bits = tl.minimum(tl.maximum(scale_bits, _SCALE_MIN), _SCALE_MAX)
     factor = tl.where(top > 0, as_float(scale_bits), 0.0)
@@ -327,7 +330,7 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     # in units of 2^-17 * 8^-7, from 2^17 on: a range is three binades, and a third of the bits of
     # a float whose exponent is 144 + e has the exponent 48 + e // 3
     magnitude = tl.abs(x) if OPTIONS & _SIGNED else x
-    z = as_bits(fma(magnitude, (inverse * 274877906944.0)[:, None], 131072.0))
+    z = as_bits(fma(magnitude, spread(inverse * 274877906944.0, offsets), 131072.0))
     range_bits = tl.umulhi(z, 0x55555556) & 0x03800000
     r = as_float(z - range_bits * 3)
     if not (OPTIONS & _STOCHASTIC):

@@ -35,6 +35,7 @@ from optstate_codecs.device import (
     constant,
     jit,
     mirrored,
+    spread,
     third_byte_signed,
     tl,
     top_byte,
@@ -112,7 +113,7 @@ class FP8(Format):
             + (self.units == "value") * SATURATE
             + self.in_pairs * PAIRED
         )
-        return DeviceFunctions(load, store, options)
+        return DeviceFunctions(load, store, options, marks=True)
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
@@ -166,30 +167,32 @@ DOWN, UP = constant(2.0**-120), constant(2.0**120)
 
 
 @jit
-def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Decode a tile, in the format's units."""
     code = tl.load(codes + offsets, mask=offsets < left, other=0)
     factor = load_scale(scale, offsets, rows, left)
     small = as_float((top_byte(code) >> 4) & -2014314496)
     if OPTIONS & _SATURATE:
-        x = (small * UP) * tl.abs(factor)[:, None]
+        x = (small * UP) * spread(tl.abs(factor), offsets)
     else:
-        x = small * (tl.abs(factor) * UP)[:, None]
-    return nan_where_marked(x, code, factor, _NAN_CODE)
+        x = small * spread(tl.abs(factor) * UP, offsets)
+    if MARKED:
+        x = nan_where_marked(x, code, factor, _NAN_CODE)
+    return x, as_bits(factor)
 
 
 @jit
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile; ``random`` is what ``Draw.bits16`` or ``Draw.paired16`` gives."""
-    top, worst = finite_amax(x, (OPTIONS & _SIGNED) != 0)
+    top, worst = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
     bits = ((top + _COVER) & 0x7F800000) - _TOP
     bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
     factor = tl.where(top > 0, as_float(bits), 0.0)
     inverse = tl.where(top > 0, as_float(0x7F000000 - bits), 0.0)
     if OPTIONS & _SATURATE:
-        small = (tl.abs(x) * inverse[:, None]) * DOWN
+        small = (tl.abs(x) * spread(inverse, offsets)) * DOWN
     else:
-        small = tl.abs(x) * (inverse * DOWN)[:, None]
+        small = tl.abs(x) * spread(inverse * DOWN, offsets)
     if OPTIONS & _PAIRED:
         random = mirrored(random, x)
     if OPTIONS & _STOCHASTIC:

@@ -35,6 +35,7 @@ from optstate_codecs.device import (
     jit,
     nibble_floats,
     reciprocal,
+    spread,
     tl,
 )
 from optstate_codecs.formats.base import (
@@ -46,11 +47,13 @@ from optstate_codecs.formats.base import (
     scaled,
 )
 from optstate_codecs.formats.blocks import (
+    block_size,
     fill_marked,
     finite_amax,
     load_bytes,
     load_scale,
     mark,
+    nan_where_marked,
     store_codes,
     store_marked,
     store_scale,
@@ -159,7 +162,7 @@ class Int4(Format):
     @property
     def device_functions(self) -> DeviceFunctions:
         options = self.uses_random * STOCHASTIC + (self.units == "value") * SATURATE
-        return DeviceFunctions(load4, store4, options)
+        return DeviceFunctions(load4, store4, options, marks=True)
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
@@ -193,23 +196,23 @@ _NAN_CODE, _TINY = constant(NAN_CODE), constant(TINY)
 
 
 @jit
-def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Decode a tile, in the format's units."""
     code = tl.load(codes + offsets, mask=offsets < left, other=0).to(tl.int32)
-    factor = tl.load(scale + rows, mask=rows * offsets.shape[1] < left, other=0.0)
+    factor = tl.load(scale + rows, mask=rows * block_size(offsets, rows) < left, other=0.0)
     x = tl.where(code == _NAN_CODE, float("nan"), code.to(tl.float32))
-    return x * factor[:, None]
+    return x * spread(factor, offsets), rows
 
 
 @jit
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile; OPTIONS 1 adds ``random`` before rounding."""
-    top, worst = finite_amax(x, True)
+    top, worst = finite_amax(x, rows, True)
     factor = as_float(top) * (1.0 / 127.0)
     factor = tl.where(factor >= _TINY, factor, 0.0)
-    tl.store(scale + rows, factor, mask=rows * offsets.shape[1] < left)
+    tl.store(scale + rows, factor, mask=rows * block_size(offsets, rows) < left)
     inverse = tl.where(factor > 0, tl.math.div_rn(1.0 + factor * 0.0, factor), 0.0)
-    position = x * inverse[:, None]
+    position = x * spread(inverse, offsets)
     if OPTIONS == 1:
         position = dithered(position, random)
     code = as_bits(position + ROUNDER) - 0x4B400000
@@ -229,26 +232,27 @@ _NAN_CODE4, _SCALE_MIN, _SCALE_MAX = (
 
 
 @jit
-def load4(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load4(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Decode a tile of 4-bit codes, in the format's units."""
     factor = load_scale(scale, offsets, rows, left)
-    unit = tl.abs(factor)[:, None]
+    unit = spread(tl.abs(factor), offsets)
     low, high = nibble_floats(load_bytes(codes, offsets, rows, left))
     x = tl.interleave(fma(low, unit, -136.0 * unit), fma(high, unit, -136.0 * unit))
-    if tl.min(factor, axis=0) < 0.0:
-        # -8, which no finite number is coded as
-        x = tl.where((x == -8.0 * unit) & (factor[:, None] < 0.0), float("nan"), x)
-    return x
+    if MARKED:
+        # -8 is what no finite number is coded as
+        x = nan_where_marked(x, (x == -8.0 * unit).to(tl.int32), factor, 1)
+    return x, as_bits(factor)
 
 
 @jit
 def store4(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile in 4-bit codes; ``random`` is what the format draws."""
-    top, worst = finite_amax(x, True)
+    top, worst = finite_amax(x, rows, True)
     bits = (as_bits(as_float(top) * (1.0 / 7.0)) + 0xFFFF) & -65536
     bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
     factor = tl.where(top > 0, as_float(bits), 0.0)
-    inverse = tl.where(top > 0, reciprocal(as_float(bits)), 0.0)[:, None]
+    # of zeros, any scale makes zeros
+    inverse = spread(reciprocal(as_float(bits)), offsets)
     if OPTIONS & _SATURATE:
         value = tl.minimum(tl.maximum(x * inverse, -7.0), 7.0) + 192.0
     else:

@@ -52,6 +52,7 @@ from optstate_codecs.device import (
     mirrored,
     nibbles,
     reciprocal,
+    spread,
     tl,
     widened,
 )
@@ -168,7 +169,7 @@ class Minifloat(Format):
             + (LIFTS[self.lift] << 8)
             + (self._nan_code << 12)
         )
-        return DeviceFunctions(load, store, options)
+        return DeviceFunctions(load, store, options, marks=True)
 
     @property
     def _nan_code(self) -> int:
@@ -256,10 +257,10 @@ def value_of(field, sign, unit, OPTIONS: tl.constexpr):  # type: ignore[no-untyp
 
 
 @jit
-def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Decode a tile, in the format's domain and units."""
     factor = load_scale(scale, offsets, rows, left)
-    unit = tl.abs(factor)[:, None]
+    unit = spread(tl.abs(factor), offsets)
     nan: tl.constexpr = (OPTIONS >> 12) & 255
     bit: tl.constexpr = 23 - ((OPTIONS >> 4) & 7)
     if OPTIONS & _PACKED:
@@ -269,16 +270,16 @@ def load(codes, scale, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ign
             value_of(low & field, low << (28 - bit), unit, OPTIONS),
             value_of(high & field, high << (28 - bit), unit, OPTIONS),
         )
-        if tl.min(factor, axis=0) < 0.0:
-            code = (tl.interleave(low, high) >> bit) & 15
-            x = tl.where((code == nan) & (factor[:, None] < 0.0), float("nan"), x)
+        if MARKED:
+            x = nan_where_marked(x, (tl.interleave(low, high) >> bit) & 15, factor, nan)
     else:
         code = tl.load(codes + offsets, mask=offsets < left, other=0)
         word = widened(code)
         magnitude = (word & 127) if OPTIONS & _SIGNED else word
         x = value_of(magnitude << bit, word << 24, unit, OPTIONS)
-        x = nan_where_marked(x, code, factor, nan)
-    return x
+        if MARKED:
+            x = nan_where_marked(x, code, factor, nan)
+    return x, as_bits(factor)
 
 
 @jit
@@ -301,7 +302,8 @@ def scales(top, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
         inverse = reciprocal(scale)
     else:
         inverse = as_float(0x7F000000 - bits)
-    return tl.where(top > 0, scale, 0.0), tl.where(top > 0, inverse, 0.0)
+    # of zeros, any scale makes zeros
+    return tl.where(top > 0, scale, 0.0), inverse
 
 
 @jit
@@ -311,11 +313,11 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     nan: tl.constexpr = (OPTIONS >> 12) & 255
     mantissa: tl.constexpr = (OPTIONS >> 4) & 7
     lift: tl.constexpr = (OPTIONS >> 8) & 15
-    top, worst = finite_amax(x, (OPTIONS & _SIGNED) != 0)
+    top, worst = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
     factor, inverse = scales(top, OPTIONS)
 
     magnitude = tl.abs(x) if OPTIONS & _SIGNED else x
-    z = as_bits(fma(magnitude, inverse[:, None], 1.0))
+    z = as_bits(fma(magnitude, spread(inverse, offsets), 1.0))
     # in units of 2^-16 codes
     position = (z >> (7 - mantissa)) - (_ONE >> (7 - mantissa))
     if lift:

@@ -1,8 +1,12 @@
 """The multi-tensor kernel: one launch steps every tile of every tensor in a bucket.
 
-A program owns one tile of [ROWS, BLOCK] consecutive elements: it looks up where its tensor lies,
+A program owns one tile, ROWS blocks of consecutive elements: it looks up where its tensor lies,
 decodes, updates, encodes and writes. What to decode, update and encode with are device functions
 given as constants, so a new format or rule needs no new kernel.
+
+A block is FOLD pieces of the tile, [FOLD * ROWS, BLOCK / FOLD], so that all that a thread holds
+belongs to one block: a block's largest number takes fewer exchanges between threads, and what its
+scale takes is done once.
 
 Tables (see ``plan.py``). ``tensors``, int64, one row a tensor: element count, parameter, two
 components of each of three moments, two stream keys, what the write keeps. ``grads``: int64
@@ -20,6 +24,7 @@ from optstate_codecs.device import (
     hash_tile,
     jit,
     paired_tile,
+    piece_starts,
     reciprocal,
     sqrt,
     tl,
@@ -107,12 +112,15 @@ def step_kernel(  # type: ignore[no-untyped-def]
     WRITE_OPTIONS: tl.constexpr,
     C_TYPE: tl.constexpr,
     C_DIVISIBLE: tl.constexpr,
+    MARKS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     DIVISIBLE: tl.constexpr,
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Step one tile; see the module's docstring for the tables."""
     if HAS_FOUND_INF:  # noqa: SIM102 - the inner condition is a device value
@@ -128,10 +136,16 @@ def step_kernel(  # type: ignore[no-untyped-def]
     step = tl.load(row).to(tl.int32)
 
     row_offsets = tl.arange(0, ROWS)
-    offsets = row_offsets[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    left = tl.minimum(numel - start, ROWS * BLOCK).to(tl.int32)
-    # a mask that changes only at multiples of 16 keeps accesses wide
-    left = tl.multiple_of(left, WHOLE)
+    length: tl.constexpr = BLOCK // FOLD
+    starts = piece_starts(length, FOLD * ROWS, ROWS)
+    offsets = starts[:, None] + tl.arange(0, length)[None, :]
+    if FULL:
+        # a constant, so that the compiler sees that nothing is masked
+        left = tl.full([], ROWS * BLOCK, tl.int32)
+    else:
+        left = tl.minimum(numel - start, ROWS * BLOCK).to(tl.int32)
+        # a mask that changes only at multiples of 16 keeps accesses wide
+        left = tl.multiple_of(left, WHOLE)
     mask = offsets < left
     first_row = tile.to(tl.int64) * ROWS
 
@@ -148,19 +162,34 @@ def step_kernel(  # type: ignore[no-untyped-def]
 
     first0 = _pointer(entry + 2, FIRST0, DIVISIBLE0) + start // SPAN0
     second0 = _pointer(entry + 3, SECOND0, 1) + first_row
-    m0 = LOAD0(first0, second0, offsets, row_offsets, left, OPTIONS0)
+    m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, False, OPTIONS0)
     m1 = m0
     m2 = m0
     if MOMENTS >= 2:
         first1 = _pointer(entry + 4, FIRST1, DIVISIBLE1) + start // SPAN1
         second1 = _pointer(entry + 5, SECOND1, 1) + first_row
-        m1 = LOAD1(first1, second1, offsets, row_offsets, left, OPTIONS1)
+        m1, signs1 = LOAD1(first1, second1, offsets, row_offsets, left, False, OPTIONS1)
+        signs = signs | signs1
     if MOMENTS >= 3:
         first2 = _pointer(entry + 6, FIRST2, DIVISIBLE2) + start // SPAN2
         second2 = _pointer(entry + 7, SECOND2, 1) + first_row
-        m2 = LOAD2(first2, second2, offsets, row_offsets, left, OPTIONS2)
-        if SQRT2:
-            m2 = m2 * m2
+        m2, signs2 = LOAD2(first2, second2, offsets, row_offsets, left, False, OPTIONS2)
+        signs = signs | signs2
+    if MARKS:
+        # once for all moments: to know it of a tile takes exchanges between threads
+        marked = tl.min(signs, axis=0) < 0
+        if marked:
+            m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, True, OPTIONS0)
+            if MOMENTS >= 2:
+                m1, signs1 = LOAD1(first1, second1, offsets, row_offsets, left, True, OPTIONS1)
+            else:
+                m1 = m0
+            if MOMENTS >= 3:
+                m2, signs2 = LOAD2(first2, second2, offsets, row_offsets, left, True, OPTIONS2)
+            else:
+                m2 = m0
+    if SQRT2:
+        m2 = m2 * m2
     if UPDATE_UNITS0:
         m0 = m0 * (m1 if SQRT1 else sqrt(m1))
     if SQRT0:

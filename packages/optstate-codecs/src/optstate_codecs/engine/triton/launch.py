@@ -18,9 +18,8 @@ __all__ = ["launch"]
 # measured on an H200: with more elements registers run out, with fewer warps wait at reductions
 ELEMENTS_PER_WARP = 512
 # registers a thread of kernels that reduce over blocks: fewer, and they spill; more, and too few
-# warps are at hand to hide the memory's latency. Tiles of one block in 16 bits need the fewest;
-# packed codes are best left to the compiler.
-REGISTERS, REGISTERS_NARROW = 80, 72
+# warps are at hand to hide the memory's latency. Tiles of one block in 16 bits need the fewest.
+REGISTERS, REGISTERS_NARROW, REGISTERS_FOLDED = 80, 72, 96
 
 # how the kernel sees a stored dtype: bfloat16 as 16-bit integers, so that conversions are ours
 _TYPES = {
@@ -93,18 +92,32 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         "WHOLE": 16 if bucket.aligned else 1,
         "ROWS": bucket.rows,
         "BLOCK": bucket.block,
+        "FOLD": fold(bucket),
+        "FULL": bucket.full,
+        "MARKS": any(f.device_functions.marks for f in bucket.formats if f.device_functions),
         "COLUMNS": COLUMNS,
         **tuning(bucket),
     }
 
 
+def fold(bucket: Bucket) -> int:
+    """Pieces of a block that a thread holds: its elements over those of one access."""
+    wide = 16 // bucket.units[0].param.dtype.itemsize
+    # with four pieces, as float32 would have, accesses are too short: slower than one
+    if bucket.rows == 1 or wide != 8:
+        return 1
+    return min(ELEMENTS_PER_WARP // 32, bucket.block) // wide
+
+
 def tuning(bucket: Bucket) -> dict[str, int]:
     """What the compiler is told about a bucket's kernel."""
     chosen = {"num_warps": bucket.rows * bucket.block // ELEMENTS_PER_WARP}
-    packed = any(format.components[0].span > 1 for format in bucket.formats)
-    if not packed and any(format.span > 1 for format in bucket.formats):
+    if any(format.span > 2 for format in bucket.formats):
         dtypes = (bucket.units[0].param.dtype, bucket.grad_dtype)
-        narrow = bucket.rows == 1 and all(dtype.itemsize == 2 for dtype in dtypes)
+        narrow = all(dtype.itemsize == 2 for dtype in dtypes)
+        if bucket.rows > 1:
+            # with wider parameters it is the memory's turn, and the compiler's choice does best
+            return {**chosen, "maxnreg": REGISTERS_FOLDED} if narrow else chosen
         chosen["maxnreg"] = REGISTERS_NARROW if narrow else REGISTERS
     return chosen
 
