@@ -111,3 +111,8 @@ def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.Monk
     for task in ("gpt", "digits"):
         report = json.loads((script["RESULTS"] / f"convergence_{task}.json").read_text())
         assert script["table"](report["summary"]) in page
+
+
+def test_tutorial_chooses_by_what_was_measured(root: Path) -> None:
+    script = run_path(str(root / "benchmarks" / "choose.py"))
+    assert script["table"]() in (root / "docs" / "tutorials" / "lowbit-adam.md").read_text()
