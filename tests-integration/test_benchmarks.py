@@ -108,7 +108,7 @@ def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "convergence.py"))
     page = (root / "docs" / "benchmarks.md").read_text()
-    for task in ("gpt", "digits"):
+    for task in ("gpt", "toy_gpt", "digits"):
         report = json.loads((script["RESULTS"] / f"convergence_{task}.json").read_text())
         assert script["table"](report["summary"]) in page
 
