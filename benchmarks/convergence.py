@@ -130,6 +130,19 @@ def table(summary: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rows_made_alike(earlier: Path, setup: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a result file, which has to have this setup: a table compares nothing else."""
+    found = json.loads(earlier.read_text())
+    mine = json.loads(json.dumps(setup))
+    theirs = found["setup"]
+    differ = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    if differ:
+        what = ", ".join(f"{key} {theirs.get(key)}, here {mine.get(key)}" for key in differ)
+        raise SystemExit(f"--add {earlier}: made otherwise: {what}")
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
 def write(report: dict[str, Any], out: Path) -> None:
     """Keep what there is after every run."""
     order = list(CONTESTANTS)
@@ -149,9 +162,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="results/convergence_TASK.json")
     parser.add_argument("--add", type=Path, action="append", help="a result file to go on from")
+    parser.add_argument("--compile", action="store_true", help="the loss, by torch.compile")
     args = parser.parse_args()
     device = torch.device(args.device)
     task = TASKS[args.task](device, args.steps)
+    if args.compile:
+        task = task.compiled()
     report: dict[str, Any] = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -164,7 +180,7 @@ def main() -> None:
     out = args.out or RESULTS / f"convergence_{args.task.replace('-', '_')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     for earlier in args.add or []:
-        report["rows"] += json.loads(earlier.read_text())["rows"]
+        report["rows"] += rows_made_alike(earlier, report["setup"])
     done = {(row["lr"], row["seed"], row["optimizer"]) for row in report["rows"]}
     chosen = product(args.lr or task.lrs, args.seed or range(3), args.only or CONTESTANTS)
     for lr, seed, name in chosen:

@@ -6,7 +6,7 @@ depends on the seed alone, its initial weights too.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Task:
         model: makes the model from a seed.
         batches: the batches of a run, from a seed.
         loss: of a model on a batch.
-        validate: the held-out loss of a model.
+        held_out: batches that no run learns.
         steps: optimizer steps of a run.
         lrs: the learning rates of the study.
         options: what every Adam is given besides.
@@ -37,11 +37,22 @@ class Task:
     model: Callable[[int], nn.Module]
     batches: Callable[[int], Iterator[Batch]]
     loss: Callable[[nn.Module, Batch], Tensor]
-    validate: Callable[[nn.Module], float]
+    held_out: list[Batch]
     steps: int
     lrs: tuple[float, ...]
     options: dict[str, Any]
     setup: dict[str, Any]
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> float:
+        """The mean loss on what is held out."""
+        losses = [self.loss(model, batch) for batch in self.held_out]
+        return torch.stack(losses).double().mean().item()
+
+    def compiled(self) -> "Task":
+        """The same with its loss through ``torch.compile``, whose code serves every model."""
+        setup = {**self.setup, "compiled": True}
+        return replace(self, loss=torch.compile(self.loss, dynamic=False), setup=setup)
 
 
 def gpt(device: torch.device, steps: int | None = None) -> Task:
@@ -84,15 +95,11 @@ def _text(sizes: Settings, device: torch.device, lrs: tuple[float, ...]) -> Task
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return model.loss(batch)
 
-    @torch.no_grad()
-    def validate(model: nn.Module) -> float:
-        return torch.stack([loss(model, batch) for batch in held_out]).double().mean().item()
-
     return Task(
         model,
         batches,
         loss,
-        validate,
+        held_out,
         sizes.steps,
         lrs,
         {"betas": (0.9, 0.999), "weight_decay": 0.1},
@@ -139,15 +146,11 @@ def digits(device: torch.device, steps: int | None = None) -> Task:
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
-    @torch.no_grad()
-    def validate(model: nn.Module) -> float:
-        return loss(model, (pictures[1437:], labels[1437:])).item()
-
     return Task(
         model,
         batches,
         loss,
-        validate,
+        [(pictures[1437:], labels[1437:])],
         count,
         (1e-3, 3e-3),
         {"betas": (0.9, 0.999), "weight_decay": 0.1},

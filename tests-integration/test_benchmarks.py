@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from runpy import run_path
 
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
 
 
 def test_step_time_writes_times_and_bytes(root: Path, tmp_path: Path) -> None:
@@ -67,12 +70,49 @@ def test_convergence_compares_runs_of_one_start(root: Path, tmp_path: Path) -> N
     assert exact["curve"][0][1] == pytest.approx(coded["curve"][0][1], abs=0.05)
     assert report["summary"][1]["difference"] == coded["validation"] - exact["validation"]
     assert coded["state_bits_per_parameter"] < 8.5
+    # a table compares runs that were made alike
+    other = subprocess.run(
+        [*command, *sizes, "--compile", "--add", out], capture_output=True, text=True
+    )
+    assert other.returncode == 1
+    assert "made otherwise: compiled None, here True" in other.stderr
+    assert json.loads(out.read_text()) == report
+
+
+def test_compiled_loss_is_compiled_once_for_all_models(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    sizes = run_path(str(root / "benchmarks" / "tasks.py"))
+    models = [torch.nn.Linear(8, 8) for _ in range(3)]
+    task = sizes["Task"](
+        model=models.__getitem__,
+        batches=lambda seed: iter([]),
+        loss=lambda model, batch: (model(batch) - batch).square().mean(),
+        held_out=[torch.randn(4, 8), torch.randn(4, 8)],
+        steps=1,
+        lrs=(1e-3,),
+        options={},
+        setup={"unit": "none"},
+    )
+    compiled = task.compiled()
+    assert compiled.setup == {"unit": "none", "compiled": True}
+    for model in models:
+        assert compiled.validate(model) == task.validate(model)
+    assert counter.frame_count == 1
 
 
 def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "convergence.py"))
     page = (root / "docs" / "benchmarks.md").read_text()
-    for task in ("gpt", "digits"):
+    for task in ("gpt", "toy_gpt", "digits"):
         report = json.loads((script["RESULTS"] / f"convergence_{task}.json").read_text())
         assert script["table"](report["summary"]) in page
+
+
+def test_tutorial_chooses_by_what_was_measured(root: Path) -> None:
+    script = run_path(str(root / "benchmarks" / "choose.py"))
+    assert script["table"]() in (root / "docs" / "tutorials" / "lowbit-adam.md").read_text()

@@ -1,0 +1,68 @@
+"""The table from which the tutorial chooses, gathered from the results of the other scripts.
+
+Run after those; `tests-integration` compares what it prints with the page.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+LR = 1e-3
+BETA2 = 0.999
+LAYOUT = "llama1b"
+
+# what the rows are called: here, in the convergence study, in the fidelity lab, in the timings
+ROWS = (
+    ("`torch.optim.AdamW`", "AdamW", None, "torch fused"),
+    ("the same, `foreach=True`", "AdamW foreach", None, None),
+    ("`AdamW8bit`", "AdamW8bit", "8-bit", "AdamW8bit"),
+    ("`AdamWFp8`", "AdamWFp8", "FP8", "AdamWFp8"),
+    ("`AdamW4bit`", "AdamW4bit", "4-bit", "AdamW4bit"),
+)
+
+
+def load(name: str) -> dict[str, Any]:
+    """One result file."""
+    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return report
+
+
+def learnt(report: dict[str, Any], name: str) -> list[str]:
+    """Bits of state in the GPT study, and the held-out loss beside AdamW's."""
+    row = next(r for r in report["summary"] if (r["optimizer"], r["lr"]) == (name, LR))
+    gap = f"{row['difference']:+.4f} +- {row['difference_spread']:.4f}" if row["difference"] else ""
+    return [f"{row['state_bits_per_parameter']:.2f}", gap]
+
+
+def followed(report: dict[str, Any], name: str | None) -> list[str]:
+    """The longest step of any run of the fidelity lab, and the error of the plainest."""
+    rows = [r for r in report["rows"] if r["arrangement"] == name]
+    if not rows:
+        return ["", ""]
+    plain = next(r for r in rows if (r["gradients"], r["beta2"]) == ("dense", BETA2))
+    return [f"{max(r['longest'] for r in rows):.1f} lr", f"{100 * plain['error']:.0f} %"]
+
+
+def timed(report: dict[str, Any], name: str | None) -> list[str]:
+    """The whole step for fp32 parameters."""
+    key = (name, LAYOUT, "float32")
+    found = [
+        r["whole_ms"] for r in report["rows"] if (r["optimizer"], r["layout"], r["dtype"]) == key
+    ]
+    return [f"{found[0]:.2f} ms" if found else ""]
+
+
+def table() -> str:
+    """Markdown, as the tutorial has it."""
+    study, lab, times = map(load, ("convergence_gpt", "fidelity", "step_time_h200"))
+    heads = ("", "bits", "difference of held-out loss", "longest step", "noise", "step")
+    lines = [heads, ["---"] * len(heads)]
+    for title, run, arrangement, timing in ROWS:
+        cells = [*learnt(study, run), *followed(lab, arrangement), *timed(times, timing)]
+        lines.append([title, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(table())
