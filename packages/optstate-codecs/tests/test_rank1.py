@@ -24,7 +24,7 @@ from optstate_codecs.layout import bound
 
 RANK1 = "linear4(normalization=rank1)"
 FORMATS = {"exp_avg": "fp32", "exp_avg_sq": RANK1, "max_exp_avg_sq": RANK1}
-LEVELS = np.delete(np.arange(1, 17) / 16, 14)
+LEVELS = np.delete(np.arange(1, 17) / 16, 2)
 ONLY_SQUARES = {"betas": (0.9, 0.0)}  # the second moment is then the gradient's square
 
 

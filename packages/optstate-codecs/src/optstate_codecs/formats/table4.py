@@ -9,12 +9,12 @@ Values, in units of the scale, rounded to the nearest:
 
     dynamic4   signed: 0, 1, and of either sign the middles of 1, 2 and 4 even parts of the decades
                below 1: .0055 .0325 .0775 .2125 .4375 .6625 .8875
-    linear4    unsigned: 1/16, 2/16 ... 1 but for 15/16; no zero, so that a second moment has none
+    linear4    unsigned: 1/16, 2/16 ... 1 but for 3/16; no zero, so that a second moment has none
 
-What is not finite needs a code. ``linear4`` has NaN in place of 15/16, where the published map is
-finest in relation. ``dynamic4`` keeps the published map: a negative scale says that its block holds
-elements that are not finite; there, and only there, the highest value is NaN, and finite elements
-nearest to it take the one below.
+What is not finite needs a code. ``linear4`` has NaN in place of 3/16: the gap that it leaves is no
+wider in relation than that from 1/16 to 2/16. ``dynamic4`` keeps the published map: a negative
+scale says that its block holds elements that are not finite; there, and only there, the highest
+value is NaN, and finite elements nearest to it take the one below.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAST = 15
 SMALLEST_SCALE = 2.0**-100
 _SIDE = (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875)
 # where it is NaN, the code is LAST
-_LINEAR = (*((n + 1) / 16 for n in range(14)), 1.0, float("nan"))
+_LINEAR = (*(n / 16 for n in range(1, 17) if n != 3), float("nan"))
 
 
 def _table(values: Sequence[float], device: torch.device) -> Tensor:

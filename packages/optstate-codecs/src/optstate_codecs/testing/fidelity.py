@@ -2,7 +2,7 @@
 
 State is read, updated and rewritten every step, so a format is judged by the updates it gives after
 many steps, not by one round trip. Optimizers and an Adam in float64 see the same gradients, drawn
-independently of the parameters; all kinds of gradients are stretches of one parameter.
+independently of the parameters; all kinds of gradients are stretches of one vector, or matrices.
 """
 
 from __future__ import annotations
