@@ -24,6 +24,7 @@ import optstate_codecs
 from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat
 from optstate_codecs.testing import (
     GRADIENTS,
+    Fidelity,
     Subject,
     compare,
     scale_equivariance,
@@ -35,6 +36,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "fidelity.json"
 PLOT = ROOT / "docs" / "concepts" / "fidelity.svg"
 BETA2 = (0.95, 0.99, 0.999, 0.9999)
 QUOTED = 0.999
+# of the matrices in which elements' scales are those of their rows and columns
+MATRIX_ROWS = 32
 BARS = ("dense", "5 % sparse")
 SR = "stochastic"
 
@@ -74,6 +77,18 @@ def arrangements() -> dict[str, Formats]:
     }
 
 
+def in_matrices() -> dict[str, Formats]:
+    """What is compared where scales differ by row and column."""
+    first4, rank1 = Int4.first_moment(), "linear4(normalization=rank1)"
+    shared = {name: arrangements()[name] for name in ("4-bit", "4-bit, as published")}
+    return {
+        **shared,
+        "4-bit, as published, rank-1": ("dynamic4", rank1),
+        "4-bit, linear second": (first4, "linear4"),
+        "4-bit, linear second, rank-1": (first4, rank1),
+    }
+
+
 def maker(formats: Formats) -> Callable[..., CodedOptimizer]:
     """Adam with these formats."""
     moments = dict(zip(("exp_avg", "exp_avg_sq"), formats, strict=True))
@@ -92,37 +107,41 @@ def same_codes(name: str, make: Callable[..., CodedOptimizer]) -> bool:
 def measure(steps: int, last: int, numel: int) -> dict[str, list[dict[str, object]]]:
     """A row for each arrangement, kind of gradients and beta2; and one for each arrangement."""
     makes = {name: maker(formats) for name, formats in arrangements().items()}
+    by_row = {name: maker(formats) for name, formats in in_matrices().items()}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    rows, probes = [], []
+    rows, matrices, probes = [], [], []
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("steps of all", total=len(BETA2) * steps)
+        bar = progress.add_task("steps of all", total=(len(BETA2) + 1) * steps)
+        same = {"steps": steps, "last": last, "numel": numel}
+        same["advance"] = partial(progress.advance, bar)
         for beta2 in BETA2:
-            found = compare(
-                makes,
-                beta2,
-                steps=steps,
-                last=last,
-                numel=numel,
-                advance=partial(progress.advance, bar),
-            )
-            for name, kinds in found.items():
-                for kind, fidelity in kinds.items():
-                    values = {key: round(value, 5) for key, value in asdict(fidelity).items()}
-                    where = {"arrangement": name, "gradients": kind, "beta2": beta2}
-                    rows.append({**where, **values})
+            rows += listed(compare(makes, beta2, **same), beta2)
+        matrices += listed(compare(by_row, QUOTED, rows=MATRIX_ROWS, **same), QUOTED)
         for name, make in progress.track(makes.items(), description="stopped gradients"):
             probe = {key: round(v, 5) for key, v in asdict(stops(make, steps=steps // 3)).items()}
             probes.append({"arrangement": name, **probe, "same_codes": same_codes(name, make)})
-    return {"rows": rows, "probes": probes}
+    return {"rows": rows, "matrices": matrices, "probes": probes}
 
 
-def by_kind(result: dict[str, list]) -> list[list[str]]:
+def listed(found: dict[str, dict[str, Fidelity]], beta2: float) -> list[dict[str, object]]:
+    """What was found as rows of the file."""
+    return [
+        {"arrangement": name, "gradients": kind, "beta2": beta2}
+        | {key: round(value, 5) for key, value in asdict(fidelity).items()}
+        for name, kinds in found.items()
+        for kind, fidelity in kinds.items()
+    ]
+
+
+def by_kind(result: dict[str, list], key: str = "rows") -> list[list[str]]:
     """Gain and error at one beta2, a column for each kind of gradients."""
-    lines = [[f"beta2 {QUOTED}: gain, error", *GRADIENTS]]
-    for name in arrangements():
+    rows, names = result[key], arrangements() if key == "rows" else in_matrices()
+    where = "" if key == "rows" else f"{key}, "
+    lines = [[f"{where}beta2 {QUOTED}: gain, error", *GRADIENTS]]
+    for name in names:
         cells = {
             row["gradients"]: f"{row['gain']:.3f}, {100 * row['error']:.0f} %"
-            for row in result["rows"]
+            for row in rows
             if (row["arrangement"], row["beta2"]) == (name, QUOTED)
         }
         lines.append([name, *(cells[kind] for kind in GRADIENTS)])
@@ -185,6 +204,14 @@ def draw(result: dict[str, list], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def texts(arranged: dict[str, Formats]) -> dict[str, list[str]]:
+    """The formats of each arrangement as text."""
+    return {
+        name: [f if isinstance(f, str) else f.spec for f in formats]
+        for name, formats in arranged.items()
+    }
+
+
 def setup(steps: int, last: int, numel: int) -> dict[str, object]:
     """What has to be the same to get the same numbers."""
     return {
@@ -194,10 +221,8 @@ def setup(steps: int, last: int, numel: int) -> dict[str, object]:
         "beta1": 0.9,
         "eps": 1e-8,
         "seed": 0,
-        "formats": {
-            name: [f if isinstance(f, str) else f.spec for f in formats]
-            for name, formats in arrangements().items()
-        },
+        "formats": texts(arrangements()),
+        "matrices": {"rows": MATRIX_ROWS, "formats": texts(in_matrices())},
         "device": f"cpu {machine()}",
         "threads": torch.get_num_threads(),
         "python": python_version(),
@@ -218,7 +243,7 @@ def main() -> None:
     args = parser.parse_args()
     size = args.steps, min(args.last, args.steps), args.numel
     result = measure(*size)
-    for lines in (by_kind(result), overall(result)):
+    for lines in (by_kind(result), overall(result), by_kind(result, "matrices")):
         print(f"\n{markdown(lines)}") if args.markdown else show(lines)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"setup": setup(*size), **result}, indent=1) + "\n")

@@ -37,6 +37,7 @@ def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None
     arrangements = result["setup"]["formats"]
     assert result["setup"]["steps"] == 6
     assert len(result["rows"]) == 4 * 6 * len(arrangements)
+    assert len(result["matrices"]) == 6 * len(result["setup"]["matrices"]["formats"])
     assert [probe["arrangement"] for probe in result["probes"]] == list(arrangements)
     assert plot.read_text().startswith("<?xml")
     for row in result["rows"]:
@@ -52,7 +53,9 @@ def test_docs_quote_the_fidelity_that_was_measured(root: Path) -> None:
     page = (root / "docs" / "concepts" / "rounding.md").read_text()
     for table in (script["by_kind"], script["overall"]):
         assert script["markdown"](table(result)) in page
-    assert list(result["setup"]["formats"]) == list(script["arrangements"]())
+    assert script["markdown"](script["by_kind"](result, "matrices")) in page
+    assert result["setup"]["formats"] == script["texts"](script["arrangements"]())
+    assert result["setup"]["matrices"]["formats"] == script["texts"](script["in_matrices"]())
 
 
 def test_convergence_compares_runs_of_one_start(root: Path, tmp_path: Path) -> None:

@@ -182,7 +182,6 @@ def test_deepcopy_and_float_lr() -> None:
         ),
         ({"lr": -1e-3}, ValueError, "lr=-0.001: must be finite and at least 0"),
         ({"betas": (0.9, 2)}, ValueError, r"betas\[1\]=2"),
-        ({"formats": {}}, TypeError, "formats: unknown argument"),
         ({"nesterov": True}, TypeError, "nesterov: unknown argument"),
     ],
 )

@@ -17,6 +17,9 @@ def adam(first: str, second: str, *, decoupled: bool = False, **options: object)
 
 FIRST = "dynamic8(block_size=256, rounding=stochastic, units=update)"
 SECOND = "dynamic8(block_size=256, signed=False, domain=sqrt, rounding=stochastic)"
+FIRST4 = "int4(rounding=paired, units=update)"
+RANK1 = "linear4(normalization=rank1)"
+NEAREST = {"drift": 15.0, "error": 0.4, "gain": 0.2}
 
 SUBJECTS = [
     Subject("adam-fp32", adam("fp32", "fp32"), exact=torch.optim.Adam),
@@ -29,6 +32,9 @@ SUBJECTS = [
         adam("dynamic8(rounding=stochastic, units=update)", SECOND, decoupled=True),
     ),
     Subject("adam-compiled", adam(FIRST, SECOND, backend="compile")),
+    # rounding to nearest has no band for the length worth stating; this is what it keeps here
+    Subject("adam-rank1", adam(FIRST4, RANK1), **NEAREST),
+    Subject("adam-rank1-matrix", adam(FIRST4, RANK1), rows=8, **NEAREST),
     Subject("adam-split24", adam("fp32", "bf16", write="split24")),
     Subject("adam-split32", adam("fp32", "fp32", write="split32"), exact=torch.optim.Adam),
 ]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat, checks
+from optstate_codecs.formats import as_format
 
 __all__ = ["Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"]
 
@@ -27,10 +28,27 @@ def _write(bf16_stochastic_round: bool, master_weight_bits: int | None) -> str:
     return f"split{master_weight_bits}"
 
 
+def _named(formats: Any) -> Mapping[str, Format | str]:
+    """``formats``, if it is a mapping that names moments only."""
+    if not isinstance(formats, Mapping):
+        raise TypeError(
+            f"formats={formats!r}: must map names of moments to formats, "
+            f"got {type(formats).__name__}"
+        )
+    if unknown := [name for name in formats if name not in MOMENTS]:
+        raise ValueError(
+            f"formats[{unknown[0]!r}]: unknown moment, must be one of {', '.join(MOMENTS)}"
+        )
+    return formats
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
 class _CodedAdam(CodedOptimizer):
     """Adam's arguments; subclasses say how the moments are stored."""
 
-    storage_options = ("block_size",)
+    storage_options = ("block_size", "formats")
     decoupled: ClassVar[bool] = False
     default_block_size: ClassVar[int] = 2048
 
@@ -44,6 +62,7 @@ class _CodedAdam(CodedOptimizer):
         amsgrad: bool = False,
         *,
         block_size: int | None = None,
+        formats: Mapping[str, Format | str] | None = None,
         bf16_stochastic_round: bool = False,
         master_weight_bits: int | None = None,
         **options: Any,
@@ -51,6 +70,7 @@ class _CodedAdam(CodedOptimizer):
         super().__init__(
             params,
             Adam(decoupled=self.decoupled),
+            _named({} if formats is None else formats),
             lr=lr,
             betas=betas,
             eps=eps,
@@ -68,8 +88,11 @@ class _CodedAdam(CodedOptimizer):
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         first, second = self.moment_formats(group["block_size"])
-        formats = {"exp_avg": first, "exp_avg_sq": second}
-        return {**formats, "max_exp_avg_sq": second} if group["amsgrad"] else formats
+        given = {name: as_format(f) for name, f in _named(group["formats"]).items()}
+        formats = {"exp_avg": first, "exp_avg_sq": second, **given}
+        formats.setdefault("max_exp_avg_sq", formats["exp_avg_sq"])
+        kept = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+        return {name: formats[name] for name in kept}
 
 
 class _CodedAdamW(_CodedAdam):
@@ -113,6 +136,10 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
         amsgrad: divide by the largest second moment so far; 8 more bits per parameter.
         block_size: elements that share a scale, a power of two from 16 to 8192; default 2048.
             Can be set per group.
+        formats: what to store moments in instead, for those it names: ``exp_avg``, ``exp_avg_sq``
+            and with ``amsgrad`` ``max_exp_avg_sq``, which otherwise follows ``exp_avg_sq``. A
+            ``Format`` or its text, e.g. ``{"exp_avg": "bf16"}``; block sizes are its own. Can be
+            set per group.
         bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
             their precision are kept in the mean.
         master_weight_bits: 24 or 32 keeps what rounding leaves of bfloat16 and float16
@@ -133,8 +160,9 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
 class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
     """AdamW with 8 bits per moment (16 + 64 / block_size bits per parameter).
 
-    As ``Adam8bit``, with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101): the
-    parameter is multiplied by ``1 - lr * weight_decay``, by default 1e-2, before the step.
+    As ``Adam8bit``, ``formats`` included, with decoupled weight decay (Loshchilov & Hutter,
+    arXiv:1711.05101): the parameter is multiplied by ``1 - lr * weight_decay``, by default 1e-2,
+    before the step.
 
     Example:
         >>> optimizer = AdamW8bit(model.parameters(), lr=3e-4, weight_decay=0.1)
@@ -158,7 +186,9 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
     5 %, and shorter where second moments differ by more than a thousand in one block.
 
     Arguments are those of ``Adam8bit``. ``block_size`` is 128 by default, which makes 8.25 bits
-    per parameter; 64 makes 8.5 and follows unequal gradients more closely.
+    per parameter; 64 makes 8.5 and follows unequal gradients more closely. For the second moment
+    as Li et al., arXiv:2309.01507, published it, ask for
+    ``formats={"exp_avg_sq": "linear4(normalization=rank1)"}``.
 
     Example:
         >>> optimizer = Adam4bit(model.parameters(), lr=1e-3)
@@ -168,7 +198,7 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
 class AdamW4bit(_FourBitMoments, _CodedAdamW):
     """AdamW with 4 bits per moment (8 + 32 / block_size bits per parameter).
 
-    As ``Adam4bit``, with decoupled weight decay, see ``AdamW8bit``.
+    As ``Adam4bit``, ``formats`` included, with decoupled weight decay, see ``AdamW8bit``.
 
     Example:
         >>> optimizer = AdamW4bit(model.parameters(), lr=3e-4, weight_decay=0.1)
@@ -196,7 +226,7 @@ class AdamFp8(_Fp8Moments, _CodedAdam):
 class AdamWFp8(_Fp8Moments, _CodedAdamW):
     """AdamW with FP8 state (16 + 64 / block_size bits per parameter), on any device.
 
-    As ``AdamFp8``, with decoupled weight decay, see ``AdamW8bit``.
+    As ``AdamFp8``, ``formats`` included, with decoupled weight decay, see ``AdamW8bit``.
 
     Example:
         >>> optimizer = AdamWFp8(model.parameters(), lr=3e-4, weight_decay=0.1)

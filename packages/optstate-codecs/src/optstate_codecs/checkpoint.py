@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.formats import FP32, Format, parse_format
-from optstate_codecs.layout import empty_state, inverse_order, same_order, storage_order
+from optstate_codecs.layout import bound, empty_state, inverse_order, same_order, storage_order
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import (
@@ -178,6 +178,7 @@ def _check_state(
     """
     if different := sorted(set(source) ^ set(formats)):
         raise KeyError(f"{where}: moment {different[0]!r} is not in both checkpoint and optimizer")
+    source = bound(source, param)
     keys = ["step", *(c.key(name) for name, f in source.items() for c in f.components)]
     if unknown := [key for key in stored if key not in (*keys, CORRECTION)]:
         raise KeyError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(keys)}")
@@ -194,7 +195,7 @@ def _check_state(
             plain = format == FP32() and part.is_floating_point()
             if part.dtype != component.dtype and not plain:
                 raise ValueError(f"{where}[{key!r}]: dtype {part.dtype}, must be {component.dtype}")
-            if component.suffix == "scale" and not part.isfinite().all():
+            if component.suffix.startswith("scale") and not part.isfinite().all():
                 raise ValueError(f"{where}[{key!r}]: must be finite")
 
     if CORRECTION in stored:
@@ -235,7 +236,7 @@ def _moved(
     """Copies of ``stored`` beside ``param``, or None where they are not stored as wanted."""
     if source != formats:
         return None
-    parts = {c.key(name): c for name, format in formats.items() for c in format.components}
+    parts = {c.key(name): c for name, f in bound(formats, param).items() for c in f.components}
     if not all(same_order(stored[key], c, param) for key, c in parts.items()):
         return None
     packed = any(format.components[0].span > 1 for format in formats.values())
@@ -258,13 +259,13 @@ def _decoded(
     Blocks follow the order that the codes had when they were saved, so that order decides; it is
     ``order`` where codes share bytes.
     """
-    parts = [(c.key(n), c) for n, format in source.items() for c in format.components]
+    parts = [(c.key(n), c) for n, f in bound(source, param).items() for c in f.components]
     ordered = torch.empty([param.shape[d] for d in order]).permute(inverse_order(order))
-    like = next((stored[key] for key, c in parts if c.span == 1 and c.suffix), ordered)
+    like = next((stored[key] for key, c in parts if c.per_element and c.suffix), ordered)
     local = {
-        key: stored[key].to(param.device)
-        if c.span > 1
-        else torch.empty_like(like, dtype=c.dtype, device=param.device).copy_(stored[key])
+        key: torch.empty_like(like, dtype=c.dtype, device=param.device).copy_(stored[key])
+        if c.per_element
+        else stored[key].to(param.device)
         for key, c in parts
     }
     return decode_moments(like, local, moments, source)

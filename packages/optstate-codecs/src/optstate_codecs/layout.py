@@ -7,18 +7,19 @@ Anything that is not dense in that order is gathered and scattered slice by slic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.formats import Component
+from optstate_codecs.formats import Component, Format
 
 __all__ = [
     "Declaration",
     "FlatState",
     "FlatView",
+    "bound",
     "empty_state",
     "inverse_order",
     "same_order",
@@ -31,10 +32,15 @@ SLICE_CPU = 1 << 16
 SLICE_DEVICE = 1 << 22
 
 
-def slices(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Start and stop of each slice of ``tensor``; starts are multiples of every block size."""
+def slices(tensor: Tensor, formats: Iterable[Format] = ()) -> Iterator[tuple[int, int]]:
+    """Start and stop of each slice of ``tensor``; starts are multiples of every block size.
+
+    One slice where any of ``formats`` needs the whole tensor.
+    """
     numel = tensor.numel()
     size = SLICE_CPU if tensor.device.type == "cpu" else SLICE_DEVICE
+    if any(format.whole for format in formats):
+        size = max(numel, 1)
     for start in range(0, numel, size):
         yield start, min(start + size, numel)
 
@@ -47,6 +53,12 @@ def storage_order(tensor: Tensor) -> tuple[int, ...]:
         if not tensor.is_contiguous()
         else range(tensor.dim())
     )
+
+
+def bound(formats: Mapping[str, Format], tensor: Tensor) -> dict[str, Format]:
+    """The formats as they store moments of ``tensor``'s shape in its storage order."""
+    order = storage_order(tensor)
+    return {name: format.for_shape(tensor.shape, order) for name, format in formats.items()}
 
 
 class FlatView:
@@ -94,20 +106,20 @@ class FlatState:
         self, state: Mapping[str, Tensor], stored: Mapping[str, Declaration], order: Sequence[int]
     ) -> None:
         self._flat = {
-            name: [(_flatten(state[c.key(name)], c, order), c.span) for c in declared.components]
+            name: [(_flatten(state[c.key(name)], c, order), c) for c in declared.components]
             for name, declared in stored.items()
         }
 
     def slice(self, start: int, stop: int) -> dict[str, list[Tensor]]:
         """Views of what elements ``start`` to ``stop`` of each moment are stored in."""
         return {
-            name: [flat[start // span : -(-stop // span)] for flat, span in parts]
+            name: [flat[component.part(start, stop)] for flat, component in parts]
             for name, parts in self._flat.items()
         }
 
 
 def _flatten(state: Tensor, component: Component, order: Sequence[int]) -> Tensor:
-    return state.view(-1) if component.span > 1 else state.permute(tuple(order)).view(-1)
+    return state.permute(tuple(order)).view(-1) if component.per_element else state.view(-1)
 
 
 def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
@@ -117,7 +129,7 @@ def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
 
 def empty_state(param: Tensor, component: Component) -> Tensor:
     """A zeroed component for a moment of ``param``, in the parameter's storage order."""
-    if component.span > 1:
+    if not component.per_element:
         shape = component.shape(param.shape)
         return torch.zeros(shape, dtype=component.dtype, device=param.device)
     order = storage_order(param)
@@ -128,6 +140,6 @@ def empty_state(param: Tensor, component: Component) -> Tensor:
 
 def same_order(state: Tensor, component: Component, param: Tensor) -> bool:
     """Whether ``state`` lies in memory as ``empty_state`` would lay it out for ``param``."""
-    if component.span > 1:
+    if not component.per_element:
         return state.is_contiguous()
     return state.permute(storage_order(param)).is_contiguous()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optstate_codecs.layout import Declaration
+from optstate_codecs.layout import Declaration, bound
 from optstate_codecs.writes import parameter_write
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
         formats = optimizer.group_formats(group)
         for param in group["params"]:
             write = parameter_write(optimizer.write, param.dtype)
-            stored: list[Declaration] = [*formats.values(), write]
+            stored: list[Declaration] = [*bound(formats, param).values(), write]
             parts = [component for declared in stored for component in declared.components]
             total += STEP_BYTES + sum(part.nbytes(param.numel()) for part in parts)
     return total

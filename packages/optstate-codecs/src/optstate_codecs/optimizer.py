@@ -12,7 +12,7 @@ from optstate_codecs import checkpoint, checks, engine
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
-from optstate_codecs.layout import empty_state
+from optstate_codecs.layout import bound, empty_state
 from optstate_codecs.operation import new_handle, step_as_operation
 from optstate_codecs.rules import Rule
 from optstate_codecs.scaling import gradient_factor, nonfinite
@@ -164,6 +164,11 @@ class CodedOptimizer(torch.optim.Optimizer):
                     f"formats[{moment.name!r}]={format.spec!r}: rounds small second moments to "
                     "zero, which makes steps of thousands x lr; use an unsigned format"
                 )
+            if moment.signed and not format.keeps_sign:
+                raise ValueError(
+                    f"formats[{moment.name!r}]={format.spec!r}: holds no negative numbers; "
+                    "use a signed format"
+                )
         if group["differentiable"]:
             raise ValueError("differentiable=True: not supported; leave it False")
         for i, param in enumerate(group["params"]):
@@ -283,7 +288,9 @@ class CodedOptimizer(torch.optim.Optimizer):
                 if not state:
                     if capturing():
                         raise needs_warm_up(f"parameter {index} has no state")
-                    state = self.state[param] = initial_state(param, {**formats, MASTER: write})
+                    state = self.state[param] = initial_state(
+                        param, {**bound(formats, param), MASTER: write}
+                    )
                     fresh.append((param, state, counts_on_device(self.param_groups[number])))
                 for part in write.components:
                     # a parameter that has changed its dtype since brings none

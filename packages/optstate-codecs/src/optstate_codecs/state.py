@@ -13,6 +13,7 @@ from optstate_codecs.layout import (
     Declaration,
     FlatState,
     FlatView,
+    bound,
     empty_state,
     inverse_order,
     slices,
@@ -68,7 +69,8 @@ def initial_state(param: Tensor, stored: Mapping[str, Declaration]) -> dict[str,
 
     Args:
         param: gives shape, layout and device.
-        stored: the format of each moment and, under the name ``MASTER``, the parameter's write.
+        stored: the format of each moment, bound to the parameter, and, under the name ``MASTER``,
+            the parameter's write.
     """
     state = {"step": torch.zeros((), dtype=torch.float32)}
     for name, declared in stored.items():
@@ -96,12 +98,13 @@ def encode_state(
     Returns:
         The state by key, without ``step``.
     """
+    formats = bound(formats, param)
     state = initial_state(param, formats)
     del state["step"]
     order = storage_order(param)
     views = {m.name: FlatView(values[m.name], order) for m in moments}
     stored = FlatState(state, formats, order)
-    for start, stop in slices(param):
+    for start, stop in slices(param, formats.values()):
         decoded = {
             name: view.read(start, stop).to(param.device, torch.float32)
             for name, view in views.items()
@@ -131,8 +134,9 @@ def decode_moments(
     ordered = [shape_as.shape[d] for d in order]
     device = next(iter(state.values())).device if state else shape_as.device
     flat = {m.name: torch.empty(shape_as.numel(), device=device) for m in moments}
+    formats = bound(formats, shape_as)
     stored = FlatState(state, formats, order)
-    for start, stop in slices(shape_as):
+    for start, stop in slices(shape_as, formats.values()):
         parts = stored.slice(start, stop)
         decoded = decode_slice(moments, formats, parts, torch.float32, stop - start)
         for name, value in decoded.items():

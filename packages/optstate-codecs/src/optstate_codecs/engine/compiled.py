@@ -110,7 +110,8 @@ _standings: WeakKeyDictionary[Unit, _Standing] = WeakKeyDictionary()
 def _stand(job: Job, unit: Unit, grad: Tensor, variant: Hashable) -> _Standing:
     built = None
     if _fits(unit, grad):
-        formats = tuple(unit.formats[moment.name] for moment in unit.moments)
+        stored = unit.bound
+        formats = tuple(stored[moment.name] for moment in unit.moments)
         scalars = len(job.rule.scalars(job.hypers[unit.group], 1.0))
         built = loops(
             Kind(job.rule, variant, unit.moments, formats, unit.write, grad.dtype, scalars)
@@ -130,6 +131,7 @@ def _fits(unit: Unit, grad: Tensor) -> bool:
         unit.state["step"].device.type == "cpu"
         and param.dtype in DTYPES
         and grad.dtype in DTYPES
+        and not any(format.whole for format in unit.bound.values())
         and unit.in_one_order(grad)
     )
 

@@ -36,7 +36,8 @@ def step(job: Job) -> None:
         raise RuntimeError(
             f"CUDA graph capture: parameter {unit.index} ({unit.param.dtype}, {unit.param.device}) "
             "is stepped by the reference, which cannot be captured; the kernel needs triton, a "
-            "CUDA device, and dense float32, bfloat16 or float16 laid out as its gradient"
+            "CUDA device, dense float32, bfloat16 or float16 laid out as its gradient, and formats "
+            "with device functions"
         )
     if job.found_inf is not None and bool(job.found_inf):
         return
@@ -49,14 +50,15 @@ def _step_unit(unit: Unit, grads: Tensor, rule: Rule, hyper: Any, factor: Tensor
     count = float(unit.state["step"])
     order = storage_order(unit.param)
     param, grad = FlatView(unit.param, order), FlatView(grads, order)
-    state = FlatState(unit.state, unit.stored, order)
+    formats = unit.bound
+    state = FlatState(unit.state, {**formats, MASTER: unit.write}, order)
     counter = Counter(unit.seed, int(count), unit.index)
     compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
 
-    how = How(rule, rule.variant(hyper), unit.moments, unit.formats, unit.write)
+    how = How(rule, rule.variant(hyper), unit.moments, formats, unit.write)
     scalars = rule.scalars(hyper, count)
 
-    for start, stop in slices(unit.param):
+    for start, stop in slices(unit.param, formats.values()):
         slope = grad.read(start, stop).to(compute)
         if factor is not None:
             slope = slope * factor.to(slope.device, compute)

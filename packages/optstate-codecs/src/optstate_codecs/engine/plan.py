@@ -83,7 +83,8 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
     left = []
     for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
         function = job.rule.device_function(job.hypers[unit.group])
-        formats = tuple(unit.formats[m.name] for m in unit.moments)
+        stored = unit.bound
+        formats = tuple(stored[moment.name] for moment in unit.moments)
         if function is None or not _fits(unit, grad, formats):
             left.append(place)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from optstate_codecs.formats import Format
-from optstate_codecs.layout import Declaration, same_order, storage_order
+from optstate_codecs.layout import Declaration, bound, same_order, storage_order
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.writes import MASTER, Write
 
@@ -25,7 +25,8 @@ class Unit:
         state: ``optimizer.state[param]``: ``step`` and the components of every moment and of the
             write.
         moments: the rule's moments, in its order.
-        formats: the format of each moment.
+        formats: the format of each moment, as the group has them; ``bound`` to the parameter they
+            say what is stored.
         write: how the parameter is read and written.
         seed: the optimizer's ``rounding_seed``.
         index: the parameter's place in the optimizer, counted over all groups.
@@ -42,9 +43,14 @@ class Unit:
     group: int = 0
 
     @property
+    def bound(self) -> dict[str, Format]:
+        """The format of each moment as it stores one of the parameter's shape."""
+        return bound(self.formats, self.param)
+
+    @property
     def stored(self) -> dict[str, Declaration]:
         """What declares the components of the state: each moment's format, then the write."""
-        return {**self.formats, MASTER: self.write}
+        return {**self.bound, MASTER: self.write}
 
     @property
     def parts(self) -> list[Tensor]:

@@ -11,7 +11,8 @@ fp8        8 + 32 / block_size     first moments; unsigned: second moments
 minifloat  8 + 32 / block_size,    first moments; unsigned: second moments
            4 + 16 / block_size
 dynamic4   4 + 32 / block_size     first moments, as published, to compare with
-linear4    4 + 32 / block_size     second moments, as published, to compare with
+linear4    4 + 32 / block_size     second moments, as published, to compare with; also with scales
+                                   by row and column
 ========== ======================= ==================================================
 """
 

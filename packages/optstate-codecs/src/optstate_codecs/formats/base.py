@@ -34,11 +34,18 @@ class Component:
         suffix: appended to the moment's name to give the state key; "" keeps the name itself.
         dtype: of the stored tensor.
         span: consecutive elements of the moment that share one entry (1: one entry each).
+        entries: how many, of a component whose entries do not follow the elements in a row.
     """
 
     suffix: str
     dtype: torch.dtype
     span: int = 1
+    entries: int | None = None
+
+    @property
+    def per_element(self) -> bool:
+        """Whether it has the moment's shape."""
+        return self.span == 1 and self.entries is None
 
     def key(self, moment: str) -> str:
         """The key in ``optimizer.state[p]``, e.g. ``exp_avg_codes``."""
@@ -46,7 +53,13 @@ class Component:
 
     def length(self, numel: int) -> int:
         """Entries for a moment of ``numel`` elements; the last one may cover fewer."""
-        return -(-numel // self.span)
+        return -(-numel // self.span) if self.entries is None else self.entries
+
+    def part(self, start: int, stop: int) -> slice:
+        """Which entries elements ``start`` to ``stop`` have; ``start`` is at a border."""
+        if self.entries is not None:
+            return slice(self.entries)
+        return slice(start // self.span, -(-stop // self.span))
 
     def nbytes(self, numel: int) -> int:
         """Exact bytes stored for a moment of ``numel`` elements."""
@@ -59,9 +72,9 @@ class Component:
         along them together with the parameter; otherwise it is one flat row of blocks.
         """
         shape = tuple(shape)
-        if self.span == 1:
+        if self.per_element:
             return shape
-        if shape and shape[-1] and shape[-1] % self.span == 0:
+        if self.entries is None and shape and shape[-1] and shape[-1] % self.span == 0:
             return (*shape[:-1], shape[-1] // self.span)
         numel = 1
         for size in shape:
@@ -113,6 +126,11 @@ class Format(ABC):
         return True
 
     @property
+    def keeps_sign(self) -> bool:
+        """Whether it holds negative numbers, as a first moment needs."""
+        return getattr(self, "signed", True)
+
+    @property
     def in_update_units(self) -> bool:
         """Whether a first moment is held divided by the root of its second moment."""
         return getattr(self, "units", "value") == "update"
@@ -131,6 +149,20 @@ class Format(ABC):
     def device_functions(self) -> DeviceFunctions | None:
         """The format's device functions, or None where only the torch reference exists."""
         return None
+
+    @property
+    def whole(self) -> bool:
+        """Whether ``encode`` and ``decode`` need all of a moment at once, instead of a slice."""
+        return False
+
+    def for_shape(self, shape: Sequence[int], order: Sequence[int]) -> Format:
+        """The format as it stores a moment of ``shape``: itself, unless the shape decides.
+
+        Args:
+            shape: of the parameter.
+            order: its dimensions from the slowest to the fastest in storage; elements come in it.
+        """
+        return self
 
     @abstractmethod
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:

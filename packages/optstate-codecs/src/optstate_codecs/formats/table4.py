@@ -1,16 +1,20 @@
-"""The 4-bit maps of Li et al., arXiv:2309.01507, as published: to compare with, by name.
+"""The 4-bit maps of Li et al., arXiv:2309.01507, to compare with, by name.
 
 Layout: ``codes`` uint8, one for two elements, the first in the low half; ``scale`` float32, one per
-block of ``block_size`` consecutive elements, its largest finite magnitude.
+block of ``block_size`` consecutive elements, its largest finite magnitude. With rank-1
+normalisation, tensors of two dimensions and more have ``scale0``, ``scale1`` ... instead, see
+``formats.rank1``.
 
 Values, in units of the scale, rounded to the nearest:
 
     dynamic4   signed: 0, 1, and of either sign the middles of 1, 2 and 4 even parts of the decades
                below 1: .0055 .0325 .0775 .2125 .4375 .6625 .8875
-    linear4    unsigned: 1/16, 2/16 ... 1; no zero, so that a second moment has none
+    linear4    unsigned: 1/16, 2/16 ... 1 but for 3/16; no zero, so that a second moment has none
 
-A negative scale says that its block holds elements that are not finite: there, and only there, the
-highest value is NaN, and finite elements nearest to it take the one below.
+What is not finite needs a code. ``linear4`` has NaN in place of 3/16: the gap that it leaves is no
+wider in relation than that from 1/16 to 2/16. ``dynamic4`` keeps the published map: a negative
+scale says that its block holds elements that are not finite; there, and only there, the highest
+value is NaN, and finite elements nearest to it take the one below.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch import Tensor
 from optstate_codecs import checks
 from optstate_codecs.formats.base import Component, Format, block_amax, blocked, scaled
 from optstate_codecs.formats.packing import pack, unpack
+from optstate_codecs.formats.rank1 import Axes
 from optstate_codecs.rounding import Draw
 
 __all__ = ["Dynamic4", "Linear4"]
@@ -32,40 +37,62 @@ __all__ = ["Dynamic4", "Linear4"]
 LAST = 15
 SMALLEST_SCALE = 2.0**-100
 _SIDE = (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875)
+# where it is NaN, the code is LAST
+_LINEAR = (*(n / 16 for n in range(1, 17) if n != 3), float("nan"))
+
+
+def _table(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _lifted(scale: Tensor) -> Tensor:
+    """Scales, 0 or of at least ``SMALLEST_SCALE``, whose reciprocal is a normal number."""
+    return torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), scale)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """The reciprocal; 0 of 0."""
+    return torch.where(scale > 0, scale.reciprocal(), scale)
+
+
+def _nearest(unit: Tensor, table: Tensor) -> Tensor:
+    """The place in ``table``, which ascends, of what is nearest to each of ``unit``; int32."""
+    return torch.bucketize(unit, (table[1:] + table[:-1]) / 2, out_int32=True)
 
 
 @dataclass(frozen=True)
-class _Table4(Format):
-    """Sixteen values under the largest magnitude of a block, to nearest.
+class Dynamic4(Format):
+    """The signed 4-bit dynamic exponent map, for first moments; see the module.
 
     Args:
         block_size: elements that share a scale, a power of two from 16 to 8192.
     """
 
+    name: ClassVar[str] = "dynamic4"
+    values: ClassVar[tuple[float, ...]] = (*(-v for v in reversed(_SIDE)), 0.0, *_SIDE, 1.0)
     block_size: int = 128
-    values: ClassVar[tuple[float, ...]]
 
     def __post_init__(self) -> None:
         checks.block_size(self.block_size)
 
     @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.uint8, 2),
-            Component("scale", torch.float32, self.block_size),
-        )
+    def keeps_positive(self) -> bool:
+        return False
 
-    def _table(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.values, dtype=torch.float32, device=device)
+    @property
+    def components(self) -> tuple[Component, ...]:
+        scale = Component("scale", torch.float32, self.block_size)
+        return Component("codes", torch.uint8, 2), scale
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
-        step = block_amax(x, self.block_size)
-        step = torch.where(step > 0, step.clamp(min=SMALLEST_SCALE), step)
-        inverse = torch.where(step > 0, step.reciprocal(), step)
-        table = self._table(x.device)
-        unit = scaled(x.nan_to_num(0.0, 0.0, 0.0), inverse, self.block_size)
-        code = torch.bucketize(unit, (table[1:] + table[:-1]) / 2, out_int32=True)
+        step = _lifted(block_amax(x, self.block_size))
+        unit = scaled(_finite(x), _inverse(step), self.block_size)
+        code = _nearest(unit, _table(self.values, x.device))
         bad = ~torch.isfinite(x)
         some = blocked(bad.to(step.dtype), self.block_size).amax(1, keepdim=True)
         limit = LAST - some.expand(-1, self.block_size).reshape(-1)[: x.numel()]
@@ -76,30 +103,102 @@ class _Table4(Format):
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
         code = unpack(codes)
-        x = self._table(codes.device).index_select(0, code)
+        x = _table(self.values, codes.device).index_select(0, code)
         marked = scaled((code == LAST).to(x.dtype), (scale < 0).view(-1, 1), self.block_size)
         x = x.masked_fill_(marked > 0, float("nan"))
         return scaled(x, scale.abs().view(-1, 1), self.block_size)
 
 
 @dataclass(frozen=True)
-class Dynamic4(_Table4):
-    """The signed 4-bit dynamic exponent map, for first moments; see the module."""
-
-    name: ClassVar[str] = "dynamic4"
-    values: ClassVar[tuple[float, ...]] = (*(-v for v in reversed(_SIDE)), 0.0, *_SIDE, 1.0)
-
-    @property
-    def keeps_positive(self) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
-class Linear4(_Table4):
+class Linear4(Format):
     """The unsigned 4-bit linear map without zero, for second moments; see the module.
 
-    Elements of a block of zeros stay zero; a zero among others becomes a sixteenth of the largest.
+    Elements whose scale is zero stay zero; a zero under another becomes a sixteenth of it.
+
+    Args:
+        block_size: elements that share a scale, a power of two from 16 to 8192.
+        normalization: "block"; or "rank1": the least of the maxima along an element's row, its
+            column and so on, 32 bits for each index of each dimension. That is for tensors of at
+            least two dimensions longer than one; others have blocks.
+
+    Example:
+        >>> Linear4(normalization="rank1").for_shape((256, 64), (0, 1)).nbytes(256 * 64)
+        9472
     """
 
     name: ClassVar[str] = "linear4"
-    values: ClassVar[tuple[float, ...]] = tuple((n + 1) / 16 for n in range(16))
+    values: ClassVar[tuple[float, ...]] = _LINEAR[:LAST]
+    block_size: int = 128
+    normalization: str = "block"
+
+    def __post_init__(self) -> None:
+        checks.block_size(self.block_size)
+        checks.one_of("normalization", self.normalization, ("block", "rank1"))
+
+    @property
+    def keeps_sign(self) -> bool:
+        return False
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        scale = Component("scale", torch.float32, self.block_size)
+        return Component("codes", torch.uint8, 2), scale
+
+    def for_shape(self, shape: Sequence[int], order: Sequence[int]) -> Format:
+        axes = Axes.of(shape, order)
+        if self.normalization == "block" or len(axes.dims) < 2 or not axes.numel:
+            return self
+        return _Rank1Linear4(axes)
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        codes, scale = parts
+        step = _lifted(block_amax(x, self.block_size))
+        unit = scaled(_finite(x), _inverse(step), self.block_size)
+        codes.copy_(_linear_codes(x, unit))
+        scale.copy_(step.view(-1))
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        codes, scale = parts
+        return scaled(_linear_values(codes), scale.view(-1, 1), self.block_size)
+
+
+@dataclass(frozen=True)
+class _Rank1Linear4(Format):
+    """``Linear4(normalization="rank1")`` of a tensor with these axes."""
+
+    name: ClassVar[str] = Linear4.name
+    axes: Axes
+
+    @property
+    def keeps_sign(self) -> bool:
+        return False
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return Component("codes", torch.uint8, 2), *self.axes.components
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        codes, *scales = parts
+        finite = _finite(x)
+        maxima = [_lifted(maximum) for maximum in self.axes.maxima(finite)]
+        codes.copy_(_linear_codes(x, finite * _inverse(self.axes.scale(maxima))))
+        for scale, maximum in zip(scales, maxima, strict=True):
+            scale.copy_(maximum)
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        codes, *scales = parts
+        return _linear_values(codes)[: self.axes.numel] * self.axes.scale(scales)
+
+
+def _linear_codes(x: Tensor, unit: Tensor) -> Tensor:
+    """Packed codes of ``unit``, and NaN's where ``x`` is not finite."""
+    code = _nearest(unit, _table(Linear4.values, x.device))
+    return pack(code.masked_fill_(~torch.isfinite(x), LAST))
+
+
+def _linear_values(codes: Tensor) -> Tensor:
+    return _table(_LINEAR, codes.device).index_select(0, unpack(codes))

@@ -2,7 +2,7 @@
 
 State is read, updated and rewritten every step, so a format is judged by the updates it gives after
 many steps, not by one round trip. Optimizers and an Adam in float64 see the same gradients, drawn
-independently of the parameters; all kinds of gradients are stretches of one parameter.
+independently of the parameters; all kinds of gradients are stretches of one vector, or matrices.
 """
 
 from __future__ import annotations
@@ -83,10 +83,18 @@ class Fidelity:
     longest: float
 
 
-def gradients(kinds: Sequence[str], steps: int, numel: int, seed: int = 0) -> Iterator[Tensor]:
-    """``numel`` elements of each kind, one kind after the other, for each of ``steps`` steps."""
+def gradients(
+    kinds: Sequence[str], steps: int, numel: int, seed: int = 0, rows: int = 1
+) -> Iterator[Tensor]:
+    """``numel`` elements of each kind, one kind after the other, for each of ``steps`` steps.
+
+    With ``rows``, an element's own number is the sum of its row's and its column's, over sqrt(2).
+    """
     generator = torch.Generator().manual_seed(seed)
     own = torch.randn(numel, generator=generator)
+    if rows > 1:
+        by_row, by_column = own[:rows].view(-1, 1), own[rows : rows + numel // rows]
+        own = ((by_row + by_column) / math.sqrt(2)).view(-1)
     for step in range(steps):
         noise = torch.randn(numel, generator=generator)
         chance = torch.rand(numel, generator=generator)
@@ -113,19 +121,28 @@ class _Exact:
 class _Coded:
     """An optimizer, and what has been seen of its updates, [kinds, elements] throughout."""
 
-    def __init__(self, make: Make, beta2: float, shape: tuple[int, int], device: str) -> None:
+    def __init__(
+        self, make: Make, beta2: float, shape: tuple[int, int], device: str, rows: int = 1
+    ) -> None:
         self.shape = shape
-        self.param = Parameter(torch.zeros(shape[0] * shape[1], device=device))
-        self.optimizer = make([self.param], lr=1.0, betas=(BETA1, beta2), eps=EPS, weight_decay=0.0)
+        # stretches of one vector, or a matrix for each kind
+        sizes = [(shape[0] * shape[1],)] if rows == 1 else [(rows, shape[1] // rows)] * shape[0]
+        self.params = [Parameter(torch.zeros(size, device=device)) for size in sizes]
+        self.optimizer = make(self.params, lr=1.0, betas=(BETA1, beta2), eps=EPS, weight_decay=0.0)
         self.sums = torch.zeros(4, shape[0], dtype=torch.float64)
         self.path = torch.zeros(shape, dtype=torch.float64)
         self.longest = torch.zeros(shape[0], dtype=torch.float64)
 
     def update(self, grad: Tensor) -> Tensor:
-        self.param.detach().zero_()
-        self.param.grad = grad.to(self.param.device)
+        for param, part in zip(self.params, grad.chunk(len(self.params)), strict=True):
+            param.detach().zero_()
+            param.grad = part.to(param.device).view_as(param)
         self.optimizer.step()
-        return -self.param.detach().cpu().double().view(self.shape)
+        return -self._joined([param.detach() for param in self.params]).view(self.shape)
+
+    @staticmethod
+    def _joined(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part.flatten() for part in parts]).cpu().double()
 
     def follow(self, grad: Tensor, exact: Tensor, compared: bool) -> None:
         update = self.update(grad)
@@ -138,8 +155,9 @@ class _Coded:
 
     def results(self, exact: Tensor, path: Tensor) -> Iterator[Fidelity]:
         """One for each kind; ``exact`` is the second moment, ``path`` the sum of exact updates."""
-        stored = decode_state(self.optimizer, self.param)["exp_avg_sq"].cpu()
-        logs = (stored.double() / exact).log().view(self.shape) / 2
+        states = [decode_state(self.optimizer, param) for param in self.params]
+        stored = self._joined([state["exp_avg_sq"] for state in states])
+        logs = (stored / exact).log().view(self.shape) / 2
         for i, (along, squared, apart, own) in enumerate(self.sums.T.tolist()):
             log = logs[i][logs[i].isfinite()]
             yield Fidelity(
@@ -162,6 +180,7 @@ def compare(
     last: int = 100,
     numel: int = 4096,
     seed: int = 0,
+    rows: int = 1,
     device: str = "cpu",
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Fidelity]]:
@@ -175,6 +194,8 @@ def compare(
         last: of them, the last ones that gain, error and cosine are over.
         numel: elements for each kind; a multiple of the block size keeps blocks of one kind.
         seed: of the gradients.
+        rows: above 1: a matrix of that many rows for each kind, whose log-normal scales and
+            drifting means belong to rows and columns; a divisor of ``numel``, below it.
         device: where the optimizers run.
         advance: called after each step of all.
 
@@ -187,9 +208,9 @@ def compare(
     """
     shape = (len(kinds), numel)
     exact = _Exact(beta2)
-    coded = {name: _Coded(make, beta2, shape, device) for name, make in makes.items()}
+    coded = {name: _Coded(make, beta2, shape, device, rows) for name, make in makes.items()}
     path = torch.zeros(shape, dtype=torch.float64)
-    for step, grad in enumerate(gradients(kinds, steps, numel, seed)):
+    for step, grad in enumerate(gradients(kinds, steps, numel, seed, rows)):
         update = exact.update(grad).view(shape)
         path += update
         for one in coded.values():

@@ -36,7 +36,7 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 def _follow(optimizer: CodedOptimizer, param: Parameter, grads: list[Tensor]) -> None:
     for grad in grads:
-        param.grad = grad.to(param.device)
+        param.grad = grad.to(param.device).view_as(param)
         optimizer.step()
 
 
@@ -69,8 +69,8 @@ def zero_stays(subject: Subject) -> None:
     own, within ``subject.drift`` lr.
     """
     numel, lr = 6000, 1e-3
-    start = torch.randn(numel, generator=_generator()).to(subject.device)
-    still = torch.arange(numel, device=subject.device) % 2 == 0
+    start = subject.shaped(torch.randn(numel, generator=_generator()))
+    still = subject.shaped(torch.arange(numel) % 2 == 0)
     param, exact = Parameter(start.clone()), Parameter(start.double())
     ours = subject.make([param], lr=lr, weight_decay=0.0)
     reference = torch.optim.Adam([exact], lr=lr)
@@ -79,7 +79,7 @@ def zero_stays(subject: Subject) -> None:
     for step in range(1050):
         if step == 50:
             stopped = param.detach().clone(), exact.detach().clone()
-        grad = torch.randn(numel, generator=noise).to(subject.device) * (step < 50) * ~still
+        grad = subject.shaped(torch.randn(numel, generator=noise)) * (step < 50) * ~still
         param.grad, exact.grad = grad, grad.double()
         ours.step()
         reference.step()
@@ -99,7 +99,7 @@ def positive_stays_positive(subject: Subject) -> None:
     numel = 8192
     spread = torch.exp(torch.randn(numel, generator=_generator()))
     noise = _generator(1)
-    param = Parameter(torch.zeros(numel, device=subject.device))
+    param = Parameter(subject.shaped(torch.zeros(numel)))
     optimizer = subject.make([param], lr=LR, weight_decay=0.0)
     longest = 0.0
     for _ in range(200):
@@ -126,9 +126,10 @@ def unbiased_length(
     kinds = ("dense", "5 % sparse")
     make = partial(subject.make, amsgrad=False)
     for beta2 in betas:
-        found = compare({"": make}, beta2, kinds, steps=steps, numel=8192, device=subject.device)[
-            ""
-        ]
+        rows, device = subject.rows, subject.device
+        (found,) = compare(
+            {"": make}, beta2, kinds, steps=steps, numel=8192, rows=rows, device=device
+        ).values()
         for kind, fidelity in found.items():
             if not abs(fidelity.gain - 1) <= subject.gain:
                 raise AssertionError(
@@ -143,7 +144,7 @@ def scale_equivariance(subject: Subject) -> None:
     grads = [torch.randn(numel, generator=_generator(t)) for t in range(8)]
 
     def codes(k: int) -> tuple[Tensor, dict[str, Tensor]]:
-        param = Parameter(torch.ones(numel, device=subject.device))
+        param = Parameter(subject.shaped(torch.ones(numel)))
         optimizer = subject.make([param], lr=LR, eps=math.ldexp(eps, k), weight_decay=0.0)
         _follow(optimizer, param, [grad * 2.0**k for grad in grads])
         state = optimizer.state[param]
@@ -162,12 +163,12 @@ def locality(subject: Subject) -> None:
     With ``skip_nonfinite=True`` the step is skipped: nothing changes at all.
     """
     numel, places = 3000, torch.tensor([0, 17, 2049])
-    others = torch.ones(numel, dtype=torch.bool).index_fill(0, places, False).to(subject.device)
+    others = subject.shaped(torch.ones(numel, dtype=torch.bool).index_fill(0, places, False))
     grads = [torch.randn(numel, generator=_generator(t)) for t in range(6)]
     small = [grad.index_fill(0, places, 0.0) for grad in grads]
     for poison in (float("nan"), float("inf"), -float("inf")):
         bad = [g.index_fill(0, places, poison) if t == 2 else g for t, g in enumerate(small)]
-        clean_param = Parameter(torch.ones(numel, device=subject.device))
+        clean_param = Parameter(subject.shaped(torch.ones(numel)))
         bad_param = Parameter(clean_param.detach().clone())
         clean = subject.make([clean_param], lr=LR)
         poisoned = subject.make([bad_param], lr=LR)

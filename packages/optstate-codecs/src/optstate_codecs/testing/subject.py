@@ -34,6 +34,7 @@ class Subject:
         error: law 10, how far three steps may be from exact Adam's, relative root mean square.
         gain: law 4, how far from 1 the updates' gain against exact Adam's may be.
         device: where to check.
+        rows: laws 2 to 6 step matrices of that many rows, 2, 4 or 8; 1: vectors.
     """
 
     name: str
@@ -44,6 +45,12 @@ class Subject:
     error: float = 0.1
     gain: float = 0.005
     device: str = "cpu"
+    rows: int = 1
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        """A law's vector on the device, as a matrix where the subject wants those."""
+        flat = flat.to(self.device)
+        return flat if self.rows == 1 else flat.view(self.rows, -1)
 
 
 class Trainer:
