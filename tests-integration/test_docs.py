@@ -21,6 +21,7 @@ PAGES = sorted(
 PUBLIC = (
     "lowbit_adam",
     "optstate_codecs",
+    "optstate_codecs.convert",
     "optstate_codecs.formats",
     "optstate_codecs.rules",
     "optstate_codecs.memory",

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optstate_codecs.formats import Component, Format
+from optstate_codecs.formats import FP32, Component, Format
 
 __all__ = [
     "Declaration",
@@ -56,9 +56,12 @@ def storage_order(tensor: Tensor) -> tuple[int, ...]:
 
 
 def bound(formats: Mapping[str, Format], tensor: Tensor) -> dict[str, Format]:
-    """The formats as they store moments of ``tensor``'s shape in its storage order."""
-    order = storage_order(tensor)
-    return {name: format.for_shape(tensor.shape, order) for name, format in formats.items()}
+    """The formats as they store moments of ``tensor``'s size and shape in its storage order."""
+    order, numel = storage_order(tensor), tensor.numel()
+    return {
+        name: FP32() if numel < format.min_elements else format.for_shape(tensor.shape, order)
+        for name, format in formats.items()
+    }
 
 
 class FlatView:
