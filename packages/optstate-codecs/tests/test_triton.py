@@ -7,7 +7,7 @@ import pytest
 import torch
 from subjects import FIRST, SECOND
 
-from optstate_codecs import FP8, Adam, CodedOptimizer, Int4, Minifloat, master_weights
+from optstate_codecs import FP8, Adam, CodedOptimizer, CoState, Int4, Minifloat, OneQ, master_weights
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.plan import build_buckets
 from optstate_codecs.testing import Trainer
@@ -25,6 +25,12 @@ FORMATS = {
     "fp8": (FP8.first_moment(256).spec, Minifloat.second_moment8(256).spec),
     "fp8-plain": ("fp8(block_size=64)", "fp8(block_size=64, signed=False)"),
     "4bit": (Int4.first_moment().spec, Minifloat.second_moment4().spec),
+    "turbo": (CoState(4).spec, OneQ(3).spec),
+    "turbo-small": (CoState(2).spec, OneQ(3).spec),
+    "turbo-sign": (CoState(1).spec, OneQ(2).spec),
+    "turbo-wide": (CoState(6).spec, OneQ(6).spec),
+    "turbo-cut": (CoState(3, 64, 0.8, 0.1).spec, OneQ(4, 64).spec),
+    "turbo-8": (CoState(3).spec, OneQ(8).spec),
     "4bit-plain": (
         "minifloat(exponent_bits=1, block_size=64, signed=True)",
         "minifloat(exponent_bits=3, mantissa_bits=1, block_size=64)",

@@ -435,6 +435,15 @@ def row_max(x, rows):  # type: ignore[no-untyped-def]
 
 
 @jit
+def row_sum(x, rows):  # type: ignore[no-untyped-def]
+    """Each row's sum."""
+    if x.shape[0] == rows.shape[0]:
+        return tl.sum(x, axis=1)
+    else:
+        return tl.sum(tl.sum(by_rows(x, rows), axis=0), axis=1)
+
+
+@jit
 def row_amax(x, rows, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Each row's largest magnitude, as bits: at least ``INF_BITS`` where a row is not finite.
 

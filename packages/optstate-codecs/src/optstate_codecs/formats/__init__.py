@@ -10,6 +10,10 @@ dynamic8   8 + 32 / block_size     first moments; unsigned: second moments
 fp8        8 + 32 / block_size     first moments; unsigned: second moments
 minifloat  8 + 32 / block_size,    first moments; unsigned: second moments
            4 + 16 / block_size
+costate    1, 2, 3, 4 or 6,        first moments
+           + 16 / block_size
+oneq       2, 3, 4, 6 or 8,        second moments
+           + 16 / block_size
 dynamic4   4 + 32 / block_size     first moments, as published, to compare with
 linear4    4 + 32 / block_size     second moments, as published, to compare with; also with scales
                                    by row and column
@@ -18,10 +22,12 @@ linear4    4 + 32 / block_size     second moments, as published, to compare with
 
 from optstate_codecs.formats.base import Component, Format
 from optstate_codecs.formats.cast import BF16, FP32
+from optstate_codecs.formats.costate import CoState
 from optstate_codecs.formats.dynamic import Dynamic8
 from optstate_codecs.formats.fp8 import FP8
 from optstate_codecs.formats.linear import Int4, Int8
 from optstate_codecs.formats.minifloat import Minifloat
+from optstate_codecs.formats.oneq import OneQ
 from optstate_codecs.formats.registry import as_format, format_names, parse_format
 from optstate_codecs.formats.table4 import Dynamic4, Linear4
 
@@ -29,6 +35,7 @@ __all__ = [
     "BF16",
     "FP8",
     "FP32",
+    "CoState",
     "Component",
     "Dynamic4",
     "Dynamic8",
@@ -37,6 +44,7 @@ __all__ = [
     "Int8",
     "Linear4",
     "Minifloat",
+    "OneQ",
     "as_format",
     "format_names",
     "parse_format",

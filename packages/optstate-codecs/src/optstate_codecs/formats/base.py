@@ -33,13 +33,15 @@ class Component:
     Attributes:
         suffix: appended to the moment's name to give the state key; "" keeps the name itself.
         dtype: of the stored tensor.
-        span: consecutive elements of the moment that share one entry (1: one entry each).
+        span: consecutive elements of the moment that share entries (1: one entry each).
+        shared: how many they share; more than 1 where codes lie across the borders of bytes.
         entries: how many, of a component whose entries do not follow the elements in a row.
     """
 
     suffix: str
     dtype: torch.dtype
     span: int = 1
+    shared: int = 1
     entries: int | None = None
 
     @property
@@ -52,14 +54,14 @@ class Component:
         return f"{moment}_{self.suffix}" if self.suffix else moment
 
     def length(self, numel: int) -> int:
-        """Entries for a moment of ``numel`` elements; the last one may cover fewer."""
-        return -(-numel // self.span) if self.entries is None else self.entries
+        """Entries for a moment of ``numel`` elements; the last ones may cover fewer."""
+        return -(-numel // self.span) * self.shared if self.entries is None else self.entries
 
     def part(self, start: int, stop: int) -> slice:
         """Which entries elements ``start`` to ``stop`` have; ``start`` is at a border."""
         if self.entries is not None:
             return slice(self.entries)
-        return slice(start // self.span, -(-stop // self.span))
+        return slice(self.length(start), self.length(stop))
 
     def nbytes(self, numel: int) -> int:
         """Exact bytes stored for a moment of ``numel`` elements."""
@@ -75,7 +77,7 @@ class Component:
         if self.per_element:
             return shape
         if self.entries is None and shape and shape[-1] and shape[-1] % self.span == 0:
-            return (*shape[:-1], shape[-1] // self.span)
+            return (*shape[:-1], self.length(shape[-1]))
         numel = 1
         for size in shape:
             numel *= size
@@ -182,7 +184,7 @@ class Format(ABC):
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """The moment that ``parts`` hold, flat and float32 (a view where the format is fp32).
 
-        Where codes share bytes, what fills up the last byte comes last and is to be cut off.
+        Where codes share bytes, what fills up the last bytes comes last and is to be cut off.
         """
 
     @property

@@ -24,14 +24,17 @@ from optstate_codecs.device import (
     spread,
     third_byte,
     tl,
+    widened,
 )
 from optstate_codecs.formats.base import blocked, scaled, surely
 
 __all__ = [
+    "SMALLEST",
     "SMALLEST_SCALE",
     "fill_marked",
     "finite_amax",
     "load_bytes",
+    "load_codes",
     "load_scale",
     "mark",
     "nan_where_marked",
@@ -129,15 +132,57 @@ def load_bytes(codes, offsets, rows, left):  # type: ignore[no-untyped-def]
 
 
 @jit
-def store_codes(codes, word, offsets, rows, left, PACKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keep bits 16 to 23 of each int32, or, two by two in a byte, bits 16 to 19."""
-    if PACKED:
+def _or(a, b):  # type: ignore[no-untyped-def]
+    return a | b
+
+
+@jit
+def group_places(offsets, rows, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The numbers of a tile's groups of GROUP elements, [pieces, elements / GROUP]."""
+    length: tl.constexpr = offsets.shape[1] // GROUP
+    starts = piece_starts(length, offsets.shape[0], rows.shape[0])
+    return starts[:, None] + tl.arange(0, length)[None, :]
+
+
+@jit
+def load_codes(codes, offsets, rows, left, BITS: tl.constexpr, PLACE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The codes of a tile in bits PLACE on of int32; see ``formats.packing``."""
+    if BITS == 8:
+        return widened(tl.load(codes + offsets, mask=offsets < left, other=0)) << PLACE
+    else:
+        group: tl.constexpr = 8 if BITS % 2 == 1 else (4 if BITS % 4 == 2 else 2)
+        count: tl.constexpr = group * BITS // 8
+        places = group_places(offsets, rows, group)
+        mask = places * group < left
+        word = tl.load(codes + places * count, mask=mask, other=0).to(tl.int32)
+        for place in tl.static_range(1, count):
+            byte = tl.load(codes + (places * count + place), mask=mask, other=0)
+            word = word | (byte.to(tl.int32) << (8 * place))
+        every = tl.broadcast_to(word[:, :, None], [word.shape[0], word.shape[1], group])
+        every = tl.reshape(every, [offsets.shape[0], offsets.shape[1]])
+        return ((every >> (offsets % group * BITS)) & ((1 << BITS) - 1)) << PLACE
+
+
+@jit
+def store_codes(codes, word, offsets, rows, left, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keep bits 16 to 16 + BITS - 1 of each int32, as ``formats.packing`` says."""
+    if BITS == 8:
+        tl.store(codes + offsets, third_byte(word), mask=offsets < left)
+    elif BITS == 4:
         half: tl.constexpr = offsets.shape[1] // 2
         low, high = tl.split(tl.reshape(word, [offsets.shape[0], half, 2]))
         places = byte_places(offsets, rows)
         tl.store(codes + places, pair_of_nibbles(low, high), mask=places < left - (left >> 1))
     else:
-        tl.store(codes + offsets, third_byte(word), mask=offsets < left)
+        group: tl.constexpr = 8 if BITS % 2 == 1 else 4
+        count: tl.constexpr = group * BITS // 8
+        code = tl.where(offsets < left, (word >> 16) & ((1 << BITS) - 1), 0)
+        code = code << (offsets % group * BITS)
+        places = group_places(offsets, rows, group)
+        groups = tl.reduce(tl.reshape(code, [offsets.shape[0], places.shape[1], group]), 2, _or)
+        for place in tl.static_range(count):
+            byte = (groups >> (8 * place)).to(tl.uint8)
+            tl.store(codes + (places * count + place), byte, mask=places * group < left)
 
 
 @jit
@@ -148,7 +193,7 @@ def nan_where_marked(x, code, factor, NAN: tl.constexpr):  # type: ignore[no-unt
 
 @jit
 def store_marked(  # type: ignore[no-untyped-def]
-    codes, scale, code, factor, x, offsets, rows, left, NAN: tl.constexpr, PACKED: tl.constexpr
+    codes, scale, code, factor, x, offsets, rows, left, NAN: tl.constexpr, BITS: tl.constexpr
 ):
     """Once more, and as ``mark`` does: for tiles that hold something that is not finite.
 
@@ -158,6 +203,6 @@ def store_marked(  # type: ignore[no-untyped-def]
     some = row_max(bad.to(tl.int32), rows) > 0
     code = tl.where((code == NAN) & (spread(some.to(tl.int32), x) > 0), 0, code.to(tl.int32))
     code = tl.where(bad, NAN, code)
-    store_codes(codes, code << 16, offsets, rows, left, PACKED)
+    store_codes(codes, code << 16, offsets, rows, left, BITS)
     factor = tl.where(some, -tl.maximum(factor, SMALLEST), factor)
     store_scale(scale, factor, offsets, rows, left)

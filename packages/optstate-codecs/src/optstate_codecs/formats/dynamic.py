@@ -350,4 +350,4 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     tl.store(codes + offsets, code, mask=offsets < left)
     if worst >= INF_BITS:
         nan: tl.constexpr = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
-        store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, False)
+        store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, 8)

@@ -207,4 +207,4 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     store_scale(scale, factor, offsets, rows, left)
     tl.store(codes + offsets, code, mask=offsets < left)
     if worst >= INF_BITS:
-        store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE, False)
+        store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE, 8)

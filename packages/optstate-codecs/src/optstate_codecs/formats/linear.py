@@ -259,7 +259,7 @@ def store4(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):
         value = fma(x, inverse, 192.0)
     position = as_bits(value) + (random if OPTIONS & _STOCHASTIC else 0x8000)
     store_scale(scale, factor, offsets, rows, left)
-    store_codes(codes, position, offsets, rows, left, True)
+    store_codes(codes, position, offsets, rows, left, 4)
     if worst >= INF_BITS:
         code = (position >> 16) & 15
-        store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE4, True)
+        store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE4, 4)

@@ -339,7 +339,7 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     else:
         position = at_least_if_positive(position, 65536, x)
     store_scale(scale, factor, offsets, rows, left)
-    store_codes(codes, position, offsets, rows, left, packed)
+    store_codes(codes, position, offsets, rows, left, 4 if packed else 8)
     if worst >= INF_BITS:
         code = (position >> 16) & (15 if packed else 255)
-        store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, packed)
+        store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, 4 if packed else 8)

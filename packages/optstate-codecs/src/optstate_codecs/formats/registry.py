@@ -9,10 +9,12 @@ from importlib.metadata import entry_points
 
 from optstate_codecs.formats.base import Format
 from optstate_codecs.formats.cast import BF16, FP32
+from optstate_codecs.formats.costate import CoState
 from optstate_codecs.formats.dynamic import Dynamic8
 from optstate_codecs.formats.fp8 import FP8
 from optstate_codecs.formats.linear import Int4, Int8
 from optstate_codecs.formats.minifloat import Minifloat
+from optstate_codecs.formats.oneq import OneQ
 from optstate_codecs.formats.table4 import Dynamic4, Linear4
 
 __all__ = ["as_format", "format_names", "parse_format"]
@@ -25,6 +27,8 @@ _BUILT_IN: tuple[type[Format], ...] = (
     Dynamic8,
     FP8,
     Minifloat,
+    CoState,
+    OneQ,
     Dynamic4,
     Linear4,
 )

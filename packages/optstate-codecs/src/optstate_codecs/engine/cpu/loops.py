@@ -71,8 +71,10 @@ class Kind:
         """Elements a row.
 
         Raises:
-            Unrecordable: formats have blocks of different sizes.
+            Unrecordable: formats have blocks of different sizes, or codes packed too closely.
         """
+        if any(f.components[0].span not in (1, 2) for f in self.formats):
+            raise Unrecordable("more than two codes in a byte, or codes across bytes")
         spans = {format.span for format in self.formats} - {1, 2}
         if len(spans) > 1:
             raise Unrecordable("blocks of different sizes")

@@ -76,6 +76,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     STREAM0: tl.constexpr,
     PAIRED0: tl.constexpr,
     SPAN0: tl.constexpr,
+    SHARED0: tl.constexpr,
     DIVISIBLE0: tl.constexpr,
     LOAD1: tl.constexpr,
     STORE1: tl.constexpr,
@@ -86,6 +87,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     STREAM1: tl.constexpr,
     PAIRED1: tl.constexpr,
     SPAN1: tl.constexpr,
+    SHARED1: tl.constexpr,
     DIVISIBLE1: tl.constexpr,
     LOAD2: tl.constexpr,
     STORE2: tl.constexpr,
@@ -96,6 +98,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     STREAM2: tl.constexpr,
     PAIRED2: tl.constexpr,
     SPAN2: tl.constexpr,
+    SHARED2: tl.constexpr,
     DIVISIBLE2: tl.constexpr,
     WORD0: tl.constexpr,
     WORD1: tl.constexpr,
@@ -160,18 +163,18 @@ def step_kernel(  # type: ignore[no-untyped-def]
     if HAS_SCALE:
         g = g * tl.load(grad_scale)
 
-    first0 = _pointer(entry + 2, FIRST0, DIVISIBLE0) + start // SPAN0
+    first0 = _pointer(entry + 2, FIRST0, DIVISIBLE0) + start // SPAN0 * SHARED0
     second0 = _pointer(entry + 3, SECOND0, 1) + first_row
     m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, False, OPTIONS0)
     m1 = m0
     m2 = m0
     if MOMENTS >= 2:
-        first1 = _pointer(entry + 4, FIRST1, DIVISIBLE1) + start // SPAN1
+        first1 = _pointer(entry + 4, FIRST1, DIVISIBLE1) + start // SPAN1 * SHARED1
         second1 = _pointer(entry + 5, SECOND1, 1) + first_row
         m1, signs1 = LOAD1(first1, second1, offsets, row_offsets, left, False, OPTIONS1)
         signs = signs | signs1
     if MOMENTS >= 3:
-        first2 = _pointer(entry + 6, FIRST2, DIVISIBLE2) + start // SPAN2
+        first2 = _pointer(entry + 6, FIRST2, DIVISIBLE2) + start // SPAN2 * SHARED2
         second2 = _pointer(entry + 7, SECOND2, 1) + first_row
         m2, signs2 = LOAD2(first2, second2, offsets, row_offsets, left, False, OPTIONS2)
         signs = signs | signs2

@@ -54,7 +54,8 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         functions = format.device_functions
         assert functions is not None
         stream = moments[slot].stream if used else 0
-        first, second = format.components[0].dtype, format.components[-1].dtype
+        codes = format.components[0]
+        first, second = codes.dtype, format.components[-1].dtype
         chosen |= {
             f"LOAD{slot}": functions.load,
             f"STORE{slot}": functions.store,
@@ -64,8 +65,11 @@ def constants(bucket: Bucket) -> dict[str, Any]:
             f"SQRT{slot}": getattr(format, "domain", "linear") == "sqrt",
             f"STREAM{slot}": stream,
             f"PAIRED{slot}": format.in_pairs,
-            f"SPAN{slot}": format.components[0].span,
-            f"DIVISIBLE{slot}": max(1, wide * first.itemsize // format.components[0].span),
+            f"SPAN{slot}": codes.span,
+            f"SHARED{slot}": codes.shared,
+            f"DIVISIBLE{slot}": 1
+            if codes.shared > 1
+            else max(1, wide * first.itemsize // codes.span),
         }
         if used and format.uses_random:
             (even if format.in_pairs else words)[stream // 2] = True
