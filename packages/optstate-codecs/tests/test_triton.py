@@ -7,7 +7,16 @@ import pytest
 import torch
 from subjects import FIRST, SECOND
 
-from optstate_codecs import FP8, Adam, CodedOptimizer, CoState, Int4, Minifloat, OneQ, master_weights
+from optstate_codecs import (
+    FP8,
+    Adam,
+    CodedOptimizer,
+    CoState,
+    Int4,
+    Minifloat,
+    OneQ,
+    master_weights,
+)
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.plan import build_buckets
 from optstate_codecs.testing import Trainer

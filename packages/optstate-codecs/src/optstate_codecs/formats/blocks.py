@@ -145,6 +145,17 @@ def group_places(offsets, rows, GROUP: tl.constexpr):  # type: ignore[no-untyped
 
 
 @jit
+def byte_offsets(places, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where groups of COUNT bytes begin."""
+    if COUNT == 1:
+        return places
+    else:
+        # not so, but a thread reads one byte at a time, since addresses have no alignment here, and
+        # what this says makes neighbouring threads read neighbouring groups
+        return tl.max_contiguous(places * COUNT, [1, places.shape[1]])
+
+
+@jit
 def load_codes(codes, offsets, rows, left, BITS: tl.constexpr, PLACE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The codes of a tile in bits PLACE on of int32; see ``formats.packing``."""
     if BITS == 8:
@@ -154,9 +165,10 @@ def load_codes(codes, offsets, rows, left, BITS: tl.constexpr, PLACE: tl.constex
         count: tl.constexpr = group * BITS // 8
         places = group_places(offsets, rows, group)
         mask = places * group < left
-        word = tl.load(codes + places * count, mask=mask, other=0).to(tl.int32)
+        bytes_ = byte_offsets(places, count)
+        word = tl.load(codes + bytes_, mask=mask, other=0).to(tl.int32)
         for place in tl.static_range(1, count):
-            byte = tl.load(codes + (places * count + place), mask=mask, other=0)
+            byte = tl.load(codes + (bytes_ + place), mask=mask, other=0)
             word = word | (byte.to(tl.int32) << (8 * place))
         every = tl.broadcast_to(word[:, :, None], [word.shape[0], word.shape[1], group])
         every = tl.reshape(every, [offsets.shape[0], offsets.shape[1]])
@@ -182,7 +194,9 @@ def store_codes(codes, word, offsets, rows, left, BITS: tl.constexpr):  # type: 
         groups = tl.reduce(tl.reshape(code, [offsets.shape[0], places.shape[1], group]), 2, _or)
         for place in tl.static_range(count):
             byte = (groups >> (8 * place)).to(tl.uint8)
-            tl.store(codes + (places * count + place), byte, mask=places * group < left)
+            tl.store(
+                codes + (byte_offsets(places, count) + place), byte, mask=places * group < left
+            )
 
 
 @jit

@@ -44,6 +44,7 @@ from optstate_codecs.device import (
     as_float,
     constant,
     jit,
+    plus_unless_zero,
     row_max,
     spread,
     tl,
@@ -171,8 +172,8 @@ class OneQ(Format):
         return x.mul_(x)
 
 
-# The same on a tile, of roots. OPTIONS: the bits; the mantissa bits from bit 4 on; of the lift, s from
-# bit 8 on and n + 16 from bit 16 on.
+# The same on a tile, of roots. OPTIONS: the bits; the mantissa bits from bit 4 on; of the lift, s
+# from bit 8 on and n + 16 from bit 16 on.
 _ONE, _MANTISSA = constant(ONE), constant(MANTISSA)
 _SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
 
@@ -186,7 +187,7 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
     field = load_codes(codes, offsets, rows, left, bits, place)
     # times a power of two: an addition to the exponent
     base = as_bits(tl.abs(factor)) - (1 << place)
-    x = tl.where(field == 0, 0.0, as_float(field + spread(base, offsets)))
+    x = as_float(plus_unless_zero(field, spread(base, offsets)))
     if MARKED:
         x = nan_where_marked(x, field >> place, factor, (1 << bits) - 1)
     return x, as_bits(factor)

@@ -18,8 +18,9 @@ __all__ = ["launch"]
 # measured on an H200: with more elements registers run out, with fewer warps wait at reductions
 ELEMENTS_PER_WARP = 512
 # registers a thread of kernels that reduce over blocks: fewer, and they spill; more, and too few
-# warps are at hand to hide the memory's latency. Tiles of one block in 16 bits need the fewest.
-REGISTERS, REGISTERS_NARROW, REGISTERS_FOLDED = 80, 72, 96
+# warps are at hand to hide the memory's latency. Tiles of one block in 16 bits need the fewest,
+# tiles of several the most.
+REGISTERS, REGISTERS_NARROW, REGISTERS_ROWS = 80, 72, 96
 
 # how the kernel sees a stored dtype: bfloat16 as 16-bit integers, so that conversions are ours
 _TYPES = {
@@ -120,8 +121,9 @@ def tuning(bucket: Bucket) -> dict[str, int]:
         dtypes = (bucket.units[0].param.dtype, bucket.grad_dtype)
         narrow = all(dtype.itemsize == 2 for dtype in dtypes)
         if bucket.rows > 1:
-            # with wider parameters it is the memory's turn, and the compiler's choice does best
-            return {**chosen, "maxnreg": REGISTERS_FOLDED} if narrow else chosen
+            # packed codes beside wider parameters: the compiler's own choice does best
+            packed = any(format.components[0].span > 1 for format in bucket.formats)
+            return chosen if packed and not narrow else {**chosen, "maxnreg": REGISTERS_ROWS}
         chosen["maxnreg"] = REGISTERS_NARROW if narrow else REGISTERS
     return chosen
 
