@@ -185,7 +185,12 @@ def test_from_torch_and_back() -> None:
     back = torch.optim.AdamW([param])
     back.load_state_dict(ours.full_state_dict())
     assert not set(TurboAdam.storage_options) & set(back.param_groups[0])
-    assert_close("m", exact.state[param]["exp_avg"] * 0.9 + param.grad * 0.1, back.state[param]["exp_avg"], 0.1)
+    assert_close(
+        "m",
+        exact.state[param]["exp_avg"] * 0.9 + param.grad * 0.1,
+        back.state[param]["exp_avg"],
+        0.1,
+    )
     back.step()
 
 

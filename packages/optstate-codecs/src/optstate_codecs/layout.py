@@ -61,7 +61,9 @@ def bound(formats: Mapping[str, Format], tensor: Tensor) -> dict[str, Format]:
     """The formats as they store moments of ``tensor``'s size and shape in its storage order."""
     order, numel = storage_order(tensor), tensor.numel()
     return {
-        name: FP32() if numel < format.min_elements else _sure(format).for_shape(tensor.shape, order)
+        name: FP32()
+        if numel < format.min_elements
+        else _sure(format).for_shape(tensor.shape, order)
         for name, format in formats.items()
     }
 

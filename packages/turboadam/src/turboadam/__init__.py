@@ -1,4 +1,4 @@
-"""AdamW that keeps its two moments in 7.25 bits for each parameter, or in 4 to 14 of them."""
+"""AdamW that keeps its two moments in 7.25 bits for each parameter."""
 
 from turboadam.adam import TurboAdam
 from turboadam.convert import from_turboadam
