@@ -62,7 +62,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|ov
 def pair(formats: tuple[str, str], device: str, shapes=SHAPES, dtype=torch.float32, **options):
     """The reference on the CPU and the kernel on ``device``, over equal parameters."""
     chosen = {"exp_avg": formats[0], "exp_avg_sq": formats[1], "max_exp_avg_sq": formats[1]}
-    rule = Adam(decoupled=options.pop("decoupled", True))
+    rule = options.pop("rule", None) or Adam(decoupled=options.pop("decoupled", True))
 
     def make(backend):
         return lambda params: CodedOptimizer(params, rule, chosen, backend=backend, **options)
@@ -122,6 +122,13 @@ def run(reference: Trainer, kernel: Trainer, steps: int = 4) -> None:
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 def test_same_codes_for_every_format(formats, device) -> None:
     run(*pair(formats, device))
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("name", ["turbo", "turbo-sign"])
+def test_what_rounding_leaves_out_is_delivered_alike(name, device) -> None:
+    rule = Adam(decoupled=True, error_feedback=True)
+    run(*pair(FORMATS[name], device, FEW, rule=rule))
 
 
 @pytest.mark.parametrize("device", devices())

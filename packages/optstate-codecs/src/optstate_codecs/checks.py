@@ -80,7 +80,7 @@ def block_size(value: Any, name: str = "block_size") -> None:
         raise ValueError(f"{name}={value}: must be a power of two from 16 to 8192")
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of the ``allowed`` strings."""
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise unless ``value`` is one of those ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")

@@ -17,7 +17,7 @@ from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 
-__all__ = ["SMALLEST_ROOT", "decode_slice", "encode_slice"]
+__all__ = ["SMALLEST_ROOT", "decode_slice", "encode_slice", "left_out"]
 
 # the root of float32's smallest normal number, in place of the roots of what underflowed
 SMALLEST_ROOT = 2.0**-63
@@ -64,9 +64,25 @@ def encode_slice(
         format = formats[moment.name]
         value = decoded[moment.name]
         if format.in_update_units:
-            value = value / decoded[_divisor(moment)].sqrt().clamp_(min=SMALLEST_ROOT)
+            value = value / _root(moment, decoded)
         draw = counter.stream(moment.stream).at(start)
         format.encode(value.to(torch.float32), parts[moment.name], draw)
+
+
+def left_out(
+    moment: Moment, formats: Mapping[str, Format], decoded: Mapping[str, Tensor], parts: Parts
+) -> Tensor:
+    """What ``encode_slice`` has left out of a moment: it, less what is stored of it.
+
+    In update units that is less the stored number times the root as it was before it was stored.
+    """
+    value, format = decoded[moment.name], formats[moment.name]
+    stored = format.decode(parts[moment.name])[: value.numel()].to(value.dtype)
+    return value - (stored * _root(moment, decoded) if format.in_update_units else stored)
+
+
+def _root(moment: Moment, decoded: Mapping[str, Tensor]) -> Tensor:
+    return decoded[_divisor(moment)].sqrt().clamp_(min=SMALLEST_ROOT)
 
 
 def _divisor(moment: Moment) -> str:

@@ -16,7 +16,7 @@ from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.formats import Format
 from optstate_codecs.layout import FlatState, FlatView, slices, storage_order
-from optstate_codecs.moments import decode_slice, encode_slice
+from optstate_codecs.moments import decode_slice, encode_slice, left_out
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.rules.base import Scalar
@@ -110,4 +110,7 @@ def step_slice(
     decoded = decode_slice(how.moments, how.formats, parts, compute, slope.numel())
     how.rule.apply(value, slope, decoded, scalars, how.variant)
     encode_slice(how.moments, how.formats, decoded, parts, counter, start)
+    if how.rule.delivers:
+        residual = left_out(how.moments[0], how.formats, decoded, parts)
+        how.rule.deliver(value, residual, decoded, scalars, how.variant)
     return how.write.write(value, parts[MASTER], counter.stream(0).at(start))

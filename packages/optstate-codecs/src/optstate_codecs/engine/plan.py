@@ -39,6 +39,7 @@ class Bucket:
         places: the place of each unit in the job.
         formats: one a moment, in the rule's order.
         function: the rule's device function and its options.
+        deliver: its device function for what is left out, or None.
         grad_dtype: of every gradient.
         rows: blocks a tile.
         block: elements a block.
@@ -53,6 +54,7 @@ class Bucket:
     places: list[int]
     formats: tuple[Format, ...]
     function: tuple[Any, int]
+    deliver: Any
     grad_dtype: torch.dtype
     rows: int
     block: int
@@ -85,7 +87,7 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
         function = job.rule.device_function(job.hypers[unit.group])
         stored = unit.bound
         formats = tuple(stored[moment.name] for moment in unit.moments)
-        if function is None or not _fits(unit, grad, formats):
+        if function is None or not _fits(unit, grad, formats, job.rule.delivers):
             left.append(place)
         else:
             dtypes = (unit.param.dtype, grad.dtype)
@@ -95,25 +97,39 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
             ends = _aligned(unit, grad), unit.param.numel() % (shape[0] * shape[1]) == 0
             key = (devices, dtypes, formats, function, unit.write, shape, ends)
             members.setdefault(key, []).append(place)
+    deliver = job.rule.device_deliver() if job.rule.delivers else None
     buckets = []
     for (devices, dtypes, formats, function, _, shape, ends), places in members.items():
         (rows, block), (aligned, full) = shape, ends
         units = [job.units[place] for place in places]
         tables = _tables(units, formats, rows * block, devices[0])
         buckets.append(
-            Bucket(units, places, formats, function, dtypes[1], rows, block, aligned, full, *tables)
+            Bucket(
+                units,
+                places,
+                formats,
+                function,
+                deliver,
+                dtypes[1],
+                rows,
+                block,
+                aligned,
+                full,
+                *tables,
+            )
         )
     return buckets, left
 
 
-def _fits(unit: Unit, grad: Tensor, formats: tuple[Format, ...]) -> bool:
+def _fits(unit: Unit, grad: Tensor, formats: tuple[Format, ...], delivers: bool) -> bool:
     """Whether the kernel can step this unit."""
-    param = unit.param
+    param, functions = unit.param, [f.device_functions for f in formats]
     return (
         len(formats) <= MOMENT_SLOTS
-        and all(f.device_functions is not None for f in formats)
+        and all(function is not None for function in functions)
         and not any(f.in_update_units for f in formats[1:])
         and block_shape(formats) is not None
+        and (not delivers or (functions[0] is not None and functions[0].returns))
         and param.dtype in PARAM_DTYPES
         and grad.dtype in PARAM_DTYPES
         and unit.in_one_order(grad)

@@ -92,7 +92,7 @@ class DeviceFunctions:
     elements], and an int32 for each block, below zero where it is marked (``formats.blocks``). Only
     if MARKED, which it is wherever a block of the tile is, does it mind marks; ``marks`` says
     whether blocks can be. ``store(first, second, x, random, offsets, rows, left, OPTIONS)`` keeps a
-    tile.
+    tile, and where ``returns`` says so returns it as it is kept.
 
     ``first`` and ``second`` point at the components' entries for the tile's first element
     (``second`` is unused where there is one component); ``offsets`` [pieces, elements] count
@@ -105,6 +105,7 @@ class DeviceFunctions:
     store: Any
     options: int = 0
     marks: bool = False
+    returns: bool = False
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class CoState(Format):
         if self == CoState(4, self.block_size):
             return Int4.first_moment(self.block_size).device_functions
         options = self.bits + (self._width << 4) + (self._least << 24)
-        return DeviceFunctions(load, store, options, marks=self._null)
+        return DeviceFunctions(load, store, options, marks=self._null, returns=True)
 
     @property
     def _null(self) -> bool:

@@ -162,7 +162,7 @@ class Int4(Format):
     @property
     def device_functions(self) -> DeviceFunctions:
         options = self.uses_random * STOCHASTIC + (self.units == "value") * SATURATE
-        return DeviceFunctions(load4, store4, options, marks=True)
+        return DeviceFunctions(load4, store4, options, marks=True, returns=True)
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
@@ -246,7 +246,7 @@ def load4(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.c
 
 @jit
 def store4(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Encode a tile in 4-bit codes; ``random`` is what the format draws."""
+    """Encode a tile in 4-bit codes; ``random`` is what the format draws. Returns it decoded."""
     top, worst = finite_amax(x, rows, True)
     bits = (as_bits(as_float(top) * (1.0 / 7.0)) + 0xFFFF) & -65536
     bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
@@ -263,3 +263,4 @@ def store4(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):
     if worst >= INF_BITS:
         code = (position >> 16) & 15
         store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE4, 4)
+    return (as_float(position & -65536) - 192.0) * spread(factor, offsets)

@@ -10,6 +10,14 @@ algorithm 2; AMSGrad is Reddi et al., arXiv:1904.09237, algorithm 2.
 Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g.
 The operations and their order are those of ``torch.optim``'s single-tensor path, so that float32
 moments give its bits.
+
+With ``error_feedback``, what storing m leaves out, e = m - stored m, is not lost. Kept, it would
+have reached p over the following steps as b1 + b1^2 + ... = b1 / (1 - b1) times itself; so that
+much of it is delivered at once:
+
+    p = p - lr * b1 / (1 - b1) * e / (sqrt(v / (1 - b2^t)) + eps)
+
+which needs no memory, as feeding errors back does elsewhere (Seide et al., Interspeech 2014).
 """
 
 from __future__ import annotations
@@ -67,10 +75,20 @@ class AdamHyper:
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """Adam, or AdamW where ``decoupled``."""
+    """Adam, or AdamW where ``decoupled``.
+
+    Args:
+        decoupled: whether weight decay is.
+        error_feedback: whether each step delivers what storing the first moment leaves out.
+    """
 
     name: ClassVar[str] = "adam"
     decoupled: bool = False
+    error_feedback: bool = False
+
+    @property
+    def delivers(self) -> bool:
+        return self.error_feedback
 
     def defaults(self) -> dict[str, Any]:
         return {
@@ -95,11 +113,14 @@ class Adam(Rule):
         far = isinstance(beta1, float) and 1 - beta1 >= 0.5
         return update_tile, options + far * FAR
 
+    def device_deliver(self) -> Any:
+        return deliver_tile
+
     def device_row(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
         root = (1 - beta2**step) ** 0.5
-        return [
+        row = [
             1 - beta1,
             beta2,
             1 - beta2,
@@ -107,6 +128,7 @@ class Adam(Rule):
             lr * root / (1 - beta1**step),
             hyper.eps * root,
         ]
+        return [*row, lr * root * beta1 / (1 - beta1)] if self.delivers else row
 
     def variant(self, hyper: AdamHyper) -> tuple[bool, bool]:
         return hyper.amsgrad, hyper.maximize
@@ -114,7 +136,7 @@ class Adam(Rule):
     def scalars(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
-        return [
+        folded = [
             1 - beta1,
             beta2,
             1 - beta2,
@@ -123,6 +145,7 @@ class Adam(Rule):
             (1 - beta2**step) ** 0.5,
             hyper.eps,
         ]
+        return [*folded, -lr * beta1 / (1 - beta1)] if self.delivers else folded
 
     def apply(
         self,
@@ -132,7 +155,7 @@ class Adam(Rule):
         scalars: Sequence[Scalar],
         variant: tuple[bool, bool],
     ) -> None:
-        other1, beta2, other2, decay, length, root, eps = scalars
+        other1, beta2, other2, decay, length, root, eps = scalars[:7]
         amsgrad, maximize = variant
         if maximize:
             grad = -grad
@@ -154,10 +177,26 @@ class Adam(Rule):
             exp_avg_sq = maximum(largest, exp_avg_sq, out=largest)
 
         denominator = (exp_avg_sq.sqrt() / root).add_(eps)
-        if isinstance(length, Tensor):
-            param.addcdiv_(exp_avg * length, denominator)
-        else:
-            param.addcdiv_(exp_avg, denominator, value=length)
+        _add_quotient(param, exp_avg, denominator, length)
+
+    def deliver(
+        self,
+        param: Tensor,
+        residual: Tensor,
+        moments: Mapping[str, Tensor],
+        scalars: Sequence[Scalar],
+        variant: tuple[bool, bool],
+    ) -> None:
+        root, eps, length = scalars[5:]
+        divisor = moments["max_exp_avg_sq" if variant[0] else "exp_avg_sq"]
+        _add_quotient(param, residual, (divisor.sqrt() / root).add_(eps), length)
+
+
+def _add_quotient(param: Tensor, above: Tensor, below: Tensor, factor: Scalar) -> None:
+    if isinstance(factor, Tensor):
+        param.addcdiv_(above * factor, below)
+    else:
+        param.addcdiv_(above, below, value=factor)
 
 
 def _add_scaled(grad: Tensor, param: Tensor, decay: Scalar) -> Tensor:
@@ -197,3 +236,11 @@ def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[n
         largest = m2
     p = fma(m0 * -length, reciprocal(sqrt(largest) + eps), p)
     return p, m0, m1, m2
+
+
+@jit
+def deliver_tile(p, residual, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``Adam.deliver`` on a tile."""
+    eps, length = tl.load(row + 5), tl.load(row + 6)
+    largest = m2 if OPTIONS & _AMSGRAD else m1
+    return fma(residual * -length, reciprocal(sqrt(largest) + eps), p)

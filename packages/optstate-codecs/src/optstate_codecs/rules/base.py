@@ -40,6 +40,11 @@ class Rule(ABC):
 
     name: ClassVar[str]
 
+    @property
+    def delivers(self) -> bool:
+        """Whether ``deliver`` is to follow the encoding of the moments."""
+        return False
+
     @abstractmethod
     def defaults(self) -> dict[str, Any]:
         """Every hyper-parameter a param group must have, with its default."""
@@ -62,6 +67,14 @@ class Rule(ABC):
         ``function(p, g, m0, m1, m2, row, OPTIONS)`` takes float32 tiles (moments in the order of
         ``moments``, the last ones unused) and ``row``, a pointer to what ``device_row`` gives; it
         returns the new p, m0, m1 and m2.
+        """
+        return None
+
+    def device_deliver(self) -> Any:
+        """``deliver`` as a device function, or None where there is none.
+
+        ``function(p, residual, m1, m2, row, OPTIONS)`` returns the new p; arguments are those of
+        ``device_function``'s.
         """
         return None
 
@@ -98,6 +111,20 @@ class Rule(ABC):
         All tensors are flat slices of the same elements. ``scalars`` and ``variant`` are what the
         methods of these names gave.
         """
+
+    def deliver(
+        self,
+        param: Tensor,
+        residual: Tensor,
+        moments: Mapping[str, Tensor],
+        scalars: Sequence[Scalar],
+        variant: Any,
+    ) -> None:
+        """Step ``param`` by what storing the first moment has left out, ``residual``; in place.
+
+        The other arguments are ``apply``'s, after it.
+        """
+        raise NotImplementedError(f"{self.name}: delivers nothing")
 
 
 def host_scalar(value: Scalar) -> Scalar:

@@ -73,6 +73,8 @@ class Kind:
         Raises:
             Unrecordable: formats have blocks of different sizes, or codes packed too closely.
         """
+        if self.rule.delivers:
+            raise Unrecordable("moments are decoded again after they are encoded")
         if any(f.components[0].span not in (1, 2) for f in self.formats):
             raise Unrecordable("more than two codes in a byte, or codes across bytes")
         spans = {format.span for format in self.formats} - {1, 2}

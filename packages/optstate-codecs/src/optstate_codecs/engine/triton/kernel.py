@@ -47,6 +47,33 @@ def _load_real(pointer, offsets, mask, BF16: tl.constexpr):  # type: ignore[no-u
 
 
 @jit
+def _write(  # type: ignore[no-untyped-def]
+    p_pointer,
+    c_pointer,
+    p,
+    word,
+    offsets,
+    mask,
+    P_TYPE: tl.constexpr,
+    P_BF16: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WRITE: tl.constexpr,
+    WRITE_OPTIONS: tl.constexpr,
+):
+    if SPLIT:
+        WRITE(p_pointer, c_pointer, p, half(word, offsets, 0), offsets, mask, WRITE_OPTIONS)
+    elif P_BF16:
+        if STOCHASTIC:
+            bits = to_bf16_bits_stochastic(p, half(word, offsets, 0))
+        else:
+            bits = to_bf16_bits(p)
+        tl.store(p_pointer + offsets, bits, mask=mask)
+    else:
+        tl.store(p_pointer + offsets, p.to(P_TYPE), mask=mask)
+
+
+@jit
 def _pointer(entry, DTYPE: tl.constexpr, DIVISIBLE: tl.constexpr):  # type: ignore[no-untyped-def]
     # an address from memory has lost its alignment: without this, loads are 2 or 4 bytes wide
     return tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), DIVISIBLE)
@@ -65,6 +92,8 @@ def step_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     UPDATE: tl.constexpr,
     UPDATE_OPTIONS: tl.constexpr,
+    DELIVER: tl.constexpr,
+    DELIVERS: tl.constexpr,
     MOMENTS: tl.constexpr,
     LOAD0: tl.constexpr,
     STORE0: tl.constexpr,
@@ -158,6 +187,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
         c_pointer = _pointer(entry + 10, C_TYPE, C_DIVISIBLE) + start
         p = READ(p_pointer, c_pointer, offsets, mask, WRITE_OPTIONS)
     else:
+        c_pointer = p_pointer
         p = _load_real(p_pointer, offsets, mask, P_BF16)
     g = _load_real(g_pointer, offsets, mask, G_BF16)
     if HAS_SCALE:
@@ -214,17 +244,22 @@ def step_kernel(  # type: ignore[no-untyped-def]
         even0 = paired_tile(tl.load(entry + 8), step, start, offsets)
     if EVEN1:
         even1 = paired_tile(tl.load(entry + 9), step, start, offsets)
-    if SPLIT:
-        WRITE(p_pointer, c_pointer, p, half(word0, offsets, 0), offsets, mask, WRITE_OPTIONS)
-    elif P_BF16:
-        if STOCHASTIC:
-            tl.store(
-                p_pointer + offsets, to_bf16_bits_stochastic(p, half(word0, offsets, 0)), mask=mask
-            )
-        else:
-            tl.store(p_pointer + offsets, to_bf16_bits(p), mask=mask)
-    else:
-        tl.store(p_pointer + offsets, p.to(P_TYPE), mask=mask)
+    if not DELIVERS:
+        # first, so that its registers are free
+        _write(
+            p_pointer,
+            c_pointer,
+            p,
+            word0,
+            offsets,
+            mask,
+            P_TYPE,
+            P_BF16,
+            STOCHASTIC,
+            SPLIT,
+            WRITE,
+            WRITE_OPTIONS,
+        )
 
     x0 = m0
     if UPDATE_UNITS0:
@@ -235,7 +270,28 @@ def step_kernel(  # type: ignore[no-untyped-def]
         random0 = half(even1 if STREAM0 >= 2 else even0, offsets, STREAM0)
     else:
         random0 = half(word1 if STREAM0 >= 2 else word0, offsets, STREAM0)
-    STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
+    if DELIVERS:
+        kept = STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
+        residual = x0 - kept
+        if UPDATE_UNITS0:
+            residual = residual * tl.maximum(sqrt(m1), _SMALLEST_ROOT)
+        p = DELIVER(p, residual, m1, m2, row + 1, UPDATE_OPTIONS)
+        _write(
+            p_pointer,
+            c_pointer,
+            p,
+            word0,
+            offsets,
+            mask,
+            P_TYPE,
+            P_BF16,
+            STOCHASTIC,
+            SPLIT,
+            WRITE,
+            WRITE_OPTIONS,
+        )
+    else:
+        STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
     if MOMENTS >= 2:
         x1 = sqrt(m1) if SQRT1 else m1
         if PAIRED1:

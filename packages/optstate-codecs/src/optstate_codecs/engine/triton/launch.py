@@ -44,6 +44,8 @@ def constants(bucket: Bucket) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "UPDATE": bucket.function[0],
         "UPDATE_OPTIONS": bucket.function[1],
+        "DELIVER": bucket.deliver,
+        "DELIVERS": bucket.deliver is not None,
         "MOMENTS": len(moments),
     }
     words, even = [unit.write.uses_random, False], [False, False]
