@@ -60,10 +60,8 @@ def count(module: str, name: str, arguments: dict[str, Any], layout: str) -> dic
 
 def table(report: dict[str, Any]) -> str:
     """The rows as Markdown, for the terminal and the docs."""
-    lines = [
-        "| optimizer | MB of state | bits for each parameter | of AdamW's |",
-        "|---|---|---|---|",
-    ]
+    head = "| optimizer | MB of state | bits for each parameter | of AdamW's |"
+    lines = [head, "|---|---|---|---|"]
     whole = report["rows"][0]["state_bytes"]
     lines += [
         f"| `{row['optimizer']}` | {row['state_bytes'] / 1e6:.1f} "

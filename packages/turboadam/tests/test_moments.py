@@ -9,9 +9,9 @@ from torch.nn import Parameter
 from optstate_codecs import decode_state
 from turboadam import TurboAdam
 
-B1, B2, NUMEL = 0.9, 0.999, 8192
-# of a carried first moment, as the docs state them: its relative root mean square error at most, and
-# its cosine with the exact one at least
+B1, B2, NUMEL = 0.9, 0.999, 4096
+# of a carried first moment, as the docs state them: its relative root mean square error at most,
+# and its cosine with the exact one at least
 CARRIED = {1: (0.85, 0.55), 2: (1.35, 0.55), 3: (0.9, 0.75), 4: (0.35, 0.95), 6: (0.08, 0.99)}
 
 

@@ -59,17 +59,15 @@ def storage_order(tensor: Tensor) -> tuple[int, ...]:
 
 def bound(formats: Mapping[str, Format], tensor: Tensor) -> dict[str, Format]:
     """The formats as they store moments of ``tensor``'s size and shape in its storage order."""
-    order, numel = storage_order(tensor), tensor.numel()
+    shape, order = tensor.shape, storage_order(tensor)
     return {
-        name: FP32()
-        if numel < format.min_elements
-        else _sure(format).for_shape(tensor.shape, order)
-        for name, format in formats.items()
+        name: FP32() if shape.numel() < f.min_elements else _coded(f).for_shape(shape, order)
+        for name, f in formats.items()
     }
 
 
 @lru_cache(maxsize=1024)
-def _sure(format: Format) -> Format:
+def _coded(format: Format) -> Format:
     """The format for tensors that are not too small, the same whatever that means."""
     return replace(format, min_elements=0)
 

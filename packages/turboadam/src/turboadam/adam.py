@@ -102,16 +102,14 @@ class TurboAdam(CodedOptimizer):
         **options: Any,
     ) -> None:
         checks.flag("error_feedback", error_feedback)
-        if error_feedback:
-            if compress_m is False:
-                raise ValueError(
-                    "error_feedback=True: must be False with compress_m=False, since nothing is "
-                    "rounded off"
-                )
-            options["error_feedback"] = True
+        if error_feedback and compress_m is False:
+            raise ValueError(
+                "error_feedback=True: must be False with compress_m=False, since nothing is "
+                "rounded off"
+            )
         super().__init__(
             params,
-            Adam(decoupled=True),
+            Adam(decoupled=True, error_feedback=error_feedback),
             formats=None,
             write=write_named(bf16_stochastic_round, master_weight_bits),
             lr=lr,

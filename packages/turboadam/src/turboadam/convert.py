@@ -1,7 +1,7 @@
 """The state of the other distribution of this name, ``turboadam`` 0.2, in ``torch.optim``'s layout.
 
-What it stores for a parameter: ``step``; the first moment as ``exp_avg`` or ``ustate``; the second as
-``exp_avg_sq`` or ``v_state``. Codes of b bits lie one after the other from a byte's lowest bit on.
+What it stores for a parameter: ``step``; the first moment as ``exp_avg`` or ``ustate``; the second
+as ``exp_avg_sq`` or ``v_state``. Codes of b bits lie side by side from a byte's lowest bit on.
 
     v_state   one of 2^b even steps of the logarithm, between a block's two ``scales``
     ustate    m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), with v as stored, as one of four levels
@@ -74,7 +74,8 @@ def _codes(packed: Tensor, bits: int) -> Tensor:
     """Codes of ``bits`` bits, float32, and what fills up the last block."""
     stream = (packed.reshape(-1, 1) >> torch.arange(8, device=packed.device)) & 1
     weights = 1 << torch.arange(bits, device=packed.device)
-    return (stream.view(-1, bits) * weights).sum(1).to(torch.float32)
+    codes: Tensor = (stream.view(-1, bits) * weights).sum(1)
+    return codes.to(torch.float32)
 
 
 def _second_moment(state: Mapping[str, Any]) -> Tensor:
@@ -92,4 +93,5 @@ def _update_units(state: Mapping[str, Any]) -> Tensor:
     there = (torch.arange(means.numel() * size, device=means.device) < numel).view(-1, size)
     levels = levels[: there.numel()].view_as(there) * there
     levels = levels - levels.sum(1, keepdim=True) / there.sum(1, keepdim=True)
-    return (means + levels).view(-1)[:numel]
+    update: Tensor = (means + levels).view(-1)[:numel]
+    return update
