@@ -31,7 +31,7 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "turboadam-0.2": ("turboadam", "turboadam", "TurboAdam", {}),
     "TurboAdam": ("turboadam", "turboadam", "TurboAdam", {}),
     "TurboAdam 2 + 3": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}),
-    "TurboAdam 1 + 3": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 1, "v_bits": 3}),
+    "TurboAdam 3 + 4": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 3, "v_bits": 4}),
 }
 
 
