@@ -47,6 +47,15 @@ CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
     ),
     "AdamWFp8": ("lowbit_adam", "AdamWFp8", {}, torch.float32),
     "AdamW4bit": ("lowbit_adam", "AdamW4bit", {}, torch.float32),
+    "TurboAdam": ("turboadam", "TurboAdam", {}, torch.float32),
+    "TurboAdam 2 + 3": ("turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}, torch.float32),
+    "TurboAdam 2 + 2": ("turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 2}, torch.float32),
+    "TurboAdam 1 + 3, flush": (
+        "turboadam",
+        "TurboAdam",
+        {"m_bits": 1, "v_bits": 3, "error_feedback": True},
+        torch.float32,
+    ),
 }
 
 
@@ -158,6 +167,7 @@ def main() -> None:
     parser.add_argument("--only", choices=CONTESTANTS, action="append", help="repeatable")
     parser.add_argument("--seed", type=int, action="append", help="repeatable; 0, 1 and 2")
     parser.add_argument("--lr", type=float, action="append", help="repeatable; the task's own")
+    parser.add_argument("--beta2", type=float, help="the task's own")
     parser.add_argument("--steps", type=int, help="the task's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="results/convergence_TASK.json")
@@ -166,6 +176,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     task = TASKS[args.task](device, args.steps)
+    if args.beta2 is not None:
+        task.options["betas"] = (task.options["betas"][0], args.beta2)
     if args.compile:
         task = task.compiled()
     report: dict[str, Any] = {
