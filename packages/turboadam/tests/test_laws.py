@@ -39,7 +39,8 @@ SUBJECTS = [
     Subject("flushed-1-and-2", partial(flushed, m_bits=1, v_bits=2), **LOW),
 ]
 # Where most of a first moment is delivered at once, one update is no measure of its length: what
-# all of them add up to is, in test_feedback.py. And 2 bits have no room for NaN beside a grid.
+# all of them add up to is, in test_feedback.py. And a grid of 2 bits has no octave to
+# spare for NaN.
 EXCEPT = {
     ("flushed-2-and-3", unbiased_length),
     ("flushed-1-and-3", unbiased_length),
