@@ -30,10 +30,11 @@ COUNTED: list[tuple[str, str, dict[str, Any]]] = [
     ("turboadam", "TurboAdam", {"compress_m": False}),
     ("turboadam", "TurboAdam", {"compress_v": False}),
     ("turboadam", "TurboAdam", {"m_bits": 6, "v_bits": 8}),
-    ("turboadam", "TurboAdam", {"m_bits": 4, "v_bits": 4}),
+    ("turboadam", "TurboAdam", {"v_bits": 4}),
     ("turboadam", "TurboAdam", {}),
-    ("turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}),
-    ("turboadam", "TurboAdam", {"m_bits": 1, "v_bits": 3}),
+    ("turboadam", "TurboAdam", {"m_bits": 3}),
+    ("turboadam", "TurboAdam", {"m_bits": 2}),
+    ("turboadam", "TurboAdam", {"m_bits": 1}),
     ("turboadam", "TurboAdam", {"m_bits": 1, "v_bits": 2}),
 ]
 

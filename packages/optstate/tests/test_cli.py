@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import optstate
 from optstate.cli import app
 from optstate.demo import data
+from optstate.demo.optimizers import SHORT_NAMES, resolve
 
 
 def run(*args: str) -> tuple[int, str]:
@@ -62,6 +63,12 @@ def test_bad_options_print_usage(args: list[str], complaint: str) -> None:
     assert "Usage: optstate demo" in output
     assert complaint in output
     assert "Traceback" not in output
+
+
+def test_every_short_name_is_an_optimizer() -> None:
+    found = {name: resolve(name) for name in SHORT_NAMES}
+    assert found["turboadam"].__name__ == "TurboAdam"
+    assert all(cls.__name__.lower() == name for name, cls in found.items())
 
 
 def test_text_too_short(tmp_path: Path) -> None:

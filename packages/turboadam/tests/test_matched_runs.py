@@ -16,8 +16,8 @@ LR = 2e-3
 PAIRS = {
     "default": (coded, 0.05),
     "flushed": (partial(coded, error_feedback=True), 0.05),
-    "flushed-2-and-3": (partial(coded, m_bits=2, v_bits=3, error_feedback=True), 0.05),
-    "flushed-1-and-3": (partial(coded, m_bits=1, v_bits=3, error_feedback=True), 0.05),
+    "flushed-2-and-3": (partial(coded, m_bits=2, error_feedback=True), 0.05),
+    "flushed-1-and-3": (partial(coded, m_bits=1, error_feedback=True), 0.05),
 }
 
 

@@ -42,7 +42,7 @@ def test_arguments_by_position_are_those_that_users_know() -> None:
         ("eps", 1e-8),
         ("weight_decay", 0.0),
         ("block_size", 128),
-        ("v_bits", 4),
+        ("v_bits", 3),
         ("compress_m", True),
         ("compress_v", True),
         ("null_pct", 0.0),
@@ -66,7 +66,7 @@ def test_bits_per_parameter(m_bits: int, v_bits: int, switches) -> None:
 
 @pytest.mark.parametrize(
     ("options", "bits"),
-    [({}, 7.25), ({"m_bits": 1, "v_bits": 3}, 4.25), ({"m_bits": 2, "v_bits": 3}, 5.25)],
+    [({}, 7.25), ({"m_bits": 1}, 4.25), ({"m_bits": 2}, 5.25)],
 )
 def test_default_and_smallest_are_stored_in_what_is_said(options, bits: float) -> None:
     _, optimizer = stepped((4096, 4096), **options)
@@ -127,7 +127,7 @@ def test_settings_of_groups() -> None:
         for param in params:
             param.grad = torch.randn(5120, generator=torch.Generator().manual_seed(step))
         optimizer.step()
-    bits = [14.5, 32 + 2.125, 4.125 + 32, 32 + 4.125, 6.25]
+    bits = [14.5, 32 + 2.125, 4.125 + 32, 32 + 3.125, 5.25]
     for param, expected in zip(params, bits, strict=True):
         stored = [v for k, v in optimizer.state[param].items() if k != "step"]
         assert sum(v.numel() * v.element_size() for v in stored) == expected * 5120 / 8
@@ -160,7 +160,7 @@ def test_checkpoints_are_encoded_anew() -> None:
     other = TurboAdam([param], min_m_compress_elements=5001, v_bits=6)
     other.load_state_dict(copy.deepcopy(saved))
     group = other.param_groups[0]
-    assert (group["m_bits"], group["v_bits"], group["block_size"]) == (3, 6, 128)
+    assert (group["m_bits"], group["v_bits"], group["block_size"]) == (4, 6, 128)
     assert group["min_m_compress_elements"] == 5001
     assert state_bytes(other) == predicted_state_bytes(other) == 5000 * 38 / 8 + 2 * 40 + 4
     expected, found = decode_state(optimizer, param), decode_state(other, param)
@@ -192,7 +192,7 @@ def test_from_torch_and_back() -> None:
 
 def test_amsgrad_adds_one_second_moment() -> None:
     param, optimizer = stepped((4096,), amsgrad=True)
-    assert state_bytes(optimizer) == 4096 * (7.25 + 4.125) / 8 + 4
+    assert state_bytes(optimizer) == 4096 * (7.25 + 3.125) / 8 + 4
     assert decode_state(optimizer, param)["max_exp_avg_sq"].shape == (4096,)
 
 
