@@ -69,6 +69,13 @@ def test_amp_pct_is_the_share_below_the_amplitude_costate(bits: int, share: floa
     assert torch.equal(stored(format, x)[above], max(levels) * step * x.sign().double()[above])
 
 
+def test_the_least_share_is_a_share() -> None:
+    """However small its step: 1/4096 of the mean magnitude, and not what None stands for."""
+    x = normal(8192)
+    step = float(x.abs().mean()) / 4096
+    assert width(CoState(6, 8192, 1e-6), x) == pytest.approx(step, rel=0.01)
+
+
 def test_two_bits_have_a_share_of_their_own() -> None:
     x = normal(5000)
     for part, same in zip(encoded(CoState(2), x), encoded(CoState(2, amp_pct=0.8), x), strict=True):
