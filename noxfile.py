@@ -34,16 +34,22 @@ if "PIP_FIND_LINKS" in os.environ:
     os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
 
 ROOT = Path(__file__).parent
-PACKAGES = ("optstate-codecs", "lowbit-adam", "optstate")
-SIBLINGS = {"optstate-codecs": (), "lowbit-adam": ("optstate-codecs",), "optstate": ()}
+PACKAGES = ("optstate-codecs", "lowbit-adam", "turboadam", "optstate")
+SIBLINGS = {
+    "optstate-codecs": (),
+    "lowbit-adam": ("optstate-codecs",),
+    "turboadam": ("optstate-codecs",),
+    "optstate": (),
+}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("2.6", "2.13")
-BENCHMARKS = ("step_time", "fidelity")
+BENCHMARKS = ("step_time", "fidelity", "state_bytes")
 
 SOURCES = [f"packages/{package}/src" for package in PACKAGES]
 EDITABLE = [
     *("-e", "packages/optstate-codecs[triton]"),
     *("-e", "packages/lowbit-adam"),
+    *("-e", "packages/turboadam"),
     *("-e", "packages/optstate[demo]"),
 ]
 PYTEST = ("pytest", "pytest-xdist", "hypothesis", "safetensors")
@@ -137,7 +143,7 @@ def unit(session: nox.Session, package: str, torch: str) -> None:
             " UV_TORCH_BACKEND=cpu takes it from torch's own index"
         )
     extra = "[demo]" if package == "optstate" else ""
-    siblings = ("optstate-codecs", "lowbit-adam") if extra else SIBLINGS[package]
+    siblings = PACKAGES[:-1] if extra else SIBLINGS[package]
     paths = [word for sibling in siblings for word in ("-e", f"packages/{sibling}")]
     session.install(f"torch=={torch}.*", *paths, "-e", f"packages/{package}{extra}", *PYTEST)
     pytest(session, f"packages/{package}", "-m", "not cuda and not interpret", *WORKERS)

@@ -29,6 +29,9 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "optimi": ("optimi", "torch-optimi", "AdamW", {}),
     "torchastic": ("torchastic", "torchastic", "AdamW", {}),
     "turboadam-0.2": ("turboadam", "turboadam", "TurboAdam", {}),
+    "TurboAdam": ("turboadam", "turboadam", "TurboAdam", {}),
+    "TurboAdam 2 + 3": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}),
+    "TurboAdam 3 + 4": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 3, "v_bits": 4}),
 }
 
 
@@ -52,6 +55,9 @@ def contestants() -> dict[str, tuple[Make, str]]:
             version = metadata.version(distribution)
         except metadata.PackageNotFoundError:
             version = getattr(importlib.import_module(module.split(".")[0]), "__version__", "?")
+        # two distributions have this name; the other's versions are below 1
+        if module == "turboadam" and (name == "turboadam-0.2") != version.startswith("0."):
+            continue
         found[name] = (partial(make, **arguments), version)
     version = importlib.import_module("optstate_codecs").__version__
     found["codecs fp32"] = (_ours("fp32", "fp32"), version)

@@ -10,7 +10,8 @@ import sys
 FROM_EXTRAS = {
     "optstate_codecs": {"triton"},
     "lowbit_adam": set(),
-    "optstate": {"torch", "matplotlib", "optstate_codecs", "lowbit_adam"},
+    "turboadam": set(),
+    "optstate": {"torch", "matplotlib", "optstate_codecs", "lowbit_adam", "turboadam"},
 }
 
 

@@ -121,3 +121,17 @@ def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.Monk
 def test_tutorial_chooses_by_what_was_measured(root: Path) -> None:
     script = run_path(str(root / "benchmarks" / "choose.py"))
     assert script["table"]() in (root / "docs" / "tutorials" / "lowbit-adam.md").read_text()
+
+
+def test_docs_quote_the_bytes_that_were_counted(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "state_bytes.py"))
+    report = json.loads(script["RESULTS"].read_text())
+    assert script["table"](report) in (root / "docs" / "benchmarks.md").read_text()
+    # bytes are the same on every machine
+    out = tmp_path / "bytes.json"
+    command = [sys.executable, root / "benchmarks" / "state_bytes.py", "--out", out]
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads(out.read_text())["rows"] == report["rows"]

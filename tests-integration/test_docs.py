@@ -20,7 +20,9 @@ PAGES = sorted(
 )
 PUBLIC = (
     "lowbit_adam",
+    "turboadam",
     "optstate_codecs",
+    "optstate_codecs.convert",
     "optstate_codecs.formats",
     "optstate_codecs.rules",
     "optstate_codecs.memory",
@@ -31,7 +33,7 @@ PUBLIC = (
 
 def test_there_are_examples() -> None:
     names = {str(page.relative_to(ROOT)) for page in PAGES}
-    assert names >= {"README.md", "docs/tutorials/lowbit-adam.md", "docs/how-to/checkpoints.md"}
+    assert names >= {"README.md", "docs/tutorials/turboadam.md", "docs/how-to/checkpoints.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -44,7 +44,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def test_there_are_packages(packages) -> None:
-    assert {p.name for p in packages} >= {"optstate-codecs", "lowbit-adam", "optstate"}
+    assert {p.name for p in packages} >= {"optstate-codecs", "lowbit-adam", "turboadam", "optstate"}
 
 
 def test_every_import_is_declared(package) -> None:

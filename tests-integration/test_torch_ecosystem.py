@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lowbit_adam import Adam8bit, AdamW8bit
+from turboadam import TurboAdam
 
-OPTIMIZERS = [Adam8bit, AdamW8bit]
+OPTIMIZERS = [Adam8bit, AdamW8bit, TurboAdam]
 
 
 @pytest.fixture(params=OPTIMIZERS, ids=lambda cls: cls.__name__)

@@ -1,5 +1,6 @@
 """Byte accounting against sums written by hand."""
 
+import pytest
 import torch
 from torch.nn import Parameter
 
@@ -29,6 +30,36 @@ def test_predicted_is_counted_by_hand() -> None:
         param.grad = torch.ones_like(param)
     optimizer.step()
     assert state_bytes(optimizer) == expected
+
+
+def test_small_tensors_stay_in_fp32_where_a_format_says_so() -> None:
+    """Through a checkpoint that was saved with another threshold too."""
+    params = [Parameter(torch.ones(99)), Parameter(torch.ones(10, 10)), Parameter(torch.ones(()))]
+
+    def stepped(min_elements: int) -> CodedOptimizer:
+        coded = f"int8(block_size=16, min_elements={min_elements})"
+        optimizer = CodedOptimizer(params, Adam(), {"exp_avg": coded, "exp_avg_sq": "bf16"})
+        for param in params:
+            param.grad = torch.full_like(param, 2.0)
+        optimizer.step()
+        assert state_bytes(optimizer) == predicted_state_bytes(optimizer)
+        return optimizer
+
+    some, coded = stepped(100), stepped(0)
+    assert predicted_state_bytes(some) == 4 * 100 + (100 + 4 * 7) + 2 * 200 + 3 * 4
+    assert some.state[params[0]]["exp_avg"].dtype == torch.float32
+    assert "exp_avg_codes" in some.state[params[1]]
+    before = {key: value.clone() for key, value in some.state[params[0]].items()}
+    coded.load_state_dict(some.state_dict())
+    assert state_bytes(coded) == predicted_state_bytes(coded) == 200 + 4 * (7 + 7 + 1) + 400 + 12
+    some.load_state_dict(some.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in some.state[params[0]].items())
+    some.load_state_dict(coded.state_dict())
+    assert some.state[params[0]].keys() == before.keys()
+    for optimizer in (some, coded):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"formats\['exp_avg'\]: min_elements=-1: must be from 0"):
+        stepped(-1)
 
 
 def test_shared_storage_counts_once_and_whole() -> None:

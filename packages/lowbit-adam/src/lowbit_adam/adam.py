@@ -7,25 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat, checks
+from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat
 from optstate_codecs.formats import as_format
+from optstate_codecs.writes import write_named
 
 __all__ = ["Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"]
-
-
-def _write(bf16_stochastic_round: bool, master_weight_bits: int | None) -> str:
-    """The parameter write that the two arguments ask for."""
-    checks.flag("bf16_stochastic_round", bf16_stochastic_round)
-    if master_weight_bits is None:
-        return "stochastic" if bf16_stochastic_round else "nearest"
-    if type(master_weight_bits) is not int or master_weight_bits not in (24, 32):
-        raise ValueError(f"master_weight_bits={master_weight_bits!r}: must be None, 24 or 32")
-    if bf16_stochastic_round:
-        raise ValueError(
-            f"master_weight_bits={master_weight_bits}: must be None with "
-            "bf16_stochastic_round=True, since a master weight already keeps what rounding leaves"
-        )
-    return f"split{master_weight_bits}"
 
 
 def _named(formats: Any) -> Mapping[str, Format | str]:
@@ -77,7 +63,7 @@ class _CodedAdam(CodedOptimizer):
             weight_decay=weight_decay,
             amsgrad=amsgrad,
             block_size=self.default_block_size if block_size is None else block_size,
-            write=_write(bf16_stochastic_round, master_weight_bits),
+            write=write_named(bf16_stochastic_round, master_weight_bits),
             **options,
         )
 

@@ -7,15 +7,16 @@ Every optimizer here loads that layout, and encodes it as it stores its moments:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optstate_codecs.convert import adam_state_dict
+
 __all__ = ["from_bitsandbytes", "from_torchao"]
 
-GROUP_KEYS = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # bitsandbytes' names, and the entry that its newer versions wrap the coded state in
 BNB_MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
@@ -38,7 +39,7 @@ def from_torchao(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         KeyError: an entry is missing; the message names it.
     """
 
-    def decode(number: Any, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    def decode(number: Any, state: Mapping[str, Any], group: object) -> dict[str, Tensor]:
         found = {}
         for moment in MOMENTS:
             if moment in state:
@@ -49,7 +50,7 @@ def from_torchao(state_dict: Mapping[str, Any]) -> dict[str, Any]:
                 raise KeyError(f"state_dict['state'][{number!r}]: missing key {moment!r}")
         return found
 
-    return _converted(state_dict, decode)
+    return adam_state_dict(state_dict, decode)
 
 
 def from_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: scales are not one for each 256 elements.
     """
 
-    def decode(number: Any, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    def decode(number: Any, state: Mapping[str, Any], group: object) -> dict[str, Tensor]:
         state = {**state, **state.get(BNB_WRAPPED, {})}
         where = f"state_dict['state'][{number!r}]"
         found = {}
@@ -93,28 +94,4 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             found[moment] = (values * scale).view(codes.shape)
         return found
 
-    return _converted(state_dict, decode)
-
-
-def _converted(
-    state_dict: Mapping[str, Any],
-    decode: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]],
-) -> dict[str, Any]:
-    state = {}
-    for number, stored in state_dict["state"].items():
-        if not stored:
-            continue
-        moments = decode(number, stored)
-        first, second = moments["exp_avg"], moments["exp_avg_sq"]
-        # their codes lose small second moments, and dividing by that zero would be a long step
-        moments["exp_avg_sq"] = torch.where((second == 0) & (first != 0), first.square(), second)
-        if "step" not in stored:
-            raise KeyError(f"state_dict['state'][{number!r}]: missing key 'step'")
-        state[number] = {"step": torch.tensor(float(stored["step"])), **moments}
-    groups = []
-    for group in state_dict["param_groups"]:
-        kept = {key: group[key] for key in GROUP_KEYS if key in group}
-        if isinstance(kept.get("lr"), Tensor):
-            kept["lr"] = float(kept["lr"])
-        groups.append(kept)
-    return {"state": state, "param_groups": groups}
+    return adam_state_dict(state_dict, decode)

@@ -372,29 +372,6 @@ def at_least_if_positive(t, LOWEST: tl.constexpr, x):  # type: ignore[no-untyped
 
 
 @jit
-def plus_unless_zero(x, y):  # type: ignore[no-untyped-def]
-    """``x + y``, int32, or 0 where ``x`` is."""
-    if INTERPRET:
-        return tl.where(x == 0, 0, x + y)
-    else:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred some;
-            setp.ne.s32 some, $1, 0;
-            mov.b32 $0, $1;
-            @some add.s32 $0, $1, $2;
-            }
-            """,
-            "=r,r,r",
-            [x, y],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-
-
-@jit
 def sqrt(x):  # type: ignore[no-untyped-def]
     """Square root within an ulp; subnormal numbers count as zero on a GPU."""
     if INTERPRET:

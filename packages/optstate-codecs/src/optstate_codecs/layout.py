@@ -8,12 +8,14 @@ Anything that is not dense in that order is gathered and scattered slice by slic
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.formats import Component, Format
+from optstate_codecs.formats import FP32, Component, Format
 
 __all__ = [
     "Declaration",
@@ -56,9 +58,18 @@ def storage_order(tensor: Tensor) -> tuple[int, ...]:
 
 
 def bound(formats: Mapping[str, Format], tensor: Tensor) -> dict[str, Format]:
-    """The formats as they store moments of ``tensor``'s shape in its storage order."""
-    order = storage_order(tensor)
-    return {name: format.for_shape(tensor.shape, order) for name, format in formats.items()}
+    """The formats as they store moments of ``tensor``'s size and shape in its storage order."""
+    shape, order = tensor.shape, storage_order(tensor)
+    return {
+        name: FP32() if shape.numel() < f.min_elements else _coded(f).for_shape(shape, order)
+        for name, f in formats.items()
+    }
+
+
+@lru_cache(maxsize=1024)
+def _coded(format: Format) -> Format:
+    """The format for tensors that are not too small, the same whatever that means."""
+    return replace(format, min_elements=0)
 
 
 class FlatView:

@@ -159,6 +159,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         formats = self.group_formats(group)
         for moment in self.rule.moments(hyper):
             format = formats[moment.name]
+            checks.whole_number(f"formats[{moment.name!r}]: min_elements", format.min_elements)
             if not moment.signed and not format.keeps_positive:
                 raise ValueError(
                     f"formats[{moment.name!r}]={format.spec!r}: rounds small second moments to "

@@ -8,12 +8,14 @@ EXTRA_OF = {
     "matplotlib": "demo",
     "optstate_codecs": "codecs",
     "lowbit_adam": "lowbit-adam",
+    "turboadam": "turboadam",
 }
 """The extra of this distribution that brings each optional module, by top-level import name."""
 
 SIBLINGS_OF = {
     "codecs": ("optstate-codecs",),
     "lowbit-adam": ("optstate-codecs", "lowbit-adam"),
+    "turboadam": ("optstate-codecs", "turboadam"),
     "demo": ("optstate-codecs", "lowbit-adam"),
 }
 """The distributions of the family that each extra brings, with those that they need."""

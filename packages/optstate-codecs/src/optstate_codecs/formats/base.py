@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -114,9 +114,13 @@ class Format(ABC):
 
     A format is a small frozen dataclass: its fields are its options, and two equal formats store
     equal bytes. Components of all-zero bytes decode to a moment of zeros.
+
+    Args:
+        min_elements: tensors with fewer keep the moment in float32; 0 codes all of them.
     """
 
     name: ClassVar[str]
+    min_elements: int = field(default=0, kw_only=True)
 
     @property
     @abstractmethod
@@ -191,14 +195,21 @@ class Format(ABC):
 
     def nbytes(self, numel: int) -> int:
         """Exact bytes stored for a moment of ``numel`` elements."""
+        if numel < self.min_elements:
+            return 4 * numel
         return sum(component.nbytes(numel) for component in self.components)
+
+    @classmethod
+    def options(cls) -> list[Field[Any]]:
+        """The fields, with what every format has after the format's own."""
+        return sorted(fields(cls), key=lambda f: bool(f.kw_only))
 
     @property
     def spec(self) -> str:
         """The format as text, e.g. ``dynamic8(block_size=256)``; see ``parse_format``."""
         options = [
             f"{f.name}={getattr(self, f.name)}"
-            for f in fields(self)
+            for f in self.options()
             if f.default is MISSING or getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(options)})" if options else self.name

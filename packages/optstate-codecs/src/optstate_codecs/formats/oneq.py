@@ -44,7 +44,6 @@ from optstate_codecs.device import (
     as_float,
     constant,
     jit,
-    plus_unless_zero,
     row_max,
     spread,
     tl,
@@ -187,7 +186,9 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
     field = load_codes(codes, offsets, rows, left, bits, place)
     # times a power of two: an addition to the exponent
     base = as_bits(tl.abs(factor)) - (1 << place)
-    x = as_float(plus_unless_zero(field, spread(base, offsets)))
+    # as an unsigned number, less than nothing is more than the bits of any float: zero stays zero
+    below = (-field).to(tl.uint32)
+    x = as_float(tl.minimum((field + spread(base, offsets)).to(tl.uint32), below).to(tl.int32))
     if MARKED:
         x = nan_where_marked(x, field >> place, factor, (1 << bits) - 1)
     return x, as_bits(factor)

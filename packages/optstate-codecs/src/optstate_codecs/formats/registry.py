@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import fields
 from functools import cache, lru_cache
 from importlib.metadata import entry_points
 
@@ -71,7 +70,7 @@ def parse_format(spec: str) -> Format:
     cls = _classes().get(match.group(1)) if match else None
     if match is None or cls is None:
         raise ValueError(f"format={spec!r}: must be one of {', '.join(format_names())}")
-    known = [f.name for f in fields(cls)]
+    known = [option.name for option in cls.options()]
     options = {}
     for item in filter(None, (match.group(2) or "").split(",")):
         key, _, text = (part.strip() for part in item.partition("="))

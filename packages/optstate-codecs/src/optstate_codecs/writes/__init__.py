@@ -19,6 +19,7 @@ __all__ = [
     "Stochastic",
     "Write",
     "parameter_write",
+    "write_named",
 ]
 
 WRITES = ("nearest", "stochastic", "split24", "split32")
@@ -43,3 +44,30 @@ def parameter_write(name: str, dtype: torch.dtype) -> Write:
     if name.startswith("split") and dtype in (torch.bfloat16, torch.float16):
         return SplitMaster(dtype, bits=int(name.removeprefix("split")))
     return Nearest(dtype)
+
+
+def write_named(bf16_stochastic_round: bool, master_weight_bits: int | None) -> str:
+    """The name of the write that these two arguments of an optimizer ask for.
+
+    Args:
+        bf16_stochastic_round: whether bfloat16 parameters are rounded stochastically.
+        master_weight_bits: None, or 24 or 32 to keep what rounding leaves.
+
+    Raises:
+        TypeError, ValueError: one of them is neither, or both are asked for.
+
+    Example:
+        >>> write_named(bf16_stochastic_round=False, master_weight_bits=24)
+        'split24'
+    """
+    checks.flag("bf16_stochastic_round", bf16_stochastic_round)
+    if master_weight_bits is None:
+        return "stochastic" if bf16_stochastic_round else "nearest"
+    if type(master_weight_bits) is not int or master_weight_bits not in (24, 32):
+        raise ValueError(f"master_weight_bits={master_weight_bits!r}: must be None, 24 or 32")
+    if bf16_stochastic_round:
+        raise ValueError(
+            f"master_weight_bits={master_weight_bits}: must be None with "
+            "bf16_stochastic_round=True, since a master weight already keeps what rounding leaves"
+        )
+    return f"split{master_weight_bits}"

@@ -17,6 +17,7 @@ SHORT_NAMES = {
     "adamw8bit": "lowbit_adam.AdamW8bit",
     "adamw4bit": "lowbit_adam.AdamW4bit",
     "adamwfp8": "lowbit_adam.AdamWFp8",
+    "turboadam": "turboadam.TurboAdam",
 }
 """Names that need no module, in lower case; any other optimizer is named module.Class."""
 

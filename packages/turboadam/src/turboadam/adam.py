@@ -1,0 +1,177 @@
+"""TurboAdam: AdamW with CoState for its first moment and 1Q for its second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from optstate_codecs import FP32, Adam, CodedOptimizer, Format, checks
+from optstate_codecs.formats import CoState, OneQ
+from optstate_codecs.writes import write_named
+
+__all__ = ["TurboAdam"]
+
+M_BITS, V_BITS = (1, 2, 3, 4, 6), (2, 3, 4, 6, 8)
+
+
+class TurboAdam(CodedOptimizer):
+    """AdamW with ``m_bits + v_bits + 32 / block_size`` bits of state for each parameter: 7.25.
+
+    The first moment is held in units of the update as *CoState*, a sign and a costate (null, phase
+    or amplitude), the second as *1Q*, its root on a logarithmic grid. Both are decoded from what is
+    stored alone, and exact AdamW steps on what was decoded. Weight decay is decoupled.
+
+    Arguments up to ``min_m_compress_elements`` may be given by position. Those from ``block_size``
+    on, but for ``error_feedback`` and ``capturable``, say how moments are stored; they can be set
+    per group, and a checkpoint that was stored otherwise is encoded anew.
+
+    Args:
+        params: tensors, ``named_parameters()``, or dicts of param groups; float16, bfloat16,
+            float32 or float64.
+        lr: learning rate, at least 0; a float or one-element tensor.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: the parameter is multiplied by ``1 - lr * weight_decay``; at least 0.
+        block_size: elements that share a scale, a power of two from 16 to 8192.
+        v_bits: for an element of the second moment: 2, 3, 4, 6 or 8.
+        compress_m: False keeps the first moment in float32.
+        compress_v: False keeps the second moment in float32.
+        null_pct: share of a normal block's smallest first moments that is kept as null, zero, from
+            0 to below 1; above 0 it takes ``m_bits`` of 3 or more.
+        amp_pct: share of a normal block below the amplitude costate, above 0 and below 1; it
+            decides the step between levels, and what lies above the highest is cut off. None is
+            0.8 with ``m_bits=2``, and with more makes the largest the highest level. Not with
+            ``m_bits=1``.
+        error_feedback: deliver at once what rounding takes from the first moment, so that all
+            that was ever subtracted from a parameter is what AdamW would have. It stores nothing.
+        capturable: let a CUDA graph record steps.
+        min_m_compress_elements: tensors with fewer elements keep the first moment in float32.
+        m_bits: for an element of the first moment: 1, 2, 3, 4 or 6.
+        min_v_compress_elements: tensors with fewer keep the second moment in float32.
+        bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
+            their precision are kept in the mean.
+        master_weight_bits: 24 or 32 keeps what rounding leaves of bfloat16 and float16
+            parameters, 1 or 2 bytes each; not together with ``bf16_stochastic_round``.
+        **options: ``rounding_seed``, ``backend``, ``skip_nonfinite``, ``max_grad_norm`` (see
+            ``CodedOptimizer``), ``maximize``, ``amsgrad`` (another ``v_bits``) and the flags
+            ``foreach``, ``fused``, ``differentiable``.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value, or no effect beside another;
+            the message names it.
+
+    Example:
+        >>> optimizer = TurboAdam(model.parameters(), lr=3e-4, weight_decay=0.1)
+    """
+
+    storage_options = (
+        "block_size",
+        "v_bits",
+        "compress_m",
+        "compress_v",
+        "null_pct",
+        "amp_pct",
+        "min_m_compress_elements",
+        "m_bits",
+        "min_v_compress_elements",
+    )
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        block_size: int = 128,
+        v_bits: int = 3,
+        compress_m: bool = True,
+        compress_v: bool = True,
+        null_pct: float = 0.0,
+        amp_pct: float | None = None,
+        error_feedback: bool = False,
+        capturable: bool = False,
+        min_m_compress_elements: int = 4096,
+        *,
+        m_bits: int = 4,
+        min_v_compress_elements: int = 4096,
+        bf16_stochastic_round: bool = False,
+        master_weight_bits: int | None = None,
+        **options: Any,
+    ) -> None:
+        checks.flag("error_feedback", error_feedback)
+        if error_feedback and compress_m is False:
+            raise ValueError(
+                "error_feedback=True: must be False with compress_m=False, since nothing is "
+                "rounded off"
+            )
+        super().__init__(
+            params,
+            Adam(decoupled=True, error_feedback=error_feedback),
+            formats=None,
+            write=write_named(bf16_stochastic_round, master_weight_bits),
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            block_size=block_size,
+            v_bits=v_bits,
+            compress_m=compress_m,
+            compress_v=compress_v,
+            null_pct=null_pct,
+            amp_pct=amp_pct,
+            capturable=capturable,
+            min_m_compress_elements=min_m_compress_elements,
+            m_bits=m_bits,
+            min_v_compress_elements=min_v_compress_elements,
+            **options,
+        )
+
+    def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
+        formats = {"exp_avg": _first_moment(group), "exp_avg_sq": _second_moment(group)}
+        if group["amsgrad"]:
+            formats["max_exp_avg_sq"] = formats["exp_avg_sq"]
+        return formats
+
+
+def _first_moment(group: Mapping[str, Any]) -> Format:
+    bits, amp_pct, null_pct = group["m_bits"], group["amp_pct"], group["null_pct"]
+    _check_stored(group, "m", M_BITS)
+    if bits == 1 and amp_pct is not None:
+        raise ValueError(f"amp_pct={amp_pct!r}: must be None with m_bits=1, which has one costate")
+    if bits <= 2 and null_pct != 0:
+        raise ValueError(
+            f"null_pct={null_pct!r}: must be 0 with m_bits={bits}, which has no code for null"
+        )
+    coded = CoState(
+        bits=bits,
+        block_size=group["block_size"],
+        amp_pct=amp_pct,
+        null_pct=null_pct,
+        min_elements=group["min_m_compress_elements"],
+    )
+    return coded if group["compress_m"] else FP32()
+
+
+def _second_moment(group: Mapping[str, Any]) -> Format:
+    _check_stored(group, "v", V_BITS)
+    coded = OneQ(
+        bits=group["v_bits"],
+        block_size=group["block_size"],
+        min_elements=group["min_v_compress_elements"],
+    )
+    return coded if group["compress_v"] else FP32()
+
+
+def _check_stored(group: Mapping[str, Any], moment: str, allowed: tuple[int, ...]) -> None:
+    """Raise unless what says how ``moment``, "m" or "v", is stored is as it has to be."""
+    name, bits = f"{moment}_bits", group[f"{moment}_bits"]
+    if type(bits) is not int:
+        raise TypeError(f"{name}={bits!r}: must be an int, got {type(bits).__name__}")
+    if bits not in allowed:
+        raise ValueError(f"{name}={bits}: must be one of {', '.join(map(str, allowed))}")
+    checks.flag(f"compress_{moment}", group[f"compress_{moment}"])
+    smallest = f"min_{moment}_compress_elements"
+    checks.whole_number(smallest, group[smallest])
