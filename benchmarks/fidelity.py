@@ -22,6 +22,7 @@ from rich.table import Table
 
 import optstate_codecs
 from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat
+from optstate_codecs.formats import CoState, OneQ
 from optstate_codecs.testing import (
     GRADIENTS,
     Fidelity,
@@ -40,6 +41,8 @@ QUOTED = 0.999
 MATRIX_ROWS = 32
 BARS = ("dense", "5 % sparse")
 SR = "stochastic"
+# what delivers at once what storing the first moment leaves out
+FED_BACK = ("turbo 5.25, flush", "turbo 4.25, sign")
 
 Formats = tuple[Format | str, Format | str]
 
@@ -74,6 +77,13 @@ def arrangements() -> dict[str, Formats]:
         "4-bit, e1m3 roots": (first4, root4(1, 3)),
         "4-bit, e3m1 roots": (first4, root4(3, 1)),
         "4-bit, as published": ("dynamic4", "linear4"),
+        "turbo 7.25": (CoState(4), OneQ(3)),
+        "turbo 7.25, 3 + 4": (CoState(3), OneQ(4)),
+        "turbo 6.25": (CoState(3), OneQ(3)),
+        "turbo 5.25": (CoState(2), OneQ(3)),
+        "turbo 5.25, flush": (CoState(2), OneQ(3)),
+        "turbo 4.25": (CoState(2), OneQ(2)),
+        "turbo 4.25, sign": (CoState(1), OneQ(3)),
     }
 
 
@@ -89,10 +99,17 @@ def in_matrices() -> dict[str, Formats]:
     }
 
 
-def maker(formats: Formats) -> Callable[..., CodedOptimizer]:
-    """Adam with these formats."""
-    moments = dict(zip(("exp_avg", "exp_avg_sq"), formats, strict=True))
-    return partial(CodedOptimizer, rule=Adam(), formats=moments)
+def makers(arranged: dict[str, Formats]) -> dict[str, Callable[..., CodedOptimizer]]:
+    """Adam with the formats of each arrangement."""
+    names = "exp_avg", "exp_avg_sq"
+    return {
+        name: partial(
+            CodedOptimizer,
+            rule=Adam(error_feedback=name in FED_BACK),
+            formats=dict(zip(names, formats, strict=True)),
+        )
+        for name, formats in arranged.items()
+    }
 
 
 def same_codes(name: str, make: Callable[..., CodedOptimizer]) -> bool:
@@ -106,8 +123,7 @@ def same_codes(name: str, make: Callable[..., CodedOptimizer]) -> bool:
 
 def measure(steps: int, last: int, numel: int) -> dict[str, list[dict[str, object]]]:
     """A row for each arrangement, kind of gradients and beta2; and one for each arrangement."""
-    makes = {name: maker(formats) for name, formats in arrangements().items()}
-    by_row = {name: maker(formats) for name, formats in in_matrices().items()}
+    makes, by_row = makers(arrangements()), makers(in_matrices())
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     rows, matrices, probes = [], [], []
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -222,6 +238,7 @@ def setup(steps: int, last: int, numel: int) -> dict[str, object]:
         "eps": 1e-8,
         "seed": 0,
         "formats": texts(arrangements()),
+        "error_feedback": list(FED_BACK),
         "matrices": {"rows": MATRIX_ROWS, "formats": texts(in_matrices())},
         "device": f"cpu {machine()}",
         "threads": torch.get_num_threads(),

@@ -42,7 +42,9 @@ def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None
     assert plot.read_text().startswith("<?xml")
     for row in result["rows"]:
         assert row["longest"] > 0.5
-        assert 0 < row["error"] < 2
+        # what delivers errors does so at once
+        fed_back = row["arrangement"] in result["setup"]["error_feedback"]
+        assert 0 < row["error"] < (10 if fed_back else 2)
         if row["arrangement"] == "bf16":
             assert abs(row["gain"] - 1) < 0.01
 

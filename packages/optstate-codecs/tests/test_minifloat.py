@@ -5,7 +5,6 @@ import torch
 
 from optstate_codecs import FP8, Format, Int4, Minifloat
 from optstate_codecs.formats.fp8 import value_table
-from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.rounding import Draw
 
 GRIDS = [(2, 2, False), (3, 1, False), (1, 3, False), (1, 2, True), (4, 4, False)]
@@ -109,13 +108,6 @@ def test_fp8_is_float8_e4m3fn() -> None:
 def test_fp8_scale_brings_the_block_to_448() -> None:
     for largest, scale in ((448.0, 1.0), (449.0, 2.0), (1.75, 2.0**-8), (1.76, 2.0**-7)):
         assert float(encoded(FP8(16), torch.tensor([largest]))[1]) == scale
-
-
-def test_packing_keeps_codes_and_order() -> None:
-    codes = torch.arange(16, dtype=torch.int32)
-    assert pack(codes[1:4]).tolist() == [0x21, 0x03]
-    assert torch.equal(unpack(pack(codes)), codes)
-    assert pack(codes[:0]).numel() == 0
 
 
 @pytest.mark.parametrize(

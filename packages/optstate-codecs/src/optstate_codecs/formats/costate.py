@@ -172,7 +172,7 @@ class CoState(Format):
         if share is None:
             return 0
         threshold = self._highest / 2 if self._null else 1.0
-        return round(_quantile(share) * math.sqrt(math.pi / 2) / threshold * FRACTION)
+        return max(1, round(_quantile(share) * math.sqrt(math.pi / 2) / threshold * FRACTION))
 
     @property
     def _least(self) -> int:

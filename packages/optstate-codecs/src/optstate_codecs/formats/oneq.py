@@ -14,7 +14,7 @@ a float of k mantissa bits, so that position on the grid is the difference of tw
     3      0   1                  64
     4      1   2                  128
     6      3   8                  224
-    8      5   32                 252
+    8      5   32                 248
 
 The scale is the smallest that has the block's largest root within the grid. When it moves, it moves
 by whole octaves, and every level but the lowest or highest is a level still: nothing is rounded
