@@ -38,7 +38,7 @@ class FP32(Format):
 
     @property
     def device_functions(self) -> DeviceFunctions | None:
-        return DeviceFunctions(load_fp32, store_fp32)
+        return DeviceFunctions(load_fp32, store_fp32, returns=True)
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         if x.data_ptr() != parts[0].data_ptr():
@@ -69,7 +69,9 @@ class BF16(Format):
 
     @property
     def device_functions(self) -> DeviceFunctions | None:
-        return DeviceFunctions(load_bf16, store_bf16, int(self.rounding == "stochastic"))
+        return DeviceFunctions(
+            load_bf16, store_bf16, int(self.rounding == "stochastic"), returns=True
+        )
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         if self.rounding == "nearest":
@@ -90,8 +92,9 @@ def load_fp32(values, unused, offsets, rows, left, MARKED: tl.constexpr, OPTIONS
 
 @jit
 def store_fp32(values, unused, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store a float32 tile."""
+    """Store a float32 tile; returns it."""
     tl.store(values + offsets, x, mask=offsets < left)
+    return x
 
 
 @jit
@@ -102,9 +105,10 @@ def load_bf16(values, unused, offsets, rows, left, MARKED: tl.constexpr, OPTIONS
 
 @jit
 def store_bf16(values, unused, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Round a tile to bfloat16, stochastically where OPTIONS is 1."""
+    """Round a tile to bfloat16, stochastically where OPTIONS is 1. Returns it rounded."""
     if OPTIONS == 1:
         bits = to_bf16_bits_stochastic(x, random)
     else:
         bits = to_bf16_bits(x)
     tl.store(values + offsets, bits, mask=offsets < left)
+    return from_bf16_bits(bits)
