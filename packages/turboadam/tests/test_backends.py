@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from optstate_codecs.testing import Trainer
+from optstate_codecs.testing import Subject, Trainer, resume
 from turboadam import TurboAdam
 
 # coded, coded with a tail, the first moment alone coded, both in float32
@@ -74,3 +74,9 @@ def test_a_graph_replays_steps(settings) -> None:
     for ours, theirs in zip(recorded, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
         assert float(in_graph.state[ours]["step"]) == 5
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_resumes_bit_for_bit(settings) -> None:
+    resume(Subject("resumed", partial(make, **settings), device="cuda"))
