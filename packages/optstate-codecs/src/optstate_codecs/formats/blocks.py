@@ -116,32 +116,23 @@ def finite_amax(x, rows, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def byte_places(offsets, rows):  # type: ignore[no-untyped-def]
-    """Where a tile's bytes lie whose elements share them two by two: [pieces, elements / 2]."""
-    half: tl.constexpr = offsets.shape[1] // 2
-    return (
-        piece_starts(half, offsets.shape[0], rows.shape[0])[:, None] + tl.arange(0, half)[None, :]
-    )
+def group_places(offsets, rows, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The numbers of a tile's groups of GROUP elements, [pieces, elements / GROUP]."""
+    length: tl.constexpr = offsets.shape[1] // GROUP
+    starts = piece_starts(length, offsets.shape[0], rows.shape[0])
+    return starts[:, None] + tl.arange(0, length)[None, :]
 
 
 @jit
 def load_bytes(codes, offsets, rows, left):  # type: ignore[no-untyped-def]
     """The bytes of a tile whose elements share them two by two, uint8 [pieces, elements / 2]."""
-    places = byte_places(offsets, rows)
+    places = group_places(offsets, rows, 2)
     return tl.load(codes + places, mask=places < left - (left >> 1), other=0)
 
 
 @jit
 def _or(a, b):  # type: ignore[no-untyped-def]
     return a | b
-
-
-@jit
-def group_places(offsets, rows, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The numbers of a tile's groups of GROUP elements, [pieces, elements / GROUP]."""
-    length: tl.constexpr = offsets.shape[1] // GROUP
-    starts = piece_starts(length, offsets.shape[0], rows.shape[0])
-    return starts[:, None] + tl.arange(0, length)[None, :]
 
 
 @jit
@@ -183,7 +174,7 @@ def store_codes(codes, word, offsets, rows, left, BITS: tl.constexpr):  # type: 
     elif BITS == 4:
         half: tl.constexpr = offsets.shape[1] // 2
         low, high = tl.split(tl.reshape(word, [offsets.shape[0], half, 2]))
-        places = byte_places(offsets, rows)
+        places = group_places(offsets, rows, 2)
         tl.store(codes + places, pair_of_nibbles(low, high), mask=places < left - (left >> 1))
     else:
         group: tl.constexpr = 8 if BITS % 2 == 1 else 4
