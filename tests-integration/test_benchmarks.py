@@ -119,6 +119,20 @@ def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.Monk
         assert script["table"](json.loads(file.read_text())["summary"]) in page, file.name
 
 
+def test_docs_quote_the_sketches_that_were_tried(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "sketches.py"))
+    report = json.loads(script["RESULT"].read_text())
+    assert script["table"](report) in (root / "docs" / "concepts" / "costate.md").read_text()
+    # what a row says beside its loss follows from its spec and from the other rows
+    again = [dict(row, bits=script["bits"](row["spec"])) for row in report["rows"]]
+    script["compare"](again)
+    assert again == report["rows"]
+    assert {row["name"]: row["spec"] for row in again} == script["SKETCHES"]
+
+
 def test_tutorial_chooses_by_what_was_measured(root: Path) -> None:
     script = run_path(str(root / "benchmarks" / "choose.py"))
     assert script["table"]() in (root / "docs" / "tutorials" / "lowbit-adam.md").read_text()
