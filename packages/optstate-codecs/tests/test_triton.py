@@ -19,7 +19,7 @@ from optstate_codecs import (
 )
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.plan import build_buckets
-from optstate_codecs.rules import SGD, Lion
+from optstate_codecs.rules import SGD, Compass, Lion, LPFAdamW, RMSProp
 from optstate_codecs.testing import Trainer
 from optstate_codecs.writes import CORRECTION
 
@@ -62,8 +62,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|ov
 
 def pair(formats: tuple[str, str], device: str, shapes=SHAPES, dtype=torch.float32, **options):
     """The reference on the CPU and the kernel on ``device``, over equal parameters."""
-    chosen = dict.fromkeys(("exp_avg", "momentum_buffer"), formats[0])
-    chosen |= dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq"), formats[1])
+    chosen = dict.fromkeys(("exp_avg", "momentum_buffer", "ema", "smoothing"), formats[0])
+    chosen |= dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "ema_squared"), formats[1])
     rule = options.pop("rule", None) or Adam(decoupled=options.pop("decoupled", True))
 
     def make(backend):
@@ -184,7 +184,7 @@ ONE_MOMENT = ("dynamic8(block_size=64, rounding=stochastic)", "fp32")
     ],
     ids=["sgd", "sgd-nesterov-decoupled", "sgd-maximize", "lion", "lion-far-maximize"],
 )
-def test_same_codes_for_every_rule(rule, options, formats, device) -> None:
+def test_same_codes_for_one_moment(rule, options, formats, device) -> None:
     for dtype, write in ((torch.float32, "nearest"), (torch.bfloat16, "stochastic")):
         reference, kernel = pair(
             formats, device, FEW, rule=rule, dtype=dtype, write=write, **options
@@ -192,6 +192,30 @@ def test_same_codes_for_every_rule(rule, options, formats, device) -> None:
         run(reference, kernel)
         # by the kernel, every one of them
         assert all(not plan.left for plan in kernel.optimizer._session._plans.values())
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("formats", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (RMSProp(), {"weight_decay": 0.1, "maximize": True}),
+        (Compass(), {"weight_decay": 0.1}),
+        (Compass(), {"betas": (0.4, 0.9), "maximize": True}),
+        (LPFAdamW(), {"weight_decay": 0.1}),
+        (LPFAdamW(), {"betas": (0.4, 0.3, 0.9), "maximize": True}),
+    ],
+    ids=["rmsprop", "compass", "compass-far-maximize", "lpf", "lpf-far-maximize"],
+)
+def test_same_codes_for_ema_rules(rule, options, formats, device) -> None:
+    dtype, write = torch.float32, "nearest"
+    if formats == "bf16":
+        dtype, write = torch.bfloat16, "stochastic"
+    reference, kernel = pair(
+        FORMATS[formats], device, FEW, rule=rule, dtype=dtype, write=write, **options
+    )
+    run(reference, kernel)
+    assert all(not plan.left for plan in kernel.optimizer._session._plans.values())
 
 
 @pytest.mark.parametrize("device", devices())
