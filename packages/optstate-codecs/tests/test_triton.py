@@ -62,8 +62,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|ov
 
 def pair(formats: tuple[str, str], device: str, shapes=SHAPES, dtype=torch.float32, **options):
     """The reference on the CPU and the kernel on ``device``, over equal parameters."""
-    chosen = dict.fromkeys(("exp_avg", "momentum_buffer", "ema", "smoothing"), formats[0])
+    chosen = dict.fromkeys(("exp_avg", "momentum_buffer", "ema"), formats[0])
     chosen |= dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "ema_squared"), formats[1])
+    chosen["smoothing"] = "bf16"
     rule = options.pop("rule", None) or Adam(decoupled=options.pop("decoupled", True))
 
     def make(backend):
@@ -195,7 +196,7 @@ def test_same_codes_for_one_moment(rule, options, formats, device) -> None:
 
 
 @pytest.mark.parametrize("device", devices())
-@pytest.mark.parametrize("formats", ["fp32", "bf16"])
+@pytest.mark.parametrize("formats", ["fp32", "bf16", "dynamic8"])
 @pytest.mark.parametrize(
     ("rule", "options"),
     [
