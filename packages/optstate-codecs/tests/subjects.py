@@ -33,6 +33,13 @@ FOUR_THREE = {"drift": 7.0, "error": 0.1, "gain": 0.06, "max_step": 2.0}
 TWO_THREE = {"drift": 8.0, "error": 0.3, "gain": 0.4, "max_step": 2.0}
 ONE_FOUR = {"drift": 9.0, "error": 0.4, "gain": 0.65, "max_step": 7.0}
 
+SGD_VARIANTS = (
+    {"momentum": 0.0},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True},
+    {"momentum": 0.9, "dampening": 0.3},
+)
+
 SUBJECTS = [
     Subject("adam-fp32", adam("fp32", "fp32"), exact=torch.optim.Adam),
     Subject("adamw-fp32", adam("fp32", "fp32", decoupled=True), exact=torch.optim.AdamW),

@@ -17,6 +17,7 @@ from optstate_codecs.engine.cpu import build, loops
 from optstate_codecs.engine.cpu.operations import PRELUDE
 from optstate_codecs.engine.cpu.record import Unrecordable, record
 from optstate_codecs.formats.dynamic import value_table, values_of
+from optstate_codecs.rules import SGD, Compass, Lion, LPFAdamW, RMSProp
 from optstate_codecs.testing import Trainer
 
 FIRST = "dynamic8(block_size=256, rounding=stochastic, units=update)"
@@ -60,8 +61,9 @@ def no_compiler(monkeypatch):
 
 def pair(formats: tuple[str, str], shapes=SHAPES, dtype=torch.float32, **options):
     """The reference and the loops, over equal parameters."""
-    chosen = {"exp_avg": formats[0], "exp_avg_sq": formats[1], "max_exp_avg_sq": formats[1]}
-    rule = Adam(decoupled=options.pop("decoupled", True))
+    chosen = dict.fromkeys(("exp_avg", "momentum_buffer", "ema", "smoothing"), formats[0])
+    chosen |= dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "ema_squared"), formats[1])
+    rule = options.pop("rule", None) or Adam(decoupled=options.pop("decoupled", True))
 
     def make(backend):
         return lambda params: CodedOptimizer(params, rule, chosen, backend=backend, **options)
@@ -116,6 +118,26 @@ def test_same_codes_for_every_format(formats) -> None:
     assert all(stepped_by_loops(ours))
     reference.run(1)
     run(reference, ours)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (SGD(), {"lr": 0.1}),
+        (SGD(), {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+        (SGD(decoupled=True), {"momentum": 0.9, "nesterov": True, "maximize": True}),
+        (Lion(), {"lr": 1e-2, "weight_decay": 0.1}),
+        (RMSProp(), {"weight_decay": 0.1}),
+        (Compass(), {"weight_decay": 0.1}),
+        (LPFAdamW(), {"maximize": True}),
+    ],
+    ids=["sgd-plain", "sgd", "sgd-nesterov-decoupled", "lion", "rmsprop", "compass", "lpf"],
+)
+def test_same_codes_for_every_rule(rule, options) -> None:
+    formats = ("dynamic8(block_size=64, rounding=stochastic)", "fp32")
+    reference, ours = pair(formats, rule=rule, **options)
+    run(reference, ours)
+    assert all(stepped_by_loops(ours))
 
 
 @pytest.mark.parametrize(

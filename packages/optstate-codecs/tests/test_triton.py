@@ -19,6 +19,7 @@ from optstate_codecs import (
 )
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.plan import build_buckets
+from optstate_codecs.rules import SGD, Compass, Lion, LPFAdamW, RMSProp
 from optstate_codecs.testing import Trainer
 from optstate_codecs.writes import CORRECTION
 
@@ -61,7 +62,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|ov
 
 def pair(formats: tuple[str, str], device: str, shapes=SHAPES, dtype=torch.float32, **options):
     """The reference on the CPU and the kernel on ``device``, over equal parameters."""
-    chosen = {"exp_avg": formats[0], "exp_avg_sq": formats[1], "max_exp_avg_sq": formats[1]}
+    chosen = dict.fromkeys(("exp_avg", "momentum_buffer", "ema"), formats[0])
+    chosen |= dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "ema_squared"), formats[1])
+    chosen["smoothing"] = "bf16"
     rule = options.pop("rule", None) or Adam(decoupled=options.pop("decoupled", True))
 
     def make(backend):
@@ -164,6 +167,79 @@ def test_what_rounding_leaves_out_is_delivered_alike(name, device) -> None:
 )
 def test_same_codes_for_every_option(dtype, options, device) -> None:
     run(*pair(FORMATS["dynamic8"], device, FEW, dtype=dtype, **options))
+
+
+ONE_MOMENT = ("dynamic8(block_size=64, rounding=stochastic)", "fp32")
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("formats", [ONE_MOMENT, FORMATS["fp32"]], ids=["dynamic8", "fp32"])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (SGD(), {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+        (SGD(decoupled=True), {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        (SGD(), {"momentum": 0.9, "maximize": True}),
+        (Lion(), {"lr": 1e-2, "weight_decay": 0.1}),
+        (Lion(), {"lr": 1e-2, "betas": (0.4, 0.3), "maximize": True}),
+    ],
+    ids=["sgd", "sgd-nesterov-decoupled", "sgd-maximize", "lion", "lion-far-maximize"],
+)
+def test_same_codes_for_one_moment(rule, options, formats, device) -> None:
+    for dtype, write in ((torch.float32, "nearest"), (torch.bfloat16, "stochastic")):
+        reference, kernel = pair(
+            formats, device, FEW, rule=rule, dtype=dtype, write=write, **options
+        )
+        run(reference, kernel)
+        # by the kernel, every one of them
+        assert all(not plan.left for plan in kernel.optimizer._session._plans.values())
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("formats", ["fp32", "bf16", "dynamic8"])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (RMSProp(), {"weight_decay": 0.1, "maximize": True}),
+        (Compass(), {"weight_decay": 0.1}),
+        (Compass(), {"betas": (0.4, 0.9), "maximize": True}),
+        (LPFAdamW(), {"weight_decay": 0.1}),
+        (LPFAdamW(), {"betas": (0.4, 0.3, 0.9), "maximize": True}),
+    ],
+    ids=["rmsprop", "compass", "compass-far-maximize", "lpf", "lpf-far-maximize"],
+)
+def test_same_codes_for_ema_rules(rule, options, formats, device) -> None:
+    dtype, write = torch.float32, "nearest"
+    if formats == "bf16":
+        dtype, write = torch.bfloat16, "stochastic"
+    reference, kernel = pair(
+        FORMATS[formats], device, FEW, rule=rule, dtype=dtype, write=write, **options
+    )
+    run(reference, kernel)
+    assert all(not plan.left for plan in kernel.optimizer._session._plans.values())
+
+
+@pytest.mark.parametrize("device", devices())
+def test_nothing_to_store_is_left_to_the_reference(device) -> None:
+    reference, kernel = pair(FORMATS["fp32"], device, FEW, rule=SGD(), lr=0.1)
+    run(reference, kernel)
+    assert all(not plan.buckets for plan in kernel.optimizer._session._plans.values())
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("rule", [SGD(), Lion()], ids=["sgd", "lion"])
+def test_nonfinite_stays_where_it_is_under_every_rule(rule, device) -> None:
+    options = {"momentum": 0.9} if rule.name == "sgd" else {}
+    for value in (float("nan"), float("inf"), -float("inf")):
+        reference, kernel = pair(ONE_MOMENT, device, ((3, 1024),), rule=rule, **options)
+        for trainer in (reference, kernel):
+            param = trainer.params[0]
+            for bad in (value, 1.0):
+                param.grad = torch.ones_like(param)
+                param.grad[1, 5] = bad
+                trainer.optimizer.step()
+        compare(reference, kernel)
+        assert int((~torch.isfinite(kernel.params[0])).sum()) == 1
 
 
 @pytest.mark.parametrize("device", devices())

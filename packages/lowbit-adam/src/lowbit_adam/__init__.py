@@ -1,7 +1,11 @@
-"""Adam and AdamW with 8-bit, FP8 and 4-bit state: change one line, keep an eighth of the memory."""
+"""Adam and AdamW with 8-bit, FP8 and 4-bit state: change one line, keep an eighth of the memory.
+
+Lion and SGD are here in 8 bits as well.
+"""
 
 from lowbit_adam.adam import Adam4bit, Adam8bit, AdamFp8, AdamW4bit, AdamW8bit, AdamWFp8
 from lowbit_adam.convert import from_bitsandbytes, from_torchao
+from lowbit_adam.momentum import Lion8bit, SGD8bit
 
 __version__ = "0.1.0"
 
@@ -12,6 +16,8 @@ __all__ = [
     "AdamW4bit",
     "AdamW8bit",
     "AdamWFp8",
+    "Lion8bit",
+    "SGD8bit",
     "from_bitsandbytes",
     "from_torchao",
 ]

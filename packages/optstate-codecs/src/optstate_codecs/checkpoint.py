@@ -95,6 +95,8 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
         moments = optimizer.rule.moments(optimizer.rule.hyper(group))
         for param, number in zip(group["params"], saved["params"], strict=True):
             if stored := state_dict["state"].get(number):
+                if not (saved_formats or optimizer.rule.counted):
+                    stored = {"step": 1.0, **stored}
                 where = f"state_dict['state'][{number!r}]"
                 source = saved_formats or dict.fromkeys(formats, FP32())
                 _check_state(where, param, stored, source, formats)

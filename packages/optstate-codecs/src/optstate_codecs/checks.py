@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "betas",
     "block_size",
     "flag",
     "nonnegative",
@@ -56,6 +57,15 @@ def unit_interval(name: str, value: Any) -> None:
     number = _number(name, value)
     if number is not None and not 0.0 <= number < 1.0:
         raise ValueError(f"{name}={value!r}: must be in [0, 1)")
+
+
+def betas(value: Any, count: int) -> None:
+    """Raise unless ``value`` is a tuple of ``count`` decay rates, each in [0, 1)."""
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        words = {2: "two", 3: "three"}
+        raise ValueError(f"betas={value!r}: must be {words[count]} numbers in [0, 1)")
+    for i, beta in enumerate(value):
+        unit_interval(f"betas[{i}]", beta)
 
 
 def flag(name: str, value: Any) -> None:

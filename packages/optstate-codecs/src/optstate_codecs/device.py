@@ -56,6 +56,15 @@ def fma(a, b, c):  # type: ignore[no-untyped-def]
 
 
 @jit
+def lerp(start, end, weight, FAR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``torch.lerp``, which starts from the nearer end: FAR says that ``weight`` is 0.5 or more."""
+    if FAR:
+        return fma(end - start, weight - 1.0, end)
+    else:
+        return fma(end - start, weight, start)
+
+
+@jit
 def as_bits(x):  # type: ignore[no-untyped-def]
     """The bits of a float32."""
     return x.to(tl.int32, bitcast=True)

@@ -26,11 +26,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, maximum
 
 from optstate_codecs import checks
-from optstate_codecs.device import constant, fma, jit, reciprocal, sqrt, tl
+from optstate_codecs.device import constant, fma, jit, lerp, reciprocal, sqrt, tl
+from optstate_codecs.rules.arithmetic import add_quotient, average_square_, decayed, far
 from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
 
 __all__ = ["Adam", "AdamHyper"]
@@ -63,10 +63,7 @@ class AdamHyper:
 
     def __post_init__(self) -> None:
         checks.nonnegative("lr", self.lr)
-        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise ValueError(f"betas={self.betas!r}: must be two numbers in [0, 1)")
-        for i, beta in enumerate(self.betas):
-            checks.unit_interval(f"betas[{i}]", beta)
+        checks.betas(self.betas, 2)
         checks.nonnegative("eps", self.eps)
         checks.nonnegative("weight_decay", self.weight_decay)
         checks.flag("amsgrad", self.amsgrad)
@@ -109,9 +106,7 @@ class Adam(Rule):
 
     def device_function(self, hyper: AdamHyper) -> tuple[Any, int]:
         options = self.decoupled * DECOUPLED + hyper.amsgrad * AMSGRAD + hyper.maximize * MAXIMIZE
-        beta1 = host_scalar(hyper.betas[0])
-        far = isinstance(beta1, float) and 1 - beta1 >= 0.5
-        return update_tile, options + far * FAR
+        return update_tile, options + far(hyper.betas[0]) * FAR
 
     def device_deliver(self) -> Any:
         return deliver_tile
@@ -159,25 +154,17 @@ class Adam(Rule):
         amsgrad, maximize = variant
         if maximize:
             grad = -grad
-        if self.decoupled:
-            if isinstance(decay, Tensor) or decay != 1:
-                param.mul_(decay)
-        elif isinstance(decay, Tensor) or decay != 0:
-            grad = _add_scaled(grad, param, decay)
+        grad = decayed(param, grad, decay, self.decoupled)
 
         exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
         exp_avg.lerp_(grad, other1)
-        exp_avg_sq.mul_(beta2)
-        if isinstance(other2, Tensor):
-            exp_avg_sq.addcmul_(grad * other2, grad)
-        else:
-            exp_avg_sq.addcmul_(grad, grad, value=other2)
+        average_square_(exp_avg_sq, grad, beta2, other2)
         if amsgrad:
             largest = moments["max_exp_avg_sq"]
             exp_avg_sq = maximum(largest, exp_avg_sq, out=largest)
 
         denominator = (exp_avg_sq.sqrt() / root).add_(eps)
-        _add_quotient(param, exp_avg, denominator, length)
+        add_quotient(param, exp_avg, denominator, length)
 
     def deliver(
         self,
@@ -189,20 +176,7 @@ class Adam(Rule):
     ) -> None:
         root, eps, length = scalars[5:]
         divisor = moments["max_exp_avg_sq" if variant[0] else "exp_avg_sq"]
-        _add_quotient(param, residual, (divisor.sqrt() / root).add_(eps), length)
-
-
-def _add_quotient(param: Tensor, above: Tensor, below: Tensor, factor: Scalar) -> None:
-    if isinstance(factor, Tensor):
-        param.addcdiv_(above * factor, below)
-    else:
-        param.addcdiv_(above, below, value=factor)
-
-
-def _add_scaled(grad: Tensor, param: Tensor, decay: Scalar) -> Tensor:
-    if isinstance(decay, Tensor):
-        return torch.addcmul(grad, param, decay)
-    return grad.add(param, alpha=decay)
+        add_quotient(param, residual, (divisor.sqrt() / root).add_(eps), length)
 
 
 DECOUPLED, AMSGRAD, MAXIMIZE, FAR = 1, 2, 4, 8
@@ -224,11 +198,7 @@ def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[n
         p = p * decay
     else:
         g = fma(p, decay, g)
-    # as torch.lerp, which starts from the nearer end
-    if OPTIONS & _FAR:
-        m0 = fma(g - m0, weight - 1.0, g)
-    else:
-        m0 = fma(g - m0, weight, m0)
+    m0 = lerp(m0, g, weight, OPTIONS & _FAR)
     m1 = fma(g * other2, g, m1 * beta2)
     largest = m1
     if OPTIONS & _AMSGRAD:

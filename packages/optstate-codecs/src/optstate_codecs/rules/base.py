@@ -39,6 +39,9 @@ class Rule(ABC):
     """
 
     name: ClassVar[str]
+    #: whether ``torch.optim``'s class of the rule counts its steps; a plain checkpoint of one that
+    #: does not is taken to be past the first
+    counted: ClassVar[bool] = True
 
     @property
     def delivers(self) -> bool:

@@ -43,16 +43,19 @@ def _follow(optimizer: CodedOptimizer, param: Parameter, grads: list[Tensor]) ->
 def exactness(subject: Subject) -> None:
     """Law 1: with exact formats, bit-equal to ``torch.optim`` in parameters and state.
 
-    Forty steps of groups with their own rates, with and without weight decay and AMSGrad, and
-    gradients that come and go.
+    Forty steps of groups with their own rates, with and without weight decay, for each of
+    ``subject.variants``, and gradients that come and go.
     """
     if subject.exact is None:
         raise ValueError(f"{subject.name}: exactness needs the torch.optim class to equal")
-    for weight_decay, amsgrad, maximize in product((0.0, 0.1), (False, True), (False, True)):
-        options = {"weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}
+    for weight_decay, variant, maximize in product((0.0, 0.1), subject.variants, (False, True)):
+        options = {"weight_decay": weight_decay, "maximize": maximize, **variant}
         ours = Trainer(partial(_grouped, subject.make, options)).run(40)
         theirs = Trainer(partial(_grouped, subject.exact, options)).run(40)
-        assert_same(f"exactness {options}", theirs.tensors(), ours.tensors())
+        expected, got = theirs.tensors(), ours.tensors()
+        if not ours.optimizer.rule.counted:  # type: ignore[attr-defined]
+            got = {key: value for key, value in got.items() if not key.endswith(" step")}
+        assert_same(f"exactness {options}", expected, got)
 
 
 def _grouped(
@@ -65,15 +68,15 @@ def zero_stays(subject: Subject) -> None:
     """Law 2: no gradient, no movement; and one that stops leaves no drift.
 
     Half of the elements of every block never get a gradient and stay bitwise the same. The rest
-    get one for 50 steps and none for 1,000; over those they move as far as exact Adam moves its
-    own, within ``subject.drift`` lr.
+    get one for 50 steps and none for 1,000; over those they move as far as exact arithmetic moves
+    its own, within ``subject.drift`` lr.
     """
     numel, lr = 6000, 1e-3
     start = subject.shaped(torch.randn(numel, generator=_generator()))
     still = subject.shaped(torch.arange(numel) % 2 == 0)
     param, exact = Parameter(start.clone()), Parameter(start.double())
     ours = subject.make([param], lr=lr, weight_decay=0.0)
-    reference = torch.optim.Adam([exact], lr=lr)
+    reference = subject.near([exact], lr=lr)
     noise = _generator(1)
     stopped = start, start.double()
     for step in range(1050):
@@ -139,13 +142,18 @@ def unbiased_length(
 
 
 def scale_equivariance(subject: Subject) -> None:
-    """Law 5: gradients (and eps) times 2^k give identical codes, for k from -40 to 40."""
+    """Law 5: gradients (and eps) times 2^k give identical codes, for k from -40 to 40.
+
+    For rules whose steps do not depend on the scale of gradients: not for SGD.
+    """
     numel, eps = 5000, 1e-8
     grads = [torch.randn(numel, generator=_generator(t)) for t in range(8)]
 
     def codes(k: int) -> tuple[Tensor, dict[str, Tensor]]:
         param = Parameter(subject.shaped(torch.ones(numel)))
-        optimizer = subject.make([param], lr=LR, eps=math.ldexp(eps, k), weight_decay=0.0)
+        optimizer = subject.make([param], lr=LR, weight_decay=0.0)
+        if "eps" in optimizer.defaults:
+            optimizer.param_groups[0]["eps"] = math.ldexp(eps, k)
         _follow(optimizer, param, [grad * 2.0**k for grad in grads])
         state = optimizer.state[param]
         return param.detach(), {n: t for n, t in state.items() if n.endswith("_codes")}

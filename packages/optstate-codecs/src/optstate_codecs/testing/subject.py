@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Subject:
         name: for test ids.
         make: builds the optimizer from parameters and keyword arguments.
         exact: the ``torch.optim`` class it must equal bit for bit, where its formats are exact.
+        near: the class whose exact arithmetic laws 2 and 10 compare with.
+        variants: law 1, sets of arguments to check besides weight decay and ``maximize``.
         max_step: law 3, the longest step in units of lr under second moments of log-normal
             spread sigma 2.
         drift: law 2, how far a parameter whose gradient stops may end from where exact Adam's
@@ -40,6 +42,8 @@ class Subject:
     name: str
     make: Callable[..., CodedOptimizer]
     exact: Callable[..., Optimizer] | None = None
+    near: Callable[..., Optimizer] = torch.optim.Adam
+    variants: Sequence[Mapping[str, Any]] = ({}, {"amsgrad": True})
     max_step: float = 8.0
     drift: float = 1.0
     error: float = 0.1

@@ -227,6 +227,7 @@ OPERATIONS: dict[str, Callable[..., str]] = {
     "logical_not": _plain(lambda a: f"(!{a})"),
     "neg": _plain(lambda a: f"(-{a})"),
     "abs": _either("__builtin_fabsf", "__builtin_abs"),
+    "sign": _plain(lambda a: f"((float)(({a} > 0.0f) - ({a} < 0.0f)))"),
     "sqrt": _plain(lambda a: f"__builtin_sqrtf({a})"),
     "reciprocal": _plain(lambda a: f"(1.0f / {a})"),
     "round": _plain(lambda a: f"__builtin_rintf({a})"),

@@ -1,0 +1,99 @@
+"""Lion and SGD, which keep one moment, in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from optstate_codecs import CodedOptimizer, Dynamic8, Format, Rule
+from optstate_codecs.rules import SGD, Lion
+from optstate_codecs.writes import write_named
+
+__all__ = ["Lion8bit", "SGD8bit"]
+
+
+class _Momentum8(CodedOptimizer):
+    """One signed moment in its own units: there is no second one to take update units from."""
+
+    storage_options = ("block_size",)
+    update: ClassVar[Rule]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        block_size: int = 2048,
+        bf16_stochastic_round: bool = False,
+        master_weight_bits: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            self.update,
+            block_size=block_size,
+            write=write_named(bf16_stochastic_round, master_weight_bits),
+            **options,
+        )
+
+    def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
+        stored = Dynamic8(group["block_size"], rounding="stochastic")
+        return {moment.name: stored for moment in self.rule.moments(self.rule.hyper(group))}
+
+
+class Lion8bit(_Momentum8):
+    """Lion with 8 bits of momentum (8 + 32 / block_size bits per parameter).
+
+    Chen et al., arXiv:2302.06675, with decoupled weight decay. The momentum is stored in the
+    dynamic exponent map of Dettmers et al., arXiv:2110.02861, rounded stochastically. The
+    keyword-only arguments are those of ``Adam8bit``, less ``formats``.
+
+    Example:
+        >>> optimizer = Lion8bit(model.parameters(), lr=1e-4, weight_decay=0.1)
+    """
+
+    update = Lion()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, **options)
+
+
+class SGD8bit(_Momentum8):
+    """SGD with 8 bits of momentum (8 + 32 / block_size bits per parameter; 0 without momentum).
+
+    The arguments and steps are ``torch.optim.SGD``'s, weight decay coupled; the momentum is stored
+    as ``Lion8bit`` stores its own, and the keyword-only arguments are the same.
+
+    Example:
+        >>> optimizer = SGD8bit(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    """
+
+    update = SGD()
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            **options,
+        )

@@ -1,0 +1,146 @@
+"""Compass: Adam's second moment under a gradient that its running mean amplifies.
+
+    m = b1 m + (1 - b1) g
+    a = g + f m
+    v = b2 v + (1 - b2) a^2
+    p = (1 - lr wd) p - lr / (1 - b1^t) * a / (sqrt(v / (1 - b2^t)) + eps)
+
+The formula is that of the public optimizer of this name (2024; there is no paper), with f its
+``amp_fac``. Since a is not a mean, its correction 1 - b1^t makes first steps long: lr / (1 - b1),
+100 lr by default, so a warm-up is due. Weight decay is decoupled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.device import constant, fma, jit, lerp, reciprocal, sqrt, tl
+from optstate_codecs.rules.arithmetic import (
+    add_quotient,
+    add_scaled,
+    average_square_,
+    decayed,
+    far,
+)
+from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+
+__all__ = ["Compass", "CompassHyper"]
+
+# streams 2 and 3 share a random word, so fp32 parameters cost one hash an element
+EMA = Moment("ema", signed=True, stream=2, relative_to="ema_squared")
+EMA_SQUARED = Moment("ema_squared", signed=False, stream=3)
+
+
+@dataclass(frozen=True)
+class CompassHyper:
+    """Compass's hyper-parameters; creating one validates them.
+
+    Attributes:
+        lr: learning rate, at least 0; a float or one-element tensor.
+        betas: decay rates of the two moments, each in [0, 1).
+        amp_fac: how much of the mean is added to the gradient, at least 0.
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: at least 0.
+        maximize: ascend instead of descend.
+    """
+
+    lr: Scalar
+    betas: tuple[Scalar, Scalar]
+    amp_fac: Scalar
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "amp_fac", "eps", "weight_decay"):
+            checks.nonnegative(name, getattr(self, name))
+        checks.betas(self.betas, 2)
+        checks.flag("maximize", self.maximize)
+
+
+@dataclass(frozen=True)
+class Compass(Rule):
+    """Compass; two moments, ``ema`` and ``ema_squared``."""
+
+    name: ClassVar[str] = "compass"
+
+    def defaults(self) -> dict[str, Any]:
+        return {
+            "lr": 1e-3,
+            "betas": (0.99, 0.999),
+            "amp_fac": 5.0,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "maximize": False,
+        }
+
+    def hyper(self, group: Mapping[str, Any]) -> CompassHyper:
+        return CompassHyper(**{key: group[key] for key in self.defaults()})
+
+    def moments(self, hyper: CompassHyper) -> tuple[Moment, ...]:
+        return (EMA, EMA_SQUARED)
+
+    def device_function(self, hyper: CompassHyper) -> tuple[Any, int]:
+        return update_tile, hyper.maximize * MAXIMIZE + far(hyper.betas[0]) * FAR
+
+    def device_row(self, hyper: CompassHyper, step: Scalar) -> list[Scalar]:
+        *folded, length, root, eps = self.scalars(hyper, step)
+        return [*folded, length * root, eps * root]
+
+    def variant(self, hyper: CompassHyper) -> bool:
+        return hyper.maximize
+
+    def scalars(self, hyper: CompassHyper, step: Scalar) -> list[Scalar]:
+        lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
+        beta1, beta2 = map(host_scalar, hyper.betas)
+        return [
+            1 - beta1,
+            host_scalar(hyper.amp_fac),
+            beta2,
+            1 - beta2,
+            1 - lr * decay,
+            -lr / (1 - beta1**step),
+            (1 - beta2**step) ** 0.5,
+            hyper.eps,
+        ]
+
+    def apply(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        moments: Mapping[str, Tensor],
+        scalars: Sequence[Scalar],
+        variant: bool,
+    ) -> None:
+        other1, amplify, beta2, other2, decay, length, root, eps = scalars
+        if variant:
+            grad = -grad
+        decayed(param, grad, decay, True)
+        mean, squared = moments["ema"], moments["ema_squared"]
+        mean.lerp_(grad, other1)
+        along = add_scaled(grad, mean, amplify)
+        average_square_(squared, along, beta2, other2)
+        add_quotient(param, along, (squared.sqrt() / root).add_(eps), length)
+
+
+MAXIMIZE, FAR = 1, 2
+_MAXIMIZE, _FAR = map(constant, (MAXIMIZE, FAR))
+
+
+@jit
+def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is ema, m1 ema_squared. Bias corrections are in the row."""
+    other1, amplify = tl.load(row), tl.load(row + 1)
+    beta2, other2, decay = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    length, eps = tl.load(row + 5), tl.load(row + 6)
+    if OPTIONS & _MAXIMIZE:
+        g = -g
+    m0 = lerp(m0, g, other1, OPTIONS & _FAR)
+    along = fma(m0, amplify, g)
+    m1 = fma(along * other2, along, m1 * beta2)
+    return fma(along * length, reciprocal(sqrt(m1) + eps), p * decay), m0, m1, m2

@@ -1,0 +1,117 @@
+"""Lion: the sign of a momentum (Chen et al., arXiv:2302.06675, algorithm 2).
+
+    u = sign(b1 m + (1 - b1) g)
+    p = (1 - lr wd) p - lr u
+    m = b2 m + (1 - b2) g
+
+Every element moves by lr, or by nothing where u is 0; weight decay is decoupled. Where what the
+sign is taken of is infinite or NaN, so is the parameter: a bad gradient is not to look like a good
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.device import constant, fma, jit, lerp, tl
+from optstate_codecs.rules.arithmetic import add_scaled_, decayed, far
+from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+
+__all__ = ["Lion", "LionHyper"]
+
+# stream 1 shares its random word with the parameter write: one hash an element at most
+EXP_AVG = Moment("exp_avg", signed=True, stream=1)
+
+
+@dataclass(frozen=True)
+class LionHyper:
+    """Lion's hyper-parameters; creating one validates them.
+
+    Attributes:
+        lr: how far an element moves, at least 0; a float or one-element tensor.
+        betas: weight of the momentum in the update, and its decay rate, each in [0, 1).
+        weight_decay: at least 0.
+        maximize: ascend instead of descend.
+    """
+
+    lr: Scalar
+    betas: tuple[Scalar, Scalar]
+    weight_decay: float
+    maximize: bool
+
+    def __post_init__(self) -> None:
+        checks.nonnegative("lr", self.lr)
+        checks.betas(self.betas, 2)
+        checks.nonnegative("weight_decay", self.weight_decay)
+        checks.flag("maximize", self.maximize)
+
+
+@dataclass(frozen=True)
+class Lion(Rule):
+    """Lion; one moment, ``exp_avg``."""
+
+    name: ClassVar[str] = "lion"
+
+    def defaults(self) -> dict[str, Any]:
+        return {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False}
+
+    def hyper(self, group: Mapping[str, Any]) -> LionHyper:
+        return LionHyper(**{key: group[key] for key in self.defaults()})
+
+    def moments(self, hyper: LionHyper) -> tuple[Moment, ...]:
+        return (EXP_AVG,)
+
+    def device_function(self, hyper: LionHyper) -> tuple[Any, int]:
+        nearer = far(hyper.betas[0]) * FAR1 + far(hyper.betas[1]) * FAR2
+        return update_tile, nearer + hyper.maximize * MAXIMIZE
+
+    def device_row(self, hyper: LionHyper, step: Scalar) -> list[Scalar]:
+        return self.scalars(hyper, step)
+
+    def variant(self, hyper: LionHyper) -> bool:
+        return hyper.maximize
+
+    def scalars(self, hyper: LionHyper, step: Scalar) -> list[Scalar]:
+        lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
+        beta1, beta2 = map(host_scalar, hyper.betas)
+        return [1 - beta1, 1 - beta2, 1 - lr * decay, -lr]
+
+    def apply(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        moments: Mapping[str, Tensor],
+        scalars: Sequence[Scalar],
+        variant: bool,
+    ) -> None:
+        other1, other2, decay, length = scalars
+        if variant:
+            grad = -grad
+        decayed(param, grad, decay, True)
+        exp_avg = moments["exp_avg"]
+        along = exp_avg.lerp(grad, other1)
+        # 0, but NaN where there is no sign to go by
+        add_scaled_(param, along.sign() + along * 0.0, length)
+        exp_avg.lerp_(grad, other2)
+
+
+MAXIMIZE, FAR1, FAR2 = 1, 2, 4
+_MAXIMIZE, _FAR1, _FAR2 = map(constant, (MAXIMIZE, FAR1, FAR2))
+
+
+@jit
+def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is exp_avg."""
+    other1, other2 = tl.load(row), tl.load(row + 1)
+    decay, length = tl.load(row + 2), tl.load(row + 3)
+    if OPTIONS & _MAXIMIZE:
+        g = -g
+    along = lerp(m0, g, other1, OPTIONS & _FAR1)
+    sign = tl.where(along > 0.0, 1.0, tl.where(along < 0.0, -1.0, 0.0))
+    p = fma(sign + along * 0.0, length, p * decay)
+    return p, lerp(m0, g, other2, OPTIONS & _FAR2), m1, m2

@@ -1,0 +1,154 @@
+"""LPFAdamW: AdamW on gradients that a low-pass filter amplifies the slow part of.
+
+    s = b1 s + (1 - b1) g
+    a = g + f s
+    m = b2 m + (1 - b2) a
+    v = b3 v + (1 - b3) a^2
+    p = (1 - lr wd) p - lr / (1 - b2^t) * m / (sqrt(v / (1 - b3^t)) + eps)
+
+The formula is that of the public optimizer of this name (2024; there is no paper), with f its
+``amp_fac``: Compass's filter before AdamW's two moments. Weight decay is decoupled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.device import constant, fma, jit, lerp, reciprocal, sqrt, tl
+from optstate_codecs.rules.arithmetic import (
+    add_quotient,
+    add_scaled,
+    average_square_,
+    decayed,
+    far,
+)
+from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+
+__all__ = ["LPFAdamW", "LPFAdamWHyper"]
+
+# streams 2 and 3 share a random word, and so does 1 with the parameter write
+EMA = Moment("ema", signed=True, stream=2, relative_to="ema_squared")
+EMA_SQUARED = Moment("ema_squared", signed=False, stream=3)
+SMOOTHING = Moment("smoothing", signed=True, stream=1)
+
+
+@dataclass(frozen=True)
+class LPFAdamWHyper:
+    """LPFAdamW's hyper-parameters; creating one validates them.
+
+    Attributes:
+        lr: learning rate, at least 0; a float or one-element tensor.
+        betas: decay rates of the filter and of the two moments, each in [0, 1).
+        amp_fac: how much of the filter's output is added to the gradient, at least 0.
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: at least 0.
+        maximize: ascend instead of descend.
+    """
+
+    lr: Scalar
+    betas: tuple[Scalar, Scalar, Scalar]
+    amp_fac: Scalar
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "amp_fac", "eps", "weight_decay"):
+            checks.nonnegative(name, getattr(self, name))
+        checks.betas(self.betas, 3)
+        checks.flag("maximize", self.maximize)
+
+
+@dataclass(frozen=True)
+class LPFAdamW(Rule):
+    """LPFAdamW; three moments, ``ema``, ``ema_squared`` and ``smoothing``."""
+
+    name: ClassVar[str] = "lpf_adamw"
+
+    def defaults(self) -> dict[str, Any]:
+        return {
+            "lr": 1e-3,
+            "betas": (0.9, 0.9, 0.999),
+            "amp_fac": 2.0,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "maximize": False,
+        }
+
+    def hyper(self, group: Mapping[str, Any]) -> LPFAdamWHyper:
+        return LPFAdamWHyper(**{key: group[key] for key in self.defaults()})
+
+    def moments(self, hyper: LPFAdamWHyper) -> tuple[Moment, ...]:
+        return (EMA, EMA_SQUARED, SMOOTHING)
+
+    def device_function(self, hyper: LPFAdamWHyper) -> tuple[Any, int]:
+        nearer = far(hyper.betas[0]) * FAR1 + far(hyper.betas[1]) * FAR2
+        return update_tile, nearer + hyper.maximize * MAXIMIZE
+
+    def device_row(self, hyper: LPFAdamWHyper, step: Scalar) -> list[Scalar]:
+        *folded, length, root, eps = self.scalars(hyper, step)
+        return [*folded, length * root, eps * root]
+
+    def variant(self, hyper: LPFAdamWHyper) -> bool:
+        return hyper.maximize
+
+    def scalars(self, hyper: LPFAdamWHyper, step: Scalar) -> list[Scalar]:
+        lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
+        beta1, beta2, beta3 = map(host_scalar, hyper.betas)
+        return [
+            1 - beta1,
+            host_scalar(hyper.amp_fac),
+            1 - beta2,
+            beta3,
+            1 - beta3,
+            1 - lr * decay,
+            -lr / (1 - beta2**step),
+            (1 - beta3**step) ** 0.5,
+            hyper.eps,
+        ]
+
+    def apply(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        moments: Mapping[str, Tensor],
+        scalars: Sequence[Scalar],
+        variant: bool,
+    ) -> None:
+        other1, amplify, other2, beta3, other3, decay, length, root, eps = scalars
+        if variant:
+            grad = -grad
+        decayed(param, grad, decay, True)
+        mean, squared, smooth = (moments[m.name] for m in (EMA, EMA_SQUARED, SMOOTHING))
+        smooth.lerp_(grad, other1)
+        slope = add_scaled(grad, smooth, amplify)
+        mean.lerp_(slope, other2)
+        average_square_(squared, slope, beta3, other3)
+        add_quotient(param, mean, (squared.sqrt() / root).add_(eps), length)
+
+
+MAXIMIZE, FAR1, FAR2 = 1, 2, 4
+_MAXIMIZE, _FAR1, _FAR2 = map(constant, (MAXIMIZE, FAR1, FAR2))
+
+
+@jit
+def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is ema, m1 ema_squared, m2 smoothing.
+
+    The bias corrections are in the row.
+    """
+    other1, amplify, other2 = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    beta3, other3, decay = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    length, eps = tl.load(row + 6), tl.load(row + 7)
+    if OPTIONS & _MAXIMIZE:
+        g = -g
+    m2 = lerp(m2, g, other1, OPTIONS & _FAR1)
+    slope = fma(m2, amplify, g)
+    m0 = lerp(m0, slope, other2, OPTIONS & _FAR2)
+    m1 = fma(slope * other3, slope, m1 * beta3)
+    return fma(m0 * length, reciprocal(sqrt(m1) + eps), p * decay), m0, m1, m2

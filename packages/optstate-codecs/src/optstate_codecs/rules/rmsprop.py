@@ -1,0 +1,114 @@
+"""RMSProp with bias correction (Tieleman & Hinton, Coursera lecture 6.5, 2012).
+
+    v = b v + (1 - b) g^2
+    p = (1 - lr wd) p - lr g / (sqrt(v / (1 - b^t)) + eps)
+
+The lecture starts v at zero and leaves it so, which makes first steps 1 / sqrt(1 - b) times too
+long; here v is divided by 1 - b^t as in Adam, which this is at b1 = 0. Weight decay is decoupled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.device import constant, fma, jit, reciprocal, sqrt, tl
+from optstate_codecs.rules.arithmetic import add_quotient, average_square_, decayed
+from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+
+__all__ = ["RMSProp", "RMSPropHyper"]
+
+# stream 1 shares its random word with the parameter write: one hash an element at most
+EMA_SQUARED = Moment("ema_squared", signed=False, stream=1)
+
+
+@dataclass(frozen=True)
+class RMSPropHyper:
+    """RMSProp's hyper-parameters; creating one validates them.
+
+    Attributes:
+        lr: learning rate, at least 0; a float or one-element tensor.
+        beta: decay rate of the second moment, in [0, 1).
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: at least 0.
+        maximize: ascend instead of descend.
+    """
+
+    lr: Scalar
+    beta: Scalar
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+    def __post_init__(self) -> None:
+        checks.nonnegative("lr", self.lr)
+        checks.unit_interval("beta", self.beta)
+        checks.nonnegative("eps", self.eps)
+        checks.nonnegative("weight_decay", self.weight_decay)
+        checks.flag("maximize", self.maximize)
+
+
+@dataclass(frozen=True)
+class RMSProp(Rule):
+    """RMSProp; one moment, ``ema_squared``."""
+
+    name: ClassVar[str] = "rmsprop"
+
+    def defaults(self) -> dict[str, Any]:
+        return {"lr": 1e-3, "beta": 0.999, "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+
+    def hyper(self, group: Mapping[str, Any]) -> RMSPropHyper:
+        return RMSPropHyper(**{key: group[key] for key in self.defaults()})
+
+    def moments(self, hyper: RMSPropHyper) -> tuple[Moment, ...]:
+        return (EMA_SQUARED,)
+
+    def device_function(self, hyper: RMSPropHyper) -> tuple[Any, int]:
+        return update_tile, hyper.maximize * MAXIMIZE
+
+    def device_row(self, hyper: RMSPropHyper, step: Scalar) -> list[Scalar]:
+        beta, other, decay, length, root, eps = self.scalars(hyper, step)
+        return [beta, other, decay, length * root, eps * root]
+
+    def variant(self, hyper: RMSPropHyper) -> bool:
+        return hyper.maximize
+
+    def scalars(self, hyper: RMSPropHyper, step: Scalar) -> list[Scalar]:
+        lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
+        beta = host_scalar(hyper.beta)
+        return [beta, 1 - beta, 1 - lr * decay, -lr, (1 - beta**step) ** 0.5, hyper.eps]
+
+    def apply(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        moments: Mapping[str, Tensor],
+        scalars: Sequence[Scalar],
+        variant: bool,
+    ) -> None:
+        beta, other, decay, length, root, eps = scalars
+        if variant:
+            grad = -grad
+        decayed(param, grad, decay, True)
+        squared = moments["ema_squared"]
+        average_square_(squared, grad, beta, other)
+        add_quotient(param, grad, (squared.sqrt() / root).add_(eps), length)
+
+
+MAXIMIZE = 1
+_MAXIMIZE = constant(MAXIMIZE)
+
+
+@jit
+def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is ema_squared. The bias correction is in the row."""
+    beta, other, decay = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    length, eps = tl.load(row + 3), tl.load(row + 4)
+    if OPTIONS & _MAXIMIZE:
+        g = -g
+    m0 = fma(g * other, g, m0 * beta)
+    return fma(g * length, reciprocal(sqrt(m0) + eps), p * decay), m0, m1, m2

@@ -1,0 +1,156 @@
+"""Stochastic gradient descent with momentum, plain or Nesterov's.
+
+Momentum is Polyak's (1964) as ``torch.optim.SGD`` has it, Nesterov's that of Sutskever et al., ICML
+2013; decoupled decay is SGDW of Loshchilov & Hutter, arXiv:1711.05101, algorithm 1.
+
+    b = g                        at the first step
+    b = mu b + (1 - tau) g       afterwards
+    p = p - lr b                 or, with ``nesterov``,  p - lr (g + mu b)
+
+Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g. Without
+momentum nothing is stored, and p = p - lr g. The operations and their order are those of
+``torch.optim``'s single-tensor path, so that a float32 buffer gives its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.device import constant, fma, jit, tl
+from optstate_codecs.rules.arithmetic import add_scaled, add_scaled_, decayed
+from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+
+__all__ = ["SGD", "SGDHyper"]
+
+# stream 1 shares its random word with the parameter write: one hash an element at most
+MOMENTUM_BUFFER = Moment("momentum_buffer", signed=True, stream=1)
+
+
+@dataclass(frozen=True)
+class SGDHyper:
+    """SGD's hyper-parameters; creating one validates them.
+
+    Attributes:
+        lr: learning rate, at least 0; a float or one-element tensor.
+        momentum: what stays of the buffer at each step, at least 0.
+        dampening: what does not reach it of the gradient, after the first step.
+        weight_decay: at least 0.
+        nesterov: look one step ahead; needs momentum and no dampening.
+        maximize: ascend instead of descend.
+    """
+
+    lr: Scalar
+    momentum: Scalar
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "momentum", "dampening", "weight_decay"):
+            checks.nonnegative(name, getattr(self, name))
+        checks.flag("nesterov", self.nesterov)
+        checks.flag("maximize", self.maximize)
+        if self.nesterov and not (self.has_momentum and host_scalar(self.dampening) == 0):
+            raise ValueError("nesterov=True: must have momentum above 0 and dampening 0")
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether there is a buffer; taken for granted where only the device knows."""
+        momentum = host_scalar(self.momentum)
+        return isinstance(momentum, Tensor) or momentum != 0
+
+
+@dataclass(frozen=True)
+class SGD(Rule):
+    """SGD with momentum, or SGDW where ``decoupled``.
+
+    Args:
+        decoupled: whether weight decay is.
+    """
+
+    name: ClassVar[str] = "sgd"
+    counted: ClassVar[bool] = False
+    decoupled: bool = False
+
+    def defaults(self) -> dict[str, Any]:
+        return {
+            "lr": 1e-3,
+            "momentum": 0.0,
+            "dampening": 0.0,
+            "weight_decay": 0.0,
+            "nesterov": False,
+            "maximize": False,
+        }
+
+    def hyper(self, group: Mapping[str, Any]) -> SGDHyper:
+        return SGDHyper(**{key: group[key] for key in self.defaults()})
+
+    def moments(self, hyper: SGDHyper) -> tuple[Moment, ...]:
+        return (MOMENTUM_BUFFER,) if hyper.has_momentum else ()
+
+    def device_function(self, hyper: SGDHyper) -> tuple[Any, int]:
+        options = self.decoupled * DECOUPLED + hyper.nesterov * NESTEROV + hyper.maximize * MAXIMIZE
+        return update_tile, options
+
+    def device_row(self, hyper: SGDHyper, step: Scalar) -> list[Scalar]:
+        return self.scalars(hyper, step)
+
+    def variant(self, hyper: SGDHyper) -> tuple[bool, bool]:
+        return hyper.nesterov, hyper.maximize
+
+    def scalars(self, hyper: SGDHyper, step: Scalar) -> list[Scalar]:
+        lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
+        return [
+            host_scalar(hyper.momentum),
+            1 - host_scalar(hyper.dampening) * (step > 1),
+            1 - lr * decay if self.decoupled else decay,
+            -lr,
+        ]
+
+    def apply(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        moments: Mapping[str, Tensor],
+        scalars: Sequence[Scalar],
+        variant: tuple[bool, bool],
+    ) -> None:
+        momentum, weight, decay, length = scalars
+        nesterov, maximize = variant
+        if maximize:
+            grad = -grad
+        grad = decayed(param, grad, decay, self.decoupled)
+        buffer = moments.get("momentum_buffer")
+        if buffer is not None:
+            buffer.mul_(momentum)
+            add_scaled_(buffer, grad, weight)
+            grad = add_scaled(grad, buffer, momentum) if nesterov else buffer
+        add_scaled_(param, grad, length)
+
+
+DECOUPLED, NESTEROV, MAXIMIZE = 1, 2, 4
+_DECOUPLED, _NESTEROV, _MAXIMIZE = map(constant, (DECOUPLED, NESTEROV, MAXIMIZE))
+
+
+@jit
+def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is momentum_buffer."""
+    momentum, weight = tl.load(row), tl.load(row + 1)
+    decay, length = tl.load(row + 2), tl.load(row + 3)
+    if OPTIONS & _MAXIMIZE:
+        g = -g
+    if OPTIONS & _DECOUPLED:
+        p = p * decay
+    else:
+        g = fma(p, decay, g)
+    m0 = fma(g, weight, m0 * momentum)
+    along = m0
+    if OPTIONS & _NESTEROV:
+        along = fma(m0, momentum, g)
+    return fma(along, length, p), m0, m1, m2
