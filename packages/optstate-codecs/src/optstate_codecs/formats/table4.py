@@ -28,6 +28,7 @@ from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.formats.base import Component, Format, block_amax, blocked, scaled
+from optstate_codecs.formats.blocks import SMALLEST_SCALE
 from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.formats.rank1 import Axes
 from optstate_codecs.rounding import Draw
@@ -35,7 +36,6 @@ from optstate_codecs.rounding import Draw
 __all__ = ["Dynamic4", "Linear4"]
 
 LAST = 15
-SMALLEST_SCALE = 2.0**-100
 _SIDE = (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875)
 # where it is NaN, the code is LAST
 _LINEAR = (*(n / 16 for n in range(1, 17) if n != 3), float("nan"))

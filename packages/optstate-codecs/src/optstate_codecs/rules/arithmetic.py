@@ -6,12 +6,22 @@ with tensors they are the same up to what ``torch`` has no ``alpha`` or ``value`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from optstate_codecs.rules.base import Scalar, host_scalar
 
-__all__ = ["add_quotient", "add_scaled", "add_scaled_", "average_square_", "decayed", "far"]
+__all__ = [
+    "add_quotient",
+    "add_scaled",
+    "add_scaled_",
+    "average_square_",
+    "decayed",
+    "far",
+    "root_folded",
+]
 
 
 def add_scaled(value: Tensor, other: Tensor, factor: Scalar) -> Tensor:
@@ -65,3 +75,12 @@ def far(beta: Scalar) -> bool:
     """Whether ``torch.lerp`` to a running mean starts from its far end: 1 - beta >= 0.5."""
     beta = host_scalar(beta)
     return isinstance(beta, float) and 1 - beta >= 0.5
+
+
+def root_folded(scalars: Sequence[Scalar]) -> list[Scalar]:
+    """``scalars`` that end in length, root and eps, without the root: kernels divide once.
+
+    length a / (sqrt(v) / root + eps) is length root a / (sqrt(v) + eps root).
+    """
+    *folded, length, root, eps = scalars
+    return [*folded, length * root, eps * root]

@@ -26,6 +26,7 @@ from optstate_codecs.rules.arithmetic import (
     average_square_,
     decayed,
     far,
+    root_folded,
 )
 from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
 
@@ -89,8 +90,7 @@ class Compass(Rule):
         return update_tile, hyper.maximize * MAXIMIZE + far(hyper.betas[0]) * FAR
 
     def device_row(self, hyper: CompassHyper, step: Scalar) -> list[Scalar]:
-        *folded, length, root, eps = self.scalars(hyper, step)
-        return [*folded, length * root, eps * root]
+        return root_folded(self.scalars(hyper, step))
 
     def variant(self, hyper: CompassHyper) -> bool:
         return hyper.maximize

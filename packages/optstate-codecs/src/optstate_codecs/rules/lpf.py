@@ -26,6 +26,7 @@ from optstate_codecs.rules.arithmetic import (
     average_square_,
     decayed,
     far,
+    root_folded,
 )
 from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
 
@@ -91,8 +92,7 @@ class LPFAdamW(Rule):
         return update_tile, nearer + hyper.maximize * MAXIMIZE
 
     def device_row(self, hyper: LPFAdamWHyper, step: Scalar) -> list[Scalar]:
-        *folded, length, root, eps = self.scalars(hyper, step)
-        return [*folded, length * root, eps * root]
+        return root_folded(self.scalars(hyper, step))
 
     def variant(self, hyper: LPFAdamWHyper) -> bool:
         return hyper.maximize

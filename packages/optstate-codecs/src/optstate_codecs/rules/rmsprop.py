@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, reciprocal, sqrt, tl
-from optstate_codecs.rules.arithmetic import add_quotient, average_square_, decayed
+from optstate_codecs.rules.arithmetic import add_quotient, average_square_, decayed, root_folded
 from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
 
 __all__ = ["RMSProp", "RMSPropHyper"]
@@ -71,8 +71,7 @@ class RMSProp(Rule):
         return update_tile, hyper.maximize * MAXIMIZE
 
     def device_row(self, hyper: RMSPropHyper, step: Scalar) -> list[Scalar]:
-        beta, other, decay, length, root, eps = self.scalars(hyper, step)
-        return [beta, other, decay, length * root, eps * root]
+        return root_folded(self.scalars(hyper, step))
 
     def variant(self, hyper: RMSPropHyper) -> bool:
         return hyper.maximize
