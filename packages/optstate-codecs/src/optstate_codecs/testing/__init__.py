@@ -17,6 +17,7 @@ from optstate_codecs.testing.fidelity import (
     gradients,
     stops,
 )
+from optstate_codecs.testing.learning import loss_apart
 from optstate_codecs.testing.numerics import (
     exactness,
     locality,
@@ -44,6 +45,7 @@ __all__ = [
     "gradients",
     "laws_for",
     "locality",
+    "loss_apart",
     "no_surprises",
     "positive_stays_positive",
     "resume",
