@@ -6,9 +6,11 @@ Both sides take each step from the same state, so that one different rounding is
 import ctypes
 import shutil
 import warnings
+from functools import partial
 
 import pytest
 import torch
+import twins
 from subjects import SECOND
 
 from optstate_codecs import Adam, CodedOptimizer
@@ -61,14 +63,7 @@ def no_compiler(monkeypatch):
 
 def pair(formats: tuple[str, str], shapes=SHAPES, dtype=torch.float32, **options):
     """The reference and the loops, over equal parameters."""
-    chosen = dict.fromkeys(("exp_avg", "momentum_buffer", "ema", "smoothing"), formats[0])
-    chosen |= dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "ema_squared"), formats[1])
-    rule = options.pop("rule", None) or Adam(decoupled=options.pop("decoupled", True))
-
-    def make(backend):
-        return lambda params: CodedOptimizer(params, rule, chosen, backend=backend, **options)
-
-    return Trainer(make("eager"), shapes, dtype), Trainer(make("compile"), shapes, dtype)
+    return twins.pair("compile", (*formats, formats[0]), shapes, dtype, **options)
 
 
 def compare(reference: Trainer, ours: Trainer) -> tuple[int, int]:
@@ -88,21 +83,7 @@ def compare(reference: Trainer, ours: Trainer) -> tuple[int, int]:
     return total, different
 
 
-def synchronise(reference: Trainer, ours: Trainer) -> None:
-    ours.optimizer.load_state_dict(reference.optimizer.state_dict())
-    for theirs, mine in zip(reference.params, ours.params, strict=True):
-        mine.data.copy_(theirs.data)
-
-
-def run(reference: Trainer, ours: Trainer, steps: int = 4) -> None:
-    total = different = 0
-    for _ in range(steps):
-        reference.run(1)
-        ours.run(1)
-        counts = compare(reference, ours)
-        total, different = total + counts[0], different + counts[1]
-        synchronise(reference, ours)
-    assert different <= max(2, 1e-4 * total)
+run = partial(twins.run, compare)
 
 
 def stepped_by_loops(trainer: Trainer) -> list[bool]:
@@ -169,7 +150,7 @@ def test_rows_that_are_not_finite_or_out_of_range(name) -> None:
                 param.grad.view(-1)[1025] = value
             trainer.optimizer.step()
         assert compare(reference, ours)[1] <= 1
-        synchronise(reference, ours)
+        twins.synchronise(reference, ours)
     bad = (~torch.isfinite(ours.params[0])).nonzero().tolist()
     assert bad == [[1, 1]]
 

@@ -3,8 +3,11 @@
 Both sides take each step from the same state, so that one different rounding is counted once.
 """
 
+from functools import partial
+
 import pytest
 import torch
+import twins
 from subjects import FIRST, SECOND
 
 from optstate_codecs import (
@@ -62,18 +65,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|ov
 
 def pair(formats: tuple[str, str], device: str, shapes=SHAPES, dtype=torch.float32, **options):
     """The reference on the CPU and the kernel on ``device``, over equal parameters."""
-    chosen = dict.fromkeys(("exp_avg", "momentum_buffer", "ema"), formats[0])
-    chosen |= dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "ema_squared"), formats[1])
-    chosen["smoothing"] = "bf16"
-    rule = options.pop("rule", None) or Adam(decoupled=options.pop("decoupled", True))
-
-    def make(backend):
-        return lambda params: CodedOptimizer(params, rule, chosen, backend=backend, **options)
-
-    return (
-        Trainer(make("eager"), shapes, dtype),
-        Trainer(make("triton"), shapes, dtype, device),
-    )
+    return twins.pair("triton", (*formats, "bf16"), shapes, dtype, device, **options)
 
 
 def compare(reference: Trainer, kernel: Trainer) -> tuple[int, int]:
@@ -104,21 +96,7 @@ def compare(reference: Trainer, kernel: Trainer) -> tuple[int, int]:
     return total, different
 
 
-def synchronise(reference: Trainer, kernel: Trainer) -> None:
-    kernel.optimizer.load_state_dict(reference.optimizer.state_dict())
-    for ours, theirs in zip(reference.params, kernel.params, strict=True):
-        theirs.data.copy_(ours.data)
-
-
-def run(reference: Trainer, kernel: Trainer, steps: int = 4) -> None:
-    total = different = 0
-    for _ in range(steps):
-        reference.run(1)
-        kernel.run(1)
-        counts = compare(reference, kernel)
-        total, different = total + counts[0], different + counts[1]
-        synchronise(reference, kernel)
-    assert different <= max(2, 1e-4 * total)
+run = partial(twins.run, compare)
 
 
 @pytest.mark.parametrize("device", devices())
