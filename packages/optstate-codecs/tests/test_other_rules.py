@@ -117,6 +117,17 @@ def test_sgd_goes_on_from_torchs_checkpoint_and_back(variant) -> None:
         assert all(torch.equal(expected, param) for param in got)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_may_begin_later(nesterov: bool) -> None:
+    sides = [Trainer(make, ((5, 7), (3,))) for make in (torch.optim.SGD, sgd)]
+    for side in sides:
+        side.run(2)
+        side.optimizer.param_groups[0].update(momentum=0.9, nesterov=nesterov)
+        side.run(3)
+    for expected, got in zip(sides[0].params, sides[1].params, strict=True):
+        assert torch.equal(expected, got)
+
+
 @pytest.mark.parametrize("rule", [SGD(), Lion()], ids=["sgd", "lion"])
 def test_scalars_may_be_tensors(rule) -> None:
     """As where step counts lie on a device, and in compiled loops: nothing reads them."""

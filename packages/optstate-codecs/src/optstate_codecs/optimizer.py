@@ -12,7 +12,7 @@ from optstate_codecs import checkpoint, checks, engine
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
-from optstate_codecs.layout import bound, empty_state
+from optstate_codecs.layout import Declaration, bound, empty_state
 from optstate_codecs.operation import new_handle, step_as_operation
 from optstate_codecs.rules import Rule
 from optstate_codecs.scaling import gradient_factor, nonfinite
@@ -293,10 +293,8 @@ class CodedOptimizer(torch.optim.Optimizer):
                         param, {**bound(formats, param), MASTER: write}
                     )
                     fresh.append((param, state, counts_on_device(self.param_groups[number])))
-                for part in write.components:
-                    # a parameter that has changed its dtype since brings none
-                    if part.key(MASTER) not in state:
-                        state[part.key(MASTER)] = empty_state(param, part)
+                else:
+                    _complete(state, param, {**bound(formats, param), MASTER: write})
                 units[index] = Unit(param, state, moments, formats, write, seed, index, number)
         share_steps(fresh)
         return [units[index] for index, *_ in places]
@@ -348,6 +346,14 @@ class CodedOptimizer(torch.optim.Optimizer):
 # A learning rate scheduler wraps ``step`` to note that it was called, which breaks a compiler's
 # graph; ``_step`` notes it itself, and this says so.
 CodedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def _complete(state: dict[str, Any], param: Tensor, stored: Mapping[str, Declaration]) -> None:
+    """Begin with zeros what a changed hyper-parameter, or dtype of the parameter, has brought."""
+    for name, declared in stored.items():
+        for component in declared.components:
+            if component.key(name) not in state:
+                state[component.key(name)] = empty_state(param, component)
 
 
 def _check_grad(index: int, param: Tensor, grad: Tensor) -> None:

@@ -125,7 +125,7 @@ def _fits(unit: Unit, grad: Tensor, formats: tuple[Format, ...], delivers: bool)
     """Whether the kernel can step this unit."""
     param, functions = unit.param, [f.device_functions for f in formats]
     return (
-        1 <= len(formats) <= MOMENT_SLOTS
+        len(formats) <= MOMENT_SLOTS
         and all(function is not None for function in functions)
         and not any(f.in_update_units for f in formats[1:])
         and block_shape(formats) is not None

@@ -96,7 +96,7 @@ class SGD(Rule):
 
     def device_function(self, hyper: SGDHyper) -> tuple[Any, int]:
         options = self.decoupled * DECOUPLED + hyper.nesterov * NESTEROV + hyper.maximize * MAXIMIZE
-        return update_tile, options
+        return update_tile, options + hyper.has_momentum * BUFFER
 
     def device_row(self, hyper: SGDHyper, step: Scalar) -> list[Scalar]:
         return self.scalars(hyper, step)
@@ -134,13 +134,14 @@ class SGD(Rule):
         add_scaled_(param, grad, length)
 
 
-DECOUPLED, NESTEROV, MAXIMIZE = 1, 2, 4
-_DECOUPLED, _NESTEROV, _MAXIMIZE = map(constant, (DECOUPLED, NESTEROV, MAXIMIZE))
+DECOUPLED, NESTEROV, MAXIMIZE, BUFFER = 1, 2, 4, 8
+_DECOUPLED, _NESTEROV = map(constant, (DECOUPLED, NESTEROV))
+_MAXIMIZE, _BUFFER = map(constant, (MAXIMIZE, BUFFER))
 
 
 @jit
 def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The update on a tile: m0 is momentum_buffer."""
+    """The update on a tile: m0 is momentum_buffer, if there is one."""
     momentum, weight = tl.load(row), tl.load(row + 1)
     decay, length = tl.load(row + 2), tl.load(row + 3)
     if OPTIONS & _MAXIMIZE:
@@ -149,8 +150,10 @@ def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[n
         p = p * decay
     else:
         g = fma(p, decay, g)
-    m0 = fma(g, weight, m0 * momentum)
-    along = m0
+    along = g
+    if OPTIONS & _BUFFER:
+        m0 = fma(g, weight, m0 * momentum)
+        along = m0
     if OPTIONS & _NESTEROV:
         along = fma(m0, momentum, g)
     return fma(along, length, p), m0, m1, m2

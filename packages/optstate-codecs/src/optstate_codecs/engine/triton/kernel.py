@@ -195,7 +195,9 @@ def step_kernel(  # type: ignore[no-untyped-def]
 
     first0 = _pointer(entry + 2, FIRST0, DIVISIBLE0) + start // SPAN0 * SHARED0
     second0 = _pointer(entry + 3, SECOND0, 1) + first_row
-    m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, False, OPTIONS0)
+    m0 = p
+    if MOMENTS >= 1:
+        m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, False, OPTIONS0)
     m1 = m0
     m2 = m0
     if MOMENTS >= 2:
@@ -290,7 +292,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
             WRITE,
             WRITE_OPTIONS,
         )
-    else:
+    elif MOMENTS >= 1:
         STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
     if MOMENTS >= 2:
         x1 = sqrt(m1) if SQRT1 else m1

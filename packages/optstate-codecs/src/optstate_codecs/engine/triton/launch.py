@@ -79,7 +79,7 @@ def constants(bucket: Bucket) -> dict[str, Any]:
     kept = unit.write.components
     write = unit.write.device_functions or DeviceFunctions(None, None)
     return chosen | {
-        "UPDATE_UNITS0": bucket.formats[0].in_update_units,
+        "UPDATE_UNITS0": any(f.in_update_units for f in bucket.formats),
         "WORD0": words[0],
         "WORD1": words[1],
         "EVEN0": even[0],
