@@ -11,7 +11,15 @@ FROM_EXTRAS = {
     "optstate_codecs": {"triton"},
     "lowbit_adam": set(),
     "turboadam": set(),
-    "optstate": {"torch", "matplotlib", "optstate_codecs", "lowbit_adam", "turboadam"},
+    "stochbf16": set(),
+    "optstate": {
+        "torch",
+        "matplotlib",
+        "optstate_codecs",
+        "lowbit_adam",
+        "turboadam",
+        "stochbf16",
+    },
 }
 
 

@@ -21,6 +21,7 @@ PAGES = sorted(
 PUBLIC = (
     "lowbit_adam",
     "turboadam",
+    "stochbf16",
     "optstate_codecs",
     "optstate_codecs.convert",
     "optstate_codecs.formats",

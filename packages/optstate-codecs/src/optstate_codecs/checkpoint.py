@@ -9,7 +9,7 @@ and ``orders`` where codes share bytes and so cannot show in which order of dime
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -57,19 +57,19 @@ def packed(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
 def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
     """``plain`` with decoded moments, without what ``torch.optim`` does not know."""
     state = {}
-    for number, param in _numbered(optimizer):
-        if plain["state"].get(number):
-            state[number] = decode_state(optimizer, param)
+    for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):
+        moments = optimizer.rule.moments(optimizer.rule.hyper(group))
+        plainly = {moment.name: moment.plain or moment.name for moment in moments}
+        for number, param in zip(saved["params"], group["params"], strict=True):
+            if plain["state"].get(number):
+                decoded = decode_state(optimizer, param)
+                state[number] = {plainly.get(key, key): part for key, part in decoded.items()}
     own = {*optimizer.storage_options, "formats", "orders", "rounding_seed"}
     groups = [
         {key: value for key, value in group.items() if key not in own}
         for group in plain["param_groups"]
     ]
     return {"state": state, "param_groups": groups}
-
-
-def _numbered(optimizer: CodedOptimizer) -> Iterator[tuple[int, Tensor]]:
-    yield from enumerate(p for group in optimizer.param_groups for p in group["params"])
 
 
 def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
@@ -95,8 +95,10 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
         moments = optimizer.rule.moments(optimizer.rule.hyper(group))
         for param, number in zip(group["params"], saved["params"], strict=True):
             if stored := state_dict["state"].get(number):
-                if not (saved_formats or optimizer.rule.counted):
-                    stored = {"step": 1.0, **stored}
+                if not saved_formats:
+                    stored = _renamed(stored, moments)
+                    if not optimizer.rule.counted:
+                        stored = {"step": 1.0, **stored}
                 where = f"state_dict['state'][{number!r}]"
                 source = saved_formats or dict.fromkeys(formats, FP32())
                 _check_state(where, param, stored, source, formats)
@@ -165,6 +167,12 @@ def _merged_groups(
         specs = saved.get("formats")
         merged.append((new, specs and {k: parse_format(text) for k, text in specs.items()}))
     return merged
+
+
+def _renamed(stored: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Any]:
+    """A parameter's state with moments that ``torch.optim`` names otherwise under our names."""
+    own = {moment.plain: moment.name for moment in moments if moment.plain}
+    return {own.get(key, key): part for key, part in stored.items()}
 
 
 def _check_state(

@@ -7,7 +7,8 @@ algorithm 2; AMSGrad is Reddi et al., arXiv:1904.09237, algorithm 2.
     v = b2 v + (1 - b2) g^2
     p = p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
-Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g.
+Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g. Where
+decay is bias corrected, lr in it is lr / (1 - b1^t), as some implementations have it.
 The operations and their order are those of ``torch.optim``'s single-tensor path, so that float32
 moments give its bits.
 
@@ -23,7 +24,8 @@ which needs no memory, as feeding errors back does elsewhere (Seide et al., Inte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import Tensor, maximum
@@ -39,6 +41,22 @@ __all__ = ["Adam", "AdamHyper"]
 EXP_AVG = Moment("exp_avg", signed=True, stream=2, relative_to="exp_avg_sq")
 EXP_AVG_SQ = Moment("exp_avg_sq", signed=False, stream=3)
 MAX_EXP_AVG_SQ = Moment("max_exp_avg_sq", signed=False, stream=1)
+NAMES = (EXP_AVG.name, EXP_AVG_SQ.name, MAX_EXP_AVG_SQ.name)
+
+
+@lru_cache(maxsize=8)
+def _named(names: tuple[str, str, str]) -> tuple[Moment, ...]:
+    """Adam's three moments under other names."""
+    own = {known: name for known, name in zip(NAMES, names, strict=True)}
+    return tuple(
+        replace(
+            moment,
+            name=own[moment.name],
+            relative_to=moment.relative_to and own[moment.relative_to],
+            plain=moment.name if own[moment.name] != moment.name else None,
+        )
+        for moment in (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ)
+    )
 
 
 @dataclass(frozen=True)
@@ -77,11 +95,19 @@ class Adam(Rule):
     Args:
         decoupled: whether weight decay is.
         error_feedback: whether each step delivers what storing the first moment leaves out.
+        corrected_decay: whether decoupled weight decay is bias corrected.
+        names: of the two moments and of AMSGrad's, in the state.
     """
 
     name: ClassVar[str] = "adam"
     decoupled: bool = False
     error_feedback: bool = False
+    corrected_decay: bool = False
+    names: tuple[str, str, str] = NAMES
+
+    def __post_init__(self) -> None:
+        if self.corrected_decay and not self.decoupled:
+            raise ValueError("corrected_decay=True: must be False unless decoupled=True")
 
     @property
     def delivers(self) -> bool:
@@ -101,8 +127,7 @@ class Adam(Rule):
         return AdamHyper(**{key: group[key] for key in self.defaults()})
 
     def moments(self, hyper: AdamHyper) -> tuple[Moment, ...]:
-        both = (EXP_AVG, EXP_AVG_SQ)
-        return (*both, MAX_EXP_AVG_SQ) if hyper.amsgrad else both
+        return _named(self.names)[: 3 if hyper.amsgrad else 2]
 
     def device_function(self, hyper: AdamHyper) -> tuple[Any, int]:
         options = self.decoupled * DECOUPLED + hyper.amsgrad * AMSGRAD + hyper.maximize * MAXIMIZE
@@ -114,16 +139,22 @@ class Adam(Rule):
     def device_row(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
-        root = (1 - beta2**step) ** 0.5
+        root, length = (1 - beta2**step) ** 0.5, lr / (1 - beta1**step)
         row = [
             1 - beta1,
             beta2,
             1 - beta2,
-            1 - lr * decay if self.decoupled else decay,
-            lr * root / (1 - beta1**step),
+            self._decay(lr, length, decay),
+            length * root,
             hyper.eps * root,
         ]
         return [*row, lr * root * beta1 / (1 - beta1)] if self.delivers else row
+
+    def _decay(self, lr: Scalar, length: Scalar, decay: Scalar) -> Scalar:
+        """What multiplies the parameter or, coupled, is added of it to the gradient."""
+        if not self.decoupled:
+            return decay
+        return 1 - (length if self.corrected_decay else lr) * decay
 
     def variant(self, hyper: AdamHyper) -> tuple[bool, bool]:
         return hyper.amsgrad, hyper.maximize
@@ -131,12 +162,13 @@ class Adam(Rule):
     def scalars(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
+        length = lr / (1 - beta1**step)
         folded = [
             1 - beta1,
             beta2,
             1 - beta2,
-            1 - lr * decay if self.decoupled else decay,
-            -lr / (1 - beta1**step),
+            self._decay(lr, length, decay),
+            -length,
             (1 - beta2**step) ** 0.5,
             hyper.eps,
         ]
@@ -156,11 +188,11 @@ class Adam(Rule):
             grad = -grad
         grad = decayed(param, grad, decay, self.decoupled)
 
-        exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
+        exp_avg, exp_avg_sq = moments[self.names[0]], moments[self.names[1]]
         exp_avg.lerp_(grad, other1)
         average_square_(exp_avg_sq, grad, beta2, other2)
         if amsgrad:
-            largest = moments["max_exp_avg_sq"]
+            largest = moments[self.names[2]]
             exp_avg_sq = maximum(largest, exp_avg_sq, out=largest)
 
         denominator = (exp_avg_sq.sqrt() / root).add_(eps)
@@ -175,7 +207,7 @@ class Adam(Rule):
         variant: tuple[bool, bool],
     ) -> None:
         root, eps, length = scalars[5:]
-        divisor = moments["max_exp_avg_sq" if variant[0] else "exp_avg_sq"]
+        divisor = moments[self.names[2 if variant[0] else 1]]
         add_quotient(param, residual, (divisor.sqrt() / root).add_(eps), length)
 
 

@@ -23,12 +23,14 @@ class Moment:
         signed: False for statistics that are never negative, such as second moments.
         stream: the random stream that rounds it; the parameter write has stream 0.
         relative_to: the second moment whose root divides this one in the update, if one does.
+        plain: ``torch.optim``'s state key for it, where that is another.
     """
 
     name: str
     signed: bool
     stream: int
     relative_to: str | None = None
+    plain: str | None = None
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,14 @@ class CompassHyper:
 
 @dataclass(frozen=True)
 class Compass(Rule):
-    """Compass; two moments, ``ema`` and ``ema_squared``."""
+    """Compass; two moments, ``ema`` and ``ema_squared``.
+
+    Args:
+        corrected_decay: whether weight decay is bias corrected, with lr / (1 - b1^t) for lr.
+    """
 
     name: ClassVar[str] = "compass"
+    corrected_decay: bool = False
 
     def defaults(self) -> dict[str, Any]:
         return {
@@ -98,13 +103,14 @@ class Compass(Rule):
     def scalars(self, hyper: CompassHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
+        length = lr / (1 - beta1**step)
         return [
             1 - beta1,
             host_scalar(hyper.amp_fac),
             beta2,
             1 - beta2,
-            1 - lr * decay,
-            -lr / (1 - beta1**step),
+            1 - (length if self.corrected_decay else lr) * decay,
+            -length,
             (1 - beta2**step) ** 0.5,
             hyper.eps,
         ]

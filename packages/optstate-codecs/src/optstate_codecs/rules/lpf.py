@@ -67,9 +67,14 @@ class LPFAdamWHyper:
 
 @dataclass(frozen=True)
 class LPFAdamW(Rule):
-    """LPFAdamW; three moments, ``ema``, ``ema_squared`` and ``smoothing``."""
+    """LPFAdamW; three moments, ``ema``, ``ema_squared`` and ``smoothing``.
+
+    Args:
+        corrected_decay: whether weight decay is bias corrected, with lr / (1 - b2^t) for lr.
+    """
 
     name: ClassVar[str] = "lpf_adamw"
+    corrected_decay: bool = False
 
     def defaults(self) -> dict[str, Any]:
         return {
@@ -100,14 +105,15 @@ class LPFAdamW(Rule):
     def scalars(self, hyper: LPFAdamWHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2, beta3 = map(host_scalar, hyper.betas)
+        length = lr / (1 - beta2**step)
         return [
             1 - beta1,
             host_scalar(hyper.amp_fac),
             1 - beta2,
             beta3,
             1 - beta3,
-            1 - lr * decay,
-            -lr / (1 - beta2**step),
+            1 - (length if self.corrected_decay else lr) * decay,
+            -length,
             (1 - beta3**step) ** 0.5,
             hyper.eps,
         ]

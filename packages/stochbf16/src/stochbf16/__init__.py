@@ -1,0 +1,7 @@
+"""Training in pure bfloat16: optimizers and gradient accumulation that round stochastically."""
+
+from stochbf16.optimizers import SGD, Adam, AdamW, Compass, Lion, LPFAdamW, RMSProp
+
+__version__ = "0.1.0"
+
+__all__ = ["SGD", "Adam", "AdamW", "Compass", "LPFAdamW", "Lion", "RMSProp"]
