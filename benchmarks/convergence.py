@@ -209,7 +209,7 @@ def main() -> None:
         report["rows"].append(row)
         write(report, out)
         print(
-            f"{name:16} lr {lr:g} seed {seed}  {row['validation']:.4f}  {row['seconds']:.1f} s",
+            f"{name:22} lr {lr:g} seed {seed}  {row['validation']:.4f}  {row['seconds']:.1f} s",
             flush=True,
         )
     write(report, out)

@@ -165,7 +165,7 @@ def main() -> None:
         "rows": [],
     }
     print(f"{report['device']}, torch {torch.__version__}, copy {bandwidth / 1e9:.0f} GB/s")
-    print(f"{'':16}{'layout':10}{'dtype':9}  device    host   whole     B/p  share  temp  first")
+    print(f"{'':22}{'layout':10}{'dtype':9}  device    host   whole     B/p  share  temp  first")
     for layout in args.layout or ["gpt2"]:
         for dtype in args.dtype or ["bfloat16"]:
             for name in args.only or available:
