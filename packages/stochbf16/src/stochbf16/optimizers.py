@@ -83,9 +83,7 @@ class AdamW(_PureBF16):
     ) -> None:
         super().__init__(
             params,
-            rules.Adam(
-                decoupled=True, corrected_decay=_corrected(weight_decay_mode), names=NAMES
-            ),
+            rules.Adam(decoupled=True, corrected_decay=_corrected(weight_decay_mode), names=NAMES),
             lr=lr,
             betas=betas,
             eps=eps,
