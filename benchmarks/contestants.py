@@ -32,15 +32,22 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "TurboAdam": ("turboadam", "turboadam", "TurboAdam", {}),
     "TurboAdam 2 + 3": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}),
     "TurboAdam 3 + 4": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 3, "v_bits": 4}),
+    "stochbf16 AdamW": ("stochbf16", "stochbf16", "AdamW", {}),
+    "stochbf16 AdamW + 24": ("stochbf16", "stochbf16", "AdamW", {"master_weight_bits": 24}),
+    "stochbf16 centred": ("stochbf16", "stochbf16", "AdamW", {"centralization": 1.0}),
+    "stochbf16 Compass": ("stochbf16", "stochbf16", "Compass", {}),
+    "stochbf16 LPFAdamW": ("stochbf16", "stochbf16", "LPFAdamW", {}),
+    "stochbf16 RMSProp": ("stochbf16", "stochbf16", "RMSProp", {}),
+    "stochbf16 Lion": ("stochbf16", "stochbf16", "Lion", {}),
+    "stochbf16 SGD": ("stochbf16", "stochbf16", "SGD", {"momentum": 0.9}),
+    "stochbf16 SGD plain": ("stochbf16", "stochbf16", "SGD", {}),
 }
 
 
-def _ours(first: str, second: str, write: str = "nearest") -> Make:
+def _exact() -> Make:
     codecs = importlib.import_module("optstate_codecs")
-    formats = {"exp_avg": first, "exp_avg_sq": second}
-    return partial(
-        codecs.CodedOptimizer, rule=codecs.Adam(decoupled=True), formats=formats, write=write
-    )
+    formats = dict.fromkeys(("exp_avg", "exp_avg_sq"), "fp32")
+    return partial(codecs.CodedOptimizer, rule=codecs.Adam(decoupled=True), formats=formats)
 
 
 def contestants() -> dict[str, tuple[Make, str]]:
@@ -60,6 +67,5 @@ def contestants() -> dict[str, tuple[Make, str]]:
             continue
         found[name] = (partial(make, **arguments), version)
     version = importlib.import_module("optstate_codecs").__version__
-    found["codecs fp32"] = (_ours("fp32", "fp32"), version)
-    found["codecs bf16"] = (_ours("bf16", "bf16", "stochastic"), version)
+    found["codecs fp32"] = (_exact(), version)
     return found

@@ -37,6 +37,13 @@ CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
     "AdamW foreach": ("torch.optim", "AdamW", {"foreach": True}, torch.float32),
     "AdamW, beta1 0": ("torch.optim", "AdamW", {"betas": (0.0, 0.999)}, torch.float32),
     "AdamW bf16": ("torch.optim", "AdamW", {"fused": True}, torch.bfloat16),
+    "stochbf16 AdamW": ("stochbf16", "AdamW", {}, torch.bfloat16),
+    "stochbf16 AdamW + 24": (
+        "stochbf16",
+        "AdamW",
+        {"master_weight_bits": 24},
+        torch.bfloat16,
+    ),
     "SGD": ("torch.optim", "SGD", {"momentum": 0.9}, torch.float32),
     "AdamW8bit": ("lowbit_adam", "AdamW8bit", {}, torch.float32),
     "AdamW8bit + 24": (
@@ -202,7 +209,7 @@ def main() -> None:
         report["rows"].append(row)
         write(report, out)
         print(
-            f"{name:16} lr {lr:g} seed {seed}  {row['validation']:.4f}  {row['seconds']:.1f} s",
+            f"{name:22} lr {lr:g} seed {seed}  {row['validation']:.4f}  {row['seconds']:.1f} s",
             flush=True,
         )
     write(report, out)

@@ -165,7 +165,7 @@ def main() -> None:
         "rows": [],
     }
     print(f"{report['device']}, torch {torch.__version__}, copy {bandwidth / 1e9:.0f} GB/s")
-    print(f"{'':16}{'layout':10}{'dtype':9}  device    host   whole     B/p  share  temp  first")
+    print(f"{'':22}{'layout':10}{'dtype':9}  device    host   whole     B/p  share  temp  first")
     for layout in args.layout or ["gpt2"]:
         for dtype in args.dtype or ["bfloat16"]:
             for name in args.only or available:
@@ -180,7 +180,7 @@ def main() -> None:
                     )
                 except Exception as error:  # a peer's failure is a result, not the end of the run
                     report["rows"].append({**key, "error": repr(error)[:300]})
-                    print(f"{name:16}{layout:10}{dtype:9}  {repr(error)[:80]}")
+                    print(f"{name:22}{layout:10}{dtype:9}  {repr(error)[:80]}")
                     continue
                 finally:
                     if device.type == "cuda":
@@ -188,7 +188,7 @@ def main() -> None:
                 share = row["moved_bytes"] / row["device_ms"] * 1e3 / bandwidth
                 report["rows"].append({**key, **row, "copy_share": share})
                 print(
-                    f"{name:16}{layout:10}{dtype:9}{row['device_ms']:8.3f}{row['host_ms']:8.3f}"
+                    f"{name:22}{layout:10}{dtype:9}{row['device_ms']:8.3f}{row['host_ms']:8.3f}"
                     f"{row['whole_ms']:8.3f}{row['bytes_per_parameter']:8.2f}{100 * share:6.1f}%"
                     f"{(row['temporary_bytes'] or 0) / 2**20:6.1f}{row['first_step_s']:7.2f}",
                     flush=True,

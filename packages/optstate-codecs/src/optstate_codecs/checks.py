@@ -15,6 +15,7 @@ __all__ = [
     "nonnegative",
     "one_of",
     "positive",
+    "share",
     "unit_interval",
     "whole_number",
 ]
@@ -57,6 +58,15 @@ def unit_interval(name: str, value: Any) -> None:
     number = _number(name, value)
     if number is not None and not 0.0 <= number < 1.0:
         raise ValueError(f"{name}={value!r}: must be in [0, 1)")
+
+
+def share(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a number from 0 to 1; no tensor."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: must be a number, got Tensor")
+    number = _number(name, value)
+    if number is None or not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name}={value!r}: must be from 0 to 1")
 
 
 def betas(value: Any, count: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checkpoint, checks, engine
+from optstate_codecs.centring import find_centres
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
@@ -30,6 +31,8 @@ TORCH_FLAGS: dict[str, Any] = {
     "fused": None,
 }
 
+# what the base takes for every rule
+OWN_OPTIONS: dict[str, Any] = {"centralization": 0.0}
 
 # place in the optimizer, number of the group, parameter, gradient, the gradient's address
 Place = tuple[int, int, Tensor, Tensor, int]
@@ -54,7 +57,9 @@ class CodedOptimizer(torch.optim.Optimizer):
         skip_nonfinite: leave everything as it is when any gradient holds a NaN or Inf.
         max_grad_norm: above 0: step as after ``torch.nn.utils.clip_grad_norm_`` over all
             parameters, without rewriting gradients; None: do not clip.
-        **options: the rule's hyper-parameters, and the flags ``foreach``, ``fused``,
+        **options: the rule's hyper-parameters; ``centralization``, how much of its mean over all
+            dimensions but the first is subtracted from a gradient of two dimensions or more, from
+            0 to 1 (Yong et al., arXiv:2004.01461); and the flags ``foreach``, ``fused``,
             ``capturable``, ``differentiable`` of ``torch.optim``.
 
     Attributes:
@@ -101,7 +106,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.backend = backend
         self._session = engine.Session(backend)
         self._forget()
-        known = {**rule.defaults(), **TORCH_FLAGS, "rounding_seed": rounding_seed}
+        known = {**rule.defaults(), **OWN_OPTIONS, **TORCH_FLAGS, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:
             options["formats"] = formats
         elif formats is not None:
@@ -156,6 +161,7 @@ class CodedOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         hyper = self.rule.hyper(group)
         checks.whole_number("rounding_seed", group["rounding_seed"])
+        checks.share("centralization", group["centralization"])
         formats = self.group_formats(group)
         for moment in self.rule.moments(hyper):
             format = formats[moment.name]
@@ -238,7 +244,9 @@ class CodedOptimizer(torch.optim.Optimizer):
                 return
         factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
         units = self._current_units(places, kept)
-        job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf)
+        shares = [self.param_groups[place[1]]["centralization"] for place in places]
+        centres = find_centres(grads, shares)
+        job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf, centres)
         self._session.step(job)
 
     def _gradients(self, given: Mapping[int, Tensor] | None) -> list[Place]:
@@ -337,7 +345,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self._forget()
         self._traced_groups = self.param_groups
         for group in self.param_groups:
-            for key, value in TORCH_FLAGS.items():
+            for key, value in {**OWN_OPTIONS, **TORCH_FLAGS}.items():
                 group.setdefault(key, value)
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,6 +60,9 @@ def step(job: Job) -> None:
     left = []
     for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
         standing = _standings.get(unit)
+        if job.centres is not None and job.centres.places[place] >= 0:
+            left.append(place)
+            continue
         if standing is None or not standing.holds(unit, grad, variants[unit.group]):
             standing = _standings[unit] = _stand(job, unit, grad, variants[unit.group])
         if standing.loops is None:
@@ -71,8 +74,7 @@ def step(job: Job) -> None:
     for built, members in together.items():
         _run(job, built, members)
     if left:
-        units, grads = [job.units[i] for i in left], [job.grads[i] for i in left]
-        eager.step(replace(job, units=units, grads=grads))
+        eager.step(job.part(left))
 
 
 @dataclass(eq=False)

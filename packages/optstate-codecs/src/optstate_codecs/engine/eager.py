@@ -41,16 +41,25 @@ def step(job: Job) -> None:
         )
     if job.found_inf is not None and bool(job.found_inf):
         return
-    for unit, grad in zip(job.units, job.grads, strict=True):
+    for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
         unit.state["step"] += 1
-        _step_unit(unit, grad, job.rule, job.hypers[unit.group], job.factor)
+        centre = None if job.centres is None else job.centres.of(place, grad)
+        _step_unit(unit, grad, job.rule, job.hypers[unit.group], job.factor, centre)
 
 
-def _step_unit(unit: Unit, grads: Tensor, rule: Rule, hyper: Any, factor: Tensor | None) -> None:
+def _step_unit(
+    unit: Unit,
+    grads: Tensor,
+    rule: Rule,
+    hyper: Any,
+    factor: Tensor | None,
+    centre: Tensor | None,
+) -> None:
     count = float(unit.state["step"])
     order = storage_order(unit.param)
     param, grad = FlatView(unit.param, order), FlatView(grads, order)
     formats = unit.bound
+    centres = None if centre is None else FlatView(centre, order)
     state = FlatState(unit.state, {**formats, MASTER: unit.write}, order)
     counter = Counter(unit.seed, int(count), unit.index)
     compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
@@ -60,6 +69,8 @@ def _step_unit(unit: Unit, grads: Tensor, rule: Rule, hyper: Any, factor: Tensor
 
     for start, stop in slices(unit.param, formats.values()):
         slope = grad.read(start, stop).to(compute)
+        if centres is not None:
+            slope = slope - centres.read(start, stop)
         if factor is not None:
             slope = slope * factor.to(slope.device, compute)
         old, parts = param.read(start, stop), state.slice(start, stop)

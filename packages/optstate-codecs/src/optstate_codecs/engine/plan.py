@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate_codecs.centring import centre_shape
 from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import stream_key
@@ -22,7 +23,7 @@ from optstate_codecs.writes import MASTER
 __all__ = ["COLUMNS", "MOMENT_SLOTS", "Bucket", "build_buckets"]
 
 # columns of the table of tensors: see triton/kernel.py
-COLUMNS = 11
+COLUMNS = 14
 MOMENT_SLOTS = 3
 # elements a tile; of those tried on an H200, the fastest without and with blocks to reduce over
 TILE = 2048
@@ -46,6 +47,7 @@ class Bucket:
         aligned: whether addresses and element counts are multiples of 16, so that a thread may
             access 16 bytes at once.
         full: whether tensors end where tiles end, so that a kernel need mask nothing.
+        centred: whether something is subtracted from gradients.
         tensors: int64 [units, COLUMNS].
         work: int32 [tiles, 2], the tensor and the tile's place in it.
     """
@@ -60,6 +62,7 @@ class Bucket:
     block: int
     aligned: bool
     full: bool
+    centred: bool
     tensors: Tensor
     work: Tensor
 
@@ -95,14 +98,16 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
             shape = block_shape(formats)
             assert shape is not None
             ends = _aligned(unit, grad), unit.param.numel() % (shape[0] * shape[1]) == 0
-            key = (devices, dtypes, formats, function, unit.write, shape, ends)
+            centred = job.centres is not None and job.centres.places[place] >= 0
+            key = (devices, dtypes, formats, function, unit.write, shape, ends, centred)
             members.setdefault(key, []).append(place)
     deliver = job.rule.device_deliver() if job.rule.delivers else None
     buckets = []
-    for (devices, dtypes, formats, function, _, shape, ends), places in members.items():
+    for (devices, dtypes, formats, function, _, shape, ends, centred), places in members.items():
         (rows, block), (aligned, full) = shape, ends
         units = [job.units[place] for place in places]
-        tables = _tables(units, formats, rows * block, devices[0])
+        begins = [job.centres.places[p] for p in places] if centred and job.centres else None
+        tables = _tables(units, formats, rows * block, devices[0], begins)
         buckets.append(
             Bucket(
                 units,
@@ -115,6 +120,7 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
                 block,
                 aligned,
                 full,
+                centred,
                 *tables,
             )
         )
@@ -142,11 +148,15 @@ def _aligned(unit: Unit, grad: Tensor) -> bool:
 
 
 def _tables(
-    units: Sequence[Unit], formats: Sequence[Format], tile: int, device: torch.device
+    units: Sequence[Unit],
+    formats: Sequence[Format],
+    tile: int,
+    device: torch.device,
+    centres: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """The tables ``tensors`` and ``work`` of a bucket."""
     table, tiles = [], []
-    for unit in units:
+    for number, unit in enumerate(units):
         row = [unit.param.numel(), unit.param.data_ptr()]
         for moment, format in zip(unit.moments, formats, strict=True):
             parts = [unit.state[c.key(moment.name)].data_ptr() for c in format.components]
@@ -157,6 +167,7 @@ def _tables(
             row.append((low | high << 32) - (high >> 31 << 64))
         corrections = [unit.state[c.key(MASTER)].data_ptr() for c in unit.write.components]
         row += corrections or [0]
+        row += [centres[number], *centre_shape(unit.param)] if centres else [0, 1, 1]
         table.append(row)
         tiles.append(-(-unit.param.numel() // tile))
     counts = torch.tensor(tiles)

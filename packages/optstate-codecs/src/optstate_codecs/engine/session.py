@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -43,10 +43,13 @@ class Plan:
     left: list[int]
     tables: list[RowTable]
     constants: dict[int, dict[str, Any]]
+    centred: Sequence[int]
 
     def holds(self, job: Job, functions: list[Any]) -> bool:
         """Whether every table still says where things are."""
         if self.functions != functions or not all(map(is_, self.units, job.units)):
+            return False
+        if self.centred != (job.centres.places if job.centres else ()):
             return False
         for unit, address, parts in zip(self.units, self.params, self.parts, strict=True):
             if unit.param.data_ptr() != address:
@@ -107,8 +110,7 @@ class Session:
         plan = self._plan(job)
         left = plan.left
         if left:
-            units, grads = [job.units[i] for i in left], [job.grads[i] for i in left]
-            eager.step(replace(job, units=units, grads=grads))
+            eager.step(job.part(left))
         if plan.buckets:
             self._launch(plan, job)
 
@@ -169,6 +171,7 @@ class Session:
                 left=left,
                 tables=_tables(buckets),
                 constants={id(bucket): constants(bucket) for bucket in buckets},
+                centred=job.centres.places if job.centres else (),
             )
         self._plans.move_to_end(key)
         while len(self._plans) > PLANS:
@@ -195,6 +198,7 @@ class Session:
                     grads[start:stop],
                     table.row_of[start:stop],
                     rows,
+                    job.centres.values.get(bucket.tensors.device) if job.centres else None,
                     factor,
                     found_inf,
                 )

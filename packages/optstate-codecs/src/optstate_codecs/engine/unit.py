@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from optstate_codecs.centring import Centres
 from optstate_codecs.formats import Format
 from optstate_codecs.layout import Declaration, bound, same_order, storage_order
 from optstate_codecs.rules import Moment, Rule
@@ -81,6 +82,7 @@ class Job:
         hypers: each group's validated hyper-parameters, as ``rule.hyper`` returns them.
         addresses: of the gradients' first elements.
         factor: what gradients are multiplied with, 0-d, or None; read on its device.
+        centres: what is subtracted from gradients before that, or None.
         found_inf: non-zero where the step is to be skipped, or None; read on its device.
     """
 
@@ -91,3 +93,15 @@ class Job:
     addresses: Sequence[int] = ()
     factor: Tensor | None = None
     found_inf: Tensor | None = None
+    centres: Centres | None = None
+
+    def part(self, places: Sequence[int]) -> Job:
+        """The same step of the units at ``places`` only."""
+        centres = self.centres
+        return replace(
+            self,
+            units=[self.units[place] for place in places],
+            grads=[self.grads[place] for place in places],
+            addresses=[self.addresses[place] for place in places] if self.addresses else (),
+            centres=centres and replace(centres, places=[centres.places[p] for p in places]),
+        )

@@ -47,7 +47,7 @@ NAMES = (EXP_AVG.name, EXP_AVG_SQ.name, MAX_EXP_AVG_SQ.name)
 @lru_cache(maxsize=8)
 def _named(names: tuple[str, str, str]) -> tuple[Moment, ...]:
     """Adam's three moments under other names."""
-    own = {known: name for known, name in zip(NAMES, names, strict=True)}
+    own = dict(zip(NAMES, names, strict=True))
     return tuple(
         replace(
             moment,

@@ -156,7 +156,9 @@ class _Coded:
     def results(self, exact: Tensor, path: Tensor) -> Iterator[Fidelity]:
         """One for each kind; ``exact`` is the second moment, ``path`` the sum of exact updates."""
         states = [decode_state(self.optimizer, param) for param in self.params]
-        stored = self._joined([state["exp_avg_sq"] for state in states])
+        rule, group = self.optimizer.rule, self.optimizer.param_groups[0]
+        second = next(m.name for m in rule.moments(rule.hyper(group)) if not m.signed)
+        stored = self._joined([state[second] for state in states])
         logs = (stored / exact).log().view(self.shape) / 2
         for i, (along, squared, apart, own) in enumerate(self.sums.T.tolist()):
             log = logs[i][logs[i].isfinite()]

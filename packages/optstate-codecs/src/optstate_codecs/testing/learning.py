@@ -16,7 +16,14 @@ __all__ = ["loss_apart"]
 Make = Callable[..., Optimizer]
 
 
-def loss_apart(ours: Make, theirs: Make, lr: float, their_lr: float | None = None) -> float:
+def loss_apart(
+    ours: Make,
+    theirs: Make,
+    lr: float,
+    their_lr: float | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """The logarithm of how much larger the held-out loss is with one optimizer than with another.
 
     A small student learns a teacher's answers to noise, from the same weights and on the same
@@ -27,19 +34,23 @@ def loss_apart(ours: Make, theirs: Make, lr: float, their_lr: float | None = Non
         theirs: the other, made likewise.
         lr: the learning rate.
         their_lr: of the other, if it is another.
+        dtype: of the student that ``ours`` trains; the other's is float32.
 
     Example:
         >>> assert abs(loss_apart(AdamW8bit, torch.optim.AdamW, lr=2e-3)) < 0.01
     """
     other = lr if their_lr is None else their_lr
     return mean(
-        math.log(_held_out_loss(ours, seed, lr) / _held_out_loss(theirs, seed, other))
+        math.log(
+            _held_out_loss(ours, seed, lr, dtype)
+            / _held_out_loss(theirs, seed, other, torch.float32)
+        )
         for seed in range(3)
     )
 
 
 @cache
-def _held_out_loss(make: Make, seed: int, lr: float) -> float:
+def _held_out_loss(make: Make, seed: int, lr: float, dtype: torch.dtype) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         teacher = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8))
@@ -47,11 +58,13 @@ def _held_out_loss(make: Make, seed: int, lr: float) -> float:
         questions = torch.randn(101, 64, 32)
     with torch.no_grad():
         answers = teacher(questions)
+    student.to(dtype)
     optimizer = make(student.parameters(), lr=lr, weight_decay=1e-4)
     for batch in range(100):
-        loss = (student(questions[batch]) - answers[batch]).square().mean()
+        loss = (student(questions[batch].to(dtype)) - answers[batch]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return float((student(questions[-1]) - answers[-1]).square().mean())
+        # in float32, so that what is compared is what was learned
+        return float((student.float()(questions[-1]) - answers[-1]).square().mean())

@@ -9,8 +9,8 @@ belongs to one block: a block's largest number takes fewer exchanges between thr
 scale takes is done once.
 
 Tables (see ``plan.py``). ``tensors``, int64, one row a tensor: element count, parameter, two
-components of each of three moments, two stream keys, what the write keeps. ``grads``: int64
-addresses.
+components of each of three moments, two stream keys, what the write keeps, and where its numbers
+begin in ``centres`` with the two of ``centring.centre_shape``. ``grads``: int64 addresses.
 ``rows``: float32 scalars of the rule, one row for each (group, step count), after the step count
 itself. ``row_of``: each tensor's row, int32.
 """
@@ -86,6 +86,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     grads,
     row_of,
     rows,
+    centres,
     grad_scale,
     found_inf,
     ROW: tl.constexpr,
@@ -145,6 +146,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     C_TYPE: tl.constexpr,
     C_DIVISIBLE: tl.constexpr,
     MARKS: tl.constexpr,
+    CENTRED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     DIVISIBLE: tl.constexpr,
@@ -190,6 +192,13 @@ def step_kernel(  # type: ignore[no-untyped-def]
         c_pointer = p_pointer
         p = _load_real(p_pointer, offsets, mask, P_BF16)
     g = _load_real(g_pointer, offsets, mask, G_BF16)
+    if CENTRED:
+        inside, outside = tl.load(entry + 12), tl.load(entry + 13)
+        # in 32 bits but for the tile's first element
+        index = start // inside
+        within = ((start - index * inside).to(tl.int32) + offsets) // inside.to(tl.int32)
+        index = ((index % outside).to(tl.int32) + within) % outside.to(tl.int32)
+        g = g - tl.load(centres + tl.load(entry + 11) + index)
     if HAS_SCALE:
         g = g * tl.load(grad_scale)
 

@@ -136,12 +136,14 @@ def launch(
     grads: Tensor,
     row_of: Tensor,
     rows: Tensor,
+    centres: Tensor | None,
     factor: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
     """Step every tile of the bucket in one launch.
 
-    ``factor`` multiplies the gradients; the kernel's ``grad_scale``.
+    ``centres`` holds what is subtracted from the gradients of centred buckets; ``factor`` then
+    multiplies them, and is the kernel's ``grad_scale``.
     """
     if not bucket.work.shape[0]:
         return  # tensors without elements
@@ -151,9 +153,11 @@ def launch(
         grads,
         row_of,
         rows,
+        centres if bucket.centred else None,
         factor,
         found_inf,
         ROW=rows.shape[1],
+        CENTRED=bucket.centred,
         HAS_SCALE=factor is not None,
         HAS_FOUND_INF=found_inf is not None,
         enable_fp_fusion=False,
