@@ -1,5 +1,6 @@
 """Training in pure bfloat16: optimizers and gradient accumulation that round stochastically."""
 
+from stochbf16.accumulator import StochasticAccumulator
 from stochbf16.optimizers import SGD, Adam, AdamW, Compass, Lion, LPFAdamW, RMSProp
 from stochbf16.rounding import stochastic_round, stochastic_round_
 
@@ -13,6 +14,7 @@ __all__ = [
     "LPFAdamW",
     "Lion",
     "RMSProp",
+    "StochasticAccumulator",
     "stochastic_round",
     "stochastic_round_",
 ]
