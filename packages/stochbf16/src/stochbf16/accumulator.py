@@ -47,8 +47,9 @@ class StochasticAccumulator:
             hooks.
         bucket_bytes: of gradients, may wait on a device for a common launch; this is also about
             how much memory they take in addition.
-        rounding_seed: 0 to 2^63 - 1. Data-parallel workers average more of the rounding out if
-            each has its own.
+        rounding_seed: 0 to 2^63 - 1. Data-parallel workers that reduce once an accumulation, under
+            ``no_sync``, average more of the rounding out if each has its own. Where every
+            micro-batch is reduced in bfloat16, which rounds to nearest, they should share one.
 
     Example:
         >>> model = nn.Linear(4, 2, dtype=torch.bfloat16)
