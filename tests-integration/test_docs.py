@@ -34,7 +34,7 @@ PUBLIC = (
 
 def test_there_are_examples() -> None:
     names = {str(page.relative_to(ROOT)) for page in PAGES}
-    assert names >= {"README.md", "docs/tutorials/turboadam.md", "docs/how-to/checkpoints.md"}
+    assert names >= {"README.md", "docs/tutorials/stochbf16.md", "docs/how-to/checkpoints.md"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
