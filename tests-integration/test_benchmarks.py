@@ -28,6 +28,26 @@ def test_step_time_writes_times_and_bytes(root: Path, tmp_path: Path) -> None:
     assert 16 <= rows["AdamW8bit"]["state_bits_per_parameter"] < 16.4
 
 
+def test_accumulate_writes_times_and_errors(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "accumulate.json"
+    command = [sys.executable, root / "benchmarks" / "accumulate.py", "--out", out]
+    sizes = ["--layout", "tiny", "--device", "cpu", "--repeats", "2", "--numel", "4096"]
+    subprocess.run([*command, *sizes], check=True, capture_output=True)
+    report = json.loads(out.read_text())
+    names = {"stochbf16", "stochbf16 at once", "torch"}
+    for what in ("add", "backward"):
+        rows = {row["name"]: row for row in report["times"] if row["what"] == what}
+        assert names <= set(rows)
+        assert all(0 < row["host_ms"] <= row["whole_ms"] for row in rows.values())
+    assert {row["moved_bytes"] for row in report["times"] if row["what"] == "add"} == {6 * 20785}
+    errors = {(row["kind"], row["name"]): row for row in report["errors"]}
+    ours, torchs = errors["steady", "stochbf16"], errors["steady", "torch"]
+    assert ours["batches"] == 512
+    assert abs(ours["bias"]) < 2e-3
+    assert ours["error"] < 0.05
+    assert torchs["bias"] < -0.3
+
+
 def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None:
     out, plot = tmp_path / "results" / "fidelity.json", tmp_path / "fidelity.svg"
     command = [sys.executable, root / "benchmarks" / "fidelity.py", "--out", out, "--plot", plot]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optstate_codecs.centring import centre_shape
 from optstate_codecs.engine.unit import Job, Unit
+from optstate_codecs.engine.work import work_table
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import stream_key
 from optstate_codecs.writes import MASTER
@@ -170,10 +171,4 @@ def _tables(
         row += [centres[number], *centre_shape(unit.param)] if centres else [0, 1, 1]
         table.append(row)
         tiles.append(-(-unit.param.numel() // tile))
-    counts = torch.tensor(tiles)
-    tensor = torch.repeat_interleave(torch.arange(len(units)), counts)
-    place = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return (
-        torch.tensor(table, dtype=torch.int64).to(device),
-        torch.stack([tensor, place], 1).to(torch.int32).to(device),
-    )
+    return torch.tensor(table, dtype=torch.int64).to(device), work_table(tiles, device)

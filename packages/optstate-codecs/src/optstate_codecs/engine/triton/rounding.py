@@ -1,0 +1,133 @@
+"""The kernel that rounds, or adds and rounds, every tensor of a list in one launch.
+
+A program owns one tile. ``table``, int64, one row a tensor: element count, addresses of target and
+source, stream key, count of the draw. Whether a tile may be accessed 16 bytes at once is seen on
+the device, from the addresses and what is left, so that tensors of any size share a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.device import half, hash_tile, jit, tl, to_bf16_bits_stochastic
+from optstate_codecs.engine.triton.kernel import _load_real, _pointer
+from optstate_codecs.engine.triton.launch import ELEMENTS_PER_WARP, _type
+from optstate_codecs.engine.work import work_table
+from optstate_codecs.rounding import stream_key
+
+__all__ = ["launch", "round_kernel"]
+
+COLUMNS = 5
+TILE = 2048
+
+
+@jit
+def _round_tile(  # type: ignore[no-untyped-def]
+    entry,
+    start,
+    left,
+    ADD: tl.constexpr,
+    SOURCE_TYPE: tl.constexpr,
+    SOURCE_BF16: tl.constexpr,
+    DIVISIBLE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Round the ``left`` elements from ``start`` on, element 2 i and 2 i + 1 from one word."""
+    target = _pointer(entry + 1, tl.int16, DIVISIBLE) + start
+    source = _pointer(entry + 2, SOURCE_TYPE, DIVISIBLE) + start
+    offsets = tl.arange(0, TILE)
+    mask = offsets < left
+    x = _load_real(source, offsets, mask, SOURCE_BF16)
+    if ADD:
+        x = _load_real(target, offsets, mask, True) + x
+    word = hash_tile(tl.load(entry + 3), tl.load(entry + 4).to(tl.int32), start, offsets)
+    tl.store(target + offsets, to_bf16_bits_stochastic(x, half(word, offsets, 0)), mask=mask)
+
+
+@jit
+def round_kernel(  # type: ignore[no-untyped-def]
+    work,
+    table,
+    COLUMNS: tl.constexpr,
+    ADD: tl.constexpr,
+    SOURCE_TYPE: tl.constexpr,
+    SOURCE_BF16: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Round one tile; see the module's docstring for the table."""
+    program = tl.program_id(0)
+    entry = table + tl.load(work + 2 * program).to(tl.int64) * COLUMNS
+    start = tl.load(work + 2 * program + 1).to(tl.int64) * TILE
+    left = tl.load(entry) - start
+    wide = ((tl.load(entry + 1) | tl.load(entry + 2)) & 15) == 0
+    if wide & (left >= TILE):
+        # a constant, so that the compiler sees that nothing is masked
+        every = tl.full([], TILE, tl.int32)
+        _round_tile(entry, start, every, ADD, SOURCE_TYPE, SOURCE_BF16, 16, TILE)
+    else:
+        rest = tl.minimum(left, TILE).to(tl.int32)
+        _round_tile(entry, start, rest, ADD, SOURCE_TYPE, SOURCE_BF16, 1, TILE)
+
+
+@lru_cache(maxsize=1 << 14)
+def _key(seed: int, number: int, word: int) -> int:
+    """A stream key as the table holds it: both halves in an int64."""
+    low, high = stream_key(seed, number, word)
+    return (low | high << 32) - (high >> 31 << 64)
+
+
+@lru_cache(maxsize=256)
+def _work(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """The table of tiles, kept for the stream that it was copied on: another would have to wait."""
+    return work_table([-(-size // TILE) for size in sizes], device)
+
+
+def launch(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    seed: int,
+    numbers: Sequence[int],
+    counts: Sequence[int],
+    stream: int,
+    add: bool,
+) -> None:
+    """Round all ``sources``, of one dtype, into ``targets``, all of one device, in one launch.
+
+    Each pair is dense and laid out alike; otherwise as ``stochastic.round_``. ``stream`` is even.
+    """
+    sizes = tuple([target.numel() for target in targets])
+    device, dtype = targets[0].device, sources[0].dtype
+    rows = []
+    for size, target, source, number, count in zip(
+        sizes, targets, sources, numbers, counts, strict=True
+    ):
+        key = _key(seed, number, stream // 2)
+        rows += [size, target.data_ptr(), source.data_ptr(), key, count]
+    table = torch.tensor(rows, dtype=torch.int64)
+    if device.type != "cuda":
+        _run(_work(sizes, device, 0), table, dtype, add)
+        return
+    with torch.cuda.device(device):
+        table = table.pin_memory().to(device, non_blocking=True)
+        raw = torch.cuda.current_stream(device).cuda_stream
+        _run(_work(sizes, device, raw), table, dtype, add)
+
+
+def _run(work: Tensor, table: Tensor, dtype: torch.dtype, add: bool) -> None:
+    if not work.shape[0]:
+        return  # tensors without elements
+    round_kernel[(work.shape[0],)](
+        work,
+        table,
+        COLUMNS=COLUMNS,
+        ADD=add,
+        SOURCE_TYPE=_type(dtype),
+        SOURCE_BF16=dtype == torch.bfloat16,
+        TILE=TILE,
+        num_warps=TILE // ELEMENTS_PER_WARP,
+        enable_fp_fusion=False,
+    )

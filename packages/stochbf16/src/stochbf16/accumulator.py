@@ -1,0 +1,297 @@
+"""Gradient accumulation in bfloat16 whose additions are rounded stochastically.
+
+The sum is ``p.grad``, where optimizers, clipping and ``zero_grad`` look for it. A hook before
+autograd's addition takes the sum out of ``p.grad``, so that autograd leaves the new gradient there
+without copying it; a hook after it puts the sum back and lets the new gradient wait. What waits is
+added in one launch whenever it reaches ``bucket_bytes``, and at the end of the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from threading import RLock
+from types import TracebackType
+from typing import Any
+from weakref import WeakMethod, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from optstate_codecs import checks
+from optstate_codecs.engine.capture import capturing
+from optstate_codecs.stochastic import SOURCES
+from stochbf16.pending import Addition, Pending
+
+__all__ = ["HookHandle", "StochasticAccumulator"]
+
+_attached: WeakSet[StochasticAccumulator] = WeakSet()
+
+
+class StochasticAccumulator:
+    """Adds the gradients of micro-batches in bfloat16 without losing the small ones.
+
+    While attached, every ``backward()`` adds to the bfloat16 ``p.grad`` that it finds with
+    stochastic rounding: what is lost in one addition is made up for in others. The first gradient
+    after ``zero_grad`` is kept as it is. Gradients of other dtypes, sparse ones, subclasses of
+    ``Tensor`` and ``create_graph=True`` are left to autograd. Where ``torch.distributed`` is
+    initialised, or a parameter has other hooks that see its sum, every gradient is added at once,
+    in a launch of its own.
+
+    The n-th addition to a parameter draws from (``rounding_seed``, n, its place): nothing is stored
+    but counts.
+
+    Args:
+        params: a module or its parameters. Those that require gradients when it is attached get
+            hooks.
+        bucket_bytes: of gradients, may wait on a device for a common launch; this is also about
+            how much memory they take in addition.
+        rounding_seed: 0 to 2^63 - 1. Data-parallel workers that reduce once an accumulation, under
+            ``no_sync``, average more of the rounding out if each has its own. Where every
+            micro-batch is reduced in bfloat16, which rounds to nearest, they should share one.
+
+    Example:
+        >>> model = nn.Linear(4, 2, dtype=torch.bfloat16)
+        >>> with StochasticAccumulator(model):
+        ...     for _ in range(512):
+        ...         model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        >>> bool((model.bias.grad > 400).all())  # rounded to nearest, it would stay at 256
+        True
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Tensor],
+        *,
+        bucket_bytes: int = 64 * 2**20,
+        rounding_seed: int = 0,
+    ) -> None:
+        checks.whole_number("bucket_bytes", bucket_bytes)
+        checks.whole_number("rounding_seed", rounding_seed)
+        self._params = _parameters(params)
+        self._limit = bucket_bytes
+        self._seed = rounding_seed
+        self._counts = [0] * len(self._params)
+        self._hooks: dict[int, tuple[RemovableHandle, RemovableHandle]] = {}
+        # gradients of several devices come in threads of their own
+        self._lock = RLock()
+        self._pending: dict[torch.device, Pending] = {}
+        # sums between the two hooks of their parameter, and the backward that runs them
+        self._taken: dict[int, tuple[int, Tensor]] = {}
+        self._task = -1
+        self._accumulates = self._at_once = False
+
+    def attach(self) -> StochasticAccumulator:
+        """Begin to add stochastically; nothing changes where it is attached already."""
+        with self._lock:
+            for number, param in enumerate(self._params):
+                if param.requires_grad and number not in self._hooks:
+                    self._hooks[number] = self._add_hooks(param, number)
+            _attached.add(self)
+        return self
+
+    def _add_hooks(self, param: Any, number: int) -> tuple[RemovableHandle, RemovableHandle]:
+        before = param.register_hook(partial(self._before, number))
+        # Python does not see through hooks of this kind: a strong reference would be a cycle that
+        # it never collects
+        after = param.register_post_accumulate_grad_hook(
+            partial(_call_weakly, WeakMethod(self._after), number)
+        )
+        # first, so that the others find the sum
+        hooks = _hooks_after(param)
+        others = [(key, hooks.pop(key)) for key in list(hooks) if key != after.id]
+        hooks.update(others)
+        return before, after
+
+    def detach(self) -> None:
+        """Add what waits and remove the hooks; sums stay in ``p.grad``."""
+        for number in list(self._hooks):
+            self._release(number)
+        _attached.discard(self)
+
+    def __enter__(self) -> StochasticAccumulator:
+        return self.attach()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed, and how many additions each parameter has had."""
+        return {"rounding_seed": self._seed, "additions": list(self._counts)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on drawing where the accumulator that was saved would have."""
+        if set(state_dict) != {"rounding_seed", "additions"}:
+            keys = ", ".join(map(repr, state_dict))
+            raise KeyError(f"state_dict: must have 'rounding_seed' and 'additions', has {keys}")
+        seed, counts = state_dict["rounding_seed"], list(state_dict["additions"])
+        checks.whole_number("rounding_seed", seed)
+        for place, count in enumerate(counts):
+            checks.whole_number(f"additions[{place}]", count)
+        if len(counts) != len(self._params):
+            raise ValueError(
+                f"additions: must be {len(self._params)}, one a parameter, got {len(counts)}"
+            )
+        self._seed, self._counts = seed, counts
+
+    @staticmethod
+    def assign_hooks(model: nn.Module) -> list[HookHandle]:
+        """Attach an accumulator to ``model``; one handle a parameter removes its hooks."""
+        accumulator = StochasticAccumulator(model).attach()
+        return [HookHandle(accumulator, number) for number in accumulator._hooks]
+
+    @staticmethod
+    def reassign_grad_buffer(model: nn.Module) -> None:
+        """Add what an interrupted backward left waiting; otherwise nothing is to be done.
+
+        Sums are in ``p.grad`` all the time; the method is there for code that moved them.
+        """
+        params = set(model.parameters())
+        for accumulator in list(_attached):
+            if not params.isdisjoint(accumulator._params):
+                with accumulator._lock:
+                    accumulator._add_stale()
+
+    def _before(self, number: int, new: Tensor | None) -> None:
+        """Take the sum out of ``p.grad``."""
+        param = self._params[number]
+        total = param.grad
+        if new is None or total is None or not _is_sum(total) or torch.is_grad_enabled():
+            return
+        with self._lock:
+            self._notice_backward(param)
+            if not self._accumulates:
+                return
+            self._taken[number] = self._task, total
+            param.grad = None
+
+    def _after(self, number: int, param: Tensor) -> None:
+        """Put the sum back, and let the new gradient wait."""
+        with self._lock:
+            task, total = self._taken.pop(number, (-1, None))
+            if total is None or task != torch._C._current_graph_task_id():
+                return  # what another hook's error left may since have been zeroed
+            new, param.grad = param.grad, total
+            if new is None:
+                return
+            if not _is_addable(new, total):
+                total.add_(new)
+                return
+            self._counts[number] += 1
+            pending = self._pending.setdefault(total.device, Pending(total.device))
+            count, version = self._counts[number], total._version
+            pending.append(Addition(param, number, count, total, new, version), self._seed)
+            del new
+            if self._at_once or pending.bytes >= self._limit or len(_hooks_after(param)) > 1:
+                pending.add(self._seed)
+
+    def _notice_backward(self, param: Tensor) -> None:
+        """At the first gradient of a backward, find out what it does."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        if capturing():
+            raise RuntimeError(
+                "CUDA graph capture: StochasticAccumulator would repeat its random bits at every "
+                "replay; capture one micro-batch, with p.grad None before it, or detach it"
+            )
+        self._add_stale()
+        self._task = task
+        self._accumulates = _accumulates(param)
+        self._at_once = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._accumulates:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        """At the end of a backward."""
+        with self._lock:
+            for pending in self._pending.values():
+                pending.add(self._seed)
+
+    def _add_stale(self) -> None:
+        """Add what a backward that raised has left, unless somebody has begun anew."""
+        for pending in self._pending.values():
+            pending.add(self._seed, stale=True)
+
+    def _release(self, number: int) -> None:
+        """Remove a parameter's hooks."""
+        with self._lock:
+            self._add_stale()
+            for hook in self._hooks.pop(number, ()):
+                hook.remove()
+            task, total = self._taken.pop(number, (-1, None))
+            if total is not None and task == torch._C._current_graph_task_id():
+                self._params[number].grad = total
+
+
+class HookHandle:
+    """Removes the hooks that a ``StochasticAccumulator`` has on one parameter."""
+
+    def __init__(self, accumulator: StochasticAccumulator, number: int) -> None:
+        self._accumulator = accumulator
+        self._number = number
+
+    def remove(self) -> None:
+        """Add what waits and remove the hooks, if they are still there."""
+        self._accumulator._release(self._number)
+
+
+def _parameters(params: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    given = params.parameters() if isinstance(params, nn.Module) else params
+    if isinstance(given, Tensor):
+        raise TypeError("params: must be a module or an iterable of its parameters, got Tensor")
+    found = list(dict.fromkeys(given))
+    for place, param in enumerate(found):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params[{place}]: must be a tensor, got {type(param).__name__}")
+        if not param.is_leaf:
+            raise ValueError(f"params[{place}]: must be a leaf, got the result of an operation")
+    return found
+
+
+def _call_weakly(method: WeakMethod[Any], number: int, param: Tensor) -> None:
+    alive = method()
+    if alive is not None:
+        alive(number, param)
+
+
+def _hooks_after(param: Any) -> Any:
+    """All hooks of ``register_post_accumulate_grad_hook``, in the order that they run in."""
+    return param._post_accumulate_grad_hooks
+
+
+def _is_sum(grad: Tensor) -> bool:
+    """Whether new gradients are added to ``grad`` here and not by autograd."""
+    return (
+        type(grad) is Tensor
+        and grad.dtype == torch.bfloat16
+        and grad.layout == torch.strided
+        and not grad.requires_grad
+    )
+
+
+def _is_addable(new: Tensor, total: Tensor) -> bool:
+    return (
+        type(new) is Tensor
+        and new.dtype in SOURCES
+        and new.layout == torch.strided
+        and new.device == total.device
+        and new.shape == total.shape
+    )
+
+
+def _accumulates(param: Tensor) -> bool:
+    """Whether the backward that is running adds to gradients, as ``autograd.grad`` does not."""
+    node = torch.autograd.graph.get_gradient_edge(param).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # what it says of a leaf whose gradient is only returned
+        return False

@@ -1,0 +1,85 @@
+"""Stochastic rounding to bfloat16 of one tensor, with torch's random numbers for a seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.engine.capture import capturing
+from optstate_codecs.stochastic import SOURCES, round_
+
+__all__ = ["stochastic_round", "stochastic_round_"]
+
+
+def stochastic_round_(
+    target: Tensor, source: Tensor, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Store ``source`` in the bfloat16 ``target``, rounded up or down so that the mean is exact.
+
+    What bfloat16 can hold is stored as it is; NaN and infinities stay what they are, and a finite
+    value becomes infinite only where rounding to nearest would make it so. No gradient flows
+    through it. One integer is drawn from ``generator``, and every element's random bits follow
+    from it: after ``torch.manual_seed`` they are the same again, on every device.
+
+    Args:
+        target: bfloat16, any layout.
+        source: float32, float16 or bfloat16 of the same shape, on the same device.
+        generator: where the integer comes from; torch's default CPU generator where it is None.
+            One of a GPU makes the host wait for it.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        RuntimeError: a CUDA graph is being recorded; it would repeat its random bits.
+
+    Example:
+        >>> weight = torch.ones(3, dtype=torch.bfloat16)
+        >>> weight = stochastic_round_(weight, weight.float() - 1e-3)  # 0.99609375 or 1.0
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: must be a tensor, got {type(target).__name__}")
+    _check(source)
+    if target.dtype != torch.bfloat16:
+        raise TypeError(f"target: must be torch.bfloat16, got {target.dtype}")
+    if target.shape != source.shape:
+        shapes = f"target {tuple(target.shape)}, source {tuple(source.shape)}"
+        raise ValueError(f"source: must have the shape of target, got {shapes}")
+    if target.device != source.device:
+        devices = f"target {target.device}, source {source.device}"
+        raise ValueError(f"source: must be on the device of target, got {devices}")
+    round_([target], [source], _seed(generator), [0], [0])
+    return target
+
+
+def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """``source`` rounded to a new bfloat16 tensor; otherwise as ``stochastic_round_``.
+
+    Example:
+        >>> stochastic_round(torch.full((2,), 0.5)).tolist()
+        [0.5, 0.5]
+    """
+    _check(source)
+    target = torch.empty_like(source, dtype=torch.bfloat16, requires_grad=False)
+    return stochastic_round_(target, source, generator=generator)
+
+
+def _check(source: Tensor) -> None:
+    if not isinstance(source, Tensor):
+        raise TypeError(f"source: must be a tensor, got {type(source).__name__}")
+    if source.dtype not in SOURCES or source.layout != torch.strided:
+        allowed = ", ".join(map(str, SOURCES))
+        raise TypeError(
+            f"source: must be a dense tensor of one of {allowed}, "
+            f"got {source.dtype}, {source.layout}"
+        )
+
+
+def _seed(generator: torch.Generator | None) -> int:
+    if capturing():
+        raise RuntimeError(
+            "CUDA graph capture: stochastic_round_ would repeat its random bits at every replay; "
+            "round outside the graph"
+        )
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
