@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optstate_codecs import stochastic
+from optstate_codecs import device
 from optstate_codecs.rounding import Draw, stochastic_round_bf16
 from optstate_codecs.stochastic import SOURCES, STREAM, round_
 
@@ -113,8 +113,8 @@ def test_one_launch_for_all_and_only_tables_beside(monkeypatch: pytest.MonkeyPat
     from optstate_codecs.engine.triton import rounding
 
     made = []
-    original = rounding._run
-    monkeypatch.setattr(rounding, "_run", lambda *a: (made.append(1), original(*a)))
+    original = rounding.launch
+    monkeypatch.setattr(rounding, "launch", lambda *a: (made.append(1), original(*a)))
     targets, sources = ([t.cuda() for t in ts] for ts in lists(torch.bfloat16, [(1 << 20,)] * 4))
     for count in range(2):
         torch.cuda.synchronize()
@@ -127,7 +127,7 @@ def test_one_launch_for_all_and_only_tables_beside(monkeypatch: pytest.MonkeyPat
 
 
 def test_plain_torch_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPTSTATE_BACKEND", "eager")
-    monkeypatch.setattr(stochastic, "_kernel_takes", lambda *_: pytest.fail("asked for"))
-    targets, sources = lists(torch.float32)
-    round_(targets, sources, SEED, range(8), [1] * 8)
+    monkeypatch.setattr(device, "HAS_TRITON", True)
+    for wanted, kernels in (("auto", True), ("triton", True), ("eager", False)):
+        monkeypatch.setenv(device.VARIABLE, wanted)
+        assert device.kernels_run(torch.device("cuda")) is kernels

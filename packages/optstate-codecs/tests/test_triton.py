@@ -428,3 +428,15 @@ def test_loads_are_sixteen_bytes_wide() -> None:
     kernel.run(1)
     programs = [p for caches in step_kernel.device_caches.values() for p in caches[0].values()]
     assert "ld.global.v4.b32" in programs[-1].asm["ptx"]
+
+
+@pytest.mark.cuda
+def test_tensors_are_stepped_on_their_own_gpu() -> None:
+    """Whichever is current: triton alone would launch there."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    for options in ({}, {"centralization": 0.5}):
+        reference, kernel = pair(FORMATS["dynamic8"], "cuda:1", FEW, **options)
+        with torch.cuda.device(0):
+            run(reference, kernel)
+        assert all(not plan.left for plan in kernel.optimizer._session._plans.values())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optstate_codecs.device import kernels_run
 from optstate_codecs.layout import storage_order
 
 __all__ = ["Centres", "centre_shape", "find_centres"]
@@ -41,22 +42,45 @@ class Centres:
 
 def find_centres(grads: Sequence[Tensor], shares: Sequence[float]) -> Centres | None:
     """What to subtract from ``grads`` for the ``shares`` of their means; None for nothing."""
-    found: dict[torch.device, list[Tensor]] = {}
-    ends: dict[torch.device, int] = {}
-    places = []
+    places, ends = [], dict[torch.device, int]()
     for grad, share in zip(grads, shares, strict=True):
-        if share == 0 or grad.dim() < 2 or not grad.numel():
-            places.append(-1)
-            continue
-        others = tuple(range(1, grad.dim()))
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        mean = grad.mean(others, dtype=wide).mul_(share).to(torch.float32)
-        places.append(ends.get(grad.device, 0))
-        ends[grad.device] = places[-1] + len(mean)
-        found.setdefault(grad.device, []).append(mean)
-    if not found:
+        centred = share != 0 and grad.dim() > 1 and grad.numel() > 0
+        places.append(ends.get(grad.device, 0) if centred else -1)
+        if centred:
+            ends[grad.device] = places[-1] + grad.shape[0]
+    if not ends:
         return None
-    return Centres({device: torch.cat(means) for device, means in found.items()}, places)
+    values = {device: torch.empty(end, device=device) for device, end in ends.items()}
+    launches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, (grad, place) in enumerate(zip(grads, places, strict=True)):
+        if place >= 0 and _kernel_takes(grad):
+            launches.setdefault((grad.device, grad.dtype), []).append(number)
+        elif place >= 0:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            mean = grad.mean(tuple(range(1, grad.dim())), dtype=wide) * shares[number]
+            values[grad.device][place : place + len(mean)] = mean
+    for (device, _), numbers in launches.items():
+        # imported with the first launch, so that CPU users never load triton
+        from optstate_codecs.engine.triton.means import launch
+
+        launch(
+            [grads[number] for number in numbers],
+            [places[number] for number in numbers],
+            [shares[number] for number in numbers],
+            values[device],
+        )
+    return Centres(values, places)
+
+
+def _kernel_takes(grad: Tensor) -> bool:
+    """Whether the rows of ``grad`` are dense and follow each other, where the kernel runs."""
+    order = storage_order(grad)
+    return (
+        kernels_run(grad.device)
+        and grad.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and order[0] == 0
+        and grad.permute(order).is_contiguous()
+    )
 
 
 def centre_shape(tensor: Tensor) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 try:
     import triton
     import triton.language as tl
@@ -17,10 +19,18 @@ except ImportError:  # pragma: no cover - exercised by the isolated session
     triton = None
     tl = None
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "jit", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "VARIABLE", "jit", "kernels_run", "tl", "triton"]
 
 HAS_TRITON = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# stands in for backend="auto"
+VARIABLE = "OPTSTATE_BACKEND"
+
+
+def kernels_run(where: torch.device) -> bool:
+    """Whether what is no step, and so has no backend of its own, is done by kernels there."""
+    wanted = os.environ.get(VARIABLE, "auto") in ("auto", "triton")
+    return HAS_TRITON and wanted and (where.type == "cuda" or INTERPRETED)
 
 
 def jit(function: Any) -> Any:

@@ -6,15 +6,13 @@ counted in the target's storage order.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
-from optstate_codecs.engine.session import VARIABLE
+from optstate_codecs.device import kernels_run
 from optstate_codecs.layout import FlatView, slices, storage_order
 from optstate_codecs.rounding import Draw, stochastic_round_bf16
 
@@ -50,9 +48,8 @@ def round_(
         add: whether targets are added to.
     """
     launches: dict[Any, list[int]] = {}
-    kernel = HAS_TRITON and os.environ.get(VARIABLE, "auto") in ("auto", "triton")
     for place, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        if kernel and _kernel_takes(target, source):
+        if _kernel_takes(target, source):
             launches.setdefault((target.device, source.dtype), []).append(place)
         else:
             draw = Draw(seed, counts[place], numbers[place], STREAM)
@@ -80,7 +77,7 @@ def _kernel_takes(target: Tensor, source: Tensor) -> bool:
     """Whether both are plain, dense, laid out alike, and where the kernel runs."""
     plain = (Tensor, torch.nn.Parameter)
     return (
-        (target.is_cuda or INTERPRETED)
+        kernels_run(target.device)
         and type(target) in plain
         and type(source) in plain
         and target.stride() == source.stride()

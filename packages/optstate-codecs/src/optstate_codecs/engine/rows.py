@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optstate_codecs.engine.capture import capturing, constant_table
 from optstate_codecs.engine.plan import Bucket
+from optstate_codecs.engine.work import uploaded
 from optstate_codecs.rules import Rule
 
 __all__ = ["RowTable"]
@@ -87,7 +88,7 @@ class RowTable:
             return constant_table([grads[place] for place in self._places], self._device)
         if self._last is None or self._last[0] is not grads:
             mine = torch.tensor([grads[place] for place in self._places], dtype=torch.int64)
-            self._last = grads, self._upload(mine)
+            self._last = grads, uploaded(mine, self._device)
         return self._last[1]
 
     def values(self, rule: Rule, hypers: Sequence[Any]) -> Tensor:
@@ -96,10 +97,10 @@ class RowTable:
         folded = [self._fold(rule, hypers[group], group) for group in groups]
         if all(isinstance(rows, list) for rows in folded):
             flat = [row for rows in folded for row in rows]
-            return self._upload(torch.tensor(flat, dtype=torch.float32))
+            return uploaded(torch.tensor(flat, dtype=torch.float32), self._device)
         return torch.cat(
             [
-                rows if isinstance(rows, Tensor) else self._upload(torch.tensor(rows))
+                rows if isinstance(rows, Tensor) else uploaded(torch.tensor(rows), self._device)
                 for rows in folded
             ]
         )
@@ -122,11 +123,6 @@ class RowTable:
             for value in (vector, *rule.device_row(hyper, vector))
         ]
         return torch.stack(columns, 1)
-
-    def _upload(self, table: Tensor) -> Tensor:
-        if self._device.type != "cuda":
-            return table
-        return table.pin_memory().to(self._device, non_blocking=True)
 
 
 def _counters(steps: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
+from optstate_codecs.device import HAS_TRITON, INTERPRETED, VARIABLE
 from optstate_codecs.engine import compiled, eager
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.cpu.build import CannotBuild, compiler
@@ -22,7 +22,6 @@ from optstate_codecs.engine.unit import Job, Unit
 __all__ = ["BACKENDS", "Session"]
 
 BACKENDS = ("auto", "eager", "compile", "triton")
-VARIABLE = "OPTSTATE_BACKEND"
 # plans are keyed by which parameters have gradients; models that route keep a few
 PLANS = 8
 # building loops takes a second or two, which 2^20 elements win back in about a hundred steps

@@ -1,13 +1,15 @@
-"""Which program of a launch does what: the table that lists every tile of every tensor."""
+"""The tables of a launch: which program does what, and how numbers reach the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["work_table"]
+__all__ = ["kept_work_table", "on", "uploaded", "work_table"]
 
 
 def work_table(tiles: Sequence[int], device: torch.device) -> Tensor:
@@ -21,3 +23,21 @@ def work_table(tiles: Sequence[int], device: torch.device) -> Tensor:
     tensor = torch.repeat_interleave(torch.arange(len(tiles)), counts)
     place = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return torch.stack([tensor, place], 1).to(torch.int32).to(device)
+
+
+@lru_cache(maxsize=256)
+def kept_work_table(tiles: tuple[int, ...], device: torch.device) -> Tensor:
+    """``work_table``, the same one as long as it is wanted often; there when it is returned."""
+    return work_table(tiles, device)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Where a kernel is launched: triton takes the current GPU, whatever the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def uploaded(table: Tensor, device: torch.device) -> Tensor:
+    """``table``, which is on the host, on the device, without waiting for a GPU."""
+    if device.type != "cuda":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)

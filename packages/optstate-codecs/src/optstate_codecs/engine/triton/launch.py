@@ -10,6 +10,7 @@ from torch import Tensor
 from optstate_codecs.device import tl
 from optstate_codecs.engine.plan import COLUMNS, MOMENT_SLOTS, Bucket
 from optstate_codecs.engine.triton.kernel import step_kernel
+from optstate_codecs.engine.work import on
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.formats.base import DeviceFunctions
 
@@ -147,19 +148,20 @@ def launch(
     """
     if not bucket.work.shape[0]:
         return  # tensors without elements
-    step_kernel[(bucket.work.shape[0],)](
-        bucket.work,
-        bucket.tensors,
-        grads,
-        row_of,
-        rows,
-        centres if bucket.centred else None,
-        factor,
-        found_inf,
-        ROW=rows.shape[1],
-        CENTRED=bucket.centred,
-        HAS_SCALE=factor is not None,
-        HAS_FOUND_INF=found_inf is not None,
-        enable_fp_fusion=False,
-        **chosen,
-    )
+    with on(bucket.work.device):
+        step_kernel[(bucket.work.shape[0],)](
+            bucket.work,
+            bucket.tensors,
+            grads,
+            row_of,
+            rows,
+            centres if bucket.centred else None,
+            factor,
+            found_inf,
+            ROW=rows.shape[1],
+            CENTRED=bucket.centred,
+            HAS_SCALE=factor is not None,
+            HAS_FOUND_INF=found_inf is not None,
+            enable_fp_fusion=False,
+            **chosen,
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 from optstate_codecs.device import half, hash_tile, jit, tl, to_bf16_bits_stochastic
 from optstate_codecs.engine.triton.kernel import _load_real, _pointer
 from optstate_codecs.engine.triton.launch import ELEMENTS_PER_WARP, _type
-from optstate_codecs.engine.work import work_table
+from optstate_codecs.engine.work import kept_work_table, on, uploaded
 from optstate_codecs.rounding import stream_key
 
 __all__ = ["launch", "round_kernel"]
@@ -80,12 +80,6 @@ def _key(seed: int, number: int, word: int) -> int:
     return (low | high << 32) - (high >> 31 << 64)
 
 
-@lru_cache(maxsize=256)
-def _work(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """The table of tiles, kept for the stream that it was copied on: another would have to wait."""
-    return work_table([-(-size // TILE) for size in sizes], device)
-
-
 def launch(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
@@ -99,7 +93,7 @@ def launch(
 
     Each pair is dense and laid out alike; otherwise as ``stochastic.round_``. ``stream`` is even.
     """
-    sizes = tuple([target.numel() for target in targets])
+    sizes = [target.numel() for target in targets]
     device, dtype = targets[0].device, sources[0].dtype
     rows = []
     for size, target, source, number, count in zip(
@@ -107,27 +101,19 @@ def launch(
     ):
         key = _key(seed, number, stream // 2)
         rows += [size, target.data_ptr(), source.data_ptr(), key, count]
-    table = torch.tensor(rows, dtype=torch.int64)
-    if device.type != "cuda":
-        _run(_work(sizes, device, 0), table, dtype, add)
-        return
-    with torch.cuda.device(device):
-        table = table.pin_memory().to(device, non_blocking=True)
-        raw = torch.cuda.current_stream(device).cuda_stream
-        _run(_work(sizes, device, raw), table, dtype, add)
-
-
-def _run(work: Tensor, table: Tensor, dtype: torch.dtype, add: bool) -> None:
+    work = kept_work_table(tuple([-(-size // TILE) for size in sizes]), device)
     if not work.shape[0]:
         return  # tensors without elements
-    round_kernel[(work.shape[0],)](
-        work,
-        table,
-        COLUMNS=COLUMNS,
-        ADD=add,
-        SOURCE_TYPE=_type(dtype),
-        SOURCE_BF16=dtype == torch.bfloat16,
-        TILE=TILE,
-        num_warps=TILE // ELEMENTS_PER_WARP,
-        enable_fp_fusion=False,
-    )
+    table = uploaded(torch.tensor(rows, dtype=torch.int64), device)
+    with on(device):
+        round_kernel[(work.shape[0],)](
+            work,
+            table,
+            COLUMNS=COLUMNS,
+            ADD=add,
+            SOURCE_TYPE=_type(dtype),
+            SOURCE_BF16=dtype == torch.bfloat16,
+            TILE=TILE,
+            num_warps=TILE // ELEMENTS_PER_WARP,
+            enable_fp_fusion=False,
+        )
