@@ -62,6 +62,18 @@ def test_one_launch_for_what_fits_the_bucket(limit: int, launches: list[int]) ->
     assert values(*params) == [3.0] * 8
 
 
+def test_two_additions_to_one_sum_never_share_a_launch(launches: list[int]) -> None:
+    param = a_param(4)
+    param.grad = total = torch.ones(4, dtype=BF16)
+    pending = pending_module.Pending(total.device)
+    for count in (1, 2):
+        new = torch.full((4,), 2.0, dtype=BF16)
+        pending.append(pending_module.Addition(param, 0, count, total, new, total._version), 0)
+    pending.add(0)
+    assert launches == [1, 1]
+    assert values(param) == [5.0]
+
+
 def test_sums_stay_where_they_are_and_new_gradients_are_not_copied() -> None:
     param = a_param(16)
     made, kept = [], []
