@@ -290,6 +290,7 @@ def test_refuses_to_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 def test_backwards_on_streams_of_their_own() -> None:
     params = [a_param(1 << 20, device="cuda") for _ in range(4)]
     streams = [torch.cuda.Stream() for _ in range(3)]
