@@ -1,79 +1,16 @@
-"""Gradients add up without bias, and whatever happens between micro-batches, none is counted twice.
+"""What the accumulator adds, and how: gradients add up without bias, in shared launches."""
 
-Gradients are chosen so that bfloat16 holds their sums, where a test is about which are summed;
-they are random where it is about how.
-"""
-
-import copy
-import gc
-import io
-import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+from micro_batches import BF16, a_param, devices, give, values
 from torch import Tensor, nn
 
 from optstate_codecs.rounding import Draw, stochastic_round_bf16
 from optstate_codecs.stochastic import STREAM
 from stochbf16 import StochasticAccumulator, accumulator
 from stochbf16 import pending as pending_module
-
-BF16 = torch.bfloat16
-
-
-def a_param(*shape: int, dtype: torch.dtype = BF16, device: str = "cpu") -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
-
-
-def give(*pairs: tuple[Tensor, float | Tensor], **options) -> None:
-    """One backward that brings each parameter this gradient."""
-    total = sum((p * g).sum().to(p.device, torch.float32) for p, g in pairs)
-    assert isinstance(total, Tensor)
-    total.backward(**options)
-
-
-class Bad(torch.autograd.Function):
-    """Raises in the backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        raise ArithmeticError("on purpose")
-
-
-def interrupted(good: Tensor, bad: Tensor, value: float = 1.0) -> None:
-    """A backward that brings ``good`` its gradient, and then fails on its way to ``bad``."""
-    late = Bad.apply(bad).sum()  # what was made first comes last
-    with pytest.raises(ArithmeticError, match="on purpose"):
-        (late + (good * value).sum()).backward()
-
-
-def values(*params: Tensor) -> list[float | None]:
-    return [None if p.grad is None else float(p.grad.detach().double().mean()) for p in params]
-
-
-def devices() -> list:
-    interpreter = pytest.param("cpu", marks=pytest.mark.interpret, id="interpreter")
-    cuda = pytest.param("cuda", marks=pytest.mark.cuda, id="cuda")
-    return [pytest.param("cpu", id="cpu"), interpreter, cuda]
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many gradients each launch added."""
-    counts: list[int] = []
-    original = pending_module.round_
-
-    def counting(targets, *args, **options) -> None:
-        counts.append(len(targets))
-        original(targets, *args, **options)
-
-    monkeypatch.setattr(pending_module, "round_", counting)
-    return counts
 
 
 @pytest.mark.parametrize("device", devices())
@@ -123,6 +60,18 @@ def test_one_launch_for_what_fits_the_bucket(limit: int, launches: list[int]) ->
     each = {0: [1] * 8, 100: [4, 4], 1 << 20: [8]}[limit]
     assert launches == each * 2
     assert values(*params) == [3.0] * 8
+
+
+def test_two_additions_to_one_sum_never_share_a_launch(launches: list[int]) -> None:
+    param = a_param(4)
+    param.grad = total = torch.ones(4, dtype=BF16)
+    pending = pending_module.Pending(total.device)
+    for count in (1, 2):
+        new = torch.full((4,), 2.0, dtype=BF16)
+        pending.append(pending_module.Addition(param, 0, count, total, new, total._version), 0)
+    pending.add(0)
+    assert launches == [1, 1]
+    assert values(param) == [5.0]
 
 
 def test_sums_stay_where_they_are_and_new_gradients_are_not_copied() -> None:
@@ -269,246 +218,6 @@ def test_graphs_of_gradients_are_torchs(launches: list[int]) -> None:
     assert not launches
 
 
-def test_autograd_grad_leaves_sums_alone() -> None:
-    first, second = a_param(4), a_param(4)
-    with StochasticAccumulator([first, second]):
-        give((first, 1.0), (second, 1.0))
-        totals = first.grad, second.grad
-        one, two = torch.autograd.grad((first * 2 + second * 3).sum(), [first, second])
-        assert (one == 2).all()
-        assert (two == 3).all()
-        late = Bad.apply(second).sum()
-        with pytest.raises(ArithmeticError, match="on purpose"):
-            torch.autograd.grad(late + (first * 2).sum(), [first, second])
-        assert first.grad is totals[0]
-        assert second.grad is totals[1]
-        give((first, 1.0), (second, 1.0), inputs=[first])
-        assert values(first, second) == [2.0, 1.0]
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_that_share_a_parameter(reentrant: bool) -> None:
-    shared, plain = a_param(4), a_param(4)
-    attached = StochasticAccumulator([shared]).attach()
-    for param in (shared, plain):
-        for _ in range(3):
-            x = torch.ones(4, dtype=BF16, requires_grad=True)
-            for _ in range(3):
-                x = torch.utils.checkpoint.checkpoint(
-                    lambda x, param=param: x + param, x, use_reentrant=reentrant
-                )
-            x.sum().backward()
-    attached.detach()
-    assert values(shared) == values(plain) == [9.0]
-
-
-def test_other_hooks_see_the_sum(launches: list[int]) -> None:
-    param, other = a_param(4), a_param(4)
-    seen: list[float] = []
-
-    def look(param: Tensor) -> None:
-        seen.extend(v for v in values(param) if v is not None)
-
-    early = param.register_post_accumulate_grad_hook(look)
-    attached = StochasticAccumulator([param, other]).attach()
-    late = param.register_post_accumulate_grad_hook(look)
-    for _ in range(3):
-        give((param, 1.0), (other, 1.0))
-    assert seen == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
-    for hook in (early, late):
-        hook.remove()
-    attached.detach()
-
-
-def test_an_optimizer_in_the_backward() -> None:
-    param = a_param(4)
-    optimizer = torch.optim.SGD([param], lr=1.0)
-    calls = []
-
-    def step(_: Tensor) -> None:
-        calls.append(values(param))
-        if len(calls) % 2 == 0:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    param.register_post_accumulate_grad_hook(step)
-    with StochasticAccumulator([param]):
-        for _ in range(4):
-            give((param, 1.0))
-    assert calls == [[1.0], [2.0], [1.0], [2.0]]
-    assert param.tolist() == [-4.0] * 4
-
-
-def test_hooks_that_change_the_gradient() -> None:
-    param = a_param(4)
-    with StochasticAccumulator([param]):
-        param.register_hook(lambda grad: grad * 2)
-        for _ in range(3):
-            give((param, 1.0))
-    assert values(param) == [6.0]
-
-
-def test_an_interrupted_backward_is_completed_by_the_next() -> None:
-    good, bad = a_param(4), a_param(4)
-    with StochasticAccumulator([good, bad]):
-        give((good, 1.0), (bad, 1.0))
-        interrupted(good, bad)
-        give((good, 1.0), (bad, 1.0))
-        # what torch does: gradients that came are in, the others are not
-        assert values(good, bad) == [3.0, 2.0]
-
-
-@pytest.mark.parametrize("how", ["zero", "none", "replace"])
-def test_an_interrupted_backward_does_not_leak(how: str) -> None:
-    good, bad = a_param(4), a_param(4)
-    with StochasticAccumulator([good, bad]):
-        give((good, 1.0), (bad, 1.0))
-        interrupted(good, bad)
-        optimizer = torch.optim.SGD([good, bad], lr=1.0)
-        optimizer.zero_grad(set_to_none=how == "none")
-        if how == "replace":
-            good.grad, bad.grad = torch.zeros(4, dtype=BF16), None
-        give((good, 1.0), (bad, 1.0))
-        give((good, 1.0), (bad, 1.0))
-        assert values(good, bad) == [2.0, 2.0]
-
-
-@pytest.mark.parametrize("end", ["detach", "reassign", "leave"])
-def test_what_waits_is_added_at_the_end(end: str) -> None:
-    model = nn.ParameterList([a_param(4), a_param(4)])
-    good, bad = model
-    attached = StochasticAccumulator(model).attach()
-    give((good, 1.0), (bad, 1.0))
-    if end == "leave":
-        with attached:
-            interrupted(good, bad)
-    else:
-        interrupted(good, bad)
-        attached.detach() if end == "detach" else attached.reassign_grad_buffer(model)
-    assert values(good, bad) == [2.0, 1.0]
-    attached.detach()
-    assert values(good, bad) == [2.0, 1.0]
-
-
-def test_an_error_of_another_hook_does_not_leak() -> None:
-    param = a_param(4)
-
-    def fail(_: Tensor) -> None:
-        raise ArithmeticError("on purpose")
-
-    with StochasticAccumulator([param]) as attached:
-        give((param, 1.0))
-        hook = param.register_hook(fail)
-        with pytest.raises(ArithmeticError, match="on purpose"):
-            give((param, 1.0))
-        hook.remove()
-        param.grad = None
-        for expected in (1.0, 2.0, 3.0):
-            give((param, 1.0))
-            assert values(param) == [expected]
-        assert not attached._taken
-
-
-def test_interrupted_backward_keeps_no_gradient_for_ever() -> None:
-    good, bad = a_param(4), a_param(4)
-    with StochasticAccumulator([good, bad]) as attached:
-        give((good, 1.0), (bad, 1.0))
-        interrupted(good, bad)
-        (waiting,) = attached._pending.values()
-        (addition,) = waiting._additions.values()
-        new = weakref.ref(addition.new)
-        del addition
-        good.grad = None
-        give((bad, 1.0))
-        assert new() is None
-
-
-def test_attaching_twice_and_detaching_twice(launches: list[int]) -> None:
-    param = a_param(4)
-    attached = StochasticAccumulator([param])
-    assert attached.attach() is attached.attach()
-    give((param, 1.0))
-    give((param, 1.0))
-    attached.detach()
-    attached.detach()
-    give((param, 1.0))
-    assert launches == [1]
-    assert values(param) == [3.0]
-    assert not param._backward_hooks
-    assert not param._post_accumulate_grad_hooks
-    with attached:
-        give((param, 1.0))
-    assert launches == [1, 1]
-
-
-def test_two_accumulators_add_once() -> None:
-    param = a_param(4)
-    with StochasticAccumulator([param]), StochasticAccumulator([param]):
-        for _ in range(3):
-            give((param, 1.0))
-    assert values(param) == [3.0]
-
-
-def test_detaching_within_a_backward() -> None:
-    first, second = a_param(4), a_param(4)
-    attached = StochasticAccumulator([first, second]).attach()
-    for moment in (first.register_hook, first.register_post_accumulate_grad_hook):
-        give((first, 1.0), (second, 1.0))
-        handle = moment(lambda _: attached.detach())
-        give((first, 1.0), (second, 1.0))
-        handle.remove()
-        assert values(first, second) == [2.0, 2.0]
-        first.grad = second.grad = None
-        attached.attach()
-    attached.detach()
-
-
-def test_the_names_that_users_know() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(3, 2, dtype=BF16), "b": nn.Linear(2, 2)})
-    model["a"].bias.requires_grad_(False)
-    a, b = model["a"].weight, model["b"].weight
-    StochasticAccumulator.reassign_grad_buffer(model)
-    handles = StochasticAccumulator.assign_hooks(model)
-    assert len(handles) == 3
-    for _ in range(2):
-        for _ in range(4):
-            give((a, 1.0), (b, 1.0))
-        for _ in range(2):
-            StochasticAccumulator.reassign_grad_buffer(model)
-        assert values(a, b, model["b"].bias) == [4.0, 4.0, None]
-        model.zero_grad()
-    for handle in handles:
-        handle.remove()
-        handle.remove()
-    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
-
-
-def test_accumulators_go_with_their_model() -> None:
-    model = nn.Linear(3, 2, dtype=BF16)
-    StochasticAccumulator.assign_hooks(model)
-    give((model.weight, 1.0))
-    give((model.weight, 1.0))
-    gone = weakref.ref(model.weight)
-    del model
-    gc.collect()
-    assert gone() is None
-
-
-def test_copies_and_files_have_no_hooks() -> None:
-    model = nn.Linear(3, 2, bias=False, dtype=BF16)
-    with StochasticAccumulator(model):
-        give((model.weight, 1.0))
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-            twin.zero_grad()
-            give((twin.weight, 1.0))
-            give((twin.weight, 1.0))
-            assert values(twin.weight) == [2.0]
-        assert values(model.weight) == [1.0]
-
-
 def random_batches(param: Tensor, seeds: range) -> None:
     for seed in seeds:
         give((param, torch.randn(500, generator=torch.Generator().manual_seed(seed)).to(BF16)))
@@ -581,6 +290,7 @@ def test_refuses_to_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 def test_backwards_on_streams_of_their_own() -> None:
     params = [a_param(1 << 20, device="cuda") for _ in range(4)]
     streams = [torch.cuda.Stream() for _ in range(3)]

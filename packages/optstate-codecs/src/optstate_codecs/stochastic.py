@@ -81,7 +81,7 @@ def _kernel_takes(target: Tensor, source: Tensor) -> bool:
         and type(target) in plain
         and type(source) in plain
         and target.stride() == source.stride()
-        and target.permute(storage_order(target)).is_contiguous()
+        and (target.is_contiguous() or target.permute(storage_order(target)).is_contiguous())
     )
 
 

@@ -12,7 +12,7 @@ from optstate_codecs.stochastic import round_
 __all__ = ["Addition", "Pending"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Addition:
     """A new gradient and the sum that it is to be added to.
 
