@@ -309,6 +309,18 @@ def test_backwards_in_two_threads() -> None:
     assert values(*params) == [50.0, 50.0]
 
 
+def test_parameters_that_are_frozen_before_the_backward() -> None:
+    frozen, param = a_param(4), a_param(4)
+    with StochasticAccumulator([frozen, param]) as attached:
+        give((frozen, 1.0), (param, 1.0))
+        loss = (param * 1.0).sum() + (frozen * 1.0).sum()
+        frozen.requires_grad_(False)
+        loss.backward()
+        assert not attached._taken
+    assert values(frozen, param) == [1.0, 2.0]
+    assert attached.state_dict()["additions"] == [0, 1]
+
+
 def test_parameters_that_are_thawed_later() -> None:
     model = nn.Linear(3, 2, dtype=BF16)
     model.bias.requires_grad_(False)

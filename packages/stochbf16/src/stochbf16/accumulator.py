@@ -164,6 +164,8 @@ class StochasticAccumulator:
         total = param.grad
         if new is None or total is None or not _is_sum(total) or torch.is_grad_enabled():
             return
+        if not param.requires_grad:
+            return  # frozen since the forward: autograd is going to drop the gradient
         with self._lock:
             self._notice_backward(param)
             if not self._accumulates:
