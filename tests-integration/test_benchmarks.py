@@ -48,6 +48,13 @@ def test_accumulate_writes_times_and_errors(root: Path, tmp_path: Path) -> None:
     assert torchs["bias"] < -0.3
 
 
+def test_docs_quote_the_sums_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "accumulate.py"))
+    report = json.loads((script["RESULTS"] / "accumulate_h200.json").read_text())
+    assert script["table"](report) in (root / "docs" / "benchmarks.md").read_text()
+
+
 def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None:
     out, plot = tmp_path / "results" / "fidelity.json", tmp_path / "fidelity.svg"
     command = [sys.executable, root / "benchmarks" / "fidelity.py", "--out", out, "--plot", plot]
