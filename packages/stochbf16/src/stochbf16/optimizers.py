@@ -79,6 +79,7 @@ class AdamW(_PureBF16):
         centralization: float = 0.0,
         *,
         weight_decay_mode: str = "plain",
+        master_weight_bits: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -89,6 +90,7 @@ class AdamW(_PureBF16):
             eps=eps,
             weight_decay=weight_decay,
             centralization=centralization,
+            master_weight_bits=master_weight_bits,
             **options,
         )
 
