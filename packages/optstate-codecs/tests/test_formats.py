@@ -20,13 +20,15 @@ from optstate_codecs import (
     OneQ,
     parse_format,
 )
-from optstate_codecs.formats import Format, Linear4, as_format, format_names
+from optstate_codecs.formats import FP16, Format, Linear4, as_format, format_names
 from optstate_codecs.formats.dynamic import value_table
 from optstate_codecs.rounding import Draw
 
 SIGNED = [
     FP32(),
     BF16("nearest"),
+    FP16(16),
+    FP16(256),
     Int8(16),
     Int8(64, "stochastic"),
     Dynamic8(16),

@@ -30,6 +30,7 @@ FORMATS = {
     "fp32": ("fp32", "fp32"),
     "bf16": ("bf16", "bf16"),
     "bf16-nearest": ("bf16(rounding=nearest)", "bf16(rounding=nearest)"),
+    "fp16": ("fp16(block_size=64)", "bf16"),
     "int8": ("int8", "fp32"),
     "int8-stochastic": ("int8(rounding=stochastic, units=update)", "bf16"),
     "dynamic8": (FIRST, SECOND),

@@ -5,6 +5,7 @@ name       bits per element        for
 ========== ======================= ==================================================
 fp32       32                      anything, exactly
 bf16       16                      anything
+fp16       16 + 32 / block_size    first moments
 int8       8 + 32 / block_size     first moments
 dynamic8   8 + 32 / block_size     first moments; unsigned: second moments
 fp8        8 + 32 / block_size     first moments; unsigned: second moments
@@ -25,6 +26,7 @@ from optstate_codecs.formats.cast import BF16, FP32
 from optstate_codecs.formats.costate import CoState
 from optstate_codecs.formats.dynamic import Dynamic8
 from optstate_codecs.formats.fp8 import FP8
+from optstate_codecs.formats.fp16 import FP16
 from optstate_codecs.formats.linear import Int4, Int8
 from optstate_codecs.formats.minifloat import Minifloat
 from optstate_codecs.formats.oneq import OneQ
@@ -34,6 +36,7 @@ from optstate_codecs.formats.table4 import Dynamic4, Linear4
 __all__ = [
     "BF16",
     "FP8",
+    "FP16",
     "FP32",
     "CoState",
     "Component",

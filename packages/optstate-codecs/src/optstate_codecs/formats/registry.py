@@ -12,6 +12,7 @@ from optstate_codecs.formats.cast import BF16, FP32
 from optstate_codecs.formats.costate import CoState
 from optstate_codecs.formats.dynamic import Dynamic8
 from optstate_codecs.formats.fp8 import FP8
+from optstate_codecs.formats.fp16 import FP16
 from optstate_codecs.formats.linear import Int4, Int8
 from optstate_codecs.formats.minifloat import Minifloat
 from optstate_codecs.formats.oneq import OneQ
@@ -22,6 +23,7 @@ __all__ = ["as_format", "format_names", "parse_format"]
 _BUILT_IN: tuple[type[Format], ...] = (
     FP32,
     BF16,
+    FP16,
     Int8,
     Int4,
     Dynamic8,

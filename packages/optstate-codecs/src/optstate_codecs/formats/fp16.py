@@ -1,0 +1,93 @@
+"""Float16 under a power of two per block: 16 bits for first moments, at any size of gradient.
+
+Layout: ``codes`` float16, one per element, shaped like the parameter; ``scale`` float32, one for
+each block of ``block_size`` consecutive elements (the last block may be shorter).
+
+Mathematics. The scale brings a block's largest finite magnitude into [1/2, 1), so that elements
+down to 2^-13 of it keep 11 bits, whatever their size: plain float16 loses bits below 6e-5 and
+everything below 3e-8. NaN and infinities are float16's own. A power of two and its reciprocal are
+exact, and both are made by integers from the magnitude's exponent, so that every device writes the
+same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.device import as_float, constant, jit, spread, tl
+from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
+from optstate_codecs.formats.blocks import finite_amax, load_scale, store_scale
+from optstate_codecs.rounding import Draw
+
+__all__ = ["FP16"]
+
+# exponent fields of scales: both ends have normal reciprocals
+LOWEST, HIGHEST = 1, 253
+
+
+@dataclass(frozen=True)
+class FP16(Format):
+    """Float16 under a power of two per block, rounded to nearest.
+
+    Args:
+        block_size: elements that share a scale, a power of two from 16 to 8192.
+    """
+
+    name: ClassVar[str] = "fp16"
+    block_size: int = 2048
+
+    def __post_init__(self) -> None:
+        checks.block_size(self.block_size)
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (
+            Component("codes", torch.float16),
+            Component("scale", torch.float32, self.block_size),
+        )
+
+    @property
+    def keeps_positive(self) -> bool:
+        return False
+
+    @property
+    def device_functions(self) -> DeviceFunctions | None:
+        return DeviceFunctions(load, store)
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        codes, scale = parts
+        amax = block_amax(x, self.block_size)
+        field = ((amax.view(torch.int32) >> 23) + 1).clamp_(LOWEST, HIGHEST)
+        codes.copy_(scaled(x, ((254 - field) << 23).view(torch.float32), self.block_size))
+        scale.copy_((field << 23).view(torch.float32).view(-1))
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        codes, scale = parts
+        return scaled(codes.to(torch.float32), scale.view(-1, 1), self.block_size)
+
+
+_LOWEST, _HIGHEST = constant(LOWEST), constant(HIGHEST)
+
+
+@jit
+def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Decode a tile."""
+    x = tl.load(codes + offsets, mask=offsets < left, other=0.0).to(tl.float32)
+    return x * spread(load_scale(scale, offsets, rows, left), offsets), rows
+
+
+@jit
+def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Encode a tile."""
+    mask = offsets < left
+    top, _ = finite_amax(tl.where(mask, x, 0.0), rows, True)
+    field = tl.minimum(tl.maximum((top >> 23) + 1, _LOWEST), _HIGHEST)
+    inverse = spread(as_float((254 - field) << 23), offsets)
+    tl.store(codes + offsets, (x * inverse).to(tl.float16), mask=mask)
+    store_scale(scale, as_float(field << 23), offsets, rows, left)
