@@ -1,4 +1,6 @@
-"""One of the processes of ``test_accumulator_ddp.py``: rank, folder. Writes what it found there.
+"""One of the processes of ``test_accumulator_ddp.py``: rank, folder, backend.
+
+It writes what it found into the folder. With nccl each has a GPU of its own.
 
 A parameter's gradient is the input that it is multiplied with, so what should come out is known in
 float64.
@@ -46,12 +48,15 @@ def accumulate(model: DistributedDataParallel, rank: int, round_: int, sync: str
     for batch in range(BATCHES):
         last = batch == BATCHES - 1
         with model.no_sync() if sync == "last" and not last else nullcontext():
-            model(inputs(rank, round_, batch)).backward()
+            device = next(model.parameters()).device
+            model([x.to(device) for x in inputs(rank, round_, batch)]).backward()
 
 
-def run(rank: int, view: bool, sync: str, to_none: bool, stochastic: bool) -> dict[str, Any]:
+def run(
+    rank: int, device: str, view: bool, sync: str, to_none: bool, stochastic: bool
+) -> dict[str, Any]:
     model = DistributedDataParallel(
-        Products(), gradient_as_bucket_view=view, find_unused_parameters=True
+        Products().to(device), gradient_as_bucket_view=view, find_unused_parameters=True
     )
     # between reductions workers draw each for themselves; a reduction rounds to nearest, and loses
     # the less the more the workers' sums agree
@@ -68,7 +73,7 @@ def run(rank: int, view: bool, sync: str, to_none: bool, stochastic: bool) -> di
             ]
             exact = torch.stack(every).sum(0) / WORLD
             assert param.grad is not None
-            off = (param.grad.double() - exact) / exact
+            off = (param.grad.cpu().double() - exact) / exact
             found.append({"bias": float(off.mean()), "most": float(off.abs().max())})
         grads = [p.grad for p in model.parameters() if p.grad is not None]
     accumulator.detach()
@@ -79,13 +84,17 @@ def run(rank: int, view: bool, sync: str, to_none: bool, stochastic: bool) -> di
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder, backend = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
+    device = "cpu"
+    if backend == "nccl":
+        device = f"cuda:{rank}"
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD
+        backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD
     )
     results = {
-        f"{view} {sync} {to_none} {stochastic}": run(rank, view, sync, to_none, stochastic)
+        f"{view} {sync} {to_none} {stochastic}": run(rank, device, view, sync, to_none, stochastic)
         for view in (False, True)
         for sync in ("every", "last")
         for to_none in (False, True)

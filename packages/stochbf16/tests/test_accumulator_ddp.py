@@ -6,14 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ddp")
-    commands = [[sys.executable, str(WORKER), str(rank), str(folder)] for rank in range(2)]
+@pytest.fixture(
+    scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.cuda, id="nccl")]
+)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    backend: str = request.param
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices")
+    folder = tmp_path_factory.mktemp(backend)
+    commands = [[sys.executable, str(WORKER), str(rank), str(folder), backend] for rank in range(2)]
     workers = [subprocess.Popen(command, stderr=subprocess.PIPE) for command in commands]
     for worker in workers:
         _, errors = worker.communicate(timeout=300)
