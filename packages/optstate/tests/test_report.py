@@ -95,3 +95,5 @@ def test_speed_is_of_the_last_steps() -> None:
 
 def test_short_name() -> None:
     assert short("lowbit_adam.AdamW8bit") == "AdamW8bit"
+    assert short("torch.optim.AdamW") == "AdamW"
+    assert short("stochbf16.AdamW") == "stochbf16.AdamW"

@@ -104,5 +104,6 @@ def steps_per_second(run: Run, recent: int = 20) -> float:
 
 
 def short(name: str) -> str:
-    """The class alone, as ``AdamW8bit``."""
-    return name.rpartition(".")[2]
+    """The class alone, as ``AdamW8bit``; its module too where torch has a class of that name."""
+    module, _, alone = name.rpartition(".")
+    return name if module != "torch.optim" and hasattr(torch.optim, alone) else alone
