@@ -34,11 +34,12 @@ if "PIP_FIND_LINKS" in os.environ:
     os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
 
 ROOT = Path(__file__).parent
-PACKAGES = ("optstate-codecs", "lowbit-adam", "turboadam", "optstate")
+PACKAGES = ("optstate-codecs", "lowbit-adam", "turboadam", "optstate-wrap", "optstate")
 SIBLINGS = {
     "optstate-codecs": (),
     "lowbit-adam": ("optstate-codecs",),
     "turboadam": ("optstate-codecs",),
+    "optstate-wrap": ("optstate-codecs",),
     "optstate": (),
 }
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -50,6 +51,7 @@ EDITABLE = [
     *("-e", "packages/optstate-codecs[triton]"),
     *("-e", "packages/lowbit-adam"),
     *("-e", "packages/turboadam"),
+    *("-e", "packages/optstate-wrap"),
     *("-e", "packages/optstate[demo]"),
 ]
 PYTEST = ("pytest", "pytest-xdist", "hypothesis", "safetensors")

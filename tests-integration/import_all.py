@@ -11,6 +11,7 @@ FROM_EXTRAS = {
     "optstate_codecs": {"triton"},
     "lowbit_adam": set(),
     "turboadam": set(),
+    "optstate_wrap": {"matplotlib"},
     "optstate": {"torch", "matplotlib", "optstate_codecs", "lowbit_adam", "turboadam"},
 }
 

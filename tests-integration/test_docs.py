@@ -21,6 +21,7 @@ PAGES = sorted(
 PUBLIC = (
     "lowbit_adam",
     "turboadam",
+    "optstate_wrap",
     "optstate_codecs",
     "optstate_codecs.convert",
     "optstate_codecs.formats",

@@ -1,9 +1,9 @@
 """Plain and packed state dicts, and loading either.
 
-A packed state dict is ``torch.optim``'s layout (``state`` by parameter number, ``param_groups``) with
-what is stored in place of a state: ``{"parts": [record, ...]}``, one record for each part of the
-parameter, in which a coded tensor is a dict of its format's text and its components. Both kinds have
-a key ``optstate_wrap`` with the policy's progress, which ``torch.optim`` passes over.
+A packed state dict is ``torch.optim``'s layout (``state`` by parameter number, ``param_groups``)
+with what is stored in place of a state: ``{"parts": [record, ...]}``, one record for each part of
+the parameter, in which a coded tensor is a dict of its format's text and its components. Both kinds
+have a key ``optstate_wrap`` with the policy's progress, which ``torch.optim`` passes over.
 """
 
 from __future__ import annotations
@@ -80,16 +80,22 @@ def _packed_record(record: Record) -> dict[str, Any]:
     return {
         key: {
             "format": value.format.spec,
-            "parts": list(value.parts),
+            "parts": [_alone(part) for part in value.parts],
             "dtype": str(value.dtype).removeprefix("torch."),
             "shape": list(value.shape),
             "order": list(value.order),
             "root": value.root,
         }
         if isinstance(value, Coded)
-        else value
+        else _alone(value)
         for key, value in record.items()
     }
+
+
+def _alone(value: Any) -> Any:
+    """A tensor that shares its storage, which savers refuse or write whole, in one of its own."""
+    shares = isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.nbytes
+    return value.clone() if shares else value
 
 
 def load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
@@ -134,7 +140,9 @@ def load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
 def _steps_of(state: Mapping[Any, Any]) -> int:
     """How often a plain checkpoint's parameters were stepped."""
     counts = [s["step"] for s in state.values() if isinstance(s, Mapping) and "step" in s]
-    return max((int(count) for count in counts if isinstance(count, (int, float, Tensor))), default=0)
+    return max(
+        (int(count) for count in counts if isinstance(count, (int, float, Tensor))), default=0
+    )
 
 
 def _fill(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
@@ -180,13 +188,15 @@ def _records(
     new: dict[Tensor, list[Record]] = {}
     for number, param in params.items():
         state = saved.get(number)
-        if not state:
+        if state is None or not (state or is_packed):
             continue
         where = f"state_dict['state'][{number!r}]"
         if is_packed:
             records = _unpacked(where, state, param, wrapper.findings)
             lengths = [piece.stop - piece.start for piece in plan[param]]
-            if [length(record) for record in records] == lengths or len(records) == len(lengths) == 1:
+            if [length(record) for record in records] == lengths or len(records) == len(
+                lengths
+            ) == 1:
                 new[param] = engine.store.placed([records])[0]
                 continue
             of = pieces_like(param, [length(record) for record in records])
@@ -229,9 +239,9 @@ def _coded(where: str, saved: Mapping[str, Any], param: Tensor) -> Coded:
     shape, order = tuple(saved["shape"]), tuple(saved["order"])
     if shape != tuple(param.shape) and len(shape) != 1:
         raise ValueError(f"{where}: shape {shape}, must be {tuple(param.shape)}")
-    format = as_stored_format(saved["format"]).for_shape(shape, order)
+    format = as_stored_format(saved["format"])
     numel = torch.Size(shape).numel()
-    components = format.components
+    components = format.for_shape(shape, order).components
     if len(saved["parts"]) != len(components):
         raise ValueError(f"{where}: {len(saved['parts'])} components, must be {len(components)}")
     for part, component in zip(saved["parts"], components, strict=True):

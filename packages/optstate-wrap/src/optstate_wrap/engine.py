@@ -44,7 +44,13 @@ class Engine:
     """
 
     def __init__(
-        self, inner: Optimizer, policy: Policy, store: Store, chunk: int, first_chunk: int, seed: int
+        self,
+        inner: Optimizer,
+        policy: Policy,
+        store: Store,
+        chunk: int,
+        first_chunk: int,
+        seed: int,
     ) -> None:
         self.inner = inner
         self.policy = policy
@@ -167,7 +173,9 @@ class Engine:
         """
         found = [piece for piece in self.plan() if piece.param is param]
         if not found:
-            raise KeyError(f"param of shape {tuple(param.shape)}: not a parameter of this optimizer")
+            raise KeyError(
+                f"param of shape {tuple(param.shape)}: not a parameter of this optimizer"
+            )
         return found
 
     def kept_pieces(self, param: Tensor) -> list[Piece]:
@@ -194,7 +202,12 @@ class Engine:
                 self.put(piece.param, plan[place : place + piece.parts], state)
 
     def _failed(
-        self, error: Exception, rows: Sequence[Sequence[Piece]], at: int, phase: str, done: list[int]
+        self,
+        error: Exception,
+        rows: Sequence[Sequence[Piece]],
+        at: int,
+        phase: str,
+        done: list[int],
     ) -> StepError:
         numbers = sorted({piece.number for row in rows for piece in row})
         unstepped = [number for number in numbers if number not in done]
@@ -232,7 +245,7 @@ def length(record: Record) -> int:
 def own_step(inner: Optimizer) -> Callable[..., Any]:
     """The optimizer's ``step`` without the hooks that torch puts around it."""
     step = type(inner).step
-    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined,no-any-return]
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
 def _span(numbers: Sequence[int]) -> str:

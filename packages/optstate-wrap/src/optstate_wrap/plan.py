@@ -82,10 +82,13 @@ def pieces(groups: Sequence[Mapping[str, Any]], size: int, splittable: bool) -> 
     """Every parameter of ``groups``, in order, cut where it is larger than ``size``.
 
     Args:
-        size: elements; parts begin at multiples of it, or of 8,192 where it is larger than that.
+        groups: an optimizer's param groups.
+        size: elements; parts begin at multiples of it, rounded down to a multiple of 256, where a
+            processor's vectors begin, or of 8,192 where it is larger than that.
         splittable: whether the optimizer steps a part as it would step it within the whole.
     """
-    size = size if size < BORDER else size // BORDER * BORDER
+    border = BORDER if size >= BORDER else LEAST if size >= LEAST else 1
+    size = size // border * border
     found = []
     number = 0
     for index, group in enumerate(groups):

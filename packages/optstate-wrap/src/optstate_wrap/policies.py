@@ -60,6 +60,7 @@ class Policy(ABC):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up saved progress."""
+        return None
 
 
 class WarmupPolicy(Policy):
@@ -134,7 +135,12 @@ class AdaptiveWarmupPolicy(WarmupPolicy):
     """
 
     def __init__(
-        self, warmup_steps: int = 100, *args: Any, patience: int = 5, tol: float = 1e-3, **options: Any
+        self,
+        warmup_steps: int = 100,
+        *args: Any,
+        patience: int = 5,
+        tol: float = 1e-3,
+        **options: Any,
     ) -> None:
         super().__init__(warmup_steps, *args, **options)
         checks.whole_number("patience", patience)

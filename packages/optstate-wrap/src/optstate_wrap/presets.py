@@ -115,10 +115,19 @@ def wrap_low_memory_adamw(
     """``torch.optim.AdamW`` with int8 first moments and 16-bit second moments: 24 bits.
 
     Args:
-        params, lr, weight_decay: of ``torch.optim.AdamW``, as ``adamw_kwargs`` are.
-        warmup_steps, variance_mode, min_int8_elements, small_tensor_codec, device_resident: of
-            ``make_low_memory_policy``.
-        chunk_size, initial_chunk_size, pin_memory, chunk_size_on_cuda: of ``OptimizerWrapper``.
+        params: of ``torch.optim.AdamW``.
+        lr: learning rate.
+        weight_decay: decoupled, at least 0.
+        warmup_steps: how many steps stay exact.
+        variance_mode: of second moments, see ``make_low_memory_policy``.
+        chunk_size: parameters that are decoded at a time, see ``OptimizerWrapper``.
+        initial_chunk_size: the same for the step that creates the state.
+        pin_memory: of the host's slabs.
+        min_int8_elements: smaller tensors have ``small_tensor_codec``.
+        small_tensor_codec: None is exact.
+        device_resident: False keeps state in the host's memory.
+        chunk_size_on_cuda: instead of ``chunk_size`` there.
+        **adamw_kwargs: of ``torch.optim.AdamW``.
 
     Example:
         >>> optimizer = wrap_low_memory_adamw(model.parameters(), lr=2e-5)
@@ -165,9 +174,15 @@ def wrap_max_compression_adamw(
     """``torch.optim.AdamW`` with 4 bits for each moment: 8.25 bits of state for a parameter.
 
     Args:
-        params, lr, weight_decay: of ``torch.optim.AdamW``, as ``adamw_kwargs`` are.
+        params: of ``torch.optim.AdamW``.
+        lr: learning rate.
+        weight_decay: decoupled, at least 0.
+        chunk_size: parameters that are decoded at a time, see ``OptimizerWrapper``.
+        chunk_size_on_cuda: instead of ``chunk_size`` there.
+        initial_chunk_size: the same for the step that creates the state.
+        pin_memory: of the host's slabs.
         device_resident: False keeps state in the host's memory.
-        chunk_size, chunk_size_on_cuda, initial_chunk_size, pin_memory: of ``OptimizerWrapper``.
+        **adamw_kwargs: of ``torch.optim.AdamW``.
 
     Example:
         >>> optimizer = wrap_max_compression_adamw(model.parameters(), lr=2e-5)

@@ -1,8 +1,8 @@
 """What an optimizer allows, found out by trying it on three tiny tensors.
 
-Four steps are taken whole, in chunks of one tensor, and with the tensors split, by the wrapper's own
-engine with exact state. Where every bit of parameters, state and groups comes out the same, chunks
-may be stepped one by one, or tensors in parts.
+Four steps are taken whole, in chunks of one tensor, and with the tensors split, by the wrapper's
+own engine with exact state. Where every bit of parameters, state and groups comes out the same,
+chunks may be stepped one by one, or tensors in parts.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Findings:
     Attributes:
         chunked: stepping some parameters at a time changes nothing.
         splittable: neither does stepping a tensor in parts.
-        keys: state keys that every tensor had, each with the dtype of its tensors where they have
-            the parameter's shape but not its dtype, else None.
+        keys: state keys that every tensor had, each with the dtype of its tensors where that is
+            not the parameter's, else None.
         optional: state keys that only some had, or only at times.
         elementwise: keys whose values have the parameter's shape.
         counts_in_tensors: whether ``step`` is a tensor.
@@ -106,10 +106,14 @@ def _probe(inner: Optimizer) -> Findings:
     every = set.intersection(*map(set, states)) if states else set()
     some = set().union(*states) if states else set()
     keys = {key: _dtype(states, whole[0], key) for key in sorted(every)}
-    shaped = [
-        {k for k, v in s.items() if isinstance(v, Tensor) and v.shape == p.shape}
-        for s, p in zip(states, whole[0], strict=True)
-    ] if len(states) == len(whole[0]) else []
+    shaped = (
+        [
+            {k for k, v in s.items() if isinstance(v, Tensor) and v.shape == p.shape}
+            for s, p in zip(states, whole[0], strict=True)
+        ]
+        if len(states) == len(whole[0])
+        else []
+    )
     elementwise = frozenset(set.intersection(*shaped)) if shaped else frozenset()
     counts = bool(states) and isinstance(states[0].get("step"), Tensor)
     return Findings(chunked, splittable, keys, frozenset(some - every), elementwise, counts)
@@ -117,7 +121,7 @@ def _probe(inner: Optimizer) -> Findings:
 
 def _dtype(states: Any, params: Any, key: str) -> torch.dtype | None:
     value, param = states[0][key], params[0]
-    if isinstance(value, Tensor) and value.shape == param.shape and value.dtype != param.dtype:
+    if isinstance(value, Tensor) and value.dtype != param.dtype:
         return value.dtype
     return None
 
@@ -192,7 +196,9 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+        return (
+            isinstance(b, Mapping) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+        )
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
     return bool(a == b)

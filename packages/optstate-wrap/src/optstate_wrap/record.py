@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Coded:
     """One tensor, stored in a format.
 
     Attributes:
-        format: as it stores a tensor of this shape.
+        format: of it; ``bound`` is as it stores a tensor of this shape.
         parts: the flat components, in the format's order.
         dtype: that the optimizer gave the tensor.
         shape: of the tensor.
@@ -51,6 +52,11 @@ class Coded:
     shape: tuple[int, ...]
     order: tuple[int, ...]
     root: str = ""
+
+    @cached_property
+    def bound(self) -> Format:
+        """The format as it stores a tensor of this shape."""
+        return self.format.for_shape(self.shape, self.order)
 
     @property
     def numel(self) -> int:
@@ -100,29 +106,25 @@ def encode_state(
         return dict(state)
     like = local_of(like)
     order = storage_order(like)
-    bound = {key: _bound(format, like, order) for key, format in chosen.items()}
-    roots = {key: _root_key(key, state, like) for key, f in bound.items() if f.in_update_units}
+    chosen = {key: replace(format, min_elements=0) for key, format in chosen.items()}
+    roots = {key: _root_key(key, state, like) for key, f in chosen.items() if f.in_update_units}
     for root in roots.values():
         # a moment that another is held in units of is read with it, and is coded along
-        bound.setdefault(root, FP32())
+        chosen.setdefault(root, FP32())
     record = dict(state)
-    for key, format in bound.items():
+    for key, format in chosen.items():
         parts = tuple(
             torch.zeros(c.length(like.numel()), dtype=c.dtype, device=local_of(state[key]).device)
-            for c in format.components
+            for c in format.for_shape(like.shape, order).components
         )
         shape = tuple(like.shape)
         record[key] = Coded(format, parts, state[key].dtype, shape, order, roots.get(key, ""))
-    _encode(state, {key: record[key] for key in bound}, counter)
+    _encode(state, {key: record[key] for key in chosen}, counter)
     return record
 
 
 def _exact(format: Format, dtype: torch.dtype) -> bool:
     return format.name == FP32.name and dtype != torch.float64
-
-
-def _bound(format: Format, like: Tensor, order: tuple[int, ...]) -> Format:
-    return replace(format, min_elements=0).for_shape(like.shape, order)
 
 
 def _root_key(key: str, state: Mapping[str, Any], like: Tensor) -> str:
@@ -151,7 +153,7 @@ def _moments(coded: Mapping[str, Coded]) -> tuple[Moment, ...]:
 def _encode(state: Mapping[str, Any], coded: Mapping[str, Coded], counter: Counter) -> None:
     first = next(iter(coded.values()))
     views = {key: FlatView(local_of(state[key].detach()), first.order) for key in coded}
-    formats = {key: stored.format for key, stored in coded.items()}
+    formats = {key: stored.bound for key, stored in coded.items()}
     moments = _moments(coded)
     like = local_of(state[next(iter(coded))])
     for start, stop in slices(like, formats.values()):
@@ -163,7 +165,7 @@ def _parts(coded: Mapping[str, Coded], start: int, stop: int) -> dict[str, list[
     return {
         key: [
             part[c.part(start, stop)]
-            for part, c in zip(stored.parts, stored.format.components, strict=True)
+            for part, c in zip(stored.parts, stored.bound.components, strict=True)
         ]
         for key, stored in coded.items()
     }
@@ -194,7 +196,7 @@ def _copied(value: Any) -> Any:
 def _decode(coded: Mapping[str, Coded]) -> dict[str, Tensor]:
     first = next(iter(coded.values()))
     numel, device = first.numel, first.parts[0].device
-    formats = {key: stored.format for key, stored in coded.items()}
+    formats = {key: stored.bound for key, stored in coded.items()}
     moments = _moments(coded)
     flat = {key: torch.empty(numel, dtype=s.dtype, device=device) for key, s in coded.items()}
     for start, stop in slices(next(iter(flat.values())), formats.values()):

@@ -15,7 +15,7 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
-def rewrapped(local: Tensor, like: Tensor | None) -> Tensor:
+def rewrapped(local: Tensor, like: Any) -> Tensor:
     """``local`` as the local shard of a tensor placed as ``like`` is."""
     if like is None or not hasattr(like, "to_local"):
         return local

@@ -7,7 +7,6 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
@@ -39,8 +38,8 @@ HOOKS = tuple(
 class OptimizerWrapper(Optimizer):
     """Keeps the state of any optimizer coded, and decodes it chunk by chunk for the step.
 
-    ``param_groups`` and ``defaults`` are the inner optimizer's own objects; ``state`` is a view that
-    decodes what is asked for. With exact codecs every bit is as without the wrapper.
+    ``param_groups`` and ``defaults`` are the inner optimizer's own objects; ``state`` is a view
+    that decodes what is asked for. With exact codecs every bit is as without the wrapper.
 
     Args:
         optimizer: the inner optimizer; what state it has is taken over.
@@ -97,7 +96,9 @@ class OptimizerWrapper(Optimizer):
         checks.whole_number("rounding_seed", rounding_seed)
         checks.flag("profile", profile)
         checks.flag("strict", strict)
-        policy = WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer")) if policy is None else policy
+        policy = (
+            WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer")) if policy is None else policy
+        )
         if store is None:
             store = "host" if policy.device_resident is False else "device"
         first = next((p for g in optimizer.param_groups for p in g["params"]), torch.zeros(()))
@@ -148,7 +149,7 @@ class OptimizerWrapper(Optimizer):
         self.engine.splittable = self.findings.splittable
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's groups."""
         return self.inner.param_groups
 
@@ -157,7 +158,7 @@ class OptimizerWrapper(Optimizer):
         self.inner.param_groups = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The inner optimizer's defaults."""
         return self.inner.defaults
 
@@ -269,8 +270,3 @@ class OptimizerWrapper(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r})"
-
-
-def wrapped_params(optimizer: Optimizer) -> list[Tensor]:
-    """Every parameter of an optimizer, in order."""
-    return [param for group in optimizer.param_groups for param in group["params"]]

@@ -9,6 +9,7 @@ EXTRA_OF = {
     "optstate_codecs": "codecs",
     "lowbit_adam": "lowbit-adam",
     "turboadam": "turboadam",
+    "optstate_wrap": "wrap",
 }
 """The extra of this distribution that brings each optional module, by top-level import name."""
 
@@ -16,6 +17,7 @@ SIBLINGS_OF = {
     "codecs": ("optstate-codecs",),
     "lowbit-adam": ("optstate-codecs", "lowbit-adam"),
     "turboadam": ("optstate-codecs", "turboadam"),
+    "wrap": ("optstate-codecs", "optstate-wrap"),
     "demo": ("optstate-codecs", "lowbit-adam"),
 }
 """The distributions of the family that each extra brings, with those that they need."""
