@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
+
+# `pytest --hypothesis-profile=thorough packages/optstate-wrap` runs a thousand random sequences
+settings.register_profile("thorough", max_examples=1000)
 
 SHAPES = ((40, 33), (), (1,), (700,), (3, 5, 31), (0, 4), (16, 16))
 

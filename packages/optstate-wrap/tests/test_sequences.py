@@ -131,10 +131,9 @@ class Sequences(RuleBasedStateMachine):
         assert rates[0] == rates[1]
 
 
-# `pytest --hypothesis-profile=thorough` runs the thousand
-settings.register_profile("thorough", max_examples=1000, stateful_step_count=30)
+THOROUGH = settings.get_current_profile_name() == "thorough"
 Sequences.TestCase.settings = settings(
-    max_examples=1000 if settings.get_current_profile_name() == "thorough" else 15,
+    max_examples=1000 if THOROUGH else 15,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),

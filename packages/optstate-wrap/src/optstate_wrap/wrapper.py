@@ -15,6 +15,7 @@ from optstate_wrap.engine import Engine
 from optstate_wrap.plan import LEAST, default_chunk
 from optstate_wrap.policies import Policy, WarmupPolicy
 from optstate_wrap.probe import Findings, probe
+from optstate_wrap.report import WrapperMemoryReport, report
 from optstate_wrap.store import Store, make_store
 from optstate_wrap.timing import now
 from optstate_wrap.view import StateView
@@ -246,6 +247,10 @@ class OptimizerWrapper(Optimizer):
             TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
         """
         checkpoint.load(self, state_dict)
+
+    def memory_report(self) -> WrapperMemoryReport:
+        """Count what parameters, gradients and state take now, in bytes."""
+        return report(self, self.engine.store)
 
     def unwrap(self) -> Optimizer:
         """The inner optimizer with its state decoded; this wrapper has none left.
