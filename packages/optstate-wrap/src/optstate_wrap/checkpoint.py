@@ -87,15 +87,22 @@ def _packed_record(record: Record) -> dict[str, Any]:
             "root": value.root,
         }
         if isinstance(value, Coded)
-        else _alone(value)
+        else _alone(value, changes=True)
         for key, value in record.items()
     }
 
 
-def _alone(value: Any) -> Any:
-    """A tensor that shares its storage, which savers refuse or write whole, in one of its own."""
-    shares = isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.nbytes
-    return value.clone() if shares else value
+def _alone(value: Any, changes: bool = False) -> Any:
+    """A tensor in a storage of its own: savers refuse shared ones, or write them whole.
+
+    Args:
+        value: anything; only tensors are copied.
+        changes: whether a step changes it in place, so that it has to be copied anyway.
+    """
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    shares = value.untyped_storage().nbytes() != value.nbytes
+    return value.clone() if changes or shares else value
 
 
 def load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from optstate_wrap.parts import cut, joined
 from optstate_wrap.plan import Piece, chunks, pieces
 from optstate_wrap.policies import Policy
 from optstate_wrap.record import Coded, Record, decode_state, encode_state, select
+from optstate_wrap.scratch import Scratch
 from optstate_wrap.store import Store
 from optstate_wrap.timing import Timer
 from optstate_wrap.transaction import StepError, Transaction, borrowed, restore
@@ -63,6 +64,7 @@ class Engine:
         self.splittable = True
         self.extra: dict[Any, Any] = {}
         self.timer = Timer()
+        self.scratch = Scratch()
 
     def plan(self) -> list[Piece]:
         """Every piece of every parameter, in order."""
@@ -78,7 +80,7 @@ class Engine:
             StepError: from what went wrong; every parameter is before its step or after it.
         """
         rows = self._rows()
-        transaction = Transaction(self.store)
+        transaction = Transaction(self.store, self.scratch)
         at, phase, loss = 0, ["plan"], None
         try:
             with borrowed(self.inner) as before:
@@ -91,6 +93,8 @@ class Engine:
             if not isinstance(error, Exception):
                 raise
             raise self._failed(error, rows, at, phase[0], transaction.done) from error
+        finally:
+            self.scratch.release()
         self.steps += 1
         return loss
 
@@ -110,14 +114,15 @@ class Engine:
         inner, timer = self.inner, self.timer
         phase[0] = "load"
         with timer.part("materialize_ms"):
-            transaction.keep(row)
+            for piece in row:
+                transaction.keep(piece.data())
             records = self.store.load(row)
             phase[0] = "decode"
             stand_ins = [piece.stand_in() for piece in row]
             state: defaultdict[Any, Any] = defaultdict(dict, self.extra)
             for piece, stand_in, record in zip(row, stand_ins, records, strict=True):
                 if record:
-                    state[stand_in] = decode_state(record, piece.param)
+                    state[stand_in] = decode_state(record, piece.param, transaction.keep)
         if self.chunked:
             members: list[list[Tensor]] = [[] for _ in inner.param_groups]
             for piece, stand_in in zip(row, stand_ins, strict=True):

@@ -14,10 +14,10 @@ from optstate_codecs.layout import storage_order
 
 __all__ = ["Piece", "chunks", "default_chunk", "pieces"]
 
-# parameters in a chunk: on a GPU so many that launches do not count; on a CPU its cache holds what
-# an optimizer that is not fused reads again and again
+# parameters in a chunk: on a GPU so many that launches do not count; on a CPU so few that
+# what a step is undone from fits into its cache
 CHUNK_CUDA = 1 << 24
-CHUNK_CPU = 1 << 18
+CHUNK_CPU = 1 << 21
 LEAST = 256
 # parts begin where blocks of any size begin
 BORDER = 8192

@@ -1,13 +1,13 @@
 """What the state of one parameter, or of one part of it, is stored as.
 
-A record is the optimizer's own state dict with some tensors replaced by ``Coded`` ones. Records are
-never changed: a step makes new ones, so one that somebody else holds stays what it was.
+A record is the optimizer's own state dict with some tensors replaced by ``Coded`` ones. Coded
+tensors are never changed: a step makes new ones. Others are stepped in place.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -171,23 +171,31 @@ def _parts(coded: Mapping[str, Coded], start: int, stop: int) -> dict[str, list[
     }
 
 
-def decode_state(record: Mapping[str, Any], like: Tensor | None = None) -> dict[str, Any]:
+def decode_state(
+    record: Mapping[str, Any],
+    like: Tensor | None = None,
+    keep: Callable[[Tensor], None] | None = None,
+) -> dict[str, Any]:
     """The state of a record: copies, each in the dtype that the optimizer gave it.
 
     Args:
         record: of one parameter or part.
         like: the parameter; where it is sharded, so is what is decoded.
+        keep: what is stored as it is, and not small, is given to this and not copied.
     """
     coded = {key: value for key, value in record.items() if isinstance(value, Coded)}
     decoded = _decode(coded) if coded else {}
     return {
-        key: rewrapped(decoded[key], like) if key in decoded else _copied(value)
+        key: rewrapped(decoded[key], like) if key in decoded else _copied(value, keep)
         for key, value in record.items()
     }
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, keep: Callable[[Tensor], None] | None) -> Any:
     if isinstance(value, Tensor):
+        if keep is not None and value.dim():
+            keep(value)
+            return value
         # as clone, but of an optimizer's state there is no graph
         return value.detach().clone()
     return value if isinstance(value, (int, float, str, type(None))) else copy.deepcopy(value)

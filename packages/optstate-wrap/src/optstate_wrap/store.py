@@ -130,6 +130,7 @@ class HostStore(Store):
         return [[_put(record, moved) for record in parts] for parts in records]
 
     def fetched(self, record: Record, param: Tensor) -> Record:
+        # what is not coded comes in copies, which a step may change
         return {
             key: value.to(param.device)
             if isinstance(value, Coded)
@@ -148,8 +149,8 @@ class Held:
     device: torch.device
 
     def back(self) -> Tensor:
-        """The tensor where it is used."""
-        return self.tensor.to(self.device)
+        """A copy of the tensor where it is used."""
+        return self.tensor.to(self.device, copy=True)
 
 
 def _movable(record: Record) -> Iterator[Tensor]:

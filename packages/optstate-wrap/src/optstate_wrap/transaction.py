@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from optstate_wrap.plan import Piece
 from optstate_wrap.record import Record
+from optstate_wrap.scratch import Scratch
 from optstate_wrap.store import Store
 
 __all__ = ["StepError", "Transaction", "borrowed"]
@@ -36,18 +37,17 @@ class StepError(RuntimeError):
 class Transaction:
     """Keeps what parameters were until the new records of all their parts are stored."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, scratch: Scratch) -> None:
         self.store = store
+        self.scratch = scratch
         self.done: list[int] = []
         self._before: list[tuple[Tensor, Tensor]] = []
         self._new: dict[Tensor, list[Record]] = {}
         self._numbers: dict[Tensor, int] = {}
 
-    def keep(self, chunk: Sequence[Piece]) -> None:
-        """Note what the pieces' elements are, before they are stepped."""
-        for piece in chunk:
-            data = piece.data()
-            self._before.append((data, data.clone()))
+    def keep(self, tensor: Tensor) -> None:
+        """Note what a tensor is, before it is stepped in place."""
+        self._before.append((tensor, self.scratch.copy_of(tensor)))
 
     def add(self, piece: Piece, record: Record) -> None:
         """The piece is stepped, and ``record`` is its new state."""
@@ -63,6 +63,7 @@ class Transaction:
         self.store.save(params, [self._new[param] for param in params])
         self.done += self._numbers.values()
         self._before.clear()
+        self.scratch.reset()
         self._new.clear()
         self._numbers.clear()
 

@@ -47,7 +47,7 @@ class OptimizerWrapper(Optimizer):
         policy: which codec stores which key; None: ``WarmupPolicy`` for first moments of any of the
             usual names.
         chunk_size: parameters (elements) that are decoded at a time, at least 256; larger tensors
-            are split if the optimizer allows it. None: 16 Mi on a GPU, 256 Ki on a CPU.
+            are split if the optimizer allows it. None: 16 Mi on a GPU, 2 Mi on a CPU.
         chunk_size_on_cuda: instead of ``chunk_size`` where the first parameter is on a GPU.
         initial_chunk_size: for the step that creates the state; 1 is one tensor at a time.
         pin_memory: of the host's slabs; None: where parameters are on a GPU.
@@ -176,6 +176,11 @@ class OptimizerWrapper(Optimizer):
     def policy(self) -> Policy:
         """What decides how state is stored."""
         return self.engine.policy
+
+    @property
+    def compression_active(self) -> bool:
+        """Whether the policy codes anything at the next step."""
+        return self.policy.compressing(self.engine.steps)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
