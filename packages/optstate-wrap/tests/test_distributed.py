@@ -1,5 +1,7 @@
 """torch.distributed.checkpoint gets, saves and sets the state, in a group of one process."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -63,3 +65,31 @@ def test_save_load_and_go_on(codecs, flatten, tmp_path) -> None:
     train(model, optimizer, range(4, 8))
     train(resumed, other, range(4, 8))
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+
+
+def test_sharded_parameters_are_coded_by_shard() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    whole = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    codecs = {"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"}
+    sharded = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    plain = nn.Parameter(whole.clone())
+    optimizers = [
+        wrap(torch.optim.AdamW([p], lr=1e-2), ConfigurablePolicy(codecs)) for p in (sharded, plain)
+    ]
+    for step in range(4):
+        grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(step + 1))
+        sharded.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        plain.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+    moment = optimizers[0].state[sharded]["exp_avg"]
+    assert isinstance(moment, DTensor)
+    assert moment.placements == sharded.placements
+    assert torch.equal(sharded.to_local(), plain)
+    assert torch.equal(moment.to_local(), optimizers[1].state[plain]["exp_avg"])
+    saved = copy.deepcopy(optimizers[0].packed_state_dict())
+    optimizers[0].load_state_dict(saved)
+    assert torch.equal(optimizers[0].state[sharded]["exp_avg"].to_local(), moment.to_local())

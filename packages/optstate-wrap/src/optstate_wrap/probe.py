@@ -82,6 +82,12 @@ def _first(inner: Optimizer) -> Tensor:
     return next((p for group in inner.param_groups for p in group["params"]), torch.zeros(()))
 
 
+def _device(inner: Optimizer) -> torch.device:
+    """Where to try it: beside the first parameter, but where numbers are."""
+    device = _first(inner).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def _hyper(group: Mapping[str, Any]) -> tuple[str, ...]:
     left_out = ("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr")
     return tuple(f"{key}={value!r}" for key, value in sorted(group.items()) if key not in left_out)
@@ -93,7 +99,8 @@ def _distinct(inner: Optimizer) -> list[dict[str, Any]]:
 
 
 def _probe(inner: Optimizer) -> Findings:
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    devices = [device] if (device := _device(inner)).type == "cuda" else []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices):
         warnings.simplefilter("ignore")
         try:
             whole = _run(inner, chunked=False, chunk=1 << 30)
@@ -162,7 +169,7 @@ def _twin(inner: Optimizer) -> tuple[Optimizer, list[Parameter]]:
     generator = torch.Generator().manual_seed(2)
     for group in _distinct(inner):
         tiny = [
-            Parameter(torch.randn(shape, generator=generator).to(like.device, dtype))
+            Parameter(torch.randn(shape, generator=generator).to(_device(inner), dtype))
             for shape in SHAPES
         ]
         groups.append({"params": tiny, **_values(group)})

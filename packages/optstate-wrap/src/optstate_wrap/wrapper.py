@@ -210,6 +210,8 @@ class OptimizerWrapper(Optimizer):
         Raises:
             StepError: from what went wrong; every parameter is before its step or after it.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("CUDA graph: a wrapped step makes new state and cannot be recorded")
         engine, loss = self.engine, None
         if closure is not None and engine.chunked:
             with torch.enable_grad():
