@@ -23,64 +23,73 @@ from optstate_wrap import (
     wrap_max_compression_adamw,
 )
 
-RESULTS = Path(__file__).parent / "results" / "wrap_overhead_cpu.json"
 WIDTH, LAYERS, VOCABULARY = 512, 12, 24_000
 
 
-def shapes() -> list[tuple[int, ...]]:
+def shapes(layers: int, vocabulary: int) -> list[tuple[int, ...]]:
     """Of a language model's tensors."""
     layer = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH,)]
-    return [(VOCABULARY, WIDTH), *(shape for _ in range(LAYERS) for shape in layer)]
+    return [(vocabulary, WIDTH), *(shape for _ in range(layers) for shape in layer)]
 
 
-def params() -> list[Parameter]:
+def params(of: list[tuple[int, ...]]) -> list[Parameter]:
     """Parameters of those shapes, with gradients."""
-    made = [Parameter(torch.randn(shape)) for shape in shapes()]
+    made = [Parameter(torch.randn(shape)) for shape in of]
     for param in made:
         param.grad = torch.randn_like(param)
     return made
 
 
-def contestants() -> dict[str, Callable[[], Optimizer]]:
-    """What makes each optimizer, by its name."""
-    adamw, exact = torch.optim.AdamW, ConfigurablePolicy({})
-    return {
-        "AdamW": lambda: adamw(params()),
-        "AdamW, exact wrap": lambda: wrap(adamw(params()), exact),
-        "AdamW fused": lambda: adamw(params(), fused=True),
-        "AdamW fused, exact wrap": lambda: wrap(adamw(params(), fused=True), exact),
-        "low memory": lambda: wrap_low_memory_adamw(params(), warmup_steps=0),
-        "max compression": lambda: wrap_max_compression_adamw(params()),
-    }
+ADAMW, EXACT = torch.optim.AdamW, ConfigurablePolicy({})
+CONTESTANTS: dict[str, Callable[[list[Parameter]], Optimizer]] = {
+    "AdamW": ADAMW,
+    "exact wrap": lambda p: wrap(ADAMW(p), EXACT),
+    "low memory": lambda p: wrap_low_memory_adamw(p, warmup_steps=0),
+    "max compression": wrap_max_compression_adamw,
+    "AdamW fused": lambda p: ADAMW(p, fused=True),
+    "exact wrap, fused": lambda p: wrap(ADAMW(p, fused=True), EXACT),
+}
+#: what each is measured in turns with
+PAIRS = {
+    "AdamW": ("exact wrap", "low memory", "max compression"),
+    "AdamW fused": ("exact wrap, fused",),
+}
 
 
 def main() -> None:
     """Measure, print, and keep if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--only", nargs="*")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--out", type=Path, help="write the results there, as JSON")
+    parser.add_argument("--steps", type=int, default=15, help="measured steps of each")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     arguments = parser.parse_args()
-    made = {n: f() for n, f in contestants().items() if not arguments.only or n in arguments.only}
-    spent: dict[str, list[float]] = {name: [] for name in made}
-    for step in range(arguments.steps + 1):
-        for name, optimizer in made.items():
-            began = time.perf_counter()
-            optimizer.step()
-            if step:
-                spent[name].append(time.perf_counter() - began)
-    found = {name: statistics.median(times) for name, times in spent.items()}
-    for name, seconds in found.items():
-        base = "AdamW fused" if "fused" in name else "AdamW"
-        print(f"{name:28} {1e3 * seconds:8.1f} ms   {seconds / found.get(base, seconds):.2f} x")
-    if arguments.write:
-        total = sum(torch.Size(shape).numel() for shape in shapes())
-        record = {
+    of = shapes(arguments.layers, arguments.vocabulary)
+    spent: dict[str, list[float]] = {}
+    for base, names in PAIRS.items():
+        made = {name: CONTESTANTS[name](params(of)) for name in (base, *names)}
+        for step in range(arguments.steps + 2):
+            for name, optimizer in made.items():
+                began = time.perf_counter()
+                optimizer.step()
+                if step > 1:
+                    spent.setdefault(name, []).append(time.perf_counter() - began)
+    rows = []
+    for base, names in PAIRS.items():
+        for name in (base, *names):
+            ms = 1e3 * statistics.median(spent[name])
+            times = ms / (1e3 * statistics.median(spent[base]))
+            rows.append({"optimizer": name, "ms": round(ms, 1), "times": round(times, 2)})
+            print(f"{name:24} {ms:8.1f} ms {times:6.2f} x {base}")
+    if arguments.out:
+        setup = {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "parameters": total,
+            "parameters": sum(torch.Size(shape).numel() for shape in of),
+            "steps": arguments.steps,
         }
-        RESULTS.write_text(json.dumps({**record, "seconds": found}, indent=1) + "\n")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

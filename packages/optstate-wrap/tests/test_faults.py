@@ -19,6 +19,7 @@ PHASES = {
     "encode": (engine, "encode_state"),
     "store": (store.DeviceStore, "placed"),
 }
+STORES = {"device": store.DeviceStore, "host": store.HostStore}
 POLICIES = {
     "exact": ConfigurablePolicy({}),
     "coded": ConfigurablePolicy({"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"}),
@@ -43,20 +44,25 @@ def failing(real, call: int, after: bool):
     return stand_in
 
 
-def run_of(problem, policy):
+def run_of(problem, policy, where="device"):
     return problem(
-        lambda groups: wrap(torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1), policy, 256),
+        lambda groups: wrap(
+            torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1), policy, 256, store=where
+        ),
         shapes=SHAPES,
     )
 
 
+@pytest.mark.parametrize("where", ["device", "host"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_fault_in_every_chunk_and_phase(problem, phase, after, policy) -> None:
+def test_fault_in_every_chunk_and_phase(problem, phase, after, policy, where) -> None:
     if phase == "encode" and policy == "exact":
         pytest.skip("nothing is encoded")
     owner, name = PHASES[phase]
+    if phase == "store":
+        owner = STORES[where]
     if phase == "step":
         real = engine.own_step
 
@@ -84,7 +90,7 @@ def test_fault_in_every_chunk_and_phase(problem, phase, after, policy) -> None:
 
     number = 0
     while True:
-        before = run_of(problem, POLICIES[policy]).run(2)
+        before = run_of(problem, POLICIES[policy], where).run(2)
         stepped = copy.deepcopy(before).run(1)
         ours = copy.deepcopy(before)
         groups = [dict(group) for group in ours.optimizer.param_groups]

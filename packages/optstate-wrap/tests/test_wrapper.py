@@ -54,6 +54,8 @@ def test_state_is_a_view(problem) -> None:
     assert optimizer.state[Parameter(torch.ones(2))] == {}
     del optimizer.state[param]
     assert param not in optimizer.state
+    optimizer.state = {param: state}
+    assert list(optimizer.state) == [param]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

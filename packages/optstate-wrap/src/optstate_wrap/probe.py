@@ -31,6 +31,7 @@ PART = 64
 STEPS = 4
 #: groups that differ are tried together, up to this many
 GROUPS = 8
+REMEMBERED = 256
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def probe(inner: Optimizer) -> Findings:
     """
     key = _key(inner)
     if key not in _found:
+        if len(_found) == REMEMBERED:
+            # a schedule of betas makes ever new ones
+            _found.clear()
         _found[key] = _probe(inner)
     return _found[key]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -171,6 +171,13 @@ class OptimizerWrapper(Optimizer):
     def state(self) -> MutableMapping[Any, dict[str, Any]]:  # type: ignore[override]
         """By parameter, its state as the inner optimizer keeps it: decoded, in copies."""
         return StateView(self.engine)
+
+    @state.setter
+    def state(self, value: Mapping[Any, dict[str, Any]]) -> None:
+        new = dict(value)
+        self.engine.store.clear()
+        self.engine.extra = {}
+        self.state.update(new)
 
     @property
     def policy(self) -> Policy:
