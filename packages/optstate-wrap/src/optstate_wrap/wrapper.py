@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -168,7 +168,7 @@ class OptimizerWrapper(Optimizer):
         self.inner.defaults = value
 
     @property
-    def state(self) -> MutableMapping[Any, dict[str, Any]]:  # type: ignore[override]
+    def state(self) -> Any:
         """By parameter, its state as the inner optimizer keeps it: decoded, in copies."""
         return StateView(self.engine)
 
