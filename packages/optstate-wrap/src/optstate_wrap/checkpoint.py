@@ -23,6 +23,7 @@ from optstate_wrap.parts import cut, joined
 from optstate_wrap.plan import Piece
 from optstate_wrap.probe import Findings
 from optstate_wrap.record import Coded, Record, decode_state
+from optstate_wrap.store import Held
 
 if TYPE_CHECKING:
     from optstate_wrap.wrapper import OptimizerWrapper
@@ -34,10 +35,14 @@ StateDict = dict[str, Any]
 
 
 def plain(wrapper: OptimizerWrapper) -> StateDict:
-    """The inner optimizer's own state dict, decoded, with the policy's progress."""
+    """The inner optimizer's own state dict, decoded, with the policy's progress.
+
+    What is decoded for other devices goes to the host, one parameter after the other: a device may
+    have no room for it.
+    """
     inner, engine = wrapper.inner, wrapper.engine
     kept = inner.state
-    inner.state = defaultdict(dict, {param: wrapper.state[param] for param in wrapper.state})
+    inner.state = defaultdict(dict, {key: _on_host(wrapper.state[key]) for key in wrapper.state})
     try:
         saved = inner.state_dict()
     finally:
@@ -45,15 +50,24 @@ def plain(wrapper: OptimizerWrapper) -> StateDict:
     return {**saved, KEY: _progress(engine)}
 
 
+def _on_host(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.cpu()
+        if isinstance(value, Tensor) and value.dim() and not hasattr(value, "to_local")
+        else value
+        for key, value in state.items()
+    }
+
+
 def packed(wrapper: OptimizerWrapper) -> StateDict:
     """What is stored, as it is stored: about as large as the state."""
     engine = wrapper.engine
     saved = Optimizer.state_dict(_Hollow(wrapper.inner))
-    state: dict[Any, Any] = dict(engine.extra)
+    state: dict[Any, Any] = copy.deepcopy(engine.extra)
     for number, param in enumerate(_params(engine)):
         if param in engine.store:
-            records = engine.store.load(engine.kept_pieces(param))
-            state[number] = {"parts": [_packed_record(record or {}) for record in records]}
+            records = engine.store.kept(param)
+            state[number] = {"parts": [_packed_record(record) for record in records]}
     return {**saved, "state": state, KEY: {**_progress(engine), "packed": True}}
 
 
@@ -99,6 +113,7 @@ def _alone(value: Any, changes: bool = False) -> Any:
         value: anything; only tensors are copied.
         changes: whether a step changes it in place, so that it has to be copied anyway.
     """
+    value = value.tensor if isinstance(value, Held) else value
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     shares = value.untyped_storage().nbytes() != value.nbytes
