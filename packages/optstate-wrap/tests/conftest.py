@@ -79,7 +79,7 @@ class Problem:
             groups.append({"params": self.params[half:], "lr": 3e-3})
         self.optimizer = self.make(groups)
         if isinstance(getattr(self.optimizer, "inner", self.optimizer), torch.optim.Adafactor):
-            # torch's divides by the size of a tensor
+            # torch's divides by the number of elements
             for group in self.optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if p.numel()]
         inner = getattr(self.optimizer, "inner", self.optimizer)

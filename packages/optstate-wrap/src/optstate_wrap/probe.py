@@ -8,6 +8,7 @@ chunks may be stepped one by one, or tensors in parts.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -26,7 +27,11 @@ from optstate_wrap.store import DeviceStore
 __all__ = ["Findings", "probe"]
 
 # one group's tensors: odd, of one row, and of three dimensions
-SHAPES = ((5, 37), (150,), (2, 3, 29))
+_log = logging.getLogger(__name__)
+
+Shapes = tuple[tuple[int, ...], ...]
+SHAPES: Shapes = ((5, 37), (150,), (2, 3, 29))
+MATRICES: Shapes = ((5, 37), (10, 15), (6, 29))
 PART = 64
 STEPS = 4
 #: groups that differ are tried together, up to this many
@@ -106,13 +111,17 @@ def _probe(inner: Optimizer) -> Findings:
     devices = [device] if (device := _device(inner)).type == "cuda" else []
     with warnings.catch_warnings(), torch.random.fork_rng(devices):
         warnings.simplefilter("ignore")
-        try:
-            whole = _run(inner, chunked=False, chunk=1 << 30)
-        except Exception:
+        shapes, whole = SHAPES, _tried(inner, SHAPES, chunked=False, chunk=1 << 30)
+        if whole is None:
+            # some take matrices only
+            shapes, whole = MATRICES, _tried(inner, MATRICES, chunked=False, chunk=1 << 30)
+        if whole is None:
             # it does not take four ordinary steps, so nothing is known about it
             return Findings(False, False, {})
-        chunked = _same(inner, whole, chunk=1)
-        splittable = chunked and _same(inner, whole, chunk=PART, split=True)
+        in_chunks = _tried(inner, shapes, chunked=True, chunk=1)
+        chunked = in_chunks is not None and _equal(whole, in_chunks)
+        in_parts = _tried(inner, shapes, True, PART, split=True) if chunked else None
+        splittable = in_parts is not None and _equal(whole, in_parts)
     states = whole[1]
     every = set.intersection(*map(set, states)) if states else set()
     some = set().union(*states) if states else set()
@@ -137,17 +146,27 @@ def _dtype(states: Any, params: Any, key: str) -> torch.dtype | None:
     return None
 
 
-def _same(inner: Optimizer, whole: Any, chunk: int, split: bool = False) -> bool:
+def _tried(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: bool = False) -> Any:
+    """What ``_run`` returns, or None where the optimizer raises."""
     try:
-        return _equal(whole, _run(inner, True, chunk, split))
+        return _run(inner, shapes, chunked, chunk, split)
     except Exception:
-        return False
+        _log.debug("%s raised while it was tried", type(inner).__name__, exc_info=True)
+        return None
 
 
-def _run(inner: Optimizer, chunked: bool, chunk: int, split: bool = False) -> Any:
+def _seed(device: torch.device) -> None:
+    """Seed the generators that a step may draw from, and no other device's."""
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+
+
+def _run(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: bool) -> Any:
     """Parameters, states and groups after some steps of a small twin of ``inner``."""
-    torch.manual_seed(0)
-    twin, params = _twin(inner)
+    _seed(_device(inner))
+    twin, params = _twin(inner, shapes)
     engine = Engine(twin, ConfigurablePolicy({}), DeviceStore(), chunk, chunk, 0)
     engine.chunked, engine.splittable = chunked, split
     generator = torch.Generator().manual_seed(1)
@@ -164,7 +183,7 @@ def _run(inner: Optimizer, chunked: bool, chunk: int, split: bool = False) -> An
     return [p.detach() for p in params], states, groups, engine.extra, counters
 
 
-def _twin(inner: Optimizer) -> tuple[Optimizer, list[Parameter]]:
+def _twin(inner: Optimizer, shapes: Shapes) -> tuple[Optimizer, list[Parameter]]:
     """An optimizer of the same class and attributes for tiny parameters, with no state."""
     like = _first(inner)
     dtype = like.dtype if like.dtype.is_floating_point else torch.float32
@@ -174,7 +193,7 @@ def _twin(inner: Optimizer) -> tuple[Optimizer, list[Parameter]]:
     for group in _distinct(inner):
         tiny = [
             Parameter(torch.randn(shape, generator=generator).to(_device(inner), dtype))
-            for shape in SHAPES
+            for shape in shapes
         ]
         groups.append({"params": tiny, **_values(group)})
         params += tiny

@@ -40,7 +40,9 @@ class OptimizerWrapper(Optimizer):
     """Keeps the state of any optimizer coded, and decodes it chunk by chunk for the step.
 
     ``param_groups`` and ``defaults`` are the inner optimizer's own objects; ``state`` is a view
-    that decodes what is asked for. With exact codecs every bit is as without the wrapper.
+    that decodes what is asked for. With exact codecs every bit is as without the wrapper. (On a CPU
+    with several threads, torch's own steps of bfloat16 parameters differ in a last place here and
+    there with how a tensor is divided among them, and so they do with how it is split.)
 
     Args:
         optimizer: the inner optimizer; what state it has is taken over.
