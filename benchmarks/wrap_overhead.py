@@ -23,6 +23,7 @@ from optstate_wrap import (
     wrap_max_compression_adamw,
 )
 
+RESULTS = Path(__file__).parent / "results" / "wrap_overhead_cpu.json"
 WIDTH, LAYERS, VOCABULARY = 512, 12, 24_000
 
 
@@ -59,7 +60,7 @@ PAIRS = {
 def main() -> None:
     """Measure, print, and keep if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="write the results there, as JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results go, as JSON")
     parser.add_argument("--steps", type=int, default=15, help="measured steps of each")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
@@ -81,15 +82,14 @@ def main() -> None:
             times = ms / (1e3 * statistics.median(spent[base]))
             rows.append({"optimizer": name, "ms": round(ms, 1), "times": round(times, 2)})
             print(f"{name:24} {ms:8.1f} ms {times:6.2f} x {base}")
-    if arguments.out:
-        setup = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "parameters": sum(torch.Size(shape).numel() for shape in of),
-            "steps": arguments.steps,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
+    setup = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(torch.Size(shape).numel() for shape in of),
+        "steps": arguments.steps,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"setup": setup, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
