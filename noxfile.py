@@ -34,17 +34,25 @@ if "PIP_FIND_LINKS" in os.environ:
     os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
 
 ROOT = Path(__file__).parent
-PACKAGES = ("optstate-codecs", "lowbit-adam", "turboadam", "stochbf16", "optstate")
+PACKAGES = (
+    "optstate-codecs",
+    "lowbit-adam",
+    "turboadam",
+    "stochbf16",
+    "optstate-wrap",
+    "optstate",
+)
 SIBLINGS = {
     "optstate-codecs": (),
     "lowbit-adam": ("optstate-codecs",),
     "turboadam": ("optstate-codecs",),
     "stochbf16": ("optstate-codecs",),
+    "optstate-wrap": ("optstate-codecs",),
     "optstate": (),
 }
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("2.6", "2.13")
-BENCHMARKS = ("step_time", "fidelity", "state_bytes", "accumulate")
+BENCHMARKS = ("step_time", "fidelity", "state_bytes", "accumulate", "wrap_overhead")
 
 SOURCES = [f"packages/{package}/src" for package in PACKAGES]
 EDITABLE = [
@@ -52,6 +60,7 @@ EDITABLE = [
     *("-e", "packages/lowbit-adam"),
     *("-e", "packages/turboadam"),
     *("-e", "packages/stochbf16"),
+    *("-e", "packages/optstate-wrap"),
     *("-e", "packages/optstate[demo]"),
 ]
 PYTEST = ("pytest", "pytest-xdist", "hypothesis", "safetensors")

@@ -12,6 +12,7 @@ FROM_EXTRAS = {
     "lowbit_adam": set(),
     "turboadam": set(),
     "stochbf16": set(),
+    "optstate_wrap": {"matplotlib"},
     "optstate": {
         "torch",
         "matplotlib",
@@ -19,6 +20,7 @@ FROM_EXTRAS = {
         "lowbit_adam",
         "turboadam",
         "stochbf16",
+        "optstate_wrap",
     },
 }
 

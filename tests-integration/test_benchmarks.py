@@ -177,3 +177,16 @@ def test_docs_quote_the_bytes_that_were_counted(
     command = [sys.executable, root / "benchmarks" / "state_bytes.py", "--out", out]
     subprocess.run(command, check=True, capture_output=True)
     assert json.loads(out.read_text())["rows"] == report["rows"]
+
+
+def test_wrap_overhead_writes_times(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "wrap_overhead.json"
+    command = [sys.executable, root / "benchmarks" / "wrap_overhead.py", "--out", out]
+    sizes = ["--steps", "2", "--layers", "1", "--vocabulary", "100"]
+    subprocess.run([*command, *sizes], check=True, capture_output=True)
+    report = json.loads(out.read_text())
+    assert report["setup"]["parameters"] == 512 * (100 + 12 * 512 + 1)
+    assert [row["times"] for row in report["rows"] if row["optimizer"].startswith("AdamW")] == [
+        1,
+        1,
+    ]

@@ -22,6 +22,7 @@ PUBLIC = (
     "lowbit_adam",
     "turboadam",
     "stochbf16",
+    "optstate_wrap",
     "optstate_codecs",
     "optstate_codecs.convert",
     "optstate_codecs.formats",

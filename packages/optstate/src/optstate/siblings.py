@@ -10,6 +10,7 @@ EXTRA_OF = {
     "lowbit_adam": "lowbit-adam",
     "turboadam": "turboadam",
     "stochbf16": "stochbf16",
+    "optstate_wrap": "wrap",
 }
 """The extra of this distribution that brings each optional module, by top-level import name."""
 
@@ -18,6 +19,7 @@ SIBLINGS_OF = {
     "lowbit-adam": ("optstate-codecs", "lowbit-adam"),
     "turboadam": ("optstate-codecs", "turboadam"),
     "stochbf16": ("optstate-codecs", "stochbf16"),
+    "wrap": ("optstate-codecs", "optstate-wrap"),
     "demo": ("optstate-codecs", "lowbit-adam"),
 }
 """The distributions of the family that each extra brings, with those that they need."""

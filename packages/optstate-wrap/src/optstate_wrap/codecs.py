@@ -1,0 +1,114 @@
+"""Codecs: which format stores a state key, under the names that users of wrappers know.
+
+A codec is a thin view of a format of ``optstate_codecs``. ``as_codec`` also takes a format or its
+text, so every format there is a codec here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from optstate_codecs.formats import BF16, FP32, Format, Int8, as_format
+from optstate_codecs.rounding import Counter
+from optstate_wrap.half import FP16
+from optstate_wrap.record import Coded, decode_state, encode_state
+
+__all__ = [
+    "BF16Codec",
+    "Codec",
+    "FP16Codec",
+    "FP32Codec",
+    "IdentityCodec",
+    "Int8MomentumCodec",
+    "as_codec",
+    "as_stored_format",
+]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How the tensors under one state key are stored.
+
+    Args:
+        format: a format or its text; None keeps each tensor as the optimizer made it.
+
+    Example:
+        >>> Codec("int8(block_size=64)").nbytes(4096)
+        4352
+    """
+
+    format: Format | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format is not None:
+            object.__setattr__(self, "format", as_stored_format(self.format))
+
+    @property
+    def stored(self) -> Format | None:
+        """The format, or None where tensors are kept as they are."""
+        return None if self.format is None else as_stored_format(self.format)
+
+    def encode(self, x: Tensor, counter: Counter | None = None) -> Tensor | Coded:
+        """Store one tensor, as the wrapper would; ``counter`` keys random numbers."""
+        counter = counter or Counter(0, 1, 0)
+        stored: Tensor | Coded = encode_state({"x": x}, x, {"x": self.stored}, counter)["x"]
+        return stored
+
+    def decode(self, stored: Tensor | Coded) -> Tensor:
+        """The tensor that ``encode`` has stored; a copy."""
+        value: Tensor = decode_state({"x": stored})["x"]
+        return value
+
+    def nbytes(self, numel: int, itemsize: int = 4) -> int:
+        """Exact bytes for a tensor of ``numel`` elements that take ``itemsize`` bytes each."""
+        return numel * itemsize if self.stored is None else self.stored.nbytes(numel)
+
+
+class IdentityCodec(Codec):
+    """Keeps each tensor as the optimizer made it, bit for bit and in its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+
+class FP32Codec(Codec):
+    """Float32: exact for all state but float64, which it halves."""
+
+    def __init__(self) -> None:
+        super().__init__(FP32())
+
+
+class FP16Codec(Codec):
+    """Float16 under a scale per block, for first moments; see ``optstate_wrap.half``."""
+
+    def __init__(self, block_size: int = 2048) -> None:
+        super().__init__(FP16(block_size))
+
+
+class BF16Codec(Codec):
+    """Bfloat16, rounded stochastically unless told otherwise, for any moment."""
+
+    def __init__(self, rounding: str = "stochastic") -> None:
+        super().__init__(BF16(rounding))
+
+
+class Int8MomentumCodec(Codec):
+    """Linear int8 under a scale per block, for first moments."""
+
+    def __init__(self, block_size: int = 256) -> None:
+        super().__init__(Int8(block_size))
+
+
+def as_stored_format(value: Format | str) -> Format:
+    """``optstate_codecs.formats.as_format``, and the format of this package by its name."""
+    if isinstance(value, str) and value.strip().split("(")[0] == FP16.name:
+        inside = value.strip()[len(FP16.name) :].strip("() ")
+        return FP16(int(inside.partition("=")[2])) if inside else FP16()
+    return as_format(value)
+
+
+def as_codec(value: Codec | Format | str | None) -> Codec:
+    """A codec as it is, or of a format, its text, or None (exact)."""
+    return value if isinstance(value, Codec) else Codec(value)

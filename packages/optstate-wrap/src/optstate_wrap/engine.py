@@ -1,0 +1,260 @@
+"""The step: chunk by chunk, decode, let the inner optimizer step, encode, store."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optstate_codecs.rounding import Counter
+from optstate_wrap.codecs import as_codec
+from optstate_wrap.parts import cut, joined
+from optstate_wrap.plan import Piece, chunks, pieces
+from optstate_wrap.policies import Policy
+from optstate_wrap.record import Coded, Record, decode_state, encode_state, select
+from optstate_wrap.scratch import Scratch
+from optstate_wrap.store import Store
+from optstate_wrap.timing import Timer
+from optstate_wrap.transaction import StepError, Transaction, borrowed, restore
+
+__all__ = ["Engine"]
+
+Closure = Callable[[], Any]
+
+
+class Engine:
+    """Steps an inner optimizer whose state a store keeps.
+
+    Args:
+        inner: its state is empty between steps.
+        policy: which codec stores which key.
+        store: where records are.
+        chunk: parameters in a chunk.
+        first_chunk: in a chunk of the step that creates the state.
+        seed: keys every random number.
+
+    Attributes:
+        steps: how many have been taken.
+        chunked: whether chunks may be stepped one by one; otherwise all are one chunk.
+        splittable: whether a tensor may be stepped in parts.
+        extra: what the inner optimizer keeps in ``state`` under keys that are not parameters.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        policy: Policy,
+        store: Store,
+        chunk: int,
+        first_chunk: int,
+        seed: int,
+    ) -> None:
+        self.inner = inner
+        self.policy = policy
+        self.store = store
+        self.chunk = chunk
+        self.first_chunk = first_chunk
+        self.seed = seed
+        self.steps = 0
+        self.chunked = True
+        self.splittable = True
+        self.extra: dict[Any, Any] = {}
+        self.timer = Timer()
+        self.scratch = Scratch()
+
+    def plan(self) -> list[Piece]:
+        """Every piece of every parameter, in order."""
+        return pieces(self.inner.param_groups, self.chunk, self.chunked and self.splittable)
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Step all parameters that have gradients.
+
+        Args:
+            closure: only for an optimizer that is not stepped in chunks, which then calls it.
+
+        Raises:
+            StepError: from what went wrong; every parameter is before its step or after it.
+        """
+        rows = self._rows()
+        transaction = Transaction(self.store, self.scratch)
+        at, phase, loss = 0, ["plan"], None
+        try:
+            with borrowed(self.inner) as before:
+                for at, row in enumerate(rows):
+                    if at:
+                        restore(self.inner.param_groups, before)
+                    loss = self._step_row(row, transaction, phase, closure)
+        except BaseException as error:
+            transaction.roll_back()
+            if not isinstance(error, Exception):
+                raise
+            raise self._failed(error, rows, at, phase[0], transaction.done) from error
+        finally:
+            self.scratch.release()
+        self.steps += 1
+        return loss
+
+    def _rows(self) -> list[list[Piece]]:
+        plan = self.plan()
+        self._recut(plan)
+        if not self.chunked:
+            return [plan]
+        size = self.chunk if len(self.store) else self.first_chunk
+        rows = [[p for p in row if p.param.grad is not None] for row in chunks(plan, size)]
+        # without any gradient, the optimizer may still count the step
+        return [row for row in rows if row] or [[]]
+
+    def _step_row(
+        self, row: Sequence[Piece], transaction: Transaction, phase: list[str], closure: Any
+    ) -> Any:
+        inner, timer = self.inner, self.timer
+        phase[0] = "load"
+        with timer.part("materialize_ms"):
+            for piece in row:
+                transaction.keep(piece.data())
+            records = self.store.load(row)
+            phase[0] = "decode"
+            stand_ins = [piece.stand_in() for piece in row]
+            state: defaultdict[Any, Any] = defaultdict(dict, self.extra)
+            for piece, stand_in, record in zip(row, stand_ins, records, strict=True):
+                if record:
+                    state[stand_in] = decode_state(record, piece.param, transaction.keep)
+        if self.chunked:
+            members: list[list[Tensor]] = [[] for _ in inner.param_groups]
+            for piece, stand_in in zip(row, stand_ins, strict=True):
+                members[piece.group].append(stand_in)
+            for group, params in zip(inner.param_groups, members, strict=True):
+                group["params"] = params
+        inner.state = state
+        phase[0] = "step"
+        with timer.part("inner_step_ms"):
+            step = own_step(inner)
+            loss = step(inner, closure) if closure is not None else step(inner)
+        phase[0] = "encode"
+        with timer.part("commit_ms"):
+            for piece, stand_in, record in zip(row, stand_ins, records, strict=True):
+                new = self._encoded(piece, stand_in, inner.state.pop(stand_in, {}), record)
+                transaction.add(piece, new)
+            phase[0] = "store"
+            transaction.commit(row)
+        self.extra = {key: value for key, value in inner.state.items() if key not in stand_ins}
+        return loss
+
+    def _encoded(
+        self, piece: Piece, stand_in: Tensor, state: Mapping[str, Any], old: Record | None
+    ) -> Record:
+        coded = old is not None and any(isinstance(value, Coded) for value in old.values())
+        if old is not None and coded and piece.param.grad is None:
+            # it was not stepped, so it is not rounded again
+            return old
+        record = self.encode(piece, stand_in, state)
+        found_inf = getattr(self.inner, "found_inf", None)
+        return select(found_inf, old, record) if coded and old and found_inf is not None else record
+
+    def encode(self, piece: Piece, stand_in: Tensor, state: Mapping[str, Any]) -> Record:
+        """The record of a state as the policy wants it after this step."""
+        if not state:
+            return {}
+        codecs = self.policy.get_codecs(piece.param, state, self.steps)
+        formats = {}
+        for key, codec in codecs.items():
+            format = as_codec(codec).stored
+            if format is not None and piece.param.numel() >= format.min_elements:
+                formats[key] = format
+        if not formats:
+            return dict(state)
+        counter = Counter(self.seed, self.steps + 1, piece.number, piece.start)
+        return encode_state(state, stand_in, formats, counter)
+
+    def pieces_of(self, param: Tensor) -> list[Piece]:
+        """The pieces that a parameter is stepped in.
+
+        Raises:
+            KeyError: it is not the optimizer's.
+        """
+        found = [piece for piece in self.plan() if piece.param is param]
+        if not found:
+            raise KeyError(
+                f"param of shape {tuple(param.shape)}: not a parameter of this optimizer"
+            )
+        return found
+
+    def kept_pieces(self, param: Tensor) -> list[Piece]:
+        """The pieces that a parameter's records are of."""
+        return pieces_like(param, [length(record) for record in self.store.kept(param)])
+
+    def states(self, param: Tensor, of: Sequence[Piece]) -> dict[str, Any]:
+        """The whole decoded state of one parameter, which is stored in the pieces ``of``."""
+        return joined([decode_state(r or {}, param) for r in self.store.load(of)], of)
+
+    def put(self, param: Tensor, plan: Sequence[Piece], state: Mapping[str, Any]) -> None:
+        """Keep a whole state, encoded as the policy wants it now."""
+        records = [self.encode(piece, piece.data(), cut(state, piece)) for piece in plan]
+        self.store.save([param], [records])
+
+    def _recut(self, plan: Sequence[Piece]) -> None:
+        """Cut anew what was stored when tensors were split elsewhere."""
+        for place, piece in enumerate(plan):
+            if piece.part or piece.param not in self.store:
+                continue
+            kept = self.store.kept(piece.param)
+            if len(kept) != piece.parts or (piece.parts > 1 and length(kept[0]) != piece.stop):
+                state = self.states(piece.param, self.kept_pieces(piece.param))
+                self.put(piece.param, plan[place : place + piece.parts], state)
+
+    def _failed(
+        self,
+        error: Exception,
+        rows: Sequence[Sequence[Piece]],
+        at: int,
+        phase: str,
+        done: list[int],
+    ) -> StepError:
+        numbers = sorted({piece.number for row in rows for piece in row})
+        unstepped = [number for number in numbers if number not in done]
+        return StepError(
+            f"step stopped in chunk {at + 1} of {len(rows)} ({phase}): "
+            f"{type(error).__name__}: {error}; parameters {_span(sorted(done))} have taken their "
+            f"step, parameters {_span(unstepped)} are as they were before it",
+            sorted(done),
+            unstepped,
+        )
+
+
+def pieces_like(param: Tensor, lengths: Sequence[int]) -> list[Piece]:
+    """Pieces of a parameter that have ``lengths``; whose places in the optimizer do not matter."""
+    if len(lengths) == 1:
+        return [Piece(param, 0, 0, 0, param.numel())]
+    starts = [0, *accumulate(lengths)]
+    return [
+        Piece(param, 0, 0, start, start + count, part, len(lengths))
+        for part, (start, count) in enumerate(zip(starts, lengths, strict=False))
+    ]
+
+
+def length(record: Record) -> int:
+    """Elements of the part that a record is of."""
+    for value in record.values():
+        if isinstance(value, Coded):
+            return value.numel
+        tensor = getattr(value, "tensor", value)
+        if isinstance(tensor, Tensor) and tensor.dim():
+            return tensor.numel()
+    return 0
+
+
+def own_step(inner: Optimizer) -> Callable[..., Any]:
+    """The optimizer's ``step`` without the hooks that torch puts around it."""
+    step = type(inner).step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+
+
+def _span(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return "(none)"
+    whole = len(numbers) == numbers[-1] - numbers[0] + 1
+    return f"{numbers[0]} to {numbers[-1]}" if whole and len(numbers) > 1 else str(numbers)[1:-1]

@@ -1,0 +1,125 @@
+"""Which parameters, and which parts of large ones, are stepped together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from optstate_codecs.layout import storage_order
+
+__all__ = ["Piece", "chunks", "default_chunk", "pieces"]
+
+# parameters in a chunk: on a GPU so many that launches do not count; on a CPU so few that
+# what a step is undone from fits into its cache
+CHUNK_CUDA = 1 << 24
+CHUNK_CPU = 1 << 21
+LEAST = 256
+# parts begin where blocks of any size begin
+BORDER = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A parameter, or elements ``start`` to ``stop`` of one in its storage order.
+
+    Attributes:
+        param: the whole parameter.
+        number: its place in the optimizer, counted over all groups.
+        group: the number of its param group.
+        part: its place among the parts of the parameter.
+        parts: how many parts the parameter has.
+    """
+
+    param: Tensor
+    number: int
+    group: int
+    start: int
+    stop: int
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def last(self) -> bool:
+        """Whether the parameter's step is complete with it."""
+        return self.part == self.parts - 1
+
+    def stand_in(self) -> Tensor:
+        """What the inner optimizer is given: the parameter, or a parameter that views the part."""
+        if self.parts == 1:
+            return self.param
+        view = self._view(self.param.detach()).requires_grad_(self.param.requires_grad)
+        grad = self.param.grad
+        if grad is not None:
+            if grad.layout is not torch.strided:
+                raise TypeError(
+                    f"gradient of parameter {self.number}: layout {grad.layout}, must be dense, or "
+                    f"chunk_size at least {self.param.numel()} so that the tensor is not split"
+                )
+            view.grad = self._view(grad)
+        return view
+
+    def data(self) -> Tensor:
+        """The elements that the piece's step writes."""
+        data = self.param.detach()
+        return data if self.parts == 1 else self._view(data)
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        ordered = tensor.permute(storage_order(self.param))
+        return ordered.reshape(-1)[self.start : self.stop]
+
+
+def default_chunk(device: torch.device) -> int:
+    """Parameters in a chunk where nobody says."""
+    return CHUNK_CPU if device.type == "cpu" else CHUNK_CUDA
+
+
+def pieces(groups: Sequence[Mapping[str, Any]], size: int, splittable: bool) -> list[Piece]:
+    """Every parameter of ``groups``, in order, cut where it is larger than ``size``.
+
+    Args:
+        groups: an optimizer's param groups.
+        size: elements; parts begin at multiples of it, rounded down to a multiple of 256, where a
+            processor's vectors begin, or of 8,192 where it is larger than that.
+        splittable: whether the optimizer steps a part as it would step it within the whole.
+    """
+    border = BORDER if size >= BORDER else LEAST if size >= LEAST else 1
+    size = size // border * border
+    found = []
+    number = 0
+    for index, group in enumerate(groups):
+        for param in group["params"]:
+            numel = param.numel()
+            cut = splittable and numel > size and _divisible(param)
+            starts = range(0, numel, size) if cut else range(1)
+            for part, start in enumerate(starts):
+                stop = min(start + size, numel) if cut else numel
+                found.append(Piece(param, number, index, start, stop, part, len(starts)))
+            number += 1
+    return found
+
+
+def _divisible(param: Tensor) -> bool:
+    return (
+        type(param) in (Tensor, Parameter)
+        and param.layout is torch.strided
+        and param.permute(storage_order(param)).is_contiguous()
+    )
+
+
+def chunks(of: Iterable[Piece], size: int) -> list[list[Piece]]:
+    """Neighbouring pieces in rows of at most ``size`` elements, or of one piece."""
+    rows: list[list[Piece]] = []
+    filled = 0
+    for piece in of:
+        length = piece.stop - piece.start
+        if not rows or filled + length > size:
+            rows.append([])
+            filled = 0
+        rows[-1].append(piece)
+        filled += length
+    return rows

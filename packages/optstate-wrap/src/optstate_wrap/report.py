@@ -1,0 +1,75 @@
+"""How much a wrapped optimizer's state takes, and how much its decoded state would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optstate_codecs.memory import MemoryReport
+from optstate_wrap.record import Coded, Record, tensors_of
+from optstate_wrap.store import Store
+
+__all__ = ["WrapperMemoryReport", "report"]
+
+
+@dataclass(frozen=True)
+class WrapperMemoryReport(MemoryReport):
+    """Bytes that training holds between steps.
+
+    Attributes:
+        plain_state_bytes: what the state would take without the wrapper.
+        host_bytes: how much of ``state_bytes`` is in the host's memory while parameters are not.
+    """
+
+    plain_state_bytes: int = 0
+    host_bytes: int = 0
+
+    @property
+    def saved(self) -> float:
+        """The share of the plain state that is saved, 0 to 1."""
+        return 1 - self.state_bytes / max(self.plain_state_bytes, 1)
+
+
+def report(optimizer: Optimizer, store: Store) -> WrapperMemoryReport:
+    """Count what an optimizer whose state is in ``store`` holds."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [t for record in _records_of(store) for t in tensors_of(record)]
+    away = any(param.device.type != "cpu" for param in params)
+    return WrapperMemoryReport(
+        parameters=sum(p.numel() for p in params),
+        parameter_bytes=_kept_bytes(params),
+        gradient_bytes=_kept_bytes(p.grad for p in params if p.grad is not None),
+        state_bytes=_kept_bytes(tensors),
+        plain_state_bytes=_plain_bytes(store),
+        host_bytes=_kept_bytes(t for t in tensors if away and t.device.type == "cpu"),
+    )
+
+
+def _records_of(store: Store) -> Iterable[Record]:
+    """Every record as it is kept."""
+    for param in store:
+        yield from store.kept(param)
+
+
+def _kept_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of storages, each counted once and whole."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[tensor.device, storage.data_ptr() or id(tensor)] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _plain_bytes(store: Store) -> int:
+    """Bytes that the decoded state takes."""
+    total = 0
+    for record in _records_of(store):
+        for value in record.values():
+            if isinstance(value, Coded):
+                total += value.numel * value.dtype.itemsize
+            else:
+                total += sum(tensor.nbytes for tensor in tensors_of(value))
+    return total

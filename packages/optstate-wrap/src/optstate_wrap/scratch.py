@@ -1,0 +1,73 @@
+"""Room for what tensors were before a step, used again from chunk to chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.layout import storage_order
+
+__all__ = ["Scratch"]
+
+BLOCK = 1 << 20
+ALIGNMENT = 64
+#: bytes that are kept from step to step: memory that the system gives anew is slow at first
+KEPT = 1 << 25
+
+
+class Scratch:
+    """Copies of tensors, side by side in a few blocks of memory.
+
+    On a CPU, the copies of a chunk stay in the cache, and so does what they were copied from, for
+    the step that follows.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[torch.device, list[Tensor]] = {}
+        self._used: dict[torch.device, tuple[int, int]] = {}
+
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """A copy, good until ``reset``."""
+        if not _dense(tensor):
+            return tensor.clone()
+        where = tensor.device
+        blocks = self._blocks.setdefault(where, [])
+        number, offset = self._used.get(where, (0, 0))
+        size = tensor.nbytes
+        while number < len(blocks) and offset + size > blocks[number].numel():
+            number, offset = number + 1, 0
+        if number == len(blocks):
+            # ever larger ones, so that there are few
+            room = max(BLOCK << min(number, 8), size)
+            blocks.append(torch.empty(room, dtype=torch.uint8, device=where))
+        inside = blocks[number][offset : offset + size].view(tensor.dtype)
+        self._used[where] = (number, offset + -(-size // ALIGNMENT) * ALIGNMENT)
+        return inside.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    def reset(self) -> None:
+        """The room may be used again."""
+        self._used.clear()
+
+    def release(self) -> None:
+        """Give back what is more than ``KEPT`` on a CPU, and all on other devices."""
+        self.reset()
+        for where, blocks in self._blocks.items():
+            total = 0
+            for number, block in enumerate(blocks):
+                total += block.numel()
+                if total > KEPT or where.type != "cpu":
+                    del blocks[number:]
+                    break
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_blocks": {}, "_used": {}}
+
+
+def _dense(tensor: Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and not hasattr(tensor, "to_local")
+        and (tensor.is_contiguous() or bool(tensor.permute(storage_order(tensor)).is_contiguous()))
+    )

@@ -1,0 +1,193 @@
+"""Where records live between steps, as something to load from and to store to.
+
+A store takes the records of a whole chunk at once, so that it can move them as one slab.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optstate_codecs import checks
+from optstate_codecs.layout import storage_order
+from optstate_wrap.plan import Piece
+from optstate_wrap.record import Coded, Record
+
+__all__ = ["DeviceStore", "Held", "HostStore", "Store", "make_store"]
+
+Records = list[list[Record]]
+
+
+class Store(ABC):
+    """Records by parameter, a list of one for each part.
+
+    ``load`` brings the records of a chunk to the parameters' device; ``save`` makes new ones what
+    is stored, all at once: if it raises, what was stored before still is.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._kept: dict[Tensor, list[Record]] = {}
+
+    def __contains__(self, param: object) -> bool:
+        return param in self._kept
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def kept(self, param: Tensor) -> list[Record]:
+        """What is stored of a parameter, where it is stored."""
+        return self._kept[param]
+
+    def load(self, chunk: Sequence[Piece]) -> list[Record | None]:
+        """The records of a chunk beside their parameters, None where there is none yet."""
+        return [
+            self.fetched(kept[piece.part], piece.param)
+            if (kept := self._kept.get(piece.param)) is not None
+            else None
+            for piece in chunk
+        ]
+
+    def save(self, params: Sequence[Tensor], records: Records) -> None:
+        """Store the records of whole parameters."""
+        self._kept.update(zip(params, self.placed(records), strict=True))
+
+    def replace(self, kept: dict[Tensor, list[Record]]) -> None:
+        """Keep these, already ``placed``, and nothing else."""
+        self._kept = kept
+
+    def drop(self, param: Tensor) -> None:
+        """Forget a parameter's records."""
+        del self._kept[param]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+
+    @abstractmethod
+    def placed(self, records: Records) -> Records:
+        """The records as this store keeps them."""
+
+    @abstractmethod
+    def fetched(self, record: Record, param: Tensor) -> Record:
+        """A kept record, beside its parameter."""
+
+
+class DeviceStore(Store):
+    """Records stay where the optimizer made them: nothing is moved."""
+
+    name = "device"
+
+    def placed(self, records: Records) -> Records:
+        return records
+
+    def fetched(self, record: Record, param: Tensor) -> Record:
+        return record
+
+
+class HostStore(Store):
+    """Records in host memory, each chunk's tensors side by side in one slab.
+
+    Args:
+        pin_memory: page-locked slabs, for copies at the full speed of the bus; None: where the
+            parameters are on a GPU.
+    """
+
+    name = "host"
+
+    def __init__(self, pin_memory: bool | None = None) -> None:
+        super().__init__()
+        self.pin_memory = pin_memory
+
+    def placed(self, records: Records) -> Records:
+        found: list[Tensor] = []
+        for parts in records:
+            for record in parts:
+                found.extend(_movable(record))
+        pin = self.pin_memory
+        if pin is None:
+            pin = any(tensor.device.type == "cuda" for tensor in found)
+        offsets, size = [], 0
+        for tensor in found:
+            offsets.append(size)
+            # views of any dtype begin at multiples of 16 bytes
+            size += -(-tensor.nbytes // 16) * 16
+        slab = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        moved = {}
+        for tensor, offset in zip(found, offsets, strict=True):
+            inside = slab[offset : offset + tensor.nbytes].view(tensor.dtype)
+            # in the order of its storage, so that it comes back with the strides that it had
+            moved[id(tensor)] = inside.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        return [[_put(record, moved) for record in parts] for parts in records]
+
+    def fetched(self, record: Record, param: Tensor) -> Record:
+        # what is not coded comes in copies, which a step may change
+        return {
+            key: value.to(param.device)
+            if isinstance(value, Coded)
+            else value.back()
+            if isinstance(value, Held)
+            else value
+            for key, value in record.items()
+        }
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that is kept elsewhere than where it is used."""
+
+    tensor: Tensor
+    device: torch.device
+
+    def back(self) -> Tensor:
+        """A copy of the tensor where it is used."""
+        return self.tensor.to(self.device, copy=True)
+
+
+def _movable(record: Record) -> Iterator[Tensor]:
+    """The tensors of a record that are worth a place in a slab: not 0-d ones, nor sharded."""
+    for value in record.values():
+        if isinstance(value, Coded):
+            yield from value.parts
+        elif isinstance(value, Tensor) and value.dim() > 0 and _dense(value):
+            yield value
+
+
+def _dense(tensor: Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and not hasattr(tensor, "to_local")
+        and tensor.permute(storage_order(tensor)).is_contiguous()
+    )
+
+
+def _put(record: Record, moved: dict[int, Tensor]) -> Record:
+    new: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Coded):
+            new[key] = replace(value, parts=tuple(moved[id(part)] for part in value.parts))
+        elif id(value) in moved:
+            new[key] = Held(moved[id(value)], value.device)
+        else:
+            new[key] = value
+    return new
+
+
+STORES = ("device", "host")
+
+
+def make_store(where: str | Store, pin_memory: bool | None) -> Store:
+    """The store of that name, or the one that is given."""
+    if isinstance(where, Store):
+        return where
+    checks.one_of("store", where, STORES)
+    return HostStore(pin_memory) if where == "host" else DeviceStore()

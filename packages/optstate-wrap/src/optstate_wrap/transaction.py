@@ -1,0 +1,131 @@
+"""A step over many chunks in which every parameter is either before its step or after it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optstate_wrap.plan import Piece
+from optstate_wrap.record import Record
+from optstate_wrap.scratch import Scratch
+from optstate_wrap.store import Store
+
+__all__ = ["StepError", "Transaction", "borrowed"]
+
+HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+class StepError(RuntimeError):
+    """A step that stopped part of the way; its cause is the exception it was raised from.
+
+    Attributes:
+        stepped: numbers of the parameters, counted over all groups, that have taken their step.
+        unstepped: numbers of those that have not, and are as they were before.
+    """
+
+    def __init__(self, message: str, stepped: list[int], unstepped: list[int]) -> None:
+        super().__init__(message)
+        self.stepped = stepped
+        self.unstepped = unstepped
+
+
+class Transaction:
+    """Keeps what parameters were until the new records of all their parts are stored."""
+
+    def __init__(self, store: Store, scratch: Scratch) -> None:
+        self.store = store
+        self.scratch = scratch
+        self.done: list[int] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self._new: dict[Tensor, list[Record]] = {}
+        self._numbers: dict[Tensor, int] = {}
+
+    def keep(self, tensor: Tensor) -> None:
+        """Note what a tensor is, before it is stepped in place."""
+        self._before.append((tensor, self.scratch.copy_of(tensor)))
+
+    def add(self, piece: Piece, record: Record) -> None:
+        """The piece is stepped, and ``record`` is its new state."""
+        self._new.setdefault(piece.param, []).append(record)
+        self._numbers[piece.param] = piece.number
+
+    def commit(self, chunk: Sequence[Piece]) -> None:
+        """Store what is complete, after the last piece of a chunk."""
+        if not chunk or not chunk[-1].last:
+            return
+        # a parameter whose optimizer keeps nothing of it has no record
+        params = [param for param, records in self._new.items() if any(records)]
+        self.store.save(params, [self._new[param] for param in params])
+        self.done += self._numbers.values()
+        self._before.clear()
+        self.scratch.reset()
+        self._new.clear()
+        self._numbers.clear()
+
+    def roll_back(self) -> None:
+        """Undo the steps of what is not complete."""
+        for data, before in self._before:
+            data.copy_(before)
+
+
+@contextmanager
+def borrowed(inner: Optimizer) -> Iterator[list[dict[str, Any]]]:
+    """The inner optimizer with its hooks out of reach; afterwards, with its own groups again.
+
+    Yields:
+        what every group held before, as ``restore`` takes it.
+
+    An exception restores the groups' values too.
+    """
+    groups, state = inner.param_groups, inner.state
+    lists = [group["params"] for group in groups]
+    before = snapshot(groups)
+    hooks = {name: getattr(inner, name) for name in HOOKS}
+    for name in HOOKS:
+        setattr(inner, name, type(hooks[name])())
+    try:
+        yield before
+    except BaseException:
+        restore(groups, before)
+        raise
+    finally:
+        inner.param_groups, inner.state = groups, state
+        for group, params in zip(groups, lists, strict=True):
+            group["params"] = params
+        for name, value in hooks.items():
+            setattr(inner, name, value)
+
+
+def snapshot(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the groups hold but for their parameters; of tensors, also their values."""
+    return [
+        {key: (value, _kept(value)) for key, value in group.items() if key != "params"}
+        for group in groups
+    ]
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value._version, value.detach().clone()
+    if isinstance(value, (list, dict, set)):
+        return copy.deepcopy(value)
+    return None
+
+
+def restore(groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> None:
+    """Make the groups hold what they held: the same objects with the same values."""
+    for group, values in zip(groups, before, strict=True):
+        for key in [key for key in group if key != "params" and key not in values]:
+            del group[key]
+        for key, (value, kept) in values.items():
+            if isinstance(value, Tensor):
+                if value._version != kept[0]:
+                    value.copy_(kept[1])
+                group[key] = value
+            else:
+                group[key] = value if kept is None else copy.deepcopy(kept)

@@ -1,0 +1,293 @@
+"""The wrapper: an optimizer whose mathematics is another optimizer's and whose state is coded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from optstate_codecs import checks
+from optstate_wrap import checkpoint
+from optstate_wrap.engine import Engine
+from optstate_wrap.plan import LEAST, default_chunk
+from optstate_wrap.policies import Policy, WarmupPolicy
+from optstate_wrap.probe import Findings, probe
+from optstate_wrap.report import WrapperMemoryReport, report
+from optstate_wrap.store import Store, make_store
+from optstate_wrap.timing import now
+from optstate_wrap.view import StateView
+
+__all__ = ["OptimizerWrapper"]
+
+# both have the very same dicts, so that a hook fires once, whichever it was given to
+HOOKS = tuple(
+    f"_optimizer_{name}_hooks"
+    for name in (
+        "step_pre",
+        "step_post",
+        "state_dict_pre",
+        "state_dict_post",
+        "load_state_dict_pre",
+        "load_state_dict_post",
+    )
+)
+
+
+class OptimizerWrapper(Optimizer):
+    """Keeps the state of any optimizer coded, and decodes it chunk by chunk for the step.
+
+    ``param_groups`` and ``defaults`` are the inner optimizer's own objects; ``state`` is a view
+    that decodes what is asked for. With exact codecs every bit is as without the wrapper. (On a CPU
+    with several threads, torch's own steps of bfloat16 parameters differ in a last place here and
+    there with how a tensor is divided among them, and so they do with how it is split.)
+
+    Args:
+        optimizer: the inner optimizer; what state it has is taken over.
+        policy: which codec stores which key; None: ``WarmupPolicy`` for first moments of any of the
+            usual names.
+        chunk_size: parameters (elements) that are decoded at a time, at least 256; larger tensors
+            are split if the optimizer allows it. None: 16 Mi on a GPU, 2 Mi on a CPU.
+        chunk_size_on_cuda: instead of ``chunk_size`` where the first parameter is on a GPU.
+        initial_chunk_size: for the step that creates the state; 1 is one tensor at a time.
+        pin_memory: of the host's slabs; None: where parameters are on a GPU.
+        profile: fill ``last_step_timings``.
+        store: "device" keeps the coded state beside the parameters, "host" in the host's memory.
+        strict: refuse an optimizer that cannot be stepped in chunks, instead of stepping it whole.
+        rounding_seed: keys every random number, 0 to 2^63 - 1.
+
+    Attributes:
+        last_step_timings: with ``profile``, milliseconds of the parts of the last step.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value; the message names it.
+
+    Example:
+        >>> optimizer = OptimizerWrapper(torch.optim.AdamW(model.parameters(), lr=3e-4))
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        policy: Policy | None = None,
+        chunk_size: int | None = None,
+        chunk_size_on_cuda: int | None = None,
+        initial_chunk_size: int | None = None,
+        pin_memory: bool | None = None,
+        profile: bool = False,
+        *,
+        store: str | Store | None = None,
+        strict: bool = False,
+        rounding_seed: int = 0,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
+            got = type(optimizer).__name__
+            raise TypeError(f"optimizer: must be a torch.optim.Optimizer, not wrapped, got {got}")
+        if policy is not None and not isinstance(policy, Policy):
+            raise TypeError(f"policy={policy!r}: must be a Policy, got {type(policy).__name__}")
+        for name, size, least in (
+            ("chunk_size", chunk_size, LEAST),
+            ("chunk_size_on_cuda", chunk_size_on_cuda, LEAST),
+            ("initial_chunk_size", initial_chunk_size, 1),
+        ):
+            if size is not None:
+                checks.whole_number(name, size)
+                if size < least:
+                    raise ValueError(f"{name}={size}: must be at least {least} parameters")
+        checks.whole_number("rounding_seed", rounding_seed)
+        checks.flag("profile", profile)
+        checks.flag("strict", strict)
+        policy = (
+            WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer")) if policy is None else policy
+        )
+        if store is None:
+            store = "host" if policy.device_resident is False else "device"
+        first = next((p for g in optimizer.param_groups for p in g["params"]), torch.zeros(()))
+        if first.device.type != "cpu" and chunk_size_on_cuda is not None:
+            chunk_size = chunk_size_on_cuda
+        chunk = default_chunk(first.device) if chunk_size is None else chunk_size
+        start = chunk if initial_chunk_size is None else min(initial_chunk_size, chunk)
+        self.inner = optimizer
+        self.engine = Engine(
+            optimizer, policy, make_store(store, pin_memory), chunk, start, rounding_seed
+        )
+        self.engine.timer.on = profile
+        self.strict = strict
+        self.last_step_timings: dict[str, float] = {}
+        self._warned = False
+        self._share()
+        self.examine()
+        existing, optimizer.state = optimizer.state, type(optimizer.state)(dict)
+        for param, state in existing.items():
+            self.state[param] = state
+
+    def _share(self) -> None:
+        """Take the inner optimizer's hooks for one's own."""
+        self._warned_capturable_if_run_uncaptured = True
+        for name in HOOKS:
+            setattr(self, name, getattr(self.inner, name))
+        self._patch_step_function()
+
+    def examine(self) -> None:
+        """Find out what the inner optimizer allows with the hyper-parameters that it has now.
+
+        Raises:
+            ValueError: ``strict``, and it cannot be stepped in chunks.
+        """
+        self.findings: Findings = probe(self.inner)
+        name = type(self.inner).__name__
+        if not self.findings.chunked:
+            if self.strict:
+                raise ValueError(f"optimizer={name}: cannot be stepped in chunks; use strict=False")
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{name} cannot be stepped in chunks with the same result, so all of its state "
+                    "is decoded at once for each step",
+                    stacklevel=3,
+                )
+        self.engine.chunked = self.findings.chunked
+        self.engine.splittable = self.findings.splittable
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's groups."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
+        return self.inner.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.inner.defaults = value
+
+    @property
+    def state(self) -> Any:
+        """By parameter, its state as the inner optimizer keeps it: decoded, in copies."""
+        return StateView(self.engine)
+
+    @state.setter
+    def state(self, value: Mapping[Any, dict[str, Any]]) -> None:
+        new = dict(value)
+        self.engine.store.clear()
+        self.engine.extra = {}
+        self.state.update(new)
+
+    @property
+    def policy(self) -> Policy:
+        """What decides how state is stored."""
+        return self.engine.policy
+
+    @property
+    def compression_active(self) -> bool:
+        """Whether the policy codes anything at the next step."""
+        return self.policy.compressing(self.engine.steps)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer; one that it refuses leaves all as it was."""
+        count = len(self.param_groups)
+        self.inner.add_param_group(param_group)
+        try:
+            self.examine()
+        except BaseException:
+            del self.param_groups[count:]
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with the gradients in ``param.grad``.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients on.
+                An optimizer that cannot be stepped in chunks calls it as often as it likes.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            StepError: from what went wrong; every parameter is before its step or after it.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("CUDA graph: a wrapped step makes new state and cannot be recorded")
+        engine, loss = self.engine, None
+        if closure is not None and engine.chunked:
+            with torch.enable_grad():
+                loss = closure()
+            closure = None
+        began = now() if engine.timer.on else 0.0
+        engine.timer.start()
+        scaling = {n: getattr(self, n) for n in ("grad_scale", "found_inf") if hasattr(self, n)}
+        vars(self.inner).update(scaling)
+        try:
+            returned = engine.step(closure)
+        finally:
+            for name in scaling:
+                delattr(self.inner, name)
+        if engine.timer.on:
+            self.last_step_timings = engine.timer.report(now() - began)
+        return loss if engine.chunked else returned
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dict, decoded: ``torch.optim`` loads it.
+
+        It also has the policy's progress, under a key that ``torch.optim`` passes over.
+        """
+        return checkpoint.plain(self)
+
+    def packed_state_dict(self) -> dict[str, Any]:
+        """What is stored as it is stored: tensors and plain Python values, as small as the state.
+
+        Loaded into a wrapper with the same arguments, training goes on bit for bit.
+        """
+        return checkpoint.packed(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a plain state dict, the inner optimizer's or this one's, or a packed one.
+
+        Nothing of ``state_dict`` is aliased, and ``param_groups`` stay the same objects.
+
+        Raises:
+            TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
+        """
+        checkpoint.load(self, state_dict)
+
+    def memory_report(self) -> WrapperMemoryReport:
+        """Count what parameters, gradients and state take now, in bytes."""
+        return report(self, self.engine.store)
+
+    def unwrap(self) -> Optimizer:
+        """The inner optimizer with its state decoded; this wrapper has none left.
+
+        Example:
+            >>> optimizer = optimizer.unwrap()
+        """
+        state = type(self.inner.state)(dict)
+        state.update({param: self.state[param] for param in self.state})
+        self.inner.state = state
+        self.engine.store.clear()
+        self.engine.extra = {}
+        return self.inner
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("inner", "engine", "strict", "findings", "_warned", "last_step_timings")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r})"

@@ -1,0 +1,95 @@
+"""torch.distributed.checkpoint gets, saves and sets the state, in a group of one process."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from optstate_wrap import ConfigurablePolicy, wrap
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*:FutureWarning:torch", "ignore:.*:UserWarning:torch"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory):
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make(codecs, cls=torch.optim.AdamW):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 65), nn.Tanh(), nn.Linear(65, 3))
+    return model, wrap(cls(model.parameters(), lr=1e-2), ConfigurablePolicy(codecs), 256)
+
+
+def train(model, optimizer, steps) -> None:
+    for step in steps:
+        x = torch.randn(8, 9, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("codecs", [{}, {"exp_avg": "int8"}], ids=["exact", "int8"])
+def test_save_load_and_go_on(codecs, flatten, tmp_path) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = make(codecs)
+    train(model, optimizer, range(4))
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    checkpoint.save({"optimizer": state}, checkpoint_id=tmp_path)
+
+    resumed, other = make(codecs)
+    before = [p.detach().clone() for p in resumed.parameters()]
+    state = get_optimizer_state_dict(resumed, other, options=options)
+    assert all(map(torch.equal, before, resumed.parameters()))
+    checkpoint.load({"optimizer": state}, checkpoint_id=tmp_path)
+    resumed.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(resumed, other, state, options=options)
+    for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
+        for key, value in optimizer.state[ours].items():
+            assert torch.equal(value, other.state[theirs][key])
+    train(model, optimizer, range(4, 8))
+    train(resumed, other, range(4, 8))
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+
+
+def test_sharded_parameters_are_coded_by_shard() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    whole = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    codecs = {"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"}
+    sharded = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    plain = nn.Parameter(whole.clone())
+    optimizers = [
+        wrap(torch.optim.AdamW([p], lr=1e-2), ConfigurablePolicy(codecs)) for p in (sharded, plain)
+    ]
+    for step in range(4):
+        grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(step + 1))
+        sharded.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        plain.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+    moment = optimizers[0].state[sharded]["exp_avg"]
+    assert isinstance(moment, DTensor)
+    assert moment.placements == sharded.placements
+    assert torch.equal(sharded.to_local(), plain)
+    assert torch.equal(moment.to_local(), optimizers[1].state[plain]["exp_avg"])
+    saved = copy.deepcopy(optimizers[0].packed_state_dict())
+    optimizers[0].load_state_dict(saved)
+    assert torch.equal(optimizers[0].state[sharded]["exp_avg"].to_local(), moment.to_local())

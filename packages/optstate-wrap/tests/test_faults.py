@@ -1,0 +1,145 @@
+"""An exception anywhere in a step leaves every parameter either before its step or after it."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+
+from optstate_wrap import ConfigurablePolicy, StepError, engine, store, transaction, wrap
+
+SHAPES = ((20, 33), (7,), (900,), (3, 3))
+
+#: what fails, by phase: where it is, and its name
+PHASES = {
+    "keep": (transaction.Transaction, "keep"),
+    "load": (store.Store, "load"),
+    "decode": (engine, "decode_state"),
+    "step": (engine, "own_step"),
+    "encode": (engine, "encode_state"),
+    "store": (store.DeviceStore, "placed"),
+}
+STORES = {"device": store.DeviceStore, "host": store.HostStore}
+POLICIES = {
+    "exact": ConfigurablePolicy({}),
+    "coded": ConfigurablePolicy({"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"}),
+}
+
+
+class Boom(Exception):
+    """What the tests raise."""
+
+
+def failing(real, call: int, after: bool):
+    """``real``, but for one call, which raises, before or after doing what it does."""
+    calls = iter(range(1 << 20))
+
+    def stand_in(*args, **kwargs):
+        if next(calls) != call:
+            return real(*args, **kwargs)
+        if after:
+            real(*args, **kwargs)
+        raise Boom("boom")
+
+    return stand_in
+
+
+def run_of(problem, policy, where="device"):
+    return problem(
+        lambda groups: wrap(
+            torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1), policy, 256, store=where
+        ),
+        shapes=SHAPES,
+    )
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_fault_in_every_chunk_and_phase(problem, phase, after, policy, where) -> None:
+    if phase == "encode" and policy == "exact":
+        pytest.skip("nothing is encoded")
+    owner, name = PHASES[phase]
+    if phase == "store":
+        owner = STORES[where]
+    if phase == "step":
+        real = engine.own_step
+
+        def make_failing(call):
+            calls = iter(range(1 << 20))
+
+            def own_step(inner):
+                step, number = real(inner), next(calls)
+
+                def stepped(*args):
+                    if number == call and not after:
+                        raise Boom("boom")
+                    step(*args)
+                    if number == call:
+                        raise Boom("boom")
+
+                return stepped
+
+            return own_step
+    else:
+        real = getattr(owner, name)
+
+        def make_failing(call):
+            return failing(real, call, after)
+
+    number = 0
+    while True:
+        before = run_of(problem, POLICIES[policy], where).run(2)
+        stepped = copy.deepcopy(before).run(1)
+        ours = copy.deepcopy(before)
+        groups = [dict(group) for group in ours.optimizer.param_groups]
+        ours.set_gradients()
+        with mock.patch.object(owner, name, make_failing(number)):
+            try:
+                ours.optimizer.step()
+            except StepError as error:
+                caught = error
+            else:
+                break
+        assert isinstance(caught.__cause__, Boom)
+        assert "boom" in str(caught)
+        check(before, stepped, ours, caught)
+        for group, old in zip(ours.optimizer.param_groups, groups, strict=True):
+            assert group.keys() == old.keys()
+            assert all(group[key] is old[key] for key in group)
+        # nothing is broken: what is left can be stepped
+        for param in [ours.params[i] for i in caught.stepped]:
+            param.grad = None
+        ours.optimizer.step()
+        if not any(p.grad is None for i, p in enumerate(ours.params) if i not in caught.stepped):
+            for ours_now, theirs in zip(ours.params, stepped.params, strict=True):
+                assert torch.equal(ours_now, theirs)
+        number += 1
+    assert number >= (2 if phase == "store" else 4)
+
+
+def check(before, stepped, ours, error) -> None:
+    """Parameters and state are those of after the step where the error says so, else of before."""
+    left, right, now = before.tensors(), stepped.tensors(), ours.tensors()
+    for name, value in now.items():
+        number = int(name.split()[-1])
+        expected = right if number in error.stepped else left
+        assert torch.equal(value, expected[name]), (name, error)
+    moved = {i for i, p in enumerate(ours.params) if p.grad is not None}
+    assert set(error.stepped) | set(error.unstepped) == moved
+
+
+def test_interrupt_is_not_wrapped_but_rolled_back(problem, same) -> None:
+    def interrupted(inner):
+        return mock.Mock(side_effect=KeyboardInterrupt)
+
+    ours = run_of(problem, POLICIES["exact"]).run(2)
+    before = copy.deepcopy(ours)
+    ours.set_gradients()
+    with (
+        mock.patch.object(engine, "own_step", interrupted),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        ours.optimizer.step()
+    same(before, ours)
