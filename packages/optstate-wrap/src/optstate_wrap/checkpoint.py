@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optstate_wrap.codecs import as_stored_format
+from optstate_codecs.formats import as_format
 from optstate_wrap.engine import Engine, length, pieces_like
 from optstate_wrap.parts import cut, joined
 from optstate_wrap.plan import Piece
@@ -261,7 +261,7 @@ def _coded(where: str, saved: Mapping[str, Any], param: Tensor) -> Coded:
     shape, order = tuple(saved["shape"]), tuple(saved["order"])
     if shape != tuple(param.shape) and len(shape) != 1:
         raise ValueError(f"{where}: shape {shape}, must be {tuple(param.shape)}")
-    format = as_stored_format(saved["format"])
+    format = as_format(saved["format"])
     numel = torch.Size(shape).numel()
     components = format.for_shape(shape, order).components
     if len(saved["parts"]) != len(components):

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from optstate_codecs.formats import BF16, FP32, Format, Int8, as_format
+from optstate_codecs.formats import BF16, FP16, FP32, Format, Int8, as_format
 from optstate_codecs.rounding import Counter
-from optstate_wrap.half import FP16
 from optstate_wrap.record import Coded, decode_state, encode_state
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "IdentityCodec",
     "Int8MomentumCodec",
     "as_codec",
-    "as_stored_format",
 ]
 
 
@@ -43,12 +41,12 @@ class Codec:
 
     def __post_init__(self) -> None:
         if self.format is not None:
-            object.__setattr__(self, "format", as_stored_format(self.format))
+            object.__setattr__(self, "format", as_format(self.format))
 
     @property
     def stored(self) -> Format | None:
         """The format, or None where tensors are kept as they are."""
-        return None if self.format is None else as_stored_format(self.format)
+        return None if self.format is None else as_format(self.format)
 
     def encode(self, x: Tensor, counter: Counter | None = None) -> Tensor | Coded:
         """Store one tensor, as the wrapper would; ``counter`` keys random numbers."""
@@ -81,7 +79,7 @@ class FP32Codec(Codec):
 
 
 class FP16Codec(Codec):
-    """Float16 under a scale per block, for first moments; see ``optstate_wrap.half``."""
+    """Float16 under a scale per block, for first moments; see ``optstate_codecs.formats.FP16``."""
 
     def __init__(self, block_size: int = 2048) -> None:
         super().__init__(FP16(block_size))
@@ -99,14 +97,6 @@ class Int8MomentumCodec(Codec):
 
     def __init__(self, block_size: int = 256) -> None:
         super().__init__(Int8(block_size))
-
-
-def as_stored_format(value: Format | str) -> Format:
-    """``optstate_codecs.formats.as_format``, and the format of this package by its name."""
-    if isinstance(value, str) and value.strip().split("(")[0] == FP16.name:
-        inside = value.strip()[len(FP16.name) :].strip("() ")
-        return FP16(int(inside.partition("=")[2])) if inside else FP16()
-    return as_format(value)
 
 
 def as_codec(value: Codec | Format | str | None) -> Codec:
