@@ -94,30 +94,22 @@ def _packed_record(record: Record) -> dict[str, Any]:
     return {
         key: {
             "format": value.format.spec,
-            "parts": [_alone(part) for part in value.parts],
+            "parts": [part.to("cpu", copy=True) for part in value.parts],
             "dtype": str(value.dtype).removeprefix("torch."),
             "shape": list(value.shape),
             "order": list(value.order),
             "root": value.root,
         }
         if isinstance(value, Coded)
-        else _alone(value, changes=True)
+        else _alone(value)
         for key, value in record.items()
     }
 
 
-def _alone(value: Any, changes: bool = False) -> Any:
-    """A tensor in a storage of its own: savers refuse shared ones, or write them whole.
-
-    Args:
-        value: anything; only tensors are copied.
-        changes: whether a step changes it in place, so that it has to be copied anyway.
-    """
+def _alone(value: Any) -> Any:
+    """A copy that no step changes, with a storage of its own."""
     value = value.tensor if isinstance(value, Held) else value
-    if not isinstance(value, Tensor):
-        return copy.deepcopy(value)
-    shares = value.untyped_storage().nbytes() != value.nbytes
-    return value.clone() if changes or shares else value
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:

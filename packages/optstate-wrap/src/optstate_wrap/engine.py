@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate_codecs.engine import Unit
+from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_wrap.codecs import as_codec
+from optstate_wrap.fused import Fused, Looked, Undecoded
 from optstate_wrap.parts import cut, joined
 from optstate_wrap.plan import Piece, chunks, pieces
 from optstate_wrap.policies import Policy
 from optstate_wrap.record import Coded, Record, decode_state, encode_state, select
 from optstate_wrap.scratch import Scratch
-from optstate_wrap.store import Store
+from optstate_wrap.store import DeviceStore, Store
 from optstate_wrap.timing import Timer
 from optstate_wrap.transaction import StepError, Transaction, borrowed, restore
 
@@ -36,6 +39,7 @@ class Engine:
         chunk: parameters in a chunk.
         first_chunk: in a chunk of the step that creates the state.
         seed: keys every random number.
+        fused: which parameters may be stepped by the codecs' engine, see ``Fused``.
 
     Attributes:
         steps: how many have been taken.
@@ -52,6 +56,7 @@ class Engine:
         chunk: int,
         first_chunk: int,
         seed: int,
+        fused: bool | None = False,
     ) -> None:
         self.inner = inner
         self.policy = policy
@@ -65,6 +70,7 @@ class Engine:
         self.extra: dict[Any, Any] = {}
         self.timer = Timer()
         self.scratch = Scratch()
+        self.fused = Fused(fused, seed)
 
     def plan(self) -> list[Piece]:
         """Every piece of every parameter, in order."""
@@ -79,11 +85,14 @@ class Engine:
         Raises:
             StepError: from what went wrong; every parameter is before its step or after it.
         """
-        rows = self._rows()
+        plan = self.plan()
+        self._recut(plan)
         transaction = Transaction(self.store, self.scratch)
-        at, phase, loss = 0, ["plan"], None
+        rows: list[list[Piece]] = [plan]
+        at, phase, loss = 0, ["fused"], None
         try:
             with borrowed(self.inner) as before:
+                rows = self._rows(self._step_fused(plan, transaction), plan)
                 for at, row in enumerate(rows):
                     if at:
                         restore(self.inner.param_groups, before)
@@ -92,21 +101,54 @@ class Engine:
             transaction.roll_back()
             if not isinstance(error, Exception):
                 raise
-            raise self._failed(error, rows, at, phase[0], transaction.done) from error
+            where = f"chunk {at + 1} of {len(rows)} ({phase[0]})"
+            raise self._failed(error, plan, where, transaction.done) from error
         finally:
             self.scratch.release()
         self.steps += 1
         return loss
 
-    def _rows(self) -> list[list[Piece]]:
-        plan = self.plan()
-        self._recut(plan)
+    def _rows(self, left: list[Piece], plan: list[Piece]) -> list[list[Piece]]:
         if not self.chunked:
-            return [plan]
+            return [left]
         size = self.chunk if len(self.store) else self.first_chunk
-        rows = [[p for p in row if p.param.grad is not None] for row in chunks(plan, size)]
+        rows = [[p for p in row if p.param.grad is not None] for row in chunks(left, size)]
+        rows = [row for row in rows if row]
         # without any gradient, the optimizer may still count the step
-        return [row for row in rows if row] or [[]]
+        return rows if rows or len(left) < len(plan) else [[]]
+
+    def _step_fused(self, plan: list[Piece], transaction: Transaction) -> list[Piece]:
+        """Step what the codecs' engine can; gives the pieces that are left."""
+        if not self.chunked or not isinstance(self.store, DeviceStore) or not len(self.store):
+            return plan
+        units, taken, left = list[Unit](), list[Piece](), list[Piece]()
+        for _, group in groupby(plan, key=lambda piece: piece.number):
+            together = list(group)
+            found = self._fused_units(together)
+            units += found
+            (taken if found else left).extend(together)
+        if units:
+            with self.timer.part("inner_step_ms"):
+                try:
+                    self.fused.step(self.inner, units, taken, self.steps + 1)
+                finally:
+                    stepped = set(map(id, self.fused.done))
+                    pairs = zip(taken, units, strict=True)
+                    missed = {piece.number for piece, unit in pairs if id(unit) not in stepped}
+                    numbers = dict.fromkeys(piece.number for piece in taken)
+                    transaction.done += [number for number in numbers if number not in missed]
+        return left
+
+    def _fused_units(self, together: Sequence[Piece]) -> list[Unit]:
+        param = together[0].param
+        if param.grad is None or param not in self.store:
+            return []
+        records = self.store.kept(param)
+        try:
+            formats = self._formats(param, Undecoded(records[0]))
+        except Looked:
+            return []  # a policy that wants to see numbers sees them decoded
+        return self.fused.takes(self.inner, together, records, formats)
 
     def _step_row(
         self, row: Sequence[Piece], transaction: Transaction, phase: list[str], closure: Any
@@ -159,16 +201,20 @@ class Engine:
         """The record of a state as the policy wants it after this step."""
         if not state:
             return {}
-        codecs = self.policy.get_codecs(piece.param, state, self.steps)
-        formats = {}
-        for key, codec in codecs.items():
-            format = as_codec(codec).stored
-            if format is not None and piece.param.numel() >= format.min_elements:
-                formats[key] = format
+        formats = self._formats(piece.param, state)
         if not formats:
             return dict(state)
         counter = Counter(self.seed, self.steps + 1, piece.number, piece.start)
         return encode_state(state, stand_in, formats, counter)
+
+    def _formats(self, param: Tensor, state: Mapping[str, Any]) -> dict[str, Format]:
+        """The formats that the policy wants after this step, by key."""
+        formats = {}
+        for key, codec in self.policy.get_codecs(param, state, self.steps).items():
+            format = as_codec(codec).stored
+            if format is not None and param.numel() >= format.min_elements:
+                formats[key] = format
+        return formats
 
     def pieces_of(self, param: Tensor) -> list[Piece]:
         """The pieces that a parameter is stepped in.
@@ -209,15 +255,14 @@ class Engine:
     def _failed(
         self,
         error: Exception,
-        rows: Sequence[Sequence[Piece]],
-        at: int,
-        phase: str,
+        plan: Sequence[Piece],
+        where: str,
         done: list[int],
     ) -> StepError:
-        numbers = sorted({piece.number for row in rows for piece in row})
+        numbers = sorted({piece.number for piece in plan if piece.param.grad is not None})
         unstepped = [number for number in numbers if number not in done]
         return StepError(
-            f"step stopped in chunk {at + 1} of {len(rows)} ({phase}): "
+            f"step stopped in {where}: "
             f"{type(error).__name__}: {error}; parameters {_span(sorted(done))} have taken their "
             f"step, parameters {_span(unstepped)} are as they were before it",
             sorted(done),

@@ -63,6 +63,12 @@ class Piece:
             view.grad = self._view(grad)
         return view
 
+    def gradient(self) -> Tensor:
+        """The gradient of the piece, which has one."""
+        grad = self.param.grad
+        assert grad is not None
+        return grad if self.parts == 1 else self._view(grad)
+
     def data(self) -> Tensor:
         """The elements that the piece's step writes."""
         data = self.param.detach()

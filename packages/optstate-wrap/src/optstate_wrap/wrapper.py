@@ -57,6 +57,10 @@ class OptimizerWrapper(Optimizer):
         store: "device" keeps the coded state beside the parameters, "host" in the host's memory.
         strict: refuse an optimizer that cannot be stepped in chunks, instead of stepping it whole.
         rounding_seed: keys every random number, 0 to 2^63 - 1.
+        fused: where the inner optimizer is torch's Adam, AdamW or SGD and the state stays on the
+            device, coded state is decoded, stepped and encoded at once by the codecs' kernel. None
+            does so for float32 parameters, where that is the same but for the last bit; True
+            also for bfloat16 and float16 ones, in float32 arithmetic; False never.
 
     Attributes:
         last_step_timings: with ``profile``, milliseconds of the parts of the last step.
@@ -81,6 +85,7 @@ class OptimizerWrapper(Optimizer):
         store: str | Store | None = None,
         strict: bool = False,
         rounding_seed: int = 0,
+        fused: bool | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
             got = type(optimizer).__name__
@@ -99,6 +104,8 @@ class OptimizerWrapper(Optimizer):
         checks.whole_number("rounding_seed", rounding_seed)
         checks.flag("profile", profile)
         checks.flag("strict", strict)
+        if fused is not None:
+            checks.flag("fused", fused)
         policy = (
             WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer")) if policy is None else policy
         )
@@ -111,7 +118,7 @@ class OptimizerWrapper(Optimizer):
         start = chunk if initial_chunk_size is None else min(initial_chunk_size, chunk)
         self.inner = optimizer
         self.engine = Engine(
-            optimizer, policy, make_store(store, pin_memory), chunk, start, rounding_seed
+            optimizer, policy, make_store(store, pin_memory), chunk, start, rounding_seed, fused
         )
         self.engine.timer.on = profile
         self.strict = strict

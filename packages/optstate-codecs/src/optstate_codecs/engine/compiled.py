@@ -151,7 +151,8 @@ def _run(job: Job, built: Loops, members: list[tuple[int, _Standing]]) -> None:
     for unit, (place, standing) in zip(units, members, strict=True):
         count, numel = float(unit.state["step"]), unit.param.numel()
         param, *parts = standing.addresses
-        table += [numel, rows, int(count), param, job.grads[place].data_ptr(), *parts]
+        draw = int(count) if job.draw is None else job.draw
+        table += [numel, rows, draw, unit.offset, param, job.grads[place].data_ptr(), *parts]
         which = (unit.group, count)
         if which not in folded:
             folded[which] = [*job.rule.scalars(job.hypers[unit.group], count), factor]
@@ -165,3 +166,4 @@ def _run(job: Job, built: Loops, members: list[tuple[int, _Standing]]) -> None:
     )
     addresses = [tensor.data_ptr() for tensor in tables]
     built.run(len(units), rows, *addresses, torch.get_num_threads())
+    job.done += units

@@ -44,7 +44,8 @@ def step(job: Job) -> None:
     for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
         unit.state["step"] += 1
         centre = None if job.centres is None else job.centres.of(place, grad)
-        _step_unit(unit, grad, job.rule, job.hypers[unit.group], job.factor, centre)
+        _step_unit(unit, grad, job.rule, job.hypers[unit.group], job.factor, centre, job.draw)
+        job.done.append(unit)
 
 
 def _step_unit(
@@ -54,6 +55,7 @@ def _step_unit(
     hyper: Any,
     factor: Tensor | None,
     centre: Tensor | None,
+    draw: int | None,
 ) -> None:
     count = float(unit.state["step"])
     order = storage_order(unit.param)
@@ -61,7 +63,7 @@ def _step_unit(
     formats = unit.bound
     centres = None if centre is None else FlatView(centre, order)
     state = FlatState(unit.state, {**formats, MASTER: unit.write}, order)
-    counter = Counter(unit.seed, int(count), unit.index)
+    counter = Counter(unit.seed, int(count) if draw is None else draw, unit.index, unit.offset)
     compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
 
     how = How(rule, rule.variant(hyper), unit.moments, formats, unit.write)

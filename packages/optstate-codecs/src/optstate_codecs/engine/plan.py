@@ -24,7 +24,7 @@ from optstate_codecs.writes import MASTER
 __all__ = ["COLUMNS", "MOMENT_SLOTS", "Bucket", "build_buckets"]
 
 # columns of the table of tensors: see triton/kernel.py
-COLUMNS = 14
+COLUMNS = 15
 MOMENT_SLOTS = 3
 # elements a tile; of those tried on an H200, the fastest without and with blocks to reduce over
 TILE = 2048
@@ -169,6 +169,7 @@ def _tables(
         corrections = [unit.state[c.key(MASTER)].data_ptr() for c in unit.write.components]
         row += corrections or [0]
         row += [centres[number], *centre_shape(unit.param)] if centres else [0, 1, 1]
+        row.append(unit.offset)
         table.append(row)
         tiles.append(-(-unit.param.numel() // tile))
     return torch.tensor(table, dtype=torch.int64).to(device), work_table(tiles, device)

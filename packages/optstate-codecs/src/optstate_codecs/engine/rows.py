@@ -91,10 +91,13 @@ class RowTable:
             self._last = grads, uploaded(mine, self._device)
         return self._last[1]
 
-    def values(self, rule: Rule, hypers: Sequence[Any]) -> Tensor:
-        """The rows, float32 [rows, 1 + scalars]: the step count, then what the rule folded."""
+    def values(self, rule: Rule, hypers: Sequence[Any], draw: int | None) -> Tensor:
+        """The rows, float32 [rows, 1 + scalars]: what keys random numbers, then the rule's.
+
+        The key is the step count, or ``draw``.
+        """
         groups = sorted(dict.fromkeys(group for group, _ in self._rows))
-        folded = [self._fold(rule, hypers[group], group) for group in groups]
+        folded = [self._fold(rule, hypers[group], group, draw) for group in groups]
         if all(isinstance(rows, list) for rows in folded):
             flat = [row for rows in folded for row in rows]
             return uploaded(torch.tensor(flat, dtype=torch.float32), self._device)
@@ -105,12 +108,16 @@ class RowTable:
             ]
         )
 
-    def _fold(self, rule: Rule, hyper: Any, group: int) -> list[list[float]] | Tensor:
+    def _fold(
+        self, rule: Rule, hyper: Any, group: int, draw: int | None
+    ) -> list[list[float]] | Tensor:
         """A group's rows: numbers, or a tensor where something is known to the device only."""
         steps = [step for number, step in self._rows if number == group]
         if self.on_host:
             counts = [float(step) for step in steps]
-            rows: list[list[Any]] = [[c, *rule.device_row(hyper, c)] for c in counts]
+            rows: list[list[Any]] = [
+                [c if draw is None else draw, *rule.device_row(hyper, c)] for c in counts
+            ]
             if not any(isinstance(value, Tensor) for row in rows for value in row):
                 return rows
             vector = torch.tensor(counts, dtype=torch.float64).to(self._device)
@@ -120,7 +127,7 @@ class RowTable:
             value.to(torch.float32).expand(len(steps))
             if isinstance(value, Tensor)
             else torch.full((len(steps),), value, dtype=torch.float32, device=self._device)
-            for value in (vector, *rule.device_row(hyper, vector))
+            for value in (vector if draw is None else draw, *rule.device_row(hyper, vector))
         ]
         return torch.stack(columns, 1)
 

@@ -189,7 +189,7 @@ class Session:
             if not table.advance(found_inf):
                 continue
             grads = table.addresses(plan.addresses)
-            rows = table.values(job.rule, job.hypers)
+            rows = table.values(job.rule, job.hypers, job.draw)
             for bucket, start, stop in table.buckets:
                 launch(
                     bucket,
@@ -201,6 +201,7 @@ class Session:
                     factor,
                     found_inf,
                 )
+                job.done += bucket.units
 
 
 def _tables(buckets: list[Bucket]) -> list[RowTable]:

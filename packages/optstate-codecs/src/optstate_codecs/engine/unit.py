@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +32,8 @@ class Unit:
         seed: the optimizer's ``rounding_seed``.
         index: the parameter's place in the optimizer, counted over all groups.
         group: the number of its param group.
+        offset: the place of the first element in what random numbers are counted over: not 0 where
+            the parameter is a part of a larger one. A multiple of 16.
     """
 
     param: Tensor
@@ -42,6 +44,7 @@ class Unit:
     seed: int = 0
     index: int = 0
     group: int = 0
+    offset: int = 0
 
     @property
     def bound(self) -> dict[str, Format]:
@@ -83,6 +86,8 @@ class Job:
         addresses: of the gradients' first elements.
         factor: what gradients are multiplied with, 0-d, or None; read on its device.
         centres: what is subtracted from gradients before that, or None.
+        draw: what keys random numbers in place of the step counts, or None.
+        done: units that have been stepped, for who wants to know after an exception.
         found_inf: non-zero where the step is to be skipped, or None; read on its device.
     """
 
@@ -94,6 +99,8 @@ class Job:
     factor: Tensor | None = None
     found_inf: Tensor | None = None
     centres: Centres | None = None
+    draw: int | None = None
+    done: list[Unit] = field(default_factory=list)
 
     def part(self, places: Sequence[int]) -> Job:
         """The same step of the units at ``places`` only."""

@@ -14,8 +14,8 @@ from optstate_codecs.engine.cpu.value import ELEMENT, PAIR, ROW, Lowered
 __all__ = ["HEAD", "emit"]
 
 # a tensor's entries in the table before its addresses: its elements, the number of its first row
-# among those of all tensors, and its step count
-HEAD = 3
+# among those of all tensors, and what keys its random numbers: a count and the place of the first
+HEAD = 4
 
 RUN = """
 #ifdef __cplusplus
@@ -76,7 +76,7 @@ def _one(given: Given) -> list[str]:
     for place, (name, (dtype, _)) in enumerate(given.tensors.items()):
         stored, offset = STORED[dtype], offsets[given.space(name)]
         lines.append(f"    {stored} *{name} = ({stored} *)at[{HEAD + place}] + {offset};")
-    others = "scalars, keys, (uint64_t)first, at[2]"
+    others = "scalars, keys, (uint64_t)(first + at[3]), at[2]"
     whole = ", ".join([*given.tensors, others])
     lines += ["    if (left >= BLOCK) {", f"        if (!fast({whole})) slow({whole});"]
     lines += ["        return;", "    }"]

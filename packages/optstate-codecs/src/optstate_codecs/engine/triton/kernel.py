@@ -10,7 +10,8 @@ scale takes is done once.
 
 Tables (see ``plan.py``). ``tensors``, int64, one row a tensor: element count, parameter, two
 components of each of three moments, two stream keys, what the write keeps, and where its numbers
-begin in ``centres`` with the two of ``centring.centre_shape``. ``grads``: int64 addresses.
+begin in ``centres`` with the two of ``centring.centre_shape``, and the place of its first element
+for random numbers. ``grads``: int64 addresses.
 ``rows``: float32 scalars of the rule, one row for each (group, step count), after the step count
 itself. ``row_of``: each tensor's row, int32.
 """
@@ -243,18 +244,19 @@ def step_kernel(  # type: ignore[no-untyped-def]
 
     p, m0, m1, m2 = UPDATE(p, g, m0, m1, m2, row + 1, UPDATE_OPTIONS)
 
+    origin = start + tl.multiple_of(tl.load(entry + 14), 16)
     word0 = offsets
     word1 = offsets
     even0 = offsets
     even1 = offsets
     if WORD0:
-        word0 = hash_tile(tl.load(entry + 8), step, start, offsets)
+        word0 = hash_tile(tl.load(entry + 8), step, origin, offsets)
     if WORD1:
-        word1 = hash_tile(tl.load(entry + 9), step, start, offsets)
+        word1 = hash_tile(tl.load(entry + 9), step, origin, offsets)
     if EVEN0:
-        even0 = paired_tile(tl.load(entry + 8), step, start, offsets)
+        even0 = paired_tile(tl.load(entry + 8), step, origin, offsets)
     if EVEN1:
-        even1 = paired_tile(tl.load(entry + 9), step, start, offsets)
+        even1 = paired_tile(tl.load(entry + 9), step, origin, offsets)
     if not DELIVERS:
         # first, so that its registers are free
         _write(

@@ -1,0 +1,238 @@
+"""Steps coded state without decoding it to memory, by the codecs' own engine.
+
+Where the inner optimizer's mathematics is one of the rules of ``optstate_codecs`` and a parameter's
+state is stored in its formats, and is to stay so, decode, step and encode are one: one launch on a
+GPU, compiled loops on a CPU. Random numbers are those of the way through the inner optimizer, so
+results are the same but for the rounding of float32, which may move a code where it falls on a
+border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from optstate_codecs.engine import Job, Session, Unit
+from optstate_codecs.formats import FP32, Format
+from optstate_codecs.layout import inverse_order
+from optstate_codecs.rules import SGD, Adam, Rule
+from optstate_codecs.scaling import gradient_factor
+from optstate_codecs.writes import parameter_write
+from optstate_wrap.plan import Piece
+from optstate_wrap.record import Coded, Record
+
+__all__ = ["Fused", "Looked", "Undecoded", "rule_of"]
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def rule_of(inner: Optimizer) -> Rule | None:
+    """The rule that ``inner`` follows in all of its groups, if it is one of ours."""
+    groups = inner.param_groups
+    if any(group.get("differentiable") for group in groups):
+        return None
+    if type(inner) is torch.optim.SGD:
+        return SGD()
+    if type(inner) in (torch.optim.Adam, torch.optim.AdamW):
+        usual = type(inner) is torch.optim.AdamW
+        kinds = {bool(group.get("decoupled_weight_decay", usual)) for group in groups}
+        return Adam(decoupled=kinds.pop()) if len(kinds) == 1 else None
+    return None
+
+
+@dataclass(eq=False)
+class _Ready:
+    """A piece as the engine steps it, and what of its record that was made from."""
+
+    unit: Unit
+    values: list[Any]
+    address: int
+
+
+class Looked(LookupError):
+    """Somebody wanted a number that is not decoded."""
+
+
+class Undecoded(Mapping[str, Any]):
+    """The keys of a state, for policies that need no more; a look at a value raises."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def __getitem__(self, key: str) -> Any:
+        raise Looked(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._record
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._record)
+
+    def __len__(self) -> int:
+        return len(self._record)
+
+
+class Fused:
+    """The engine, and the pieces that it has stepped.
+
+    Args:
+        wanted: None takes float32 parameters only; True also bfloat16 and float16 ones, in float32
+            arithmetic, which is finer than the inner optimizer's own; False takes none.
+        seed: keys every random number.
+    """
+
+    def __init__(self, wanted: bool | None, seed: int) -> None:
+        self.wanted = wanted
+        self.seed = seed
+        self._session = Session("auto")
+        self._ready: dict[tuple[Tensor, int], _Ready] = {}
+        self.done: list[Unit] = []
+
+    def takes(
+        self,
+        inner: Optimizer,
+        pieces: Sequence[Piece],
+        records: Sequence[Record],
+        formats: Mapping[str, Format],
+    ) -> list[Unit]:
+        """All pieces of one parameter as units, or none.
+
+        Args:
+            inner: the optimizer.
+            pieces: of the parameter, which has a gradient.
+            records: of the pieces, beside the parameter.
+            formats: that its state is to have after the step, by key.
+        """
+        rule, param = rule_of(inner), pieces[0].param
+        dtypes = (torch.float32, *HALF) if self.wanted else (torch.float32,)
+        if (
+            self.wanted is False
+            or rule is None
+            or type(param) not in (Tensor, Parameter)
+            or param.dtype not in dtypes
+            or param.grad is None
+            or type(param.grad) is not Tensor
+            or param.grad.layout is not torch.strided
+        ):
+            return []
+        group = inner.param_groups[pieces[0].group]
+        try:
+            moments = rule.moments(rule.hyper({**rule.defaults(), **group}))
+        except (TypeError, ValueError):
+            return []  # what is no hyper-parameter here may be one there
+        names = [moment.name for moment in moments]
+        units = []
+        for piece, record in zip(pieces, records, strict=True):
+            stored = _stored(record, names, formats, isinstance(rule, Adam))
+            if stored is None:
+                return []
+            units.append(self._unit(piece, record, moments, stored))
+        return units
+
+    def _unit(self, piece: Piece, record: Record, moments: Any, stored: dict[str, Format]) -> Unit:
+        key, values = (piece.param, piece.part), list(record.values())
+        address = piece.param.data_ptr()
+        ready = self._ready.get(key)
+        if (
+            ready is None
+            or ready.address != address
+            or len(ready.values) != len(values)
+            or any(a is not b for a, b in zip(ready.values, values, strict=True))
+        ):
+            param = piece.data() if piece.parts > 1 else piece.param
+            state: dict[str, Any] = {"step": record.get("step")}
+            if state["step"] is None:
+                # only whether it is the first one counts, and that made the record
+                state["step"] = torch.ones(())
+            for name in stored:
+                value = record[name]
+                if isinstance(value, Coded):
+                    state |= _components(name, value)
+                else:
+                    state[name] = value
+            write = parameter_write("nearest", param.dtype)
+            places = (piece.number, piece.group, piece.start)
+            unit = Unit(param, state, moments, stored, write, self.seed, *places)
+            ready = self._ready[key] = _Ready(unit, values, address)
+        return ready.unit
+
+    def step(
+        self, inner: Optimizer, units: Sequence[Unit], pieces: Sequence[Piece], draw: int
+    ) -> None:
+        """Step ``units`` of ``pieces``; ``done`` is then those that have been stepped.
+
+        Where it raises, the others are as they were.
+        """
+        self.done = []
+        rule = rule_of(inner)
+        assert rule is not None
+        grads = [piece.gradient() for piece in pieces]
+        scale = getattr(inner, "grad_scale", None)
+        job = Job(
+            rule,
+            units,
+            grads,
+            [rule.hyper({**rule.defaults(), **group}) for group in inner.param_groups],
+            [grad.data_ptr() for grad in grads],
+            gradient_factor(grads, scale, None)[0],
+            getattr(inner, "found_inf", None),
+            draw=draw,
+        )
+        counts = [unit.state["step"].clone() for unit in units]
+        self.done = job.done
+        try:
+            self._session.step(job)
+        except BaseException:
+            stepped = set(map(id, job.done))
+            for unit, count in zip(units, counts, strict=True):
+                if id(unit) not in stepped:
+                    unit.state["step"].copy_(count)
+            raise
+        # where the host skips a step, all are as they should be
+        self.done = list(units)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"wanted": self.wanted, "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _stored(
+    record: Record, names: Sequence[str], formats: Mapping[str, Format], counted: bool
+) -> dict[str, Format] | None:
+    """The format of each moment as it is stored, if it is to stay so and all is as known."""
+    known = {*names, "step"} if counted else set(names)
+    if set(record) != known or not any(isinstance(record[name], Coded) for name in names):
+        return None
+    if counted and not (isinstance(record["step"], Tensor) and record["step"].dim() == 0):
+        return None
+    roots = {value.root for value in record.values() if isinstance(value, Coded)}
+    found: dict[str, Format] = {}
+    for name in names:
+        value, wanted = record[name], formats.get(name)
+        if isinstance(value, Coded):
+            along = wanted is None and name in roots and value.format == FP32()
+            if not along and (wanted is None or replace(wanted, min_elements=0) != value.format):
+                return None
+            found[name] = value.format
+        elif isinstance(value, Tensor) and value.dtype == torch.float32 and wanted is None:
+            found[name] = FP32()
+        else:
+            return None
+    return found
+
+
+def _components(name: str, coded: Coded) -> dict[str, Tensor]:
+    """The components of a moment as the engine has them: laid out as the parameter is."""
+    ordered, inverse = [coded.shape[d] for d in coded.order], inverse_order(coded.order)
+    return {
+        component.key(name): part.view(ordered).permute(inverse) if component.per_element else part
+        for part, component in zip(coded.parts, coded.bound.components, strict=True)
+    }
