@@ -279,8 +279,8 @@ def test_text_round_trip(format: Format) -> None:
     [
         (
             "int3",
-            "must be one of bf16, costate, dynamic4, dynamic8, fp32, fp8, int4, int8, linear4, "
-            "minifloat, oneq",
+            "must be one of bf16, costate, dynamic4, dynamic8, fp16, fp32, fp8, int4, int8, "
+            "linear4, minifloat, oneq",
         ),
         ("int8(block=3)", "option 'block' must be one of block_size, rounding, units"),
         ("int8(block_size=100)", "block_size=100: must be a power of two from 16 to 8192"),

@@ -139,6 +139,7 @@ def load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
         if "policy" in progress:
             engine.policy.load_state_dict(progress["policy"])
         new = _records(wrapper, state_dict["state"], params, bool(progress.get("packed")))
+        engine.fused.forget()
         engine.store.replace(new)
     except BaseException:
         _fill(inner.param_groups, before)

@@ -119,7 +119,8 @@ class Engine:
 
     def _step_fused(self, plan: list[Piece], transaction: Transaction) -> list[Piece]:
         """Step what the codecs' engine can; gives the pieces that are left."""
-        if not self.chunked or not isinstance(self.store, DeviceStore) or not len(self.store):
+        here = self.chunked and isinstance(self.store, DeviceStore) and len(self.store) > 0
+        if not here or not self.fused.begins(self.inner):
             return plan
         units, taken, left = list[Unit](), list[Piece](), list[Piece]()
         for _, group in groupby(plan, key=lambda piece: piece.number):
@@ -148,7 +149,7 @@ class Engine:
             formats = self._formats(param, Undecoded(records[0]))
         except Looked:
             return []  # a policy that wants to see numbers sees them decoded
-        return self.fused.takes(self.inner, together, records, formats)
+        return self.fused.takes(together, records, formats)
 
     def _step_row(
         self, row: Sequence[Piece], transaction: Transaction, phase: list[str], closure: Any

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from optstate_codecs.engine import Job, Session, Unit
+from optstate_codecs.engine.plan import takes
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.layout import inverse_order
-from optstate_codecs.rules import SGD, Adam, Rule
+from optstate_codecs.rules import SGD, Adam, Moment, Rule
 from optstate_codecs.scaling import gradient_factor
 from optstate_codecs.writes import parameter_write
 from optstate_wrap.plan import Piece
@@ -48,11 +50,13 @@ def rule_of(inner: Optimizer) -> Rule | None:
 
 @dataclass(eq=False)
 class _Ready:
-    """A piece as the engine steps it, and what of its record that was made from."""
+    """The pieces of a parameter as the engine steps them, and what that was made from."""
 
-    unit: Unit
+    units: list[Unit]
     values: list[Any]
     address: int
+    formats: Mapping[str, Format]
+    moments: tuple[Moment, ...]
 
 
 class Looked(LookupError):
@@ -90,77 +94,99 @@ class Fused:
     def __init__(self, wanted: bool | None, seed: int) -> None:
         self.wanted = wanted
         self.seed = seed
+        self._rule: Rule | None = None
+        self._hypers: list[Any] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of all records."""
         self._session = Session("auto")
-        self._ready: dict[tuple[Tensor, int], _Ready] = {}
+        self._ready: dict[Tensor, _Ready] = {}
         self.done: list[Unit] = []
 
+    def begins(self, inner: Optimizer) -> bool:
+        """Take up the hyper-parameters of a step; whether there is something to do for this."""
+        self._rule = rule = None if self.wanted is False else rule_of(inner)
+        if rule is not None:
+            try:
+                self._hypers = [rule.hyper({**rule.defaults(), **g}) for g in inner.param_groups]
+                return True
+            except (TypeError, ValueError):
+                pass  # what is no hyper-parameter here may be one there
+        if self._ready:
+            self.forget()
+        return False
+
     def takes(
-        self,
-        inner: Optimizer,
-        pieces: Sequence[Piece],
-        records: Sequence[Record],
-        formats: Mapping[str, Format],
+        self, pieces: Sequence[Piece], records: Sequence[Record], formats: Mapping[str, Format]
     ) -> list[Unit]:
         """All pieces of one parameter as units, or none.
 
         Args:
-            inner: the optimizer.
             pieces: of the parameter, which has a gradient.
             records: of the pieces, beside the parameter.
             formats: that its state is to have after the step, by key.
         """
-        rule, param = rule_of(inner), pieces[0].param
-        dtypes = (torch.float32, *HALF) if self.wanted else (torch.float32,)
+        rule, param = self._rule, pieces[0].param
+        assert rule is not None
+        moments = rule.moments(self._hypers[pieces[0].group])
+        values = [value for record in records for value in record.values()]
+        ready = self._ready.get(param)
         if (
-            self.wanted is False
-            or rule is None
-            or type(param) not in (Tensor, Parameter)
-            or param.dtype not in dtypes
-            or param.grad is None
-            or type(param.grad) is not Tensor
-            or param.grad.layout is not torch.strided
+            ready is not None
+            and ready.address == param.data_ptr()
+            and len(ready.values) == len(values)
+            and all(map(is_, ready.values, values))
+            and ready.formats == formats
+            and ready.moments == moments
         ):
-            return []
-        group = inner.param_groups[pieces[0].group]
-        try:
-            moments = rule.moments(rule.hyper({**rule.defaults(), **group}))
-        except (TypeError, ValueError):
-            return []  # what is no hyper-parameter here may be one there
-        names = [moment.name for moment in moments]
-        units = []
-        for piece, record in zip(pieces, records, strict=True):
-            stored = _stored(record, names, formats, isinstance(rule, Adam))
-            if stored is None:
-                return []
-            units.append(self._unit(piece, record, moments, stored))
+            return ready.units
+        units = self._units(pieces, records, formats, moments)
+        # what is not stepped here gets new records, and the old ones must not stay for this
+        self._ready.pop(param, None)
+        if units:
+            self._ready[param] = _Ready(units, values, param.data_ptr(), dict(formats), moments)
         return units
 
-    def _unit(self, piece: Piece, record: Record, moments: Any, stored: dict[str, Format]) -> Unit:
-        key, values = (piece.param, piece.part), list(record.values())
-        address = piece.param.data_ptr()
-        ready = self._ready.get(key)
-        if (
-            ready is None
-            or ready.address != address
-            or len(ready.values) != len(values)
-            or any(a is not b for a, b in zip(ready.values, values, strict=True))
-        ):
-            param = piece.data() if piece.parts > 1 else piece.param
-            state: dict[str, Any] = {"step": record.get("step")}
-            if state["step"] is None:
-                # only whether it is the first one counts, and that made the record
-                state["step"] = torch.ones(())
-            for name in stored:
-                value = record[name]
-                if isinstance(value, Coded):
-                    state |= _components(name, value)
-                else:
-                    state[name] = value
-            write = parameter_write("nearest", param.dtype)
-            places = (piece.number, piece.group, piece.start)
-            unit = Unit(param, state, moments, stored, write, self.seed, *places)
-            ready = self._ready[key] = _Ready(unit, values, address)
-        return ready.unit
+    def _units(
+        self,
+        pieces: Sequence[Piece],
+        records: Sequence[Record],
+        formats: Mapping[str, Format],
+        moments: tuple[Moment, ...],
+    ) -> list[Unit]:
+        param, grad = pieces[0].param, pieces[0].param.grad
+        dtypes = (torch.float32, *HALF) if self.wanted else (torch.float32,)
+        plain = type(param) in (Tensor, Parameter) and type(grad) is Tensor
+        if not (plain and param.dtype in dtypes and grad is not None):
+            return []
+        names, counted = [moment.name for moment in moments], isinstance(self._rule, Adam)
+        units = []
+        for piece, record in zip(pieces, records, strict=True):
+            stored = _stored(record, names, formats, counted)
+            if stored is None:
+                return []
+            unit = self._unit(piece, record, moments, stored)
+            # elsewhere than on a CPU, what the kernel does not take is no faster
+            if param.device.type != "cpu" and not takes(unit, piece.gradient()):
+                return []
+            units.append(unit)
+        return units
+
+    def _unit(
+        self, piece: Piece, record: Record, moments: tuple[Moment, ...], stored: dict[str, Format]
+    ) -> Unit:
+        param = piece.data() if piece.parts > 1 else piece.param
+        # where it is not kept, only whether a step is the first one counts: one made the record
+        state: dict[str, Any] = {"step": record.get("step", None)}
+        if state["step"] is None:
+            state["step"] = torch.ones(())
+        for name in stored:
+            value = record[name]
+            state |= _components(name, value) if isinstance(value, Coded) else {name: value}
+        write = parameter_write("nearest", param.dtype)
+        places = (piece.number, piece.group, piece.start)
+        return Unit(param, state, moments, stored, write, self.seed, *places)
 
     def step(
         self, inner: Optimizer, units: Sequence[Unit], pieces: Sequence[Piece], draw: int
@@ -170,29 +196,29 @@ class Fused:
         Where it raises, the others are as they were.
         """
         self.done = []
-        rule = rule_of(inner)
-        assert rule is not None
+        assert self._rule is not None
         grads = [piece.gradient() for piece in pieces]
         scale = getattr(inner, "grad_scale", None)
         job = Job(
-            rule,
+            self._rule,
             units,
             grads,
-            [rule.hyper({**rule.defaults(), **group}) for group in inner.param_groups],
+            self._hypers,
             [grad.data_ptr() for grad in grads],
             gradient_factor(grads, scale, None)[0],
             getattr(inner, "found_inf", None),
             draw=draw,
         )
-        counts = [unit.state["step"].clone() for unit in units]
+        steps = [unit.state["step"] for unit in units]
+        counts = torch._foreach_mul(steps, 1.0)
         self.done = job.done
         try:
             self._session.step(job)
         except BaseException:
             stepped = set(map(id, job.done))
-            for unit, count in zip(units, counts, strict=True):
+            for unit, step, count in zip(units, steps, counts, strict=True):
                 if id(unit) not in stepped:
-                    unit.state["step"].copy_(count)
+                    step.copy_(count)
             raise
         # where the host skips a step, all are as they should be
         self.done = list(units)

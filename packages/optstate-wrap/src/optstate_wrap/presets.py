@@ -67,7 +67,7 @@ def variance_codec(mode: AnyCodec) -> Codec:
     if mode == "fp16":
         return BF16Codec()
     if mode == "int8":
-        return Codec(Minifloat.second_moment8())
+        return Codec(Minifloat.second_moment8(256))
     return mode if isinstance(mode, Codec) else Codec(mode)
 
 

@@ -185,6 +185,7 @@ class OptimizerWrapper(Optimizer):
     def state(self, value: Mapping[Any, dict[str, Any]]) -> None:
         new = dict(value)
         self.engine.store.clear()
+        self.engine.fused.forget()
         self.engine.extra = {}
         self.state.update(new)
 
@@ -285,6 +286,7 @@ class OptimizerWrapper(Optimizer):
         state.update({param: self.state[param] for param in self.state})
         self.inner.state = state
         self.engine.store.clear()
+        self.engine.fused.forget()
         self.engine.extra = {}
         return self.inner
 

@@ -21,7 +21,7 @@ from optstate_codecs.formats import Format
 from optstate_codecs.rounding import stream_key
 from optstate_codecs.writes import MASTER
 
-__all__ = ["COLUMNS", "MOMENT_SLOTS", "Bucket", "build_buckets"]
+__all__ = ["COLUMNS", "MOMENT_SLOTS", "Bucket", "build_buckets", "takes"]
 
 # columns of the table of tensors: see triton/kernel.py
 COLUMNS = 15
@@ -91,7 +91,7 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
         function = job.rule.device_function(job.hypers[unit.group])
         stored = unit.bound
         formats = tuple(stored[moment.name] for moment in unit.moments)
-        if function is None or not _fits(unit, grad, formats, job.rule.delivers):
+        if function is None or not takes(unit, grad, job.rule.delivers):
             left.append(place)
         else:
             dtypes = (unit.param.dtype, grad.dtype)
@@ -128,8 +128,10 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
     return buckets, left
 
 
-def _fits(unit: Unit, grad: Tensor, formats: tuple[Format, ...], delivers: bool) -> bool:
-    """Whether the kernel can step this unit."""
+def takes(unit: Unit, grad: Tensor, delivers: bool = False) -> bool:
+    """Whether the kernel can step this unit; ``delivers`` is its rule's."""
+    stored = unit.bound
+    formats = [stored[moment.name] for moment in unit.moments]
     param, functions = unit.param, [f.device_functions for f in formats]
     return (
         len(formats) <= MOMENT_SLOTS
