@@ -10,7 +10,10 @@ from torch.nn import Parameter
 from optstate_wrap import ConfigurablePolicy, OptimizerWrapper, Policy, StepError
 
 SHAPES = ((96, 50), (37,), (2100,), (8, 3, 5, 5))
-TWO = {"exp_avg": "int8(rounding=stochastic, units=update)", "exp_avg_sq": "oneq(bits=8)"}
+TWO = {
+    "exp_avg": "int8(rounding=stochastic, units=update)",
+    "exp_avg_sq": "oneq(bits=8, block_size=256)",
+}
 FORMATS = {
     "int8": {"exp_avg": "int8"},
     "update-exact-second": {"exp_avg": "int8(rounding=stochastic, units=update)"},
@@ -191,15 +194,18 @@ def test_resumes_bit_for_bit_and_copies_go_their_own_way() -> None:
             assert torch.equal(expected, got)
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_an_exception_leaves_all_before_or_after(after, monkeypatch) -> None:
+@pytest.mark.parametrize("when", ["before", "counted", "after"])
+def test_an_exception_leaves_all_before_or_after(when, monkeypatch) -> None:
     run = Run(ADAMW, ConfigurablePolicy(TWO), 1024).run(3)
-    session = run.optimizer.engine.fused._session
+    session, after = run.optimizer.engine.fused._session, when == "after"
     original = session.step
 
     def failing(job):
         if after:
             original(job)
+        if when == "counted":
+            for unit in job.units[1:]:
+                unit.state["step"] += 1
         raise OSError("no more")
 
     expected = copy.deepcopy(run).run(1 if after else 0)

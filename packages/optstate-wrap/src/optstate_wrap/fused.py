@@ -210,15 +210,15 @@ class Fused:
             draw=draw,
         )
         steps = [unit.state["step"] for unit in units]
-        counts = torch._foreach_mul(steps, 1.0)
+        versions = [step._version for step in steps]
         self.done = job.done
         try:
             self._session.step(job)
         except BaseException:
             stepped = set(map(id, job.done))
-            for unit, step, count in zip(units, steps, counts, strict=True):
-                if id(unit) not in stepped:
-                    step.copy_(count)
+            for unit, step, version in zip(units, steps, versions, strict=True):
+                if id(unit) not in stepped and step._version != version:
+                    step.sub_(1.0)  # it was counted before it could be taken
             raise
         # where the host skips a step, all are as they should be
         self.done = list(units)
