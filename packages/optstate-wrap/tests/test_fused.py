@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from optstate_wrap import ConfigurablePolicy, OptimizerWrapper, Policy, StepError
+from optstate_wrap import (
+    ConfigurablePolicy,
+    OptimizerWrapper,
+    Policy,
+    StepError,
+    wrap_low_memory_adamw,
+    wrap_max_compression_adamw,
+)
 
 SHAPES = ((96, 50), (37,), (2100,), (8, 3, 5, 5))
 TWO = {
@@ -155,6 +162,23 @@ class Counts(Policy):
 def test_where_it_is_done(make, policy, options, taken) -> None:
     run = Run(make, policy, **options).run(3)
     assert bool(run.fused_parameters) is taken
+
+
+@pytest.mark.parametrize("variance", ["fp16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_presets_step_every_dtype_in_it(dtype, variance) -> None:
+    param = Parameter(torch.randn(64, 64).to(dtype))
+    low = partial(wrap_low_memory_adamw, warmup_steps=1, variance_mode=variance)
+    for make in (low, wrap_max_compression_adamw):
+        # smaller ones are zero in float16, where the first steps are torch's
+        optimizer = make([param], lr=1e-3, eps=1e-4)
+        for _ in range(4):
+            before = param.detach().clone()
+            param.grad = torch.randn_like(param)
+            optimizer.step()
+        assert optimizer.engine.fused._ready[param].units
+        moved = (param.detach().double() - before.double()).abs().max()
+        assert 0 < moved < 0.02
 
 
 def test_new_hyperparameters_and_weights_reach_it() -> None:

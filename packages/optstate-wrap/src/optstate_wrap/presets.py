@@ -114,6 +114,9 @@ def wrap_low_memory_adamw(
 ) -> OptimizerWrapper:
     """``torch.optim.AdamW`` with int8 first moments and 16-bit second moments: 24 bits.
 
+    Coded parameters are stepped by the codecs' engine, bfloat16 and float16 ones in float32
+    arithmetic: ``fused=True`` of ``OptimizerWrapper``.
+
     Args:
         params: of ``torch.optim.AdamW``.
         lr: learning rate.
@@ -136,7 +139,8 @@ def wrap_low_memory_adamw(
         warmup_steps, variance_mode, min_int8_elements, small_tensor_codec, device_resident
     )
     inner = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, **adamw_kwargs)
-    return wrap(inner, policy, chunk_size, chunk_size_on_cuda, initial_chunk_size, pin_memory)
+    sizes = (chunk_size, chunk_size_on_cuda, initial_chunk_size)
+    return wrap(inner, policy, *sizes, pin_memory, fused=True)
 
 
 class MaxCompressionPolicy(ConfigurablePolicy):
@@ -173,6 +177,8 @@ def wrap_max_compression_adamw(
 ) -> OptimizerWrapper:
     """``torch.optim.AdamW`` with 4 bits for each moment: 8.25 bits of state for a parameter.
 
+    Coded parameters are stepped as ``wrap_low_memory_adamw`` steps them.
+
     Args:
         params: of ``torch.optim.AdamW``.
         lr: learning rate.
@@ -189,4 +195,5 @@ def wrap_max_compression_adamw(
     """
     inner = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, **adamw_kwargs)
     policy = MaxCompressionPolicy(device_resident)
-    return wrap(inner, policy, chunk_size, chunk_size_on_cuda, initial_chunk_size, pin_memory)
+    sizes = (chunk_size, chunk_size_on_cuda, initial_chunk_size)
+    return wrap(inner, policy, *sizes, pin_memory, fused=True)
