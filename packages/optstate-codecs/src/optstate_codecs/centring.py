@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.device import kernels_run
-from optstate_codecs.layout import storage_order
+from optstate_codecs.layout import is_dense, storage_order
 
 __all__ = ["Centres", "centre_shape", "find_centres"]
 
@@ -74,12 +74,11 @@ def find_centres(grads: Sequence[Tensor], shares: Sequence[float]) -> Centres | 
 
 def _kernel_takes(grad: Tensor) -> bool:
     """Whether the rows of ``grad`` are dense and follow each other, where the kernel runs."""
-    order = storage_order(grad)
     return (
         kernels_run(grad.device)
         and grad.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and order[0] == 0
-        and grad.permute(order).is_contiguous()
+        and storage_order(grad)[0] == 0
+        and is_dense(grad)
     )
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "bound",
     "empty_state",
     "inverse_order",
+    "is_dense",
     "same_order",
     "slices",
     "storage_order",
@@ -55,6 +56,12 @@ def storage_order(tensor: Tensor) -> tuple[int, ...]:
         if not tensor.is_contiguous()
         else range(tensor.dim())
     )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a strided tensor's elements follow each other in memory, in its storage order."""
+    # contiguous ones first: permuting costs more host time than a launch has
+    return tensor.is_contiguous() or tensor.permute(storage_order(tensor)).is_contiguous()
 
 
 def bound(formats: Mapping[str, Format], tensor: Tensor) -> dict[str, Format]:

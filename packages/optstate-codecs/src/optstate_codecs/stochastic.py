@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.device import kernels_run
-from optstate_codecs.layout import FlatView, slices, storage_order
+from optstate_codecs.layout import FlatView, is_dense, slices, storage_order
 from optstate_codecs.rounding import Draw, stochastic_round_bf16
 
 __all__ = ["SOURCES", "round_"]
@@ -81,7 +81,7 @@ def _kernel_takes(target: Tensor, source: Tensor) -> bool:
         and type(target) in plain
         and type(source) in plain
         and target.stride() == source.stride()
-        and (target.is_contiguous() or target.permute(storage_order(target)).is_contiguous())
+        and is_dense(target)
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optstate_codecs.layout import storage_order
+from optstate_codecs.layout import is_dense, storage_order
 
 __all__ = ["Piece", "chunks", "default_chunk", "pieces"]
 
@@ -110,11 +110,7 @@ def pieces(groups: Sequence[Mapping[str, Any]], size: int, splittable: bool) -> 
 
 
 def _divisible(param: Tensor) -> bool:
-    return (
-        type(param) in (Tensor, Parameter)
-        and param.layout is torch.strided
-        and param.permute(storage_order(param)).is_contiguous()
-    )
+    return type(param) in (Tensor, Parameter) and param.layout is torch.strided and is_dense(param)
 
 
 def chunks(of: Iterable[Piece], size: int) -> list[list[Piece]]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.layout import storage_order
+from optstate_codecs.layout import is_dense
 
-__all__ = ["Scratch"]
+__all__ = ["Scratch", "movable"]
 
 BLOCK = 1 << 20
 ALIGNMENT = 64
@@ -30,7 +30,7 @@ class Scratch:
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """A copy, good until ``reset``."""
-        if not _dense(tensor):
+        if not movable(tensor):
             return tensor.clone()
         where = tensor.device
         blocks = self._blocks.setdefault(where, [])
@@ -65,9 +65,6 @@ class Scratch:
         return {"_blocks": {}, "_used": {}}
 
 
-def _dense(tensor: Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided
-        and not hasattr(tensor, "to_local")
-        and (tensor.is_contiguous() or bool(tensor.permute(storage_order(tensor)).is_contiguous()))
-    )
+def movable(tensor: Tensor) -> bool:
+    """Whether a tensor can be copied as a row of bytes: neither sparse, sharded nor with gaps."""
+    return tensor.layout is torch.strided and not hasattr(tensor, "to_local") and is_dense(tensor)

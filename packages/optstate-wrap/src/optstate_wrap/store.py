@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.layout import storage_order
 from optstate_wrap.plan import Piece
 from optstate_wrap.record import Coded, Record
+from optstate_wrap.scratch import movable
 
 __all__ = ["DeviceStore", "Held", "HostStore", "Store", "make_store"]
 
@@ -158,16 +158,8 @@ def _movable(record: Record) -> Iterator[Tensor]:
     for value in record.values():
         if isinstance(value, Coded):
             yield from value.parts
-        elif isinstance(value, Tensor) and value.dim() > 0 and _dense(value):
+        elif isinstance(value, Tensor) and value.dim() > 0 and movable(value):
             yield value
-
-
-def _dense(tensor: Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided
-        and not hasattr(tensor, "to_local")
-        and tensor.permute(storage_order(tensor)).is_contiguous()
-    )
 
 
 def _put(record: Record, moved: dict[int, Tensor]) -> Record:

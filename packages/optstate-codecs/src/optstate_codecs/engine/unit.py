@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optstate_codecs.centring import Centres
 from optstate_codecs.formats import Format
-from optstate_codecs.layout import Declaration, bound, same_order, storage_order
+from optstate_codecs.layout import Declaration, bound, is_dense, same_order
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.writes import MASTER, Write
 
@@ -65,7 +65,7 @@ class Unit:
         """Whether parameter, gradient and state are dense and lie alike, element after element."""
         return (
             self.param.stride() == grad.stride()
-            and self.param.permute(storage_order(self.param)).is_contiguous()
+            and is_dense(self.param)
             and all(
                 same_order(self.state[c.key(name)], c, self.param)
                 for name, declared in self.stored.items()
