@@ -244,8 +244,9 @@ class CodedOptimizer(torch.optim.Optimizer):
                 return
         factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
         units = self._current_units(places, kept)
-        shares = [self.param_groups[place[1]]["centralization"] for place in places]
-        centres = find_centres(grads, shares)
+        centres, shares = None, [group["centralization"] for group in self.param_groups]
+        if any(shares):
+            centres = find_centres(grads, [shares[place[1]] for place in places])
         job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf, centres)
         self._session.step(job)
 

@@ -48,6 +48,13 @@ def stream_key(seed: int, param: int, word: int) -> tuple[int, int]:
     return keys[0], keys[1]
 
 
+@lru_cache(maxsize=1 << 14)
+def packed_key(seed: int, param: int, word: int) -> int:
+    """``stream_key`` as a kernel's table has it: both halves in an int64, the first one low."""
+    low, high = stream_key(seed, param, word)
+    return (low | high << 32) - (high >> 31 << 64)
+
+
 def step_key(key: tuple[int, int], step: int) -> tuple[int, int]:
     """Fold the step count into a stream key; a kernel repeats this on the device."""
     step &= ~1

@@ -18,7 +18,7 @@ from optstate_codecs.centring import centre_shape
 from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.engine.work import work_table
 from optstate_codecs.formats import Format
-from optstate_codecs.rounding import stream_key
+from optstate_codecs.rounding import packed_key
 from optstate_codecs.writes import MASTER
 
 __all__ = ["COLUMNS", "MOMENT_SLOTS", "Bucket", "build_buckets", "takes"]
@@ -165,9 +165,7 @@ def _tables(
             parts = [unit.state[c.key(moment.name)].data_ptr() for c in format.components]
             row += [parts[0], parts[-1]]
         row += [0] * (2 + 2 * MOMENT_SLOTS - len(row))
-        for word in (0, 1):
-            low, high = stream_key(unit.seed, unit.index, word)
-            row.append((low | high << 32) - (high >> 31 << 64))
+        row += [packed_key(unit.seed, unit.index, word) for word in (0, 1)]
         corrections = [unit.state[c.key(MASTER)].data_ptr() for c in unit.write.components]
         row += corrections or [0]
         row += [centres[number], *centre_shape(unit.param)] if centres else [0, 1, 1]

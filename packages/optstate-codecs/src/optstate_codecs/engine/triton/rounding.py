@@ -8,7 +8,6 @@ the device, from the addresses and what is left, so that tensors of any size sha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from optstate_codecs.device import half, hash_tile, jit, tl, to_bf16_bits_stocha
 from optstate_codecs.engine.triton.kernel import _load_real, _pointer
 from optstate_codecs.engine.triton.launch import ELEMENTS_PER_WARP, _type
 from optstate_codecs.engine.work import kept_work_table, on, uploaded
-from optstate_codecs.rounding import stream_key
+from optstate_codecs.rounding import packed_key
 
 __all__ = ["launch", "round_kernel"]
 
@@ -73,13 +72,6 @@ def round_kernel(  # type: ignore[no-untyped-def]
         _round_tile(entry, start, rest, ADD, SOURCE_TYPE, SOURCE_BF16, 1, TILE)
 
 
-@lru_cache(maxsize=1 << 14)
-def _key(seed: int, number: int, word: int) -> int:
-    """A stream key as the table holds it: both halves in an int64."""
-    low, high = stream_key(seed, number, word)
-    return (low | high << 32) - (high >> 31 << 64)
-
-
 def launch(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
@@ -99,7 +91,7 @@ def launch(
     for size, target, source, number, count in zip(
         sizes, targets, sources, numbers, counts, strict=True
     ):
-        key = _key(seed, number, stream // 2)
+        key = packed_key(seed, number, stream // 2)
         rows += [size, target.data_ptr(), source.data_ptr(), key, count]
     work = kept_work_table(tuple([-(-size // TILE) for size in sizes]), device)
     if not work.shape[0]:
