@@ -14,10 +14,8 @@ Results are printed and written as JSON.
 import argparse
 import importlib
 import json
-import platform
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 
 import torch
 from layouts import LAYOUTS
-from step_time import RESULTS, copy_bandwidth, milliseconds, processor, temporary_bytes
+from step_time import RESULTS, copy_bandwidth, milliseconds, surroundings, temporary_bytes
 from torch import Tensor, nn
 
 from stochbf16 import StochasticAccumulator
@@ -202,16 +200,9 @@ def main() -> None:
     device = torch.device(args.device)
     bandwidth = copy_bandwidth(device)
     report: dict[str, Any] = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": processor(device),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **surroundings(device, args.repeats, bandwidth),
         "torchastic": metadata.version("torchastic") if peer() is not None else None,
-        "repeats": args.repeats,
         "bucket_bytes": BUCKET,
-        "copy_bandwidth_gb_s": bandwidth / 1e9,
         "times": [],
         "errors": [],
     }

@@ -104,6 +104,20 @@ def processor(device: torch.device) -> str:
         return "cpu"
 
 
+def surroundings(device: torch.device, repeats: int, bandwidth: float) -> dict[str, Any]:
+    """When and on what a result was measured."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": processor(device),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "repeats": repeats,
+        "copy_bandwidth_gb_s": bandwidth / 1e9,
+    }
+
+
 def measure(
     make: Make, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device, n: int
 ) -> dict[str, Any]:
@@ -153,14 +167,7 @@ def main() -> None:
     device = torch.device(args.device)
     bandwidth = copy_bandwidth(device)
     report: dict[str, Any] = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": processor(device),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "repeats": args.repeats,
-        "copy_bandwidth_gb_s": bandwidth / 1e9,
+        **surroundings(device, args.repeats, bandwidth),
         "versions": {name: version for name, (_, version) in available.items()},
         "rows": [],
     }

@@ -14,6 +14,7 @@ from optstate_codecs.engine import Unit
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_wrap.codecs import as_codec
+from optstate_wrap.delegate import own_step
 from optstate_wrap.fused import Fused, Looked, Undecoded
 from optstate_wrap.parts import cut, joined
 from optstate_wrap.plan import Piece, chunks, pieces
@@ -291,12 +292,6 @@ def length(record: Record) -> int:
         if isinstance(tensor, Tensor) and tensor.dim():
             return tensor.numel()
     return 0
-
-
-def own_step(inner: Optimizer) -> Callable[..., Any]:
-    """The optimizer's ``step`` without the hooks that torch puts around it."""
-    step = type(inner).step
-    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
+from optstate_wrap.delegate import Delegate, own_step
 from optstate_wrap.policies import AnyCodec, ConfigurablePolicy, Policy
 from optstate_wrap.wrapper import OptimizerWrapper
 
@@ -49,7 +50,7 @@ class OffloadOptimizer(OptimizerWrapper):
         super().__init__(optimizer, policy, store=store, **options)
 
 
-class CPUOffloadOptimizer(Optimizer):
+class CPUOffloadOptimizer(Delegate):
     """Steps large parameters on the host, whose state and copies of parameters never leave it.
 
     ``param_groups`` are the user's, with the user's parameters; the inner optimizer has the very
@@ -81,32 +82,7 @@ class CPUOffloadOptimizer(Optimizer):
         self.minimal_size = minimal_size
         self.inner = optimizer_class(params, **kwargs)
         self._copies: dict[Tensor, Parameter] = {}
-        self._start()
-
-    def _start(self) -> None:
-        self._warned_capturable_if_run_uncaptured = True
-        for name in list(vars(self.inner)):
-            if name.startswith("_optimizer_"):
-                setattr(self, name, getattr(self.inner, name))
-        self._patch_step_function()
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's groups, with the user's parameters."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's defaults."""
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.inner.defaults = value
+        self._share()
 
     @property
     def state(self) -> Any:  # type: ignore[override]
@@ -145,9 +121,7 @@ class CPUOffloadOptimizer(Optimizer):
         try:
             for group, params in zip(groups, lists, strict=True):
                 group["params"] = [host.get(p, p) for p in params]
-            own = type(self.inner).step
-            own = own.__wrapped__ if getattr(own, "hooked", False) else own  # type: ignore[attr-defined]
-            own(self.inner)
+            own_step(self.inner)(self.inner)
             for param, copy in host.items():
                 if copy.grad is not None:
                     param.copy_(copy)
@@ -201,4 +175,4 @@ class CPUOffloadOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._copies = {}
-        self._start()
+        self._share()

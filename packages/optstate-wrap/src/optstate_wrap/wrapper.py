@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from optstate_codecs import checks
 from optstate_wrap import checkpoint
+from optstate_wrap.delegate import Delegate
 from optstate_wrap.engine import Engine
 from optstate_wrap.plan import LEAST, default_chunk
 from optstate_wrap.policies import Policy, WarmupPolicy
@@ -22,21 +23,8 @@ from optstate_wrap.view import StateView
 
 __all__ = ["OptimizerWrapper"]
 
-# both have the very same dicts, so that a hook fires once, whichever it was given to
-HOOKS = tuple(
-    f"_optimizer_{name}_hooks"
-    for name in (
-        "step_pre",
-        "step_post",
-        "state_dict_pre",
-        "state_dict_post",
-        "load_state_dict_pre",
-        "load_state_dict_post",
-    )
-)
 
-
-class OptimizerWrapper(Optimizer):
+class OptimizerWrapper(Delegate):
     """Keeps the state of any optimizer coded, and decodes it chunk by chunk for the step.
 
     ``param_groups`` and ``defaults`` are the inner optimizer's own objects; ``state`` is a view
@@ -130,13 +118,6 @@ class OptimizerWrapper(Optimizer):
         for param, state in existing.items():
             self.state[param] = state
 
-    def _share(self) -> None:
-        """Take the inner optimizer's hooks for one's own."""
-        self._warned_capturable_if_run_uncaptured = True
-        for name in HOOKS:
-            setattr(self, name, getattr(self.inner, name))
-        self._patch_step_function()
-
     def examine(self) -> None:
         """Find out what the inner optimizer allows with the hyper-parameters that it has now.
 
@@ -157,24 +138,6 @@ class OptimizerWrapper(Optimizer):
                 )
         self.engine.chunked = self.findings.chunked
         self.engine.splittable = self.findings.splittable
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's groups."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's defaults."""
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.inner.defaults = value
 
     @property
     def state(self) -> Any:
