@@ -222,7 +222,7 @@ def test_resumes_bit_for_bit_and_copies_go_their_own_way() -> None:
 def test_an_exception_leaves_all_before_or_after(when, monkeypatch) -> None:
     run = Run(ADAMW, ConfigurablePolicy(TWO), 1024).run(3)
     session, after = run.optimizer.engine.fused._session, when == "after"
-    original = session.step
+    original = session._run
 
     def failing(job):
         if after:
@@ -230,10 +230,11 @@ def test_an_exception_leaves_all_before_or_after(when, monkeypatch) -> None:
         if when == "counted":
             for unit in job.units[1:]:
                 unit.state["step"] += 1
+                job.counted.append(unit)
         raise OSError("no more")
 
     expected = copy.deepcopy(run).run(1 if after else 0)
-    monkeypatch.setattr(session, "step", failing)
+    monkeypatch.setattr(session, "_run", failing)
     with pytest.raises(
         StepError, match=r"step stopped in chunk 1 of 1 \(fused\): OSError"
     ) as caught:

@@ -209,17 +209,8 @@ class Fused:
             getattr(inner, "found_inf", None),
             draw=draw,
         )
-        steps = [unit.state["step"] for unit in units]
-        versions = [step._version for step in steps]
         self.done = job.done
-        try:
-            self._session.step(job)
-        except BaseException:
-            stepped = set(map(id, job.done))
-            for unit, step, version in zip(units, steps, versions, strict=True):
-                if id(unit) not in stepped and step._version != version:
-                    step.sub_(1.0)  # it was counted before it could be taken
-            raise
+        self._session.step(job)
         # where the host skips a step, all are as they should be
         self.done = list(units)
 

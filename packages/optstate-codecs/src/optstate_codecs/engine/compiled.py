@@ -142,6 +142,7 @@ def _run(job: Job, built: Loops, members: list[tuple[int, _Standing]]) -> None:
     """Step units of the same loops in one call."""
     units = [job.units[place] for place, _ in members]
     torch._foreach_add_([unit.state["step"] for unit in units], 1.0)
+    job.counted += units
     factor = 1.0 if job.factor is None else float(job.factor)
     table: list[int] = []
     scalars: list[Any] = []

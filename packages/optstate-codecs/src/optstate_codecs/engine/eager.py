@@ -43,6 +43,7 @@ def step(job: Job) -> None:
         return
     for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
         unit.state["step"] += 1
+        job.counted.append(unit)
         centre = None if job.centres is None else job.centres.of(place, grad)
         _step_unit(unit, grad, job.rule, job.hypers[unit.group], job.factor, centre, job.draw)
         job.done.append(unit)

@@ -1,7 +1,7 @@
 """Which tensors a launch steps together, and the tables that say where they lie.
 
-A bucket holds the units that one kernel can step: same device, dtypes, formats, rule options and
-write, all dense in storage order. Everything but gradient addresses and scalars is built once and
+A bucket holds the units that one kernel can step: same device, dtypes, formats, rule options,
+write and stage, all dense in storage order. Everything but gradient addresses and scalars is built once and
 kept until a tensor's identity changes.
 """
 
@@ -49,6 +49,7 @@ class Bucket:
             access 16 bytes at once.
         full: whether tensors end where tiles end, so that a kernel need mask nothing.
         centred: whether something is subtracted from gradients.
+        stage: of all units.
         tensors: int64 [units, COLUMNS].
         work: int32 [tiles, 2], the tensor and the tile's place in it.
     """
@@ -64,6 +65,7 @@ class Bucket:
     aligned: bool
     full: bool
     centred: bool
+    stage: int
     tensors: Tensor
     work: Tensor
 
@@ -100,12 +102,13 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
             assert shape is not None
             ends = _aligned(unit, grad), unit.param.numel() % (shape[0] * shape[1]) == 0
             centred = job.centres is not None and job.centres.places[place] >= 0
-            key = (devices, dtypes, formats, function, unit.write, shape, ends, centred)
+            looks = (unit.write, shape, ends, centred, unit.stage)
+            key = (devices, dtypes, formats, function, *looks)
             members.setdefault(key, []).append(place)
     deliver = job.rule.device_deliver() if job.rule.delivers else None
     buckets = []
-    for (devices, dtypes, formats, function, _, shape, ends, centred), places in members.items():
-        (rows, block), (aligned, full) = shape, ends
+    for (devices, dtypes, formats, function, *looks), places in members.items():
+        _, (rows, block), (aligned, full), centred, stage = looks
         units = [job.units[place] for place in places]
         begins = [job.centres.places[p] for p in places] if centred and job.centres else None
         tables = _tables(units, formats, rows * block, devices[0], begins)
@@ -122,6 +125,7 @@ def build_buckets(job: Job) -> tuple[list[Bucket], list[int]]:
                 aligned,
                 full,
                 centred,
+                stage,
                 *tables,
             )
         )

@@ -102,16 +102,26 @@ class Session:
         """Step every unit of the job."""
         if not job.units:
             return
-        if not self._kernel_runs(job):
-            if not self._loops_run(job):
-                eager.step(job)
+        try:
+            self._run(job)
+        except BaseException:
+            job.uncount()
+            raise
+
+    def _run(self, job: Job) -> None:
+        if self._kernel_runs(job):
+            self._launch(self._plan(job), job)
             return
-        plan = self._plan(job)
-        left = plan.left
-        if left:
-            eager.step(job.part(left))
-        if plan.buckets:
-            self._launch(plan, job)
+        if self._skipped(job):
+            return
+        for stage, part in job.stages():
+            with job.around(stage):
+                if not self._loops_run(part):
+                    eager.step(part)
+
+    @staticmethod
+    def _skipped(job: Job) -> bool:
+        return job.staging is not None and job.found_inf is not None and bool(job.found_inf)
 
     def _kernel_runs(self, job: Job) -> bool:
         cuda = all(unit.param.is_cuda for unit in job.units)
@@ -180,28 +190,31 @@ class Session:
     def _launch(self, plan: Plan, job: Job) -> None:
         from optstate_codecs.engine.triton.launch import launch
 
-        if capturing() and not any(plan is kept for kept in self._captured):
+        if capturing() and plan.buckets and not any(plan is kept for kept in self._captured):
             if any(table.on_host for table in plan.tables):
                 raise needs_warm_up("step counts are on the host, since capturable was False")
             self._captured.append(plan)
+        launches: dict[int, list[tuple[Bucket, tuple[Any, ...]]]] = {}
         for table in plan.tables:
             factor, found_inf = table.beside(job.factor), table.beside(job.found_inf)
             if not table.advance(found_inf):
-                continue
+                continue  # nothing of it is launched
             grads = table.addresses(plan.addresses)
             rows = table.values(job.rule, job.hypers, job.draw)
             for bucket, start, stop in table.buckets:
-                launch(
-                    bucket,
-                    plan.constants[id(bucket)],
-                    grads[start:stop],
-                    table.row_of[start:stop],
-                    rows,
-                    job.centres.values.get(bucket.tensors.device) if job.centres else None,
-                    factor,
-                    found_inf,
-                )
-                job.done += bucket.units
+                scalars = (grads[start:stop], table.row_of[start:stop], rows)
+                centres = job.centres.values.get(bucket.tensors.device) if job.centres else None
+                given = (*scalars, centres, factor, found_inf)
+                launches.setdefault(bucket.stage, []).append((bucket, given))
+                job.counted += bucket.units
+        left = dict(job.part(plan.left).stages()) if plan.left else {}
+        for stage in sorted({*launches, *left}):
+            with job.around(stage):
+                if stage in left:
+                    eager.step(left[stage])
+                for bucket, given in launches.get(stage, ()):
+                    launch(bucket, plan.constants[id(bucket)], *given)
+                    job.done += bucket.units
 
 
 def _tables(buckets: list[Bucket]) -> list[RowTable]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ class Unit:
         group: the number of its param group.
         offset: the place of the first element in what random numbers are counted over: not 0 where
             the parameter is a part of a larger one. A multiple of 16.
+        stage: units of one stage are stepped together, and stages one after the other.
     """
 
     param: Tensor
@@ -45,6 +47,7 @@ class Unit:
     index: int = 0
     group: int = 0
     offset: int = 0
+    stage: int = 0
 
     @property
     def bound(self) -> dict[str, Format]:
@@ -88,7 +91,9 @@ class Job:
         centres: what is subtracted from gradients before that, or None.
         draw: what keys random numbers in place of the step counts, or None.
         done: units that have been stepped, for who wants to know after an exception.
+        counted: units whose step count has been raised.
         found_inf: non-zero where the step is to be skipped, or None; read on its device.
+        staging: what is around the stepping of a stage: brings its state, and takes it back.
     """
 
     rule: Rule
@@ -101,6 +106,29 @@ class Job:
     centres: Centres | None = None
     draw: int | None = None
     done: list[Unit] = field(default_factory=list)
+    counted: list[Unit] = field(default_factory=list)
+    staging: Callable[[int], AbstractContextManager[object]] | None = None
+
+    def around(self, stage: int) -> AbstractContextManager[object]:
+        """What a stage is stepped in."""
+        return nullcontext() if self.staging is None else self.staging(stage)
+
+    def stages(self) -> Iterator[tuple[int, Job]]:
+        """The stages in order, each with its share of the step."""
+        members: dict[int, list[int]] = {}
+        for place, unit in enumerate(self.units):
+            members.setdefault(unit.stage, []).append(place)
+        for stage, places in sorted(members.items()):
+            yield stage, self if len(members) == 1 else self.part(places)
+
+    def uncount(self) -> None:
+        """Put back the counts of units that were to be stepped and have not been."""
+        stepped = set(map(id, self.done))
+        for unit in self.counted:
+            if id(unit) not in stepped:
+                step = unit.state["step"]
+                skipped = 0.0 if self.found_inf is None else (self.found_inf != 0).to(step)
+                step.sub_(1.0 - skipped)
 
     def part(self, places: Sequence[int]) -> Job:
         """The same step of the units at ``places`` only."""
