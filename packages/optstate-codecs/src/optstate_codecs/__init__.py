@@ -24,6 +24,7 @@ from optstate_codecs.memory import (
     state_bytes,
 )
 from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.places import offload
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
 from optstate_codecs.state import decode_state, master_weights
@@ -48,6 +49,7 @@ __all__ = [
     "decode_state",
     "master_weights",
     "memory_report",
+    "offload",
     "parse_format",
     "predicted_state_bytes",
     "state_bytes",

@@ -110,7 +110,11 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                     decoded = _decoded(param, stored, source, moments, order)
                     moved = encode_state(param, decoded, moments, formats, counter)
                 write = parameter_write(optimizer.write, param.dtype)
-                state[param] = {"step": step, **moved, **_correction(write, param, stored)}
+                moved |= _correction(write, param, stored)
+                if optimizer.home is not None:
+                    # one parameter after the other: there may be no room for all beside them
+                    moved = {key: part.to(optimizer.home) for key, part in moved.items()}
+                state[param] = {"step": step, **moved}
                 rounded += CORRECTION in stored and not write.components
                 loaded.append((param, state[param], counts_on_device(group)))
             index += 1
@@ -223,7 +227,8 @@ def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> di
     """What ``write`` keeps of ``param``: zeros, the parameter as it is, where none was saved."""
     if not isinstance(write, SplitMaster):
         return {}
-    kept = empty_state(param, *write.components)
+    (component,) = write.components
+    kept = empty_state(param, component)
     if CORRECTION in stored:
         kept.copy_(write.convert(stored[CORRECTION]))
     return {CORRECTION: kept}

@@ -145,14 +145,18 @@ def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-def empty_state(param: Tensor, component: Component) -> Tensor:
-    """A zeroed component for a moment of ``param``, in the parameter's storage order."""
+def empty_state(param: Tensor, component: Component, device: torch.device | None = None) -> Tensor:
+    """A zeroed component for a moment of ``param``, in the parameter's storage order.
+
+    It is beside the parameter, or on ``device``.
+    """
+    device = device or param.device
     if not component.per_element:
         shape = component.shape(param.shape)
-        return torch.zeros(shape, dtype=component.dtype, device=param.device)
+        return torch.zeros(shape, dtype=component.dtype, device=device)
     order = storage_order(param)
     ordered = [param.shape[d] for d in order]
-    zeros = torch.zeros(ordered, dtype=component.dtype, device=param.device)
+    zeros = torch.zeros(ordered, dtype=component.dtype, device=device)
     return zeros.permute(inverse_order(order))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from optstate_codecs.rules import Rule
 from optstate_codecs.scaling import gradient_factor, nonfinite
 from optstate_codecs.state import counts_on_device, initial_state, share_steps
 from optstate_codecs.writes import MASTER, WRITES, parameter_write
+
+if TYPE_CHECKING:
+    from optstate_codecs.places.offload import Offload
+    from optstate_codecs.places.stream import Stream
 
 __all__ = ["CodedOptimizer"]
 
@@ -64,6 +68,7 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         max_grad_norm: as given; may be changed between steps.
+        offloaded: how its state is kept elsewhere, see ``optstate_codecs.offload``; or None.
         grad_norm: what the norm of the last step's gradients was before clipping, 0-d on their
             device; None without ``max_grad_norm``.
 
@@ -104,7 +109,8 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.max_grad_norm = max_grad_norm
         self.backend = backend
-        self._session = engine.Session(backend)
+        self.offloaded: Offload | None = None
+        self._session: engine.Session | Stream = engine.Session(backend)
         self._forget()
         known = {**rule.defaults(), **OWN_OPTIONS, **TORCH_FLAGS, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:
@@ -120,6 +126,21 @@ class CodedOptimizer(torch.optim.Optimizer):
         if self.defaults["fused"]:
             # GradScaler then hands grad_scale and found_inf to step instead of unscaling itself
             self._step_supports_amp_scaling = True
+
+    @property
+    def state(self) -> Any:
+        """By parameter, its state as plain tensors; all of it has been stored when this returns."""
+        self._session.settle()
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
+
+    @property
+    def home(self) -> torch.device | None:
+        """Where state is made and loaded to: None is beside each parameter."""
+        return None if self.offloaded is None else torch.device("cpu")
 
     def _forget(self) -> None:
         """Drop what is kept from step to step."""
@@ -223,8 +244,20 @@ class CodedOptimizer(torch.optim.Optimizer):
         if places:
             step_as_operation(self._handle, places, params, grads)
 
-    def _step(self, given: Mapping[int, Tensor] | None = None) -> None:
-        """Step with the gradients ``given`` by place, or else with those of the parameters."""
+    def _step(self, given: Mapping[int, Tensor] | None = None, last: bool = True) -> None:
+        """Step with the gradients ``given`` by place, or else with those of the parameters.
+
+        ``last`` says that the step is complete with it.
+        """
+        try:
+            self._take_step(given)
+        except BaseException:
+            self._session.finish(False)
+            raise
+        if last:
+            self._session.finish()
+
+    def _take_step(self, given: Mapping[int, Tensor] | None) -> None:
         self._opt_called = True
         self._traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
@@ -280,11 +313,12 @@ class CodedOptimizer(torch.optim.Optimizer):
         self, places: Sequence[Place], kept: Sequence[tuple[Any, ...]]
     ) -> list[Unit]:
         """A unit for each place, last time's where nothing has changed; starts missing state."""
-        units, fresh = self._units, []
+        # not through the property, which would wait for what is still being stored
+        units, fresh, states = self._units, [], self.__dict__["state"]
         for index, number, param, _, _ in places:
             unit = units.get(index)
             moments, formats, seed = kept[number]
-            state = self.state.get(param)
+            state = states.get(param)
             if (
                 unit is None
                 or unit.param is not param
@@ -295,15 +329,13 @@ class CodedOptimizer(torch.optim.Optimizer):
                 or unit.write.dtype is not param.dtype
             ):
                 write = parameter_write(self.write, param.dtype)
+                stored: dict[str, Declaration] = {**bound(formats, param), MASTER: write}
                 if not state:
                     if capturing():
                         raise needs_warm_up(f"parameter {index} has no state")
-                    state = self.state[param] = initial_state(
-                        param, {**bound(formats, param), MASTER: write}
-                    )
+                    state = states[param] = initial_state(param, stored, self.home)
                     fresh.append((param, state, counts_on_device(self.param_groups[number])))
-                else:
-                    _complete(state, param, {**bound(formats, param), MASTER: write})
+                _complete(state, param, stored, self.home)
                 units[index] = Unit(param, state, moments, formats, write, seed, index, number)
         share_steps(fresh)
         return [units[index] for index, *_ in places]
@@ -333,7 +365,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rule", "write", "skip_nonfinite", "max_grad_norm", "backend")
+        names = ("rule", "write", "skip_nonfinite", "max_grad_norm", "backend", "offloaded")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -341,8 +373,13 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.skip_nonfinite = False
         self.max_grad_norm = None
         self.backend = "auto"
+        self.offloaded = None
+        self._session = engine.Session(self.backend)
         super().__setstate__(state)
         self._session = engine.Session(self.backend)
+        offloaded: Offload | None = self.__dict__["offloaded"]
+        if offloaded is not None:
+            offloaded.again(self)
         self._forget()
         self._traced_groups = self.param_groups
         for group in self.param_groups:
@@ -357,12 +394,17 @@ class CodedOptimizer(torch.optim.Optimizer):
 CodedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
-def _complete(state: dict[str, Any], param: Tensor, stored: Mapping[str, Declaration]) -> None:
+def _complete(
+    state: dict[str, Any],
+    param: Tensor,
+    stored: Mapping[str, Declaration],
+    device: torch.device | None,
+) -> None:
     """Begin with zeros what a changed hyper-parameter, or dtype of the parameter, has brought."""
     for name, declared in stored.items():
         for component in declared.components:
             if component.key(name) not in state:
-                state[component.key(name)] = empty_state(param, component)
+                state[component.key(name)] = empty_state(param, component, device)
 
 
 def _check_grad(index: int, param: Tensor, grad: Tensor) -> None:

@@ -64,18 +64,21 @@ def share_steps(states: Sequence[tuple[Tensor, dict[str, Tensor], bool]]) -> Non
             state["step"] = bank[place]
 
 
-def initial_state(param: Tensor, stored: Mapping[str, Declaration]) -> dict[str, Tensor]:
+def initial_state(
+    param: Tensor, stored: Mapping[str, Declaration], device: torch.device | None = None
+) -> dict[str, Tensor]:
     """The state of a parameter that has not been stepped: everything zero.
 
     Args:
         param: gives shape, layout and device.
         stored: the format of each moment, bound to the parameter, and, under the name ``MASTER``,
             the parameter's write.
+        device: where it is to be, if not beside the parameter.
     """
     state = {"step": torch.zeros((), dtype=torch.float32)}
     for name, declared in stored.items():
         for component in declared.components:
-            state[component.key(name)] = empty_state(param, component)
+            state[component.key(name)] = empty_state(param, component, device)
     return state
 
 

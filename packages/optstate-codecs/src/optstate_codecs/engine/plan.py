@@ -1,8 +1,8 @@
 """Which tensors a launch steps together, and the tables that say where they lie.
 
 A bucket holds the units that one kernel can step: same device, dtypes, formats, rule options,
-write and stage, all dense in storage order. Everything but gradient addresses and scalars is built once and
-kept until a tensor's identity changes.
+write and stage, all dense in storage order. Everything but gradient addresses and scalars is built
+once and kept until a tensor's identity changes.
 """
 
 from __future__ import annotations

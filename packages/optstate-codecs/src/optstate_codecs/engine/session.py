@@ -108,6 +108,12 @@ class Session:
             job.uncount()
             raise
 
+    def finish(self, complete: bool = True) -> None:
+        """A step has been taken, ``complete`` or broken off; nothing is under way here."""
+
+    def settle(self) -> None:
+        """Have all state where it is shown, which here it always is."""
+
     def _run(self, job: Job) -> None:
         if self._kernel_runs(job):
             self._launch(self._plan(job), job)

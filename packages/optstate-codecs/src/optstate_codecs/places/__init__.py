@@ -1,0 +1,16 @@
+"""Where state lives while it is not stepped: host memory or a file, and how a step streams it."""
+
+from optstate_codecs.places.base import HostPlace, Place
+from optstate_codecs.places.offload import STORES, Offload, make_place, offload
+from optstate_codecs.places.stream import CHUNK_BYTES, Stream
+
+__all__ = [
+    "CHUNK_BYTES",
+    "STORES",
+    "HostPlace",
+    "Offload",
+    "Place",
+    "Stream",
+    "make_place",
+    "offload",
+]

@@ -1,0 +1,428 @@
+"""A session for units whose state is away: it comes to the device chunk by chunk, and goes back.
+
+The engine steps twins of the units, whose state is in the slots of a ring; what a twin is does not
+change from step to step, so the engine's plans and tables stay what they are. A step is one job in
+stages, one for each chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import compress
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.engine.capture import capturing
+from optstate_codecs.engine.session import Session
+from optstate_codecs.engine.unit import Job, Unit
+from optstate_codecs.errors import StepError
+from optstate_codecs.places.base import Place
+from optstate_codecs.places.ring import SLOTS, Ring
+from optstate_codecs.places.slabs import (
+    Chunk,
+    Part,
+    Seat,
+    Slab,
+    arrange,
+    components,
+    cut_out,
+    seats_of,
+    size_of,
+    twin_of,
+)
+
+__all__ = ["CHUNK_BYTES", "Stream"]
+
+# copies of less do not reach the bus's speed, and three times this is on the device
+CHUNK_BYTES = 1 << 25
+# the stage of units whose state is on the device
+HERE = -1
+
+
+class Stream:
+    """Runs jobs whose units' state a place keeps.
+
+    Seating a unit copies its state to the place and makes ``unit.state`` show it there; parameters
+    never move.
+
+    Args:
+        backend: of the engine's session.
+        place: where state is kept.
+        chunk_bytes: of state that moves at a time; three times as much is taken on the device.
+        resident_bytes: of state that stays on each device, the first parameters' as far as it goes.
+
+    Attributes:
+        about: what else a place's manifest is to say.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        place: Place,
+        chunk_bytes: int = CHUNK_BYTES,
+        resident_bytes: int = 0,
+    ) -> None:
+        self.backend = backend
+        self.place = place
+        self.chunk_bytes = chunk_bytes
+        self.resident_bytes = resident_bytes
+        self.slabs: list[Slab] = []
+        self._seats: dict[tuple[int, int], Seat] = {}
+        self._chunks: list[Chunk] = []
+        self._slab_of: list[Slab] = []
+        self._rings: dict[torch.device, Ring] = {}
+        self._resident: dict[torch.device, int] = {}
+        self._session = Session(backend)
+        self._pending = False
+        self.about: Callable[[], dict[str, Any]] = dict
+
+    @property
+    def seats(self) -> list[Seat]:
+        """Where the state of each unit is, in the order that they came in."""
+        return list(self._seats.values())
+
+    def step(self, job: Job) -> None:
+        """Step every unit of the job.
+
+        Raises:
+            RuntimeError: a CUDA graph is being recorded.
+            ValueError, OSError: the place cannot keep what a step makes; nothing has changed.
+        StepError: from what went wrong in the step; it says what has been stepped.
+        """
+        if capturing():
+            raise RuntimeError("CUDA graph capture: state that is streamed cannot be part of it")
+        if not job.units:
+            return
+        self.place.check()
+        self._seat(job.units, job.centres is None)
+        seats = [self._seats[unit.index, unit.offset] for unit in job.units]
+        parts = [(place, part) for place, seat in enumerate(seats) for part in seat.parts]
+        twins = self._twins(job, parts)
+        self._count_alike(seats)
+        order = sorted({twin.stage for twin in twins.units} - {HERE})
+        for device, ring in self._rings.items():
+            if mine := [c for n in order if (c := self._chunks[n]).device == device]:
+                ring.expect(mine)
+        self._pending = self._pending or bool(order)
+        try:
+            self._session.step(twins)
+        except Exception as error:
+            done = set(map(id, twins.done))
+            counts = [sum(id(part.twin) in done for part in seat.parts) for seat in seats]
+            whole = [count == len(seat.parts) for count, seat in zip(counts, seats, strict=True)]
+            job.done += compress(job.units, whole)
+            numbers = [unit.index for unit in job.units]
+            raise StepError.of(
+                error,
+                "",
+                compress(numbers, whole),
+                compress(numbers, [not count for count in counts]),
+                compress(numbers, [c and not w for c, w in zip(counts, whole, strict=True)]),
+            ) from error
+        else:
+            job.done += job.units
+        finally:
+            for seat in seats:
+                seat.version = seat.unit.state["step"]._version
+
+    def _twins(self, job: Job, parts: Sequence[tuple[int, Part]]) -> Job:
+        units, grads, addresses = [], [], []
+        for place, part in parts:
+            unit, grad = job.units[place], job.grads[place]
+            twin = part.twin
+            assert twin is not None
+            if twin.param is not unit.param:
+                grad = cut_out(grad, unit.param, part)
+                addresses.append(grad.data_ptr())
+            else:
+                addresses.append(job.addresses[place])
+            units.append(twin)
+            grads.append(grad)
+        centres = job.centres
+        if centres is not None:
+            centres = replace(centres, places=[centres.places[place] for place, _ in parts])
+        return replace(
+            job,
+            units=units,
+            grads=grads,
+            addresses=addresses,
+            centres=centres,
+            done=[],
+            counted=[],
+            staging=self._around,
+        )
+
+    @contextmanager
+    def _around(self, stage: int) -> Iterator[None]:
+        if stage == HERE:
+            yield
+            return
+        chunk = self._chunks[stage]
+        ring = self._rings[chunk.device]
+        ring.enter(chunk)
+        slab = self._slab_of[stage]
+        if slab.target is None:
+            slab.target = self.place.target(slab)
+        try:
+            yield
+        finally:
+            # what has not been stepped is as it was: the chunk as a whole is right either way
+            chunk.memory = slab.target
+            ring.leave(chunk)
+
+    def _count_alike(self, seats: Sequence[Seat]) -> None:
+        """Give the parts of a unit its count, where somebody else has changed that."""
+        for seat in seats:
+            step = seat.unit.state["step"]
+            if len(seat.parts) > 1 and seat.version != step._version:
+                for part in seat.parts[1:]:
+                    assert part.twin is not None
+                    part.twin.state["step"].copy_(step)
+
+    def finish(self, complete: bool = True) -> None:
+        """What was stored takes the place of what was there.
+
+        Args:
+            complete: all that the step is to change has changed, as what is kept may say.
+        """
+        for slab in self.slabs:
+            if slab.target is None:
+                continue
+            if slab.target is not slab.memory:
+                self._complete(slab, [c for c in slab.chunks if c.memory is slab.memory])
+                slab.memory, slab.stale = slab.target, True
+            slab.target = None
+        if complete:
+            self.place.commit(self.describe)
+
+    def _complete(self, slab: Slab, missed: Sequence[Chunk]) -> None:
+        """Bring what a step has not reached over to where the rest of the slab is now."""
+        assert slab.target is not None
+        if missed:
+            self._wait()
+        for chunk in missed:
+            pairs = zip(chunk.pieces(slab.memory), chunk.pieces(slab.target), strict=True)
+            for (old, _), (new, _) in pairs:
+                new.copy_(old)
+            chunk.memory = slab.target
+
+    def describe(self) -> dict[str, Any]:
+        """What there is, and where: see ``DiskPlace.commit`` and ``places.resume``."""
+        numbers = {id(slab): number for number, slab in enumerate(self.slabs)}
+        seats = [seat for seat in self._seats.values() if seat.slab is not None]
+        return {
+            **self.about(),
+            "chunk_bytes": self.chunk_bytes,
+            "memories": [slab.memory for slab in self.slabs],
+            "counts": _counts([seat.unit.state["step"] for seat in seats]),
+            "slabs": [
+                {"bytes": slab.nbytes, "offset": slab.memory.offset}
+                | {"others": [m.offset for m in slab.family if m is not slab.memory]}
+                for slab in self.slabs
+            ],
+            "parameters": [
+                {
+                    "number": seat.unit.index,
+                    "shape": list(seat.unit.param.shape),
+                    "slab": numbers[id(seat.slab)],
+                    "parts": len(seat.parts),
+                    "starts": seat.starts,
+                }
+                for seat in seats
+            ],
+        }
+
+    def resume(self, slabs: Sequence[tuple[Slab, Sequence[Unit], bool]]) -> None:
+        """Take over slabs that hold the state of units already, which shows it there.
+
+        Args:
+            slabs: each with its units in order, and whether these are in parts.
+        """
+        for slab, units, cut in slabs:
+            rows = [[Part(0, unit.param.numel(), None)] for unit in units]
+            if cut:
+                ((_, rows),) = arrange(units, self.chunk_bytes, True)
+            for seat in seats_of(units, rows, slab):
+                self._seats[seat.unit.index, seat.unit.offset] = seat
+            self.slabs.append(slab)
+        self._rebuild()
+        self.place.show(slab.memory for slab, _, _ in slabs)
+
+    def settle(self) -> None:
+        """Wait until all is stored, and make the units' state show where."""
+        if self._pending:
+            self._wait()
+            self._pending = False
+        if any(slab.stale for slab in self.slabs):
+            for seat in self._seats.values():
+                if seat.slab is not None and seat.slab.stale:
+                    self._show(seat)
+            for slab in self.slabs:
+                slab.stale = False
+
+    def _wait(self) -> None:
+        for ring in self._rings.values():
+            ring.wait()
+        self.place.wait()
+
+    def _show(self, seat: Seat) -> None:
+        """Make a unit's state the tensors in its slab."""
+        assert seat.slab is not None
+        for key in seat.starts:
+            seat.unit.state[key] = seat.view(key, seat.slab.memory)
+        seat.values = list(seat.unit.state.values())
+
+    def _seat(self, units: Sequence[Unit], cut: bool) -> None:
+        """See that every unit's state is where it belongs, and has a twin."""
+        new: dict[torch.device, list[Unit]] = {}
+        changed = False
+        for unit in units:
+            seat = self._seats.get((unit.index, unit.offset))
+            if seat is not None and self._holds(seat, unit, cut):
+                continue
+            changed = True
+            self.settle()
+            if seat is None or not self._adopt(seat, unit, cut):
+                self._drop((unit.index, unit.offset))
+                new.setdefault(unit.param.device, []).append(unit)
+        for device, together in new.items():
+            self._place(device, together, cut)
+        if changed:
+            self._rebuild()
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        seat = self._seats.pop(key, None)
+        if seat is not None and seat.slab is None:
+            self._resident[seat.unit.param.device] -= size_of(seat.unit)
+
+    @staticmethod
+    def _holds(seat: Seat, unit: Unit, cut: bool) -> bool:
+        return (
+            seat.unit is unit
+            and unit.param.data_ptr() == seat.address
+            and (cut or len(seat.parts) == 1)
+            and len(unit.state) == len(seat.values)
+            and all(map(is_, unit.state.values(), seat.values))
+        )
+
+    def _adopt(self, seat: Seat, unit: Unit, cut: bool) -> bool:
+        """Take what a unit's state is now into its seat, if it is laid out like what was there."""
+        before, after = components(seat.unit), components(unit)
+        alike = before == after and all(
+            seat.unit.state[key].stride() == unit.state[key].stride()
+            and seat.unit.state[key].shape == unit.state[key].shape
+            for key in after
+        )
+        same_device = unit.param.device == seat.unit.param.device
+        if not alike or not same_device or not (cut or len(seat.parts) == 1):
+            return False
+        if seat.slab is None:
+            device = unit.param.device
+            for key in after:
+                unit.state[key] = unit.state[key].to(device)
+        elif not all(
+            unit.state[key].data_ptr() == seat.view(key, seat.slab.memory).data_ptr()
+            for key in after
+        ):
+            slab = seat.slab
+            target = self.place.target(slab)
+            if target is not slab.memory:
+                target.tensor.copy_(slab.memory.tensor)
+                slab.memory, slab.stale = target, True
+            for key in after:
+                seat.view(key, target).copy_(unit.state[key])
+            for chunk in slab.chunks:
+                chunk.memory = target
+                self._rings[chunk.device].forget(chunk)
+            seat.unit = unit
+            self._show(seat)
+        seat.unit = unit
+        return True
+
+    def _place(self, device: torch.device, units: Sequence[Unit], cut: bool) -> None:
+        """Seat units that have no seat."""
+        away = []
+        for unit in units:
+            size = size_of(unit)
+            left = self.resident_bytes - self._resident.get(device, 0)
+            if size > left:
+                away.append(unit)
+                continue
+            self._resident[device] = self._resident.get(device, 0) + size
+            for key in components(unit):
+                unit.state[key] = unit.state[key].to(device)
+            seat = Seat(unit, None, {}, [Part(0, unit.param.numel(), None)])
+            self._seats[unit.index, unit.offset] = seat
+        for together, rows in arrange(away, self.chunk_bytes, cut):
+            self._move_in(together, rows)
+
+    def _move_in(self, units: Sequence[Unit], rows: list[list[Part]]) -> None:
+        slab = self.place.allocate(sum(map(size_of, units)))
+        seats = seats_of(units, rows, slab)
+        for seat in seats:
+            for key in seat.starts:
+                seat.view(key, slab.memory).copy_(seat.unit.state[key])
+            self._show(seat)
+            self._seats[seat.unit.index, seat.unit.offset] = seat
+        self.slabs.append(slab)
+
+    def _rebuild(self) -> None:
+        """Number the chunks, make rings that are large enough, and every twin anew."""
+        self._wait()
+        for ring in self._rings.values():
+            ring.clear()
+        used = {id(seat.slab) for seat in self._seats.values()}
+        self.slabs = [slab for slab in self.slabs if id(slab) in used]
+        pairs = [(chunk, slab) for slab in self.slabs for chunk in slab.chunks]
+        self._chunks = [chunk for chunk, _ in pairs]
+        self._slab_of = [slab for _, slab in pairs]
+        for device in dict.fromkeys(chunk.device for chunk in self._chunks):
+            together = [chunk for chunk in self._chunks if chunk.device == device]
+            for place, chunk in enumerate(together):
+                chunk.slot = place % SLOTS
+            nbytes = max(chunk.nbytes for chunk in together)
+            if device not in self._rings or self._rings[device].nbytes < nbytes:
+                self._rings.pop(device, None)
+                self._rings[device] = Ring(device, nbytes, self.place)
+        for number, chunk in enumerate(self._chunks):
+            chunk.number = number
+        for seat in self._seats.values():
+            self._twin(seat)
+        self._session = Session(self.backend)
+
+    def _twin(self, seat: Seat) -> None:
+        unit, step = seat.unit, seat.unit.state["step"]
+        counts: list[Tensor] = [step, *step.repeat(len(seat.parts) - 1).unbind()]
+        for part, count in zip(seat.parts, counts, strict=True):
+            if part.chunk is None:
+                part.twin = replace(unit, stage=HERE)
+                continue
+            slot = self._rings[part.chunk.device].slots[part.chunk.slot]
+            whole = len(seat.parts) == 1
+            part.twin = twin_of(unit, part, whole, slot, count, part.chunk.number)
+        seat.values = list(unit.state.values())
+        seat.address = unit.param.data_ptr()
+        seat.version = step._version
+
+
+def _counts(steps: Sequence[Tensor]) -> Callable[[], list[float]]:
+    """What step counts are now, to be asked for later: a device is not waited for here."""
+    if all(step.device.type == "cpu" for step in steps):
+        values = [float(step) for step in steps]
+        return lambda: values
+    together = torch.stack([step.to(steps[0].device) for step in steps])
+    copy = together.to("cpu", non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(together.device))
+
+    def read() -> list[float]:
+        event.synchronize()
+        values: list[float] = copy.tolist()
+        return values
+
+    return read
