@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.engine import Unit
+from optstate_codecs.errors import StepError
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_wrap.codecs import as_codec
@@ -21,9 +22,9 @@ from optstate_wrap.plan import Piece, chunks, pieces
 from optstate_wrap.policies import Policy
 from optstate_wrap.record import Coded, Record, decode_state, encode_state, select
 from optstate_wrap.scratch import Scratch
-from optstate_wrap.store import DeviceStore, Store
+from optstate_wrap.store import Store
 from optstate_wrap.timing import Timer
-from optstate_wrap.transaction import StepError, Transaction, borrowed, restore
+from optstate_wrap.transaction import Transaction, borrowed, restore
 
 __all__ = ["Engine"]
 
@@ -71,7 +72,7 @@ class Engine:
         self.extra: dict[Any, Any] = {}
         self.timer = Timer()
         self.scratch = Scratch()
-        self.fused = Fused(fused, seed)
+        self.fused = Fused(fused, seed, store)
 
     def plan(self) -> list[Piece]:
         """Every piece of every parameter, in order."""
@@ -120,8 +121,7 @@ class Engine:
 
     def _step_fused(self, plan: list[Piece], transaction: Transaction) -> list[Piece]:
         """Step what the codecs' engine can; gives the pieces that are left."""
-        here = self.chunked and isinstance(self.store, DeviceStore) and len(self.store) > 0
-        if not here or not self.fused.begins(self.inner):
+        if not self.chunked or not len(self.store) or not self.fused.begins(self.inner):
             return plan
         units, taken, left = list[Unit](), list[Piece](), list[Piece]()
         for _, group in groupby(plan, key=lambda piece: piece.number):
@@ -145,7 +145,7 @@ class Engine:
         param = together[0].param
         if param.grad is None or param not in self.store:
             return []
-        records = self.store.kept(param)
+        records = self.store.peek(param)
         try:
             formats = self._formats(param, Undecoded(records[0]))
         except Looked:
@@ -249,7 +249,7 @@ class Engine:
         for place, piece in enumerate(plan):
             if piece.part or piece.param not in self.store:
                 continue
-            kept = self.store.kept(piece.param)
+            kept = self.store.peek(piece.param)
             if len(kept) != piece.parts or (piece.parts > 1 and length(kept[0]) != piece.stop):
                 state = self.states(piece.param, self.kept_pieces(piece.param))
                 self.put(piece.param, plan[place : place + piece.parts], state)
@@ -263,13 +263,13 @@ class Engine:
     ) -> StepError:
         numbers = sorted({piece.number for piece in plan if piece.param.grad is not None})
         unstepped = [number for number in numbers if number not in done]
-        return StepError(
-            f"step stopped in {where}: "
-            f"{type(error).__name__}: {error}; parameters {_span(sorted(done))} have taken their "
-            f"step, parameters {_span(unstepped)} are as they were before it",
-            sorted(done),
-            unstepped,
-        )
+        torn: list[int] = []
+        if isinstance(error, StepError):
+            # of the stream, which knows nothing of other parameters
+            torn = error.torn
+            unstepped = [number for number in unstepped if number not in torn]
+            error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        return StepError.of(error, f" in {where}", done, unstepped, torn)
 
 
 def pieces_like(param: Tensor, lengths: Sequence[int]) -> list[Piece]:
@@ -292,10 +292,3 @@ def length(record: Record) -> int:
         if isinstance(tensor, Tensor) and tensor.dim():
             return tensor.numel()
     return 0
-
-
-def _span(numbers: Sequence[int]) -> str:
-    if not numbers:
-        return "(none)"
-    whole = len(numbers) == numbers[-1] - numbers[0] + 1
-    return f"{numbers[0]} to {numbers[-1]}" if whole and len(numbers) > 1 else str(numbers)[1:-1]

@@ -1,7 +1,4 @@
-"""Optimizer state in the host's memory, with the step on the device or on the host.
-
-Transfers here are synchronous; what moves is one slab for each chunk and way.
-"""
+"""Optimizer state in the host's memory, with the step on the device or on the host."""
 
 from __future__ import annotations
 
@@ -13,9 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from optstate_codecs import checks
+from optstate_codecs import CodedOptimizer, checks
 from optstate_wrap.delegate import Delegate, own_step
 from optstate_wrap.policies import AnyCodec, ConfigurablePolicy, Policy
+from optstate_wrap.store import HostStore, Store
 from optstate_wrap.wrapper import OptimizerWrapper
 
 __all__ = ["CPUOffloadOptimizer", "OffloadOptimizer"]
@@ -24,10 +22,15 @@ __all__ = ["CPUOffloadOptimizer", "OffloadOptimizer"]
 class OffloadOptimizer(OptimizerWrapper):
     """Keeps any optimizer's state in the host's memory; the step runs where the parameters are.
 
+    Where the inner optimizer is torch's Adam, AdamW or SGD and the engine takes it (see ``fused``
+    of ``OptimizerWrapper``), state streams: loads, steps and stores of different chunks are under
+    way at once. Others' state comes and goes chunk by chunk while the step waits.
+
     Args:
         optimizer: the inner optimizer; what state it has is taken over.
         state: how state is stored: a ``Policy``; a map of codecs by state key; or None, exact.
         store: "host", or "device" to keep the coded state beside the parameters.
+        resident_bytes: of state that stays on the device, of what the codecs' engine steps.
         **options: ``chunk_size`` and the others of ``OptimizerWrapper``.
 
     Example:
@@ -39,15 +42,25 @@ class OffloadOptimizer(OptimizerWrapper):
         optimizer: Optimizer,
         state: Policy | Mapping[str, AnyCodec] | None = None,
         store: str = "host",
+        resident_bytes: int = 0,
         **options: Any,
     ) -> None:
+        checks.whole_number("resident_bytes", resident_bytes)
+        if isinstance(optimizer, CodedOptimizer):
+            raise TypeError(
+                f"optimizer: {type(optimizer).__name__} keeps coded state itself; use "
+                "optstate_codecs.offload(optimizer)"
+            )
         if state is not None and not isinstance(state, (Policy, Mapping)):
             raise TypeError(
                 f"state={state!r}: must be a Policy, a map of codecs by state key, or None, "
                 f"got {type(state).__name__}"
             )
         policy = state if isinstance(state, Policy) else ConfigurablePolicy(state or {})
-        super().__init__(optimizer, policy, store=store, **options)
+        kept: str | Store = store
+        if store == "host":
+            kept = HostStore(options.get("pin_memory"), resident_bytes=resident_bytes)
+        super().__init__(optimizer, policy, store=kept, **options)
 
 
 class CPUOffloadOptimizer(Delegate):

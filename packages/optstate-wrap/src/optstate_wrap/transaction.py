@@ -15,23 +15,9 @@ from optstate_wrap.record import Record
 from optstate_wrap.scratch import Scratch
 from optstate_wrap.store import Store
 
-__all__ = ["StepError", "Transaction", "borrowed"]
+__all__ = ["Transaction", "borrowed"]
 
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-
-
-class StepError(RuntimeError):
-    """A step that stopped part of the way; its cause is the exception it was raised from.
-
-    Attributes:
-        stepped: numbers of the parameters, counted over all groups, that have taken their step.
-        unstepped: numbers of those that have not, and are as they were before.
-    """
-
-    def __init__(self, message: str, stepped: list[int], unstepped: list[int]) -> None:
-        super().__init__(message)
-        self.stepped = stepped
-        self.unstepped = unstepped
 
 
 class Transaction:

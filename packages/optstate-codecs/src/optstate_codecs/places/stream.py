@@ -58,6 +58,7 @@ class Stream:
 
     Attributes:
         about: what else a place's manifest is to say.
+        watch: is told of a unit whose state is shown elsewhere than before.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Stream:
         self._session = Session(backend)
         self._pending = False
         self.about: Callable[[], dict[str, Any]] = dict
+        self.watch: Callable[[Unit], None] | None = None
 
     @property
     def seats(self) -> list[Seat]:
@@ -276,6 +278,16 @@ class Stream:
         for key in seat.starts:
             seat.unit.state[key] = seat.view(key, seat.slab.memory)
         seat.values = list(seat.unit.state.values())
+        if self.watch is not None:
+            self.watch(seat.unit)
+
+    def _bring(self, seat: Seat) -> None:
+        """Have a unit's state beside its parameter, to stay there."""
+        unit = seat.unit
+        for key in components(unit):
+            unit.state[key] = unit.state[key].to(unit.param.device)
+        if self.watch is not None:
+            self.watch(unit)
 
     def _seat(self, units: Sequence[Unit], cut: bool) -> None:
         """See that every unit's state is where it belongs, and has a twin."""
@@ -294,6 +306,12 @@ class Stream:
             self._place(device, together, cut)
         if changed:
             self._rebuild()
+
+    def release(self, units: Sequence[Unit]) -> None:
+        """Let units go, whose state shows where it is now."""
+        self.settle()
+        for unit in units:
+            self._drop((unit.index, unit.offset))
 
     def _drop(self, key: tuple[int, int]) -> None:
         seat = self._seats.pop(key, None)
@@ -322,9 +340,8 @@ class Stream:
         if not alike or not same_device or not (cut or len(seat.parts) == 1):
             return False
         if seat.slab is None:
-            device = unit.param.device
-            for key in after:
-                unit.state[key] = unit.state[key].to(device)
+            seat.unit = unit
+            self._bring(seat)
         elif not all(
             unit.state[key].data_ptr() == seat.view(key, seat.slab.memory).data_ptr()
             for key in after
@@ -354,10 +371,9 @@ class Stream:
                 away.append(unit)
                 continue
             self._resident[device] = self._resident.get(device, 0) + size
-            for key in components(unit):
-                unit.state[key] = unit.state[key].to(device)
             seat = Seat(unit, None, {}, [Part(0, unit.param.numel(), None)])
             self._seats[unit.index, unit.offset] = seat
+            self._bring(seat)
         for together, rows in arrange(away, self.chunk_bytes, cut):
             self._move_in(together, rows)
 
