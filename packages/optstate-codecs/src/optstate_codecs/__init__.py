@@ -24,6 +24,7 @@ from optstate_codecs.memory import (
     state_bytes,
 )
 from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.release import GradientRelease
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
 from optstate_codecs.state import decode_state, master_weights
@@ -39,6 +40,7 @@ __all__ = [
     "CodedOptimizer",
     "Dynamic8",
     "Format",
+    "GradientRelease",
     "Int4",
     "Int8",
     "MemoryReport",
