@@ -5,7 +5,7 @@ import torch
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
-from optstate_codecs import Adam, CodedOptimizer, GradientRelease
+from optstate_codecs import GradientRelease
 from optstate_wrap import ConfigurablePolicy, OptimizerWrapper, WarmupPolicy, engine, wrap
 
 #: bytes: every parameter alone, some together, all together
@@ -189,10 +189,6 @@ def test_what_cannot_be_stepped_in_parts_is_refused() -> None:
         whole = wrap(torch.optim.LBFGS(params))
     with pytest.raises(ValueError, match="optimizer=LBFGS: cannot be stepped in chunks"):
         GradientRelease(whole)
-    formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
-    inner = CodedOptimizer(params, Adam(), formats, skip_nonfinite=True)
-    with pytest.raises(ValueError, match="skip_nonfinite=True: cannot be combined"):
-        GradientRelease(wrap(inner, ConfigurablePolicy({})))
     plain = wrap(torch.optim.AdamW(params))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     with GradientRelease(plain, bucket_bytes=0):

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock
 from types import TracebackType
 from typing import Any
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
+from optstate_codecs.arrivals import Bucket, in_buckets, weakly
 from optstate_codecs.engine.capture import capturing
+from optstate_codecs.refusals import (
+    Values,
+    refuse_changed,
+    refuse_step,
+    refuse_unreduced,
+    values_of,
+)
 from optstate_codecs.scaling import Share, clip_factor, norm_of, share
 
-__all__ = ["GradientRelease", "weakly"]
-
-SCALING = ("grad_scale", "found_inf")
-
-
-@dataclass(eq=False)
-class _Bucket:
-    """Neighbouring parameters that are stepped together, and those that have their gradient."""
-
-    params: list[Any]
-    here: set[Tensor] = field(default_factory=set)
+__all__ = ["GradientRelease"]
 
 
 class GradientRelease:
@@ -93,24 +89,18 @@ class GradientRelease:
         self.allow_distributed = allow_distributed
         self.grad_norm: Tensor | None = None
         self._hooks: list[Any] = []
-        self._buckets: list[_Bucket] = []
+        self._buckets: list[Bucket] = []
         # gradients of several devices come in threads of their own
         self._lock = RLock()
-        self._measuring = False
+        # while measuring, the place of each parameter, and whether any is float64
+        self._measuring: dict[Tensor, tuple[int, bool]] = {}
         self.abandon()
         self._refuse()
 
     def _refuse(self) -> None:
         self.optimizer._refuse_parts()
-        if self.allow_distributed or not torch.distributed.is_available():
-            return
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        if several and not all(hasattr(param, "placements") for param in self._params()):
-            raise ValueError(
-                "allow_distributed=False: torch.distributed has several workers, and unsharded "
-                "parameters would be stepped before their gradients are reduced; pass True only "
-                "where nothing reduces them"
-            )
+        if not self.allow_distributed:
+            refuse_unreduced(self._params())
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.optimizer.param_groups for param in group["params"]]
@@ -122,7 +112,7 @@ class GradientRelease:
         self._refuse()
         if self.optimizer._in_parts:
             raise RuntimeError("optimizer: another GradientRelease is attached; detach that first")
-        self._buckets = _buckets(self._params(), self.bucket_bytes)
+        self._buckets = in_buckets(self._params(), self.bucket_bytes)
         for bucket in self._buckets:
             hook = partial(weakly(self._arrived), bucket)
             for param in bucket.params:
@@ -161,7 +151,7 @@ class GradientRelease:
         self._stepped: set[Tensor] = set()
         self._shares: dict[Tensor, Share] = {}
         self._factor: Tensor | None = None
-        self._values: dict[tuple[int, str], Any] | None = None
+        self._values: Values = {}
         self._failed: int | None = None
         for bucket in self._buckets:
             bucket.here.clear()
@@ -182,21 +172,22 @@ class GradientRelease:
             )
         self.abandon()
         devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
-        self._measuring = True
+        double = any(p.dtype == torch.float64 for p in params)
+        self._measuring = {param: (place, double) for place, param in enumerate(params)}
         try:
             with torch.random.fork_rng(devices):
                 yield
         finally:
-            self._measuring = False
+            self._measuring = {}
         if self._shares:
             self.grad_norm = norm_of(self._shares[p] for p in params if p in self._shares)
             self._factor = clip_factor(self.grad_norm, self.max_grad_norm)
 
-    def _arrived(self, bucket: _Bucket, param: Tensor) -> None:
+    def _arrived(self, bucket: Bucket, param: Tensor) -> None:
         """A parameter has its gradient."""
         with self._lock:
             task = torch._C._current_graph_task_id()
-            if param.grad is None or task == self._failed:
+            if param.grad is None or (task == self._failed and task >= 0):
                 return
             self._failed = None
             stepping: list[Tensor] = []
@@ -205,8 +196,8 @@ class GradientRelease:
                     raise RuntimeError("create_graph=True: its graph needs parameters as they were")
                 self._expect(param)
                 if self._measuring:
-                    double = any(p.dtype == torch.float64 for p in self._params())
-                    self._shares[param] = share(self._numbers([param])[0], param.grad, double)
+                    place, double = self._measuring[param]
+                    self._shares[param] = share(place, param.grad, double)
                     param.grad = None
                     return
                 bucket.here.add(param)
@@ -246,15 +237,8 @@ class GradientRelease:
         """Step those that have gradients, and free these."""
         if capturing():
             raise RuntimeError("CUDA graph capture: cannot be combined with GradientRelease")
-        if self._values is None:
-            self.optimizer._refuse_parts()
-        values = _values(self.optimizer)
-        for (number, key), value in (self._values or {}).items():
-            if values.get((number, key)) != value:
-                raise RuntimeError(
-                    f"param_groups[{number}][{key!r}]: has changed since parameters were stepped "
-                    "with it in this backward; change it between step() and the next backward"
-                )
+        self.optimizer._refuse_parts()
+        refuse_changed(self._values, values_of(self.optimizer))
         given = [param for param in params if param.grad is not None]
         if not given:
             return
@@ -264,17 +248,11 @@ class GradientRelease:
             torch.autograd.graph.increment_version(param)
             param.grad = None
         self._stepped.update(given)
-        self._values = _values(self.optimizer)
+        self._values = values_of(self.optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Refuse what cannot be, and step what is left."""
-        if [name for name in SCALING if vars(optimizer).pop(name, None) is not None]:
-            raise RuntimeError(
-                "GradScaler: cannot be combined with GradientRelease, which has stepped with "
-                "scaled gradients; train in bfloat16 or float32 without a scaler"
-            )
-        if any(value is not None for value in (*args[1:], *kwargs.values())):
-            raise ValueError("closure: must be None under GradientRelease; call backward before")
+        refuse_step(optimizer, args[1:], kwargs)
         if self._failed is not None:
             raise RuntimeError("step(): backward has failed; call zero_grad() and run it again")
         left = [param for param in self._params() if param.grad is not None]
@@ -284,43 +262,3 @@ class GradientRelease:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.abandon()
-
-
-def _values(optimizer: Optimizer) -> dict[tuple[int, str], Any]:
-    """What the groups hold besides parameters, by group and key; of tensors, which and when."""
-    return {
-        (number, key): (id(value), value._version) if isinstance(value, Tensor) else value
-        for number, group in enumerate(optimizer.param_groups)
-        for key, value in group.items()
-        if key != "params"
-    }
-
-
-def _buckets(params: Sequence[Tensor], size: int) -> list[_Bucket]:
-    """Neighbours on one device that require gradients, in buckets of ``size`` bytes or of one."""
-    found: list[_Bucket] = []
-    filled = 0
-    for param in params:
-        if not param.requires_grad:
-            continue
-        if not found or filled + param.nbytes > size or found[-1].params[0].device != param.device:
-            found.append(_Bucket([]))
-            filled = 0
-        found[-1].params.append(param)
-        filled += param.nbytes
-    return found
-
-
-def weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """A call of ``method`` that does nothing once its object is gone.
-
-    For hooks on tensors, through which Python does not see: a strong reference would be a cycle
-    that it never collects.
-    """
-    return partial(_call, WeakMethod(method))
-
-
-def _call(method: WeakMethod[Any], *args: Any) -> None:
-    alive = method()
-    if alive is not None:
-        alive(*args)

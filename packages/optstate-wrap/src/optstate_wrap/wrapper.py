@@ -177,8 +177,6 @@ class OptimizerWrapper(Delegate):
                 f"optimizer={type(self.inner).__name__}: cannot be stepped in chunks with the same "
                 "result, and so not by GradientRelease; step it after backward, without"
             )
-        if hasattr(self.inner, "_refuse_parts"):
-            self.inner._refuse_parts()
 
     @torch.no_grad()
     def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:

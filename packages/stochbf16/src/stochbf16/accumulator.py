@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from optstate_codecs import checks
+from optstate_codecs.arrivals import weakly
 from optstate_codecs.engine.capture import capturing
-from optstate_codecs.release import weakly
 from optstate_codecs.stochastic import SOURCES
 from stochbf16.pending import Addition, Pending
 
