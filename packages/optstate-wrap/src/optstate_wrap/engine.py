@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -24,7 +24,7 @@ from optstate_wrap.record import Coded, Record, decode_state, encode_state, sele
 from optstate_wrap.scratch import Scratch
 from optstate_wrap.store import Store
 from optstate_wrap.timing import Timer
-from optstate_wrap.transaction import Transaction, borrowed, restore
+from optstate_wrap.transaction import Transaction, borrowed, changes, put, restore
 
 __all__ = ["Engine"]
 
@@ -70,6 +70,8 @@ class Engine:
         self.chunked = True
         self.splittable = True
         self.extra: dict[Any, Any] = {}
+        # what the last part of a step has made of the groups, for the end of the step
+        self._parted: list[dict[str, Any]] | None = None
         self.timer = Timer()
         self.scratch = Scratch()
         self.fused = Fused(fused, seed, store)
@@ -78,16 +80,18 @@ class Engine:
         """Every piece of every parameter, in order."""
         return pieces(self.inner.param_groups, self.chunk, self.chunked and self.splittable)
 
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(self, closure: Closure | None = None, some: Collection[Tensor] | None = None) -> Any:
         """Step all parameters that have gradients.
 
         Args:
             closure: only for an optimizer that is not stepped in chunks, which then calls it.
+            some: only these, as a part of the next step: the groups' values and ``steps`` change
+                when that is taken. Not where the optimizer is not stepped in chunks.
 
         Raises:
             StepError: from what went wrong; every parameter is before its step or after it.
         """
-        plan = self.plan()
+        plan = [piece for piece in self.plan() if some is None or piece.param in some]
         self._recut(plan)
         transaction = Transaction(self.store, self.scratch)
         rows: list[list[Piece]] = [plan]
@@ -99,6 +103,11 @@ class Engine:
                     if at:
                         restore(self.inner.param_groups, before)
                     loss = self._step_row(row, transaction, phase, closure)
+                if some is not None:
+                    self._parted = changes(self.inner.param_groups, before)
+                    restore(self.inner.param_groups, before)
+                elif not rows and self._parted is not None:
+                    put(self.inner.param_groups, self._parted)
         except BaseException as error:
             transaction.roll_back()
             if not isinstance(error, Exception):
@@ -107,7 +116,9 @@ class Engine:
             raise self._failed(error, plan, where, transaction.done) from error
         finally:
             self.scratch.release()
-        self.steps += 1
+        if some is None:
+            self._parted = None
+            self.steps += 1
         return loss
 
     def _rows(self, left: list[Piece], plan: list[Piece]) -> list[list[Piece]]:
@@ -117,7 +128,7 @@ class Engine:
         rows = [[p for p in row if p.param.grad is not None] for row in chunks(left, size)]
         rows = [row for row in rows if row]
         # without any gradient, the optimizer may still count the step
-        return rows if rows or len(left) < len(plan) else [[]]
+        return rows if rows or len(left) < len(plan) or self._parted is not None else [[]]
 
     def _step_fused(self, plan: list[Piece], transaction: Transaction) -> list[Piece]:
         """Step what the codecs' engine can; gives the pieces that are left."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from optstate_codecs.engine import Job, Unit
+from optstate_codecs.engine import Job, Unit, trainable
 from optstate_codecs.engine.plan import takes
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.layout import inverse_order
@@ -248,6 +248,7 @@ class Fused:
             gradient_factor(grads, scale, None)[0],
             getattr(inner, "found_inf", None),
             draw=draw,
+            total=trainable(inner.param_groups),
         )
         self.done = job.done
         try:

@@ -22,7 +22,8 @@ from optstate_codecs.engine.unit import Job, Unit
 __all__ = ["BACKENDS", "Session"]
 
 BACKENDS = ("auto", "eager", "compile", "triton")
-# plans are keyed by which parameters have gradients; models that route keep a few
+# plans are keyed by which parameters have gradients; models that route keep a few, and those that
+# step in parts as many as cover this many whole ones
 PLANS = 8
 # building loops takes a second or two, which 2^20 elements win back in about a hundred steps
 WORTH_BUILDING = 1 << 20
@@ -150,7 +151,8 @@ class Session:
                 )
             self._with_compiler(lambda: compiled.step(job))
             return True
-        if not on_cpu or sum(unit.param.numel() for unit in job.units) < WORTH_BUILDING:
+        total = job.total or sum(unit.param.numel() for unit in job.units)
+        if not on_cpu or total < WORTH_BUILDING:
             return False
         return compiled.try_step(job)
 
@@ -188,9 +190,11 @@ class Session:
                 constants={id(bucket): constants(bucket) for bucket in buckets},
                 centred=job.centres.places if job.centres else (),
             )
+            self._plans.move_to_end(key)
+            most = PLANS * len(set[int]().union(*self._plans))
+            while len(self._plans) > PLANS and sum(map(len, self._plans)) > most:
+                self._plans.popitem(last=False)
         self._plans.move_to_end(key)
-        while len(self._plans) > PLANS:
-            self._plans.popitem(last=False)
         return plan
 
     def _launch(self, plan: Plan, job: Job) -> None:
