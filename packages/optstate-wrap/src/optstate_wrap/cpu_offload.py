@@ -1,0 +1,266 @@
+"""Optimizer state and step on the host, for parameters on a device."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from optstate_codecs import checks
+from optstate_wrap.delegate import Delegate, load_into, own_step
+from optstate_wrap.host_copy import HostCopies, HostCopy
+from optstate_wrap.plan import Piece, chunks, pieces
+from optstate_wrap.probe import probe
+from optstate_wrap.replaced import replaced
+from optstate_wrap.transaction import borrowed, restore
+
+__all__ = ["CPUOffloadOptimizer"]
+
+# elements that are stepped in one call: copies of some run while others are stepped, and calls of
+# small parameters do not count
+CHUNK = 1 << 22
+FUSED_ON_HOST = (torch.optim.Adam, torch.optim.AdamW)
+
+
+class CPUOffloadOptimizer(Delegate):
+    """Steps large parameters on the host, whose state never leaves it.
+
+    ``param_groups`` are the user's, with the user's parameters, and decide at every step, as the
+    parameters and gradients do: clipping, schedules and weights loaded later all count. While some
+    parameters are stepped, others and their gradients are on their way; the host waits for what
+    it steps, and the device for the parameters. An optimizer that cannot be stepped a few
+    parameters at a time with the same result (a probe finds out) steps all at once, after all
+    copies have arrived.
+
+    With ``offload_gradients`` each gradient goes to the host during the backward pass and is freed
+    on the device; several passes add up, to the bits they would have there. ``step`` and
+    ``zero_grad`` of this optimizer use them up. ``param.grad`` of large parameters is then None:
+    clip by this optimizer's ``clip_grad_norm_``, and take bfloat16 instead of ``GradScaler``.
+
+    Args:
+        params: tensors, ``named_parameters()``, or dicts of param groups.
+        optimizer_class: of the inner optimizer, ``torch.optim.AdamW`` if left out; any whose step
+            needs no closure. Of torch's Adam and AdamW the fused step is the default.
+        offload_gradients: free gradients on the device during the backward pass.
+        minimal_size: parameters with fewer elements are stepped where they are.
+        **kwargs: of ``optimizer_class``.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value; the message names it.
+
+    Example:
+        >>> optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-4)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        optimizer_class: Callable[..., Optimizer] = torch.optim.AdamW,
+        *,
+        offload_gradients: bool = False,
+        minimal_size: int = 4096,
+        **kwargs: Any,
+    ) -> None:
+        checks.flag("offload_gradients", offload_gradients)
+        checks.whole_number("minimal_size", minimal_size)
+        if optimizer_class in FUSED_ON_HOST and not {"foreach", "differentiable"} & set(kwargs):
+            kwargs.setdefault("fused", True)
+        self.offload_gradients = offload_gradients
+        self.minimal_size = minimal_size
+        self.inner = optimizer_class(params, **kwargs)
+        closure = inspect.signature(own_step(self.inner)).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            name = type(self.inner).__name__
+            raise TypeError(f"optimizer_class={name}: its step must not need a closure")
+        self._begin()
+
+    def _begin(self) -> None:
+        self._copies = HostCopies()
+        self._heard: dict[Tensor, Any] = {}
+        self._share()
+        self._listen()
+
+    @property
+    def state(self) -> Any:
+        """The state by the user's parameters; of large ones, on the host."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.inner.state = value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler then hands the scale to step, which refuses it by name
+        return self.offload_gradients
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer."""
+        self.inner.add_param_group(param_group)
+        self._listen()
+
+    def _remote(self, param: Tensor) -> bool:
+        """Whether a parameter is elsewhere than the host."""
+        return param.device.type != "cpu"
+
+    def _is_large(self, param: Tensor) -> bool:
+        return param.numel() >= self.minimal_size and self._remote(param)
+
+    def _large(self) -> list[Tensor]:
+        """The parameters that are stepped on the host."""
+        return [
+            p for group in self.inner.param_groups for p in group["params"] if self._is_large(p)
+        ]
+
+    def _listen(self) -> None:
+        """Hear of the gradients of large parameters."""
+        if not self.offload_gradients:
+            return
+        # parameters outlive the optimizer
+        me = weakref.ref(self)
+
+        def hear(param: Tensor) -> None:
+            optimizer = me()
+            if optimizer and optimizer.offload_gradients and optimizer._is_large(param):
+                optimizer._take(param)
+
+        for param in self._large():
+            if param.requires_grad and param not in self._heard:
+                self._heard[param] = param.register_post_accumulate_grad_hook(hear)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _take(self, param: Tensor) -> None:
+        """Bring a gradient to the host, and let go of it if it is to be offloaded."""
+        if param.grad is not None:
+            self._copies.of(param).take(param.grad)
+            if self.offload_gradients:
+                param.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with the gradients as they are now, clipped or not.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients on.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: ``GradScaler`` steps it, and gradients have been offloaded, still scaled.
+        """
+        if vars(self).pop("found_inf", None) is not None:
+            raise RuntimeError(
+                "offload_gradients=True: GradScaler finds no gradients on the device to unscale; "
+                "use offload_gradients=False, or bfloat16 without a scaler"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        inner, large = self.inner, self._large()
+        self._listen()
+        chunked = probe(inner).chunked
+        self._copies.begin(large)
+        for param in large:
+            self._take(param)
+        stepped = self._copies.with_gradients()
+        found = {p: self._copies.of(p) for p in large if not chunked or p in stepped}
+        for copy in found.values():
+            copy.fetch()
+        hosts: dict[Tensor, Tensor] = {param: copy.host for param, copy in found.items()}
+        copies: dict[Tensor, HostCopy] = {copy.host: copy for copy in found.values()}
+        try:
+            with replaced(inner, hosts), borrowed(inner) as was:
+                for number, row in enumerate(self._rows(copies, chunked)):
+                    if number:
+                        restore(inner.param_groups, was)
+                    self._step_row(row, copies, chunked)
+        finally:
+            self._copies.end()
+        return loss
+
+    def _rows(self, copies: Mapping[Tensor, HostCopy], chunked: bool) -> list[list[Piece]]:
+        """What is stepped in one call, one after the other."""
+        every = pieces(self.inner.param_groups, CHUNK, splittable=False)
+        if not chunked:
+            return [every]
+        ready = [piece for piece in every if piece.param.grad is not None]
+        # the device's own first, which the host does not wait for
+        here = [piece for piece in ready if piece.param not in copies]
+        rows = chunks([piece for piece in ready if piece.param in copies], CHUNK)
+        # without any gradient, the optimizer may still count the step
+        return ([here] if here or not rows else []) + rows
+
+    def _step_row(
+        self, row: Sequence[Piece], copies: Mapping[Tensor, HostCopy], chunked: bool
+    ) -> None:
+        on_host = [copies[piece.param] for piece in row if piece.param in copies]
+        if chunked:
+            for number, group in enumerate(self.inner.param_groups):
+                group["params"] = [piece.param for piece in row if piece.group == number]
+        for copy in on_host:
+            copy.wait()
+        own_step(self.inner)(self.inner)
+        for copy in on_host:
+            if copy.host.grad is not None:
+                copy.give()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, also those on the host."""
+        super().zero_grad(set_to_none)
+        for copy in self._copies.with_gradients().values():
+            if set_to_none:
+                copy.drop()
+            else:
+                copy.zero()
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_`` of all gradients, wherever they are.
+
+        Returns:
+            The norm of all gradients before.
+        """
+        if self.offload_gradients:
+            for param in self._large():
+                self._take(param)
+        elsewhere = self._copies.with_gradients()
+        for copy in elsewhere.values():
+            copy.wait()
+        every = [param for group in self.inner.param_groups for param in group["params"]]
+        holders = [elsewhere[p].host if p in elsewhere else p for p in every]
+        return clip_grad_norm_(holders, max_norm, norm_type, error_if_nonfinite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dict: ``torch.optim`` loads it."""
+        return self.inner.state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the inner optimizer's class; large parameters' stays on the host.
+
+        Groups stay the same objects and keep ``foreach``, ``fused`` and ``capturable``. Nothing
+        of ``state_dict`` is aliased.
+        """
+        # of what is never touched, no memory is taken
+        empty = {p: Parameter(torch.empty_like(p, device="cpu"), False) for p in self._large()}
+        with replaced(self.inner, empty):
+            load_into(self.inner, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("inner", "offload_gradients", "minimal_size")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
