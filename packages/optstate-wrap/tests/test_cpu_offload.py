@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
-from optstate_wrap import CPUOffloadOptimizer, cpu_offload
+from optstate_wrap import CPUOffloadOptimizer, cpu_offload, host_step
 
 ADAMW = {"lr": 1e-2, "fused": True}
 SMALL = 100
@@ -87,7 +87,7 @@ def test_same_bits_as_without(problem, same, offload, dtype) -> None:
 
 def test_every_optimizer_has_its_own_bits(problem, same, configuration, monkeypatch) -> None:
     cls, options, _ = configuration
-    monkeypatch.setattr(cpu_offload, "CHUNK", 1000)  # some rows of several, some of one
+    monkeypatch.setattr(host_step, "CHUNK", 1000)  # some rows of several, some of one
     if cls in cpu_offload.FUSED_ON_HOST and "foreach" not in options:
         options = {"fused": True, **options}
 
@@ -95,6 +95,23 @@ def test_every_optimizer_has_its_own_bits(problem, same, configuration, monkeypa
         return Pretends(groups, cls, minimal_size=SMALL, **options)
 
     same(problem(lambda g: cls(g, **options)).run(5), problem(ours).run(5))
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, and has a smaller learning rate with each."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] /= group["count"]
+        return super().step(closure)
+
+
+def test_groups_change_once_a_step(problem, same, monkeypatch) -> None:
+    monkeypatch.setattr(host_step, "CHUNK", 1000)
+    ours = problem(lambda groups: pretends(groups, Counting)).run(3)
+    same(problem(lambda groups: Counting(groups, lr=1e-2)).run(3), ours)
+    assert {group["count"] for group in ours.optimizer.param_groups} == {3}
 
 
 class GlobalNorm(torch.optim.SGD):
@@ -195,6 +212,19 @@ def test_weights_loaded_later_stay(offload) -> None:
     assert equal(*nets)
 
 
+def test_a_model_may_become_another_dtype(offload) -> None:
+    nets = Net(), Net()
+    theirs = torch.optim.SGD(nets[0].parameters(), lr=0.1)
+    ours = pretends(nets[1].parameters(), torch.optim.SGD, lr=0.1, offload_gradients=offload)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        for net, optimizer in zip(nets, (theirs, ours), strict=True):
+            optimizer.zero_grad()
+            net.to(dtype)
+            net.loss(0).backward()
+            optimizer.step()
+        assert equal(*nets)
+
+
 def test_a_schedule_reaches_every_parameter(offload) -> None:
     nets, optimizers = pair(offload_gradients=offload)
     schedules = [lr_scheduler.OneCycleLR(o, 0.1, total_steps=5) for o in optimizers]
@@ -249,6 +279,8 @@ def test_a_group_may_come_later(offload) -> None:
             net.zero_grad()
             optimizer.zero_grad()
             net.loss(batch).backward()
+            if net is nets[1] and batch == 2:
+                assert (net[2].weight.grad is None) == offload
             optimizer.step()
     assert equal(*nets)
 
@@ -263,6 +295,9 @@ def test_frozen_parameters_cost_nothing_until_they_are_trained(offload) -> None:
                 net.requires_grad_(True)
             optimizer.zero_grad()
             net.loss(batch).backward()
+            if net is nets[1] and batch == 3:
+                # heard of from the step after it was unfrozen
+                assert (net[0].weight.grad is None) == offload
             optimizer.step()
         assert (nets[1][0].weight in optimizers[1]._copies.made) == (batch >= 2)
     assert equal(*nets)
@@ -287,6 +322,19 @@ def test_loading_aliases_nothing_and_keeps_the_way_of_the_step(problem) -> None:
     run.run(2)
     for number, values in state["state"].items():
         assert all(torch.equal(value, kept[number][key]) for key, value in values.items())
+
+
+def test_loaded_state_of_large_parameters_never_goes_to_their_device() -> None:
+    state = plain([Parameter(torch.ones(shape)) for shape in (300, 3)])
+    for param in state.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    state.step()
+    params = [Parameter(torch.empty(shape, device="meta")) for shape in (300, 3)]
+    optimizer = CPUOffloadOptimizer(params, fused=False, minimal_size=SMALL)
+    optimizer.load_state_dict(state.state_dict())
+    large, small = (optimizer.state[param]["exp_avg"] for param in params)
+    assert torch.equal(large, state.state_dict()["state"][0]["exp_avg"])
+    assert small.is_meta
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing(problem, same) -> None:
@@ -383,7 +431,7 @@ def test_an_optimizer_that_is_gone_leaves_gradients_alone() -> None:
 
 
 def test_a_step_that_fails_leaves_the_optimizer_usable(monkeypatch, problem, same) -> None:
-    monkeypatch.setattr(cpu_offload, "CHUNK", 1000)
+    monkeypatch.setattr(host_step, "CHUNK", 1000)
     run = problem(pretends).run(2)
     groups = run.optimizer.param_groups
     run.set_gradients()
@@ -405,6 +453,22 @@ def test_a_step_that_fails_leaves_the_optimizer_usable(monkeypatch, problem, sam
     assert all(a is b for a, b in zip(params, run.params, strict=True))
     assert {id(p) for p in run.optimizer.state} <= {id(p) for p in params}
     same(copy.deepcopy(run).run(1), run.run(1))
+
+
+def test_a_gradient_that_is_refused_leaves_none_behind() -> None:
+    made = []
+    for make in (plain, pretends):
+        params = [Parameter(torch.ones(300)) for _ in range(2)]
+        optimizer = make(params)
+        for step in range(2):
+            params[0].grad, params[1].grad = torch.ones(300), torch.ones(300)
+            if step == 0 and make is pretends:
+                params[1].grad = torch.ones(300).to_sparse()
+                with pytest.raises(TypeError, match=r"layout torch\.sparse_coo, must be dense"):
+                    optimizer.step()
+        optimizer.step()
+        made.append(params)
+    assert all(map(torch.equal, *made))
 
 
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "strided"])
@@ -438,10 +502,6 @@ def test_what_it_does_not_take_is_named() -> None:
         CPUOffloadOptimizer(params, offload_gradients=1)
     with pytest.raises(ValueError, match="minimal_size=-1: must be"):
         CPUOffloadOptimizer(params, minimal_size=-1)
-    optimizer = pretends(params)
-    params[0].grad = torch.ones(300).to_sparse()
-    with pytest.raises(TypeError, match=r"layout torch\.sparse_coo, must be dense"):
-        optimizer.step()
 
 
 def on_gpu(**options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,17 +15,12 @@ from torch.optim import Optimizer
 
 from optstate_codecs import checks
 from optstate_wrap.delegate import Delegate, load_into, own_step
-from optstate_wrap.host_copy import HostCopies, HostCopy
-from optstate_wrap.plan import Piece, chunks, pieces
-from optstate_wrap.probe import probe
+from optstate_wrap.host_copy import HostCopies
+from optstate_wrap.host_step import in_rows, step_rows
 from optstate_wrap.replaced import replaced
-from optstate_wrap.transaction import borrowed, restore
 
 __all__ = ["CPUOffloadOptimizer"]
 
-# elements that are stepped in one call: copies of some run while others are stepped, and calls of
-# small parameters do not count
-CHUNK = 1 << 22
 FUSED_ON_HOST = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -36,8 +31,8 @@ class CPUOffloadOptimizer(Delegate):
     parameters and gradients do: clipping, schedules and weights loaded later all count. While some
     parameters are stepped, others and their gradients are on their way; the host waits for what
     it steps, and the device for the parameters. An optimizer that cannot be stepped a few
-    parameters at a time with the same result (a probe finds out) steps all at once, after all
-    copies have arrived.
+    parameters at a time with the same result (a probe finds out) steps all at once, on the host,
+    after all copies have arrived.
 
     With ``offload_gradients`` each gradient goes to the host during the backward pass and is freed
     on the device; several passes add up, to the bits they would have there. ``step`` and
@@ -85,6 +80,11 @@ class CPUOffloadOptimizer(Delegate):
         self._copies = HostCopies()
         self._heard: dict[Tensor, Any] = {}
         self._share()
+        self._examine()
+
+    def _examine(self) -> None:
+        """Find out what the inner optimizer allows, and hear of its parameters' gradients."""
+        self._whole = not in_rows(self.inner)
         self._listen()
 
     @property
@@ -104,14 +104,15 @@ class CPUOffloadOptimizer(Delegate):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer."""
         self.inner.add_param_group(param_group)
-        self._listen()
+        self._examine()
 
     def _remote(self, param: Tensor) -> bool:
         """Whether a parameter is elsewhere than the host."""
         return param.device.type != "cpu"
 
     def _is_large(self, param: Tensor) -> bool:
-        return param.numel() >= self.minimal_size and self._remote(param)
+        # what is stepped whole is stepped in one place
+        return self._remote(param) and (self._whole or param.numel() >= self.minimal_size)
 
     def _large(self) -> list[Tensor]:
         """The parameters that are stepped on the host."""
@@ -165,53 +166,20 @@ class CPUOffloadOptimizer(Delegate):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        inner, large = self.inner, self._large()
         self._listen()
-        chunked = probe(inner).chunked
+        large = self._large()
         self._copies.begin(large)
-        for param in large:
-            self._take(param)
-        stepped = self._copies.with_gradients()
-        found = {p: self._copies.of(p) for p in large if not chunked or p in stepped}
-        for copy in found.values():
-            copy.fetch()
-        hosts: dict[Tensor, Tensor] = {param: copy.host for param, copy in found.items()}
-        copies: dict[Tensor, HostCopy] = {copy.host: copy for copy in found.values()}
         try:
-            with replaced(inner, hosts), borrowed(inner) as was:
-                for number, row in enumerate(self._rows(copies, chunked)):
-                    if number:
-                        restore(inner.param_groups, was)
-                    self._step_row(row, copies, chunked)
+            for param in large:
+                self._take(param)
+            stepped = self._copies.with_gradients()
+            copied = {p: self._copies.of(p) for p in large if self._whole or p in stepped}
+            for copy in copied.values():
+                copy.fetch()
+            step_rows(self.inner, copied)
         finally:
             self._copies.end()
         return loss
-
-    def _rows(self, copies: Mapping[Tensor, HostCopy], chunked: bool) -> list[list[Piece]]:
-        """What is stepped in one call, one after the other."""
-        every = pieces(self.inner.param_groups, CHUNK, splittable=False)
-        if not chunked:
-            return [every]
-        ready = [piece for piece in every if piece.param.grad is not None]
-        # the device's own first, which the host does not wait for
-        here = [piece for piece in ready if piece.param not in copies]
-        rows = chunks([piece for piece in ready if piece.param in copies], CHUNK)
-        # without any gradient, the optimizer may still count the step
-        return ([here] if here or not rows else []) + rows
-
-    def _step_row(
-        self, row: Sequence[Piece], copies: Mapping[Tensor, HostCopy], chunked: bool
-    ) -> None:
-        on_host = [copies[piece.param] for piece in row if piece.param in copies]
-        if chunked:
-            for number, group in enumerate(self.inner.param_groups):
-                group["params"] = [piece.param for piece in row if piece.group == number]
-        for copy in on_host:
-            copy.wait()
-        own_step(self.inner)(self.inner)
-        for copy in on_host:
-            if copy.host.grad is not None:
-                copy.give()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, also those on the host."""
@@ -256,6 +224,7 @@ class CPUOffloadOptimizer(Delegate):
         empty = {p: Parameter(torch.empty_like(p, device="cpu"), False) for p in self._large()}
         with replaced(self.inner, empty):
             load_into(self.inner, state_dict)
+        self._examine()
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("inner", "offload_gradients", "minimal_size")
