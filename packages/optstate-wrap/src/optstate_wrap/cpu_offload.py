@@ -170,12 +170,13 @@ class CPUOffloadOptimizer(Delegate):
         large = self._large()
         self._copies.begin(large)
         try:
+            copied = {}
+            # in the order in which they are stepped, so that the first are there soon
             for param in large:
                 self._take(param)
-            stepped = self._copies.with_gradients()
-            copied = {p: self._copies.of(p) for p in large if self._whole or p in stepped}
-            for copy in copied.values():
-                copy.fetch()
+                if self._whole or self._copies.has_gradient(param):
+                    copied[param] = self._copies.of(param)
+                    copied[param].fetch()
             step_rows(self.inner, copied)
         finally:
             self._copies.end()
@@ -184,7 +185,7 @@ class CPUOffloadOptimizer(Delegate):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, also those on the host."""
         super().zero_grad(set_to_none)
-        for copy in self._copies.with_gradients().values():
+        for copy in self._copies.made.values():
             if set_to_none:
                 copy.drop()
             else:
@@ -202,11 +203,12 @@ class CPUOffloadOptimizer(Delegate):
         if self.offload_gradients:
             for param in self._large():
                 self._take(param)
-        elsewhere = self._copies.with_gradients()
-        for copy in elsewhere.values():
-            copy.wait()
-        every = [param for group in self.inner.param_groups for param in group["params"]]
-        holders = [elsewhere[p].host if p in elsewhere else p for p in every]
+        holders: list[Tensor] = []
+        for param in [param for group in self.inner.param_groups for param in group["params"]]:
+            if self._copies.has_gradient(param):
+                self._copies.of(param).wait()
+                param = self._copies.of(param).host
+            holders.append(param)
         return clip_grad_norm_(holders, max_norm, norm_type, error_if_nonfinite)
 
     def state_dict(self) -> dict[str, Any]:

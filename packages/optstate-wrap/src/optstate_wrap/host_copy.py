@@ -107,9 +107,9 @@ class HostCopies:
             copy = self.made[param] = HostCopy(param, self._lanes_to(param.device))
         return copy
 
-    def with_gradients(self) -> dict[Tensor, HostCopy]:
-        """Those that have one now."""
-        return {p: copy for p, copy in self.made.items() if copy.host.grad is not None}
+    def has_gradient(self, param: Tensor) -> bool:
+        """Whether one has been taken that is not used up."""
+        return param in self.made and self.made[param].host.grad is not None
 
     def begin(self, params: Iterable[Tensor]) -> None:
         """Let copies of these begin after all that their devices have been given."""
