@@ -38,6 +38,7 @@ def step_rows(inner: Optimizer, copied: Mapping[Tensor, HostCopy]) -> None:
         inner: its groups have the parameters on the device.
         copied: copies that are on their way to the host; with gradients, where they have one.
     """
+    apart = in_rows(inner)
     copies: dict[Tensor, HostCopy] = {copy.host: copy for copy in copied.values()}
     with (
         replaced(inner, {param: copy.host for param, copy in copied.items()}),
@@ -45,7 +46,7 @@ def step_rows(inner: Optimizer, copied: Mapping[Tensor, HostCopy]) -> None:
         _without_gradients(inner) as grads,
     ):
         every = pieces(inner.param_groups, CHUNK, splittable=False)
-        rows = _rows([p for p in every if p.param in grads], copies) if in_rows(inner) else [every]
+        rows = _rows([p for p in every if p.param in grads], copies) if apart else [every]
         for number, row in enumerate(rows):
             if number:
                 restore(inner.param_groups, before)
