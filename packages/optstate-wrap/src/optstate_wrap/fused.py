@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from optstate_codecs.engine import Job, Unit, trainable
+from optstate_codecs.engine import Job, Session, Unit, trainable
 from optstate_codecs.engine.plan import takes
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.layout import inverse_order
@@ -99,6 +99,7 @@ class Fused:
         self.wanted = wanted
         self.seed = seed
         self.store = store
+        self._session: Session | Stream | None = None
         self._rule: Rule | None = None
         self._hypers: list[Any] = []
         self._exact = False
@@ -106,18 +107,20 @@ class Fused:
 
     def forget(self) -> None:
         """Let go of all records."""
-        self._session = self.store.session()
-        if isinstance(self._session, Stream):
-            self._session.watch = self._moved
-            self.store.settle = self._session.settle
+        self._session = None
+        self.store.settle = None
         self._ready: dict[Tensor, _Ready] = {}
         self._owners: dict[int, tuple[_Ready, Record]] = {}
         self.done: list[Unit] = []
 
-    @property
-    def streams(self) -> bool:
-        """Whether state comes from elsewhere."""
-        return isinstance(self._session, Stream)
+    def _begin(self) -> Session | Stream:
+        """The session, which is made with the first step."""
+        if self._session is None:
+            self._session = self.store.session()
+            if isinstance(self._session, Stream):
+                self._session.watch = self._moved
+                self.store.settle = self._session.settle
+        return self._session
 
     def _moved(self, unit: Unit) -> None:
         """The state of a unit is in other tensors now: its record takes these."""
@@ -141,7 +144,7 @@ class Fused:
         # these add up in another order than the rule, which gives the others' very bits
         flags = ("fused", "capturable")
         other = any(group.get(flag) for group in inner.param_groups for flag in flags)
-        self._exact = self.streams and not other
+        self._exact = isinstance(self._begin(), Stream) and not other
         if rule is not None:
             try:
                 self._hypers = [rule.hyper({**rule.defaults(), **g}) for g in inner.param_groups]
@@ -251,10 +254,11 @@ class Fused:
             total=trainable(inner.param_groups),
         )
         self.done = job.done
+        session = self._begin()
         try:
-            self._session.step(job)
+            session.step(job)
         finally:
-            self._session.finish()
+            session.finish()
         # where the host skips a step, all are as they should be
         self.done = list(units)
 

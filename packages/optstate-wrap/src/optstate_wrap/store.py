@@ -89,6 +89,10 @@ class Store(ABC):
         """What steps units whose state is kept here."""
         return Session("auto")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has a session of its own
+        return {**self.__dict__, "settle": None}
+
     @abstractmethod
     def placed(self, records: Records) -> Records:
         """The records as this store keeps them."""
