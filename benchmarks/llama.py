@@ -102,7 +102,7 @@ class Llama(nn.Module):
         angles = torch.arange(tokens.shape[1], device=x.device)[:, None] * self.pace
         for layer in self.layers:
             if self.checkpointed:
-                x = checkpoint(layer, x, angles, use_reentrant=False)
+                x = checkpoint(layer, x, angles, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, angles)
         logits = self.head(self.norm(x))[:, :-1].flatten(0, 1)

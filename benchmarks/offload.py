@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from offload_common import FORMATS, Sizes, bus
+from offload_common import FORMATS, Sizes, bus, contestants
 from offload_step import run_disk, run_step
 from offload_train import run_finetune, run_train
 from step_time import surroundings
@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", default=[])
-    parser.add_argument("--only", action="append", default=[], help="an optimizer; repeatable")
+    everyone = ("no optimizer", *contestants())
+    parser.add_argument("--only", choices=everyone, action="append", default=[], help="repeatable")
     parser.add_argument("--chunk-mib", type=float, default=32, help="of state that moves at a time")
     parser.add_argument("--format", choices=FORMATS, default="int8", help="of finetune7b")
     parser.add_argument("--path", type=Path, help="folder for disk's file")

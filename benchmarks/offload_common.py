@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -168,12 +169,18 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def process_bytes() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
+def process_bytes(peak: bool = False) -> int:
+    """Bytes of this process in memory, now or at most; 0 where the system does not say."""
     try:
-        return resident("VmRSS")
+        return resident("VmHWM" if peak else "VmRSS")
     except OSError:
         return 0
+
+
+def forget_process_peak() -> None:
+    """Begin to look for the most bytes of this process anew, where the system lets us."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def moved_bytes(optimizer: Optimizer) -> int:

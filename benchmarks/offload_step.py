@@ -18,6 +18,7 @@ from offload_common import (
     clean,
     contestants,
     forget_peak,
+    forget_process_peak,
     host_bytes,
     moved_bytes,
     process_bytes,
@@ -100,6 +101,7 @@ def measure(
     held, room, process = allocated(device), reserved(device), process_bytes()
     numel = sum(param.numel() for param in params)
     forget_peak(device)
+    forget_process_peak()
     begin = perf_counter()
     optimizer = one.make(params, sizes)
     step = stepper(optimizer, params)
@@ -107,6 +109,7 @@ def measure(
     synchronize(device)
     first = perf_counter() - begin
     first_peak = allocated(device, True) - held
+    process_peak = process_bytes(True) - process
     for _ in range(2):
         step()
     synchronize(device)
@@ -121,6 +124,7 @@ def measure(
         "extra_reserved_bytes": reserved(device) - room,
         "host_bytes_per_parameter": host_bytes(optimizer) / numel,
         "process_bytes_per_parameter": (process_bytes() - process) / numel,
+        "process_bytes_per_parameter_first_step": process_peak / numel,
         "parameters": numel,
         "tensors": len(params),
     }
