@@ -121,9 +121,11 @@ class Session:
             return
         if self._skipped(job):
             return
+        # of the whole job, however it is staged: its bits are not to depend on that
+        total = job.total or sum(unit.param.numel() for unit in job.units)
         for stage, part in job.stages():
             with job.around(stage):
-                if not self._loops_run(part):
+                if not self._loops_run(part, total >= WORTH_BUILDING):
                     eager.step(part)
 
     @staticmethod
@@ -139,7 +141,7 @@ class Session:
             )
         return self.backend == "triton" or (self.backend == "auto" and cuda and HAS_TRITON)
 
-    def _loops_run(self, job: Job) -> bool:
+    def _loops_run(self, job: Job, large: bool) -> bool:
         """Step the job by compiled loops, if that is asked for or worth it and possible."""
         if self.backend not in ("auto", "compile"):
             return False
@@ -151,8 +153,7 @@ class Session:
                 )
             self._with_compiler(lambda: compiled.step(job))
             return True
-        total = job.total or sum(unit.param.numel() for unit in job.units)
-        if not on_cpu or total < WORTH_BUILDING:
+        if not (on_cpu and large):
             return False
         return compiled.try_step(job)
 

@@ -59,6 +59,13 @@ class Place(ABC):
     def sent(self, chunk: Chunk, event: Any) -> None:  # noqa: B027
         """The source has been copied from once ``event`` has happened (None: it has)."""
 
+    def reserve(self, chunk: Chunk) -> None:  # noqa: B027
+        """See that ``sink`` and ``stored`` will do before the chunk is stepped.
+
+        Raises:
+            OSError: what the sink was for before could not be kept.
+        """
+
     def sink(self, chunk: Chunk) -> Iterable[tuple[Tensor, Region]]:
         """Host memory to copy the chunk to; ``chunk.memory`` says where it will be kept."""
         return chunk.pieces(chunk.memory)
@@ -86,8 +93,11 @@ class Place(ABC):
     def show(self, memories: Iterable[Memory]) -> None:  # noqa: B027
         """What is known outside of this process is kept in these."""
 
-    def forget(self, chunk: Chunk) -> None:  # noqa: B027
-        """What has been prepared of the chunk is no longer what is kept."""
+    def forget(self) -> None:  # noqa: B027
+        """What has been prepared is no longer what is kept."""
+
+    def close(self, remove: bool = False) -> None:  # noqa: B027
+        """Let go of what outlives the process, and remove it where nothing is to be kept."""
 
 
 class HostPlace(Place):

@@ -8,26 +8,26 @@ the manifest names is always one whole step, wherever the process is killed.
 from __future__ import annotations
 
 import fcntl
-import json
-import mmap
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
 from optstate_codecs.places.base import Place
+from optstate_codecs.places.manifest import manifest_path, read_manifest, write_manifest
+from optstate_codecs.places.mapped import GRANULARITY, mapped
 from optstate_codecs.places.pinned import empty_pinned
 from optstate_codecs.places.slabs import Chunk, Memory, Region, Slab
+from optstate_codecs.places.tasks import Task
 
 __all__ = ["DiskPlace"]
 
-VERSION = 1
 # the file begins with what says which manifest is its own
 HEADER = 4096
 THREADS = 4
@@ -53,16 +53,17 @@ class DiskPlace(Place):
 
     def __init__(self, path: str | Path, resume: bool = False, sync: bool = False) -> None:
         self.path = Path(path)
+        self.manifest_path = manifest_path(self.path)
         self.sync = sync
         self.manifest: dict[str, Any] | None = None
         self._shown: set[int] = set()
-        self._reads: dict[int, tuple[Chunk, Future[None]]] = {}
-        self._writes: dict[Chunk, Future[None]] = {}
+        self._reads: dict[int, tuple[Chunk, Task]] = {}
+        # the last of each chunk, and of each slot
+        self._writes: dict[Chunk, Task] = {}
+        self._sinks: dict[int, Task] = {}
         self._rooms: dict[tuple[str, int], Tensor] = {}
         self._sent: dict[int, Any] = {}
-        self._sinks: dict[int, Future[None]] = {}
-        self._written: Future[None] | None = None
-        self._describe: WeakMethod[Callable[[], dict[str, Any]]] | None = None
+        self._written: Task | None = None
         flags = os.O_RDWR if resume else os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
             self._file = os.open(self.path, flags, 0o644)
@@ -72,24 +73,24 @@ class DiskPlace(Place):
                 "remove it and its manifest"
             ) from error
         self._pool = ThreadPoolExecutor(THREADS, "optstate-disk")
+        self._owner = os.getpid()
         try:
             self._lock()
             if resume:
-                self._end = HEADER
-                self.manifest = self._read_manifest()
-                self._id, self._end = self.manifest["id"], self.manifest["bytes"]
+                self.manifest = read_manifest(self.manifest_path)
+                self._id, self._end = self.manifest["id"], int(self.manifest["bytes"])
+                if os.pread(self._file, 32, 0) != self._id.encode():
+                    raise ValueError(
+                        f"{self.manifest_path}: the manifest of another file than {self.path}"
+                    )
+                self._check_size(self._end)
             else:
                 self._id, self._end = uuid4().hex, 0
                 self._grow(HEADER)
                 os.pwrite(self._file, self._id.encode(), 0)
         except BaseException:
-            self.close()
+            self.close(remove=not resume)
             raise
-
-    @property
-    def manifest_path(self) -> Path:
-        """Of the manifest."""
-        return self.path.with_name(self.path.name + ".json")
 
     def _lock(self) -> None:
         try:
@@ -99,26 +100,6 @@ class DiskPlace(Place):
                 f"path={str(self.path)!r}: in use by another optimizer or process"
             ) from error
 
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.manifest_path
-        try:
-            manifest = json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{path}: missing; no step was completed, so there is nothing to resume from"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{path}: not a manifest: {error}") from error
-        keys = {"version", "id", "bytes", "slabs", "parameters", "param_groups", "chunk_bytes"}
-        if not isinstance(manifest, dict) or keys - manifest.keys():
-            raise ValueError(f"{path}: not a manifest, which has {', '.join(sorted(keys))}")
-        if manifest["version"] != VERSION:
-            raise ValueError(f"{path}: version {manifest['version']!r}, must be {VERSION}")
-        if os.pread(self._file, 32, 0) != str(manifest["id"]).encode():
-            raise ValueError(f"{path}: the manifest of another file than {self.path}")
-        self._check_size(manifest["bytes"])
-        return manifest
-
     def _check_size(self, nbytes: int) -> None:
         found = os.fstat(self._file).st_size
         if found < nbytes:
@@ -126,14 +107,16 @@ class DiskPlace(Place):
 
     def _grow(self, nbytes: int) -> int:
         """Take more of the disk; where it begins."""
-        start, size = self._end, -(-nbytes // mmap.ALLOCATIONGRANULARITY)
-        size *= mmap.ALLOCATIONGRANULARITY
-        try:
-            os.posix_fallocate(self._file, start, size)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{self.path}: no room for {size} more bytes: {error.strerror}"
-            ) from error
+        start, size = self._end, -(-nbytes // GRANULARITY) * GRANULARITY
+        if size:
+            try:
+                os.posix_fallocate(self._file, start, size)
+            except OSError as error:
+                with suppress(OSError):  # what there was of it
+                    os.ftruncate(self._file, start)
+                raise OSError(
+                    error.errno, f"{self.path}: no room for {size} more bytes: {error.strerror}"
+                ) from error
         self._end = start + size
         return start
 
@@ -141,16 +124,27 @@ class DiskPlace(Place):
         return self.mapped(self._grow(nbytes), nbytes)
 
     def mapped(self, offset: int, nbytes: int) -> Memory:
-        """What is in the file from ``offset`` on."""
-        if nbytes == 0:
-            return Memory(torch.empty(0, dtype=torch.uint8), offset)
-        region = mmap.mmap(self._file, nbytes, offset=offset)
-        return Memory(torch.frombuffer(region, dtype=torch.uint8), offset)
+        """What is in the file from ``offset`` on.
+
+        Raises:
+            ValueError: that is not all in it.
+        """
+        if offset % GRANULARITY or not 0 <= offset <= offset + nbytes <= self._end:
+            raise ValueError(f"{self.manifest_path}: a slab of {nbytes} bytes at byte {offset}")
+        return Memory(mapped(self._file, offset, nbytes), offset)
 
     def allocate(self, nbytes: int) -> Slab:
-        slab = super().allocate(nbytes)
-        # the second memory now: a full disk is to be found before a step, not in it
-        slab.family.append(self.new(nbytes))
+        before = self._end
+        try:
+            slab = super().allocate(nbytes)
+            # the second memory now: a full disk is to be found before a step, not in it
+            slab.family.append(self.new(nbytes))
+        except OSError:
+            # nothing of it is in use: another attempt is to find as much room as this one
+            with suppress(OSError):
+                os.ftruncate(self._file, before)
+                self._end = before
+            raise
         return slab
 
     def writable(self, memory: Memory) -> bool:
@@ -162,13 +156,13 @@ class DiskPlace(Place):
 
     def check(self) -> None:
         self._check_size(self._end)
-        if self._written is not None and self._written.done() and self._written.exception():
-            # what is there now must be named before a step may write over what was there before
-            self._written = None
-            describe = None if self._describe is None else self._describe()
-            assert describe is not None
-            self.commit(describe)
-            self.wait()
+        self._again()
+
+    def _again(self) -> None:
+        """Try again what could not be kept, before a step makes more of it."""
+        for task in (*self._writes.values(), self._written):
+            if task is not None and task.failed:
+                task.result()
 
     def _room(self, kind: str, chunk: Chunk) -> Tensor:
         """Host memory that a slot's chunks pass through on their way in or out."""
@@ -182,29 +176,20 @@ class DiskPlace(Place):
         reading = self._reads.get(chunk.slot)
         if reading is not None and (reading[0] is chunk or not reading[1].done()):
             return
-        room, written, sent = self._room("in", chunk), self._writes.get(chunk), chunk.slot
-        event, memory = self._sent.pop(sent, None), chunk.memory
+        # no reference to the place: threads are not to be the last that have it
+        room, written, file = self._room("in", chunk), self._writes.get(chunk), self._file
+        event, regions, start = self._sent.pop(chunk.slot, None), chunk.regions, chunk.memory.offset
 
         def read() -> None:
             if written is not None:
                 written.result()
             if event is not None:
                 event.synchronize()
-            for region in chunk.regions:
-                self._read(
-                    room[region.offset : region.offset + region.nbytes],
-                    memory.offset + region.start,
-                )
+            for region in regions:
+                inside = room[region.offset : region.offset + region.nbytes]
+                _read(file, inside, start + region.start)
 
-        self._reads[chunk.slot] = chunk, self._pool.submit(read)
-
-    def _read(self, into: Tensor, offset: int) -> None:
-        data: Any = memoryview(into.numpy())  # type: ignore[arg-type]
-        while data:
-            count = os.preadv(self._file, [data], offset)
-            if count == 0:
-                raise OSError(f"{self.path}: cut off: nothing at byte {offset}")
-            data, offset = data[count:], offset + count
+        self._reads[chunk.slot] = chunk, Task(self._pool, read)
 
     def ready(self, chunk: Chunk) -> bool:
         reading = self._reads.get(chunk.slot)
@@ -213,13 +198,10 @@ class DiskPlace(Place):
     def source(self, chunk: Chunk) -> Iterable[tuple[Tensor, Region]]:
         reading = self._reads.get(chunk.slot)
         if reading is not None and reading[0] is not chunk:
-            wait([reading[1]])
+            reading[1].wait()
         self.prepare(chunk)
-        _, future = self._reads[chunk.slot]
-        try:
-            future.result()
-        finally:
-            del self._reads[chunk.slot]
+        self._reads[chunk.slot][1].result()
+        del self._reads[chunk.slot]
         room = self._room("in", chunk)
         return [(room[r.offset : r.offset + r.nbytes], r) for r in chunk.regions]
 
@@ -227,22 +209,25 @@ class DiskPlace(Place):
         if event is not None:
             self._sent[chunk.slot] = event
 
-    def forget(self, chunk: Chunk) -> None:
-        reading = self._reads.get(chunk.slot)
-        if reading is not None and reading[0] is chunk:
-            wait([reading[1]])
-            del self._reads[chunk.slot]
+    def forget(self) -> None:
+        for _, reading in self._reads.values():
+            reading.wait()
+        self._reads.clear()
 
-    def sink(self, chunk: Chunk) -> Iterable[tuple[Tensor, Region]]:
-        before = self._sinks.pop(chunk.slot, None)
+    def reserve(self, chunk: Chunk) -> None:
+        before = self._sinks.get(chunk.slot)
         if before is not None:
             before.result()
+            del self._sinks[chunk.slot]
+
+    def sink(self, chunk: Chunk) -> Iterable[tuple[Tensor, Region]]:
+        self.reserve(chunk)
         room = self._room("out", chunk)
         return [(room[r.offset : r.offset + r.nbytes], r) for r in chunk.regions]
 
     def stored(self, chunk: Chunk) -> None:
-        room, memory, event = self._room("out", chunk), chunk.memory, chunk.stored
-        shown = self._written
+        room, start, file = self._room("out", chunk), chunk.memory.offset, self._file
+        event, regions, shown = chunk.stored, chunk.regions, self._written
 
         def write() -> None:
             if shown is not None:
@@ -250,65 +235,71 @@ class DiskPlace(Place):
                 shown.result()
             if event is not None:
                 event.synchronize()
-            for region in chunk.regions:
-                self._write(
-                    room[region.offset : region.offset + region.nbytes],
-                    memory.offset + region.start,
-                )
+            for region in regions:
+                inside = room[region.offset : region.offset + region.nbytes]
+                _write(file, inside, start + region.start)
 
-        self._sinks[chunk.slot] = self._writes[chunk] = self._pool.submit(write)
-
-    def _write(self, of: Tensor, offset: int) -> None:
-        data: Any = memoryview(of.numpy())  # type: ignore[arg-type]
-        while data:
-            count = os.pwrite(self._file, data, offset)
-            data, offset = data[count:], offset + count
+        self._sinks[chunk.slot] = self._writes[chunk] = Task(self._pool, write)
 
     def wait(self) -> None:
-        pending = [*self._writes.values(), *(future for _, future in self._reads.values())]
-        if self._written is not None:
-            pending.append(self._written)
-        wait(pending)
-        for future in self._writes.values():
-            future.result()
-        if self._written is not None:
-            self._written.result()
+        for _, reading in self._reads.values():
+            reading.wait()
+        for task in (*self._writes.values(), self._written):
+            if task is not None:
+                task.result()
         self._writes.clear()
 
     def commit(self, describe: Callable[[], dict[str, Any]]) -> None:
-        content, self._describe = describe(), WeakMethod(describe)
+        content = describe()
         self.show(content.pop("memories"))
         counts = content.pop("counts")
-        writes, before, nbytes = list(self._writes.values()), self._written, self._end
+        tasks = [task for task in (*self._writes.values(), self._written) if task is not None]
+        content = {"id": self._id, "bytes": self._end, **content}
+        file, path, sync = self._file, self.manifest_path, self.sync
 
         def keep() -> None:
-            for future in (*writes, before):
-                if future is not None:
-                    future.result()
+            for task in tasks:
+                task.result()
             for entry, count in zip(content["parameters"], counts(), strict=True):
                 entry["step"] = count
-            manifest = {"version": VERSION, "id": self._id, "bytes": nbytes, **content}
-            if self.sync:
-                os.fsync(self._file)
-            scratch = self.manifest_path.with_name(self.manifest_path.name + ".new")
-            with scratch.open("w") as file:
-                json.dump(manifest, file)
-                file.flush()
-                if self.sync:
-                    os.fsync(file.fileno())
-            scratch.replace(self.manifest_path)
+            if sync:
+                os.fsync(file)
+            write_manifest(path, content, sync)
 
-        self._written = self._pool.submit(keep)
+        self._written = Task(self._pool, keep)
 
-    def close(self) -> None:
-        """Write what is under way, and let go of the file."""
-        if self._file >= 0:
+    def close(self, remove: bool = False) -> None:
+        """Write what is under way, and let go of the file, which can be removed."""
+        if self._file < 0:
+            return
+        # a process that was forked has neither the threads nor the lock
+        if self._owner == os.getpid():
             self._pool.shutdown()
+            with suppress(OSError):  # it has been said before, and what the manifest names is whole
+                self._again()
+            if remove:
+                self.path.unlink(missing_ok=True)
             # what is mapped holds the file, and so would the lock
             fcntl.flock(self._file, fcntl.LOCK_UN)
-            os.close(self._file)
-            self._file = -1
+        os.close(self._file)
+        self._file = -1
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0 and hasattr(self, "_pool"):
             self.close()
+
+
+def _read(file: int, into: Tensor, offset: int) -> None:
+    data: Any = memoryview(into.numpy())  # type: ignore[arg-type]
+    while data:
+        count = os.preadv(file, [data], offset)
+        if count == 0:
+            raise OSError(f"the file of the state is cut off: nothing at byte {offset}")
+        data, offset = data[count:], offset + count
+
+
+def _write(file: int, of: Tensor, offset: int) -> None:
+    data: Any = memoryview(of.numpy())  # type: ignore[arg-type]
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count

@@ -6,15 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from optstate_codecs import checks
-from optstate_codecs.layout import Declaration, bound, empty_state
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.places.base import HostPlace, Place
-from optstate_codecs.places.slabs import Memory, Slab, laid
+from optstate_codecs.places.resume import plain, resume_from
 from optstate_codecs.places.stream import CHUNK_BYTES, Stream
-from optstate_codecs.writes import MASTER, parameter_write
 
 __all__ = ["STORES", "Offload", "make_place", "offload"]
 
@@ -38,8 +34,7 @@ class Offload:
 
     def stream(self, optimizer: CodedOptimizer, place: Place) -> Stream:
         """A session that keeps the optimizer's state in ``place``."""
-        stream = Stream(optimizer.backend, place, self.chunk_bytes, self.resident_bytes)
-        return stream
+        return Stream(optimizer.backend, place, self.chunk_bytes, self.resident_bytes)
 
 
 def offload(
@@ -102,16 +97,35 @@ def offload(
     if optimizer.offloaded is not None:
         raise ValueError(f"optimizer: its state is offloaded already ({optimizer.offloaded.store})")
     how = Offload(store, None if path is None else str(path), sync, chunk_bytes, resident_bytes)
-    place = make_place(store, path, resume, sync)
-    if resume:
-        _resume(optimizer, how, place)
-        return optimizer
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if key != "step":
-                state[key] = value.to("cpu")
-    _begin(optimizer, how, place)
+    place: Any = make_place(store, path, resume, sync)
+    try:
+        if resume:
+            # parts are what they were
+            how = replace(how, chunk_bytes=place.manifest["chunk_bytes"])
+        stream = how.stream(optimizer, place)
+        # no reference to the optimizer, which has the stream
+        groups = optimizer.param_groups
+        stream.about = lambda: {"param_groups": [plain(group) for group in groups]}
+        if resume:
+            resume_from(optimizer, stream, place)
+        else:
+            _move(optimizer)
+    except BaseException:
+        place.close(remove=not resume)
+        raise
+    optimizer.offloaded = how
+    optimizer._session = stream
     return optimizer
+
+
+def _move(optimizer: CodedOptimizer) -> None:
+    """Bring what state there is to the host."""
+    moved = [
+        (state, {key: value.to("cpu") for key, value in state.items() if key != "step"})
+        for state in optimizer.state.values()
+    ]
+    for state, parts in moved:
+        state.update(parts)
 
 
 def make_place(
@@ -125,130 +139,3 @@ def make_place(
     from optstate_codecs.places.disk import DiskPlace
 
     return DiskPlace(path, resume, sync)
-
-
-def _begin(optimizer: CodedOptimizer, how: Offload, place: Place) -> Stream:
-    stream = how.stream(optimizer, place)
-    # no reference to the optimizer, which has the stream
-    groups = optimizer.param_groups
-    stream.about = lambda: {"param_groups": [_plain(group) for group in groups]}
-    optimizer.offloaded = how
-    optimizer._session = stream
-    return stream
-
-
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
-    """A group's values as JSON has them."""
-    return {
-        key: value.tolist() if isinstance(value, torch.Tensor) else value
-        for key, value in group.items()
-        if key != "params"
-    }
-
-
-def _resume(optimizer: CodedOptimizer, how: Offload, place: Any) -> None:
-    """Have the optimizer go on from what the place's manifest names."""
-    manifest, where = place.manifest, str(place.manifest_path)
-    how = replace(how, chunk_bytes=manifest["chunk_bytes"])
-    saved = manifest["param_groups"]
-    if len(saved) != len(optimizer.param_groups):
-        raise ValueError(
-            f"{where}: {len(saved)} param groups, must be {len(optimizer.param_groups)}"
-        )
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    groups = [n for n, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-    slabs = []
-    for slab in manifest["slabs"]:
-        offsets = [slab["offset"], *slab["others"]]
-        family = [place.mapped(offset, slab["bytes"]) for offset in offsets]
-        slabs.append(Slab(family, family[0]))
-    states = {}
-    for entry in manifest["parameters"]:
-        number = entry["number"]
-        name = f"{where}: parameter {number}"
-        if number >= len(params):
-            raise ValueError(f"{name}: the optimizer has {len(params)} parameters")
-        param = params[number]
-        if list(param.shape) != entry["shape"]:
-            raise ValueError(f"{name}: shape {tuple(entry['shape'])}, must be {tuple(param.shape)}")
-        states[number] = _shown(optimizer, groups[number], param, entry, slabs, name)
-    for group, values in zip(optimizer.param_groups, saved, strict=True):
-        formats = {key: values.get(key) for key in optimizer.storage_options if key in values}
-        mine = {key: _plain(group).get(key) for key in formats}
-        if json_like(formats) != json_like(mine):
-            raise ValueError(f"{where}: state is stored as {formats}, must be {mine}")
-    for group, values in zip(optimizer.param_groups, saved, strict=True):
-        for key, value in values.items():
-            if key in group and key not in optimizer.storage_options:
-                group[key] = _like(group[key], value)
-    optimizer.state.clear()
-    for number, state in states.items():
-        optimizer.state[params[number]] = state
-    stream = _begin(optimizer, how, place)
-    stream.resume(_by_slab(optimizer, manifest, slabs, params, groups))
-
-
-def json_like(value: Any) -> Any:
-    """With lists for tuples."""
-    if isinstance(value, dict):
-        return {key: json_like(item) for key, item in value.items()}
-    return [json_like(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _like(old: Any, new: Any) -> Any:
-    """A value of a manifest in the type that the group has it in."""
-    if isinstance(old, torch.Tensor):
-        return old.fill_(new)
-    return tuple(new) if isinstance(new, list) else new
-
-
-def _shown(
-    optimizer: CodedOptimizer,
-    group: int,
-    param: torch.Tensor,
-    entry: dict[str, Any],
-    slabs: list[Slab],
-    name: str,
-) -> dict[str, Any]:
-    """A parameter's state as tensors in its slab."""
-    formats = bound(optimizer.group_formats(optimizer.param_groups[group]), param)
-    write = parameter_write(optimizer.write, param.dtype)
-    declared: dict[str, Declaration] = {**formats, MASTER: write}
-    parts = {c.key(n): c for n, d in declared.items() for c in d.components}
-    if set(parts) != set(entry["starts"]):
-        raise ValueError(
-            f"{name}: stored as {', '.join(entry['starts'])}, must be {', '.join(parts)}"
-        )
-    memory: Memory = slabs[entry["slab"]].memory
-    state: dict[str, Any] = {"step": torch.tensor(float(entry["step"]))}
-    for key, component in parts.items():
-        like = empty_state(param, component, torch.device("meta"))
-        start = entry["starts"][key]
-        if start + like.nbytes > memory.tensor.numel():
-            raise ValueError(f"{name}: {key} does not fit into its slab")
-        state[key] = laid(memory.tensor, start, like)
-    return state
-
-
-def _by_slab(
-    optimizer: CodedOptimizer,
-    manifest: dict[str, Any],
-    slabs: list[Slab],
-    params: list[torch.Tensor],
-    groups: list[int],
-) -> list[tuple[Slab, list[Any], bool]]:
-    """Each slab with the units of its parameters, and whether these are in parts."""
-    hypers = [optimizer.rule.hyper(group) for group in optimizer.param_groups]
-    kept = [optimizer._kept(number, hyper) for number, hyper in enumerate(hypers)]
-    entries = manifest["parameters"]
-    places = [
-        (e["number"], groups[e["number"]], params[e["number"]], params[e["number"]], 0)
-        for e in entries
-    ]
-    units = optimizer._current_units(places, kept)
-    members: list[list[Any]] = [[] for _ in slabs]
-    cut = [False] * len(slabs)
-    for entry, unit in zip(entries, units, strict=True):
-        members[entry["slab"]].append(unit)
-        cut[entry["slab"]] = entry["parts"] > 1
-    return list(zip(slabs, members, cut, strict=True))

@@ -6,7 +6,7 @@ processors are all at work. What the ring does not do is wait: every order is on
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -38,6 +38,8 @@ class Ring:
         self.nbytes = nbytes
         self.slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._held: list[Chunk | None] = [None] * SLOTS
+        # stepped, and nowhere but in its slot
+        self._unstored: list[Chunk | None] = [None] * SLOTS
         self._freed: list[Any] = [None] * SLOTS
         self._next: dict[Chunk, Chunk] = {}
         self._last: Chunk | None = None
@@ -58,6 +60,7 @@ class Ring:
         if self._last is not None:
             self._next[self._last] = chunk
         self._last = chunk
+        self.place.reserve(chunk)
         if self._held[chunk.slot] is not chunk:
             self._load(chunk)
         if self._streams is not None:
@@ -69,6 +72,13 @@ class Ring:
 
     def leave(self, chunk: Chunk) -> None:
         """Store the chunk once the current stream has stepped it, and load what is to follow."""
+        self._unstored[chunk.slot] = chunk
+        self._store(chunk)
+        # who wants that chunk tries again, and says what is wrong
+        with suppress(Exception):
+            self._look_ahead(chunk)
+
+    def _store(self, chunk: Chunk) -> None:
         slot = chunk.slot
         if self._streams is None:
             self._copy_out(chunk)
@@ -83,7 +93,7 @@ class Ring:
                 chunk.stored.record(stream)
         self._freed[slot] = chunk.stored
         self.place.stored(chunk)
-        self._look_ahead(chunk)
+        self._unstored[slot] = None
 
     def _copy_out(self, chunk: Chunk) -> None:
         slot = self.slots[chunk.slot]
@@ -92,6 +102,8 @@ class Ring:
 
     def _load(self, chunk: Chunk) -> None:
         slot = chunk.slot
+        self.store_rest()
+        self._held[slot] = None
         source = self.place.source(chunk)
         with nullcontext() if self._streams is None else torch.cuda.stream(self._streams[0]):
             if self._streams is not None:
@@ -137,20 +149,26 @@ class Ring:
                 self._load(chunk)
             slots.add(chunk.slot)
 
-    def forget(self, chunk: Chunk) -> None:
-        """The chunk is no longer what it was where it is kept."""
-        if self._held[chunk.slot] is chunk:
-            self._held[chunk.slot] = None
-        self.place.forget(chunk)
+    def store_rest(self) -> None:
+        """Store what should have been, and was not because of an exception."""
+        for chunk in self._unstored:
+            if chunk is not None:
+                self._store(chunk)
+
+    def forget(self) -> None:
+        """Chunks are no longer what they were where they are kept; all of them have been stored."""
+        self._held = [None] * SLOTS
+        self.place.forget()
 
     def clear(self) -> None:
         """Forget all chunks."""
-        self._held = [None] * SLOTS
+        self.forget()
         self._next.clear()
         self._last = None
 
     def wait(self) -> None:
         """Wait until everything is stored."""
+        self.store_rest()
         if self._streams is not None:
             for stream in self._streams:
                 stream.synchronize()

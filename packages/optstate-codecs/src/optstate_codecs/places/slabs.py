@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Component, Format
-from optstate_codecs.layout import is_dense, storage_order
+from optstate_codecs.layout import empty_state, is_dense, storage_order
 
 __all__ = ["Chunk", "Memory", "Part", "Region", "Seat", "Slab", "arrange"]
 
@@ -51,6 +51,7 @@ class Slab:
         target: that takes what the step under way makes of it; None before that.
         chunks: that it moves in.
         stale: whether the optimizer's tensors still show memory it was in before.
+        version: of its memory's tensor, to see whether somebody else has changed it.
     """
 
     family: list[Memory]
@@ -58,6 +59,7 @@ class Slab:
     target: Memory | None = None
     chunks: list[Chunk] = field(default_factory=list)
     stale: bool = False
+    version: int = -1
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +131,8 @@ class Seat:
         slab: None where it stays on the device.
         starts: of its components in the slab, by state key.
         parts: in order.
-        values: the unit's state when it was seated, to see whether somebody else has changed it.
+        like: the components as they lie there, on no device.
+        values: the unit's state as it was shown, to see whether somebody else has changed it.
         address: of the parameter, likewise.
         version: of its step count, likewise.
     """
@@ -138,13 +141,14 @@ class Seat:
     slab: Slab | None
     starts: dict[str, int]
     parts: list[Part]
-    values: list[Any] = field(default_factory=list)
+    like: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
     address: int = 0
     version: int = -1
 
     def view(self, key: str, memory: Memory) -> Tensor:
-        """A component as it is kept in a memory of the slab, strided as it is now."""
-        return laid(memory.tensor, self.starts[key], self.unit.state[key])
+        """A component as it is kept in a memory of the slab."""
+        return laid(memory.tensor, self.starts[key], self.like[key])
 
 
 def laid(memory: Tensor, start: int, like: Tensor) -> Tensor:
@@ -158,6 +162,12 @@ def components(unit: Unit) -> dict[str, Component]:
     return {c.key(name): c for name, d in unit.stored.items() for c in d.components}
 
 
+def layout(unit: Unit) -> dict[str, Tensor]:
+    """The components of a unit's state as they lie in memory, on no device."""
+    meta = torch.device("meta")
+    return {key: empty_state(unit.param, c, meta) for key, c in components(unit).items()}
+
+
 def aligned(nbytes: int) -> int:
     """The next multiple of ``ALIGNMENT``."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
@@ -165,7 +175,8 @@ def aligned(nbytes: int) -> int:
 
 def size_of(unit: Unit) -> int:
     """Bytes of a unit's state in a slab."""
-    return sum(aligned(unit.state[key].nbytes) for key in components(unit))
+    numel = unit.param.numel()
+    return sum(aligned(component.nbytes(numel)) for component in components(unit).values())
 
 
 def divisible(unit: Unit) -> bool:
@@ -232,7 +243,7 @@ def twin_of(unit: Unit, part: Part, whole: bool, slot: Tensor, step: Tensor, sta
         return replace(unit, state=state, stage=stage)
     return replace(
         unit,
-        param=cut_out(unit.param.detach(), unit.param, part),
+        param=in_order(unit.param.detach(), unit.param)[part.start : part.stop],
         state=state,
         # as the whole stores them, however small the part is
         formats=unit.bound,
@@ -241,9 +252,9 @@ def twin_of(unit: Unit, part: Part, whole: bool, slot: Tensor, step: Tensor, sta
     )
 
 
-def cut_out(tensor: Tensor, like: Tensor, part: Part) -> Tensor:
-    """A part's elements of a tensor, in the storage order of ``like``."""
-    return tensor.permute(storage_order(like)).reshape(-1)[part.start : part.stop]
+def in_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor's elements in a row, in the storage order of ``like``; a view where they lie so."""
+    return tensor.permute(storage_order(like)).reshape(-1)
 
 
 def seats_of(units: Sequence[Unit], rows: list[list[Part]], slab: Slab) -> list[Seat]:
@@ -257,15 +268,15 @@ def seats_of(units: Sequence[Unit], rows: list[list[Part]], slab: Slab) -> list[
     seats, start = [], 0
     together = Chunk(units[0].param.device, slab.memory)
     for unit, parts in zip(units, rows, strict=True):
-        starts: dict[str, int] = {}
-        for key in components(unit):
+        starts, like = {}, layout(unit)
+        for key, value in like.items():
             starts[key] = start
-            start += aligned(unit.state[key].nbytes)
+            start += aligned(value.nbytes)
         if len(parts) == 1:
             parts[0].chunk, parts[0].offsets = together, starts
         else:
             slab.chunks += [_chunk_of(unit, part, starts, slab) for part in parts]
-        seats.append(Seat(unit, slab, starts, parts))
+        seats.append(Seat(unit, slab, starts, parts, like))
     if not slab.chunks:
         together.regions = [Region(0, 0, start)]
         slab.chunks = [together]

@@ -8,7 +8,7 @@ stages, one for each chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import compress
 from operator import is_
@@ -21,6 +21,7 @@ from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.session import Session
 from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.errors import StepError
+from optstate_codecs.layout import storage_order
 from optstate_codecs.places.base import Place
 from optstate_codecs.places.ring import SLOTS, Ring
 from optstate_codecs.places.slabs import (
@@ -30,7 +31,8 @@ from optstate_codecs.places.slabs import (
     Slab,
     arrange,
     components,
-    cut_out,
+    in_order,
+    layout,
     seats_of,
     size_of,
     twin_of,
@@ -94,24 +96,27 @@ class Stream:
         Raises:
             RuntimeError: a CUDA graph is being recorded.
             ValueError, OSError: the place cannot keep what a step makes; nothing has changed.
-        StepError: from what went wrong in the step; it says what has been stepped.
+            StepError: from what went wrong in the step; it says what has been stepped.
         """
         if capturing():
             raise RuntimeError("CUDA graph capture: state that is streamed cannot be part of it")
         if not job.units:
             return
         self.place.check()
+        for ring in self._rings.values():
+            ring.store_rest()
+        self._look_for_changes()
         self._seat(job.units, job.centres is None)
         seats = [self._seats[unit.index, unit.offset] for unit in job.units]
         parts = [(place, part) for place, seat in enumerate(seats) for part in seat.parts]
         twins = self._twins(job, parts)
         self._count_alike(seats)
         order = sorted({twin.stage for twin in twins.units} - {HERE})
-        for device, ring in self._rings.items():
-            if mine := [c for n in order if (c := self._chunks[n]).device == device]:
-                ring.expect(mine)
         self._pending = self._pending or bool(order)
         try:
+            for device, ring in self._rings.items():
+                if mine := [c for n in order if (c := self._chunks[n]).device == device]:
+                    ring.expect(mine)
             self._session.step(twins)
         except Exception as error:
             done = set(map(id, twins.done))
@@ -129,17 +134,23 @@ class Stream:
         else:
             job.done += job.units
         finally:
+            for slab in self.slabs:
+                slab.version = slab.memory.tensor._version
             for seat in seats:
                 seat.version = seat.unit.state["step"]._version
 
     def _twins(self, job: Job, parts: Sequence[tuple[int, Part]]) -> Job:
         units, grads, addresses = [], [], []
+        flat: dict[int, Tensor] = {}
         for place, part in parts:
             unit, grad = job.units[place], job.grads[place]
             twin = part.twin
             assert twin is not None
             if twin.param is not unit.param:
-                grad = cut_out(grad, unit.param, part)
+                if place not in flat:
+                    # once for all parts: where it does not lie like the parameter, it is a copy
+                    flat[place] = in_order(grad, unit.param)
+                grad = flat[place][part.start : part.stop]
                 addresses.append(grad.data_ptr())
             else:
                 addresses.append(job.addresses[place])
@@ -192,6 +203,16 @@ class Stream:
         Args:
             complete: all that the step is to change has changed, as what is kept may say.
         """
+        if not complete:
+            # what cannot be now is with the next step; what went wrong has been raised already
+            with suppress(Exception):
+                self._swap()
+            return
+        self._swap()
+        self._pending = True
+        self.place.commit(self.describe)
+
+    def _swap(self) -> None:
         for slab in self.slabs:
             if slab.target is None:
                 continue
@@ -199,8 +220,7 @@ class Stream:
                 self._complete(slab, [c for c in slab.chunks if c.memory is slab.memory])
                 slab.memory, slab.stale = slab.target, True
             slab.target = None
-        if complete:
-            self.place.commit(self.describe)
+            slab.version = slab.memory.tensor._version
 
     def _complete(self, slab: Slab, missed: Sequence[Chunk]) -> None:
         """Bring what a step has not reached over to where the rest of the slab is now."""
@@ -231,6 +251,7 @@ class Stream:
                 {
                     "number": seat.unit.index,
                     "shape": list(seat.unit.param.shape),
+                    "order": list(storage_order(seat.unit.param)),
                     "slab": numbers[id(seat.slab)],
                     "parts": len(seat.parts),
                     "starts": seat.starts,
@@ -257,8 +278,12 @@ class Stream:
 
     def settle(self) -> None:
         """Wait until all is stored, and make the units' state show where."""
+        self._swap()
         if self._pending:
             self._wait()
+            for ring in self._rings.values():
+                # who sees the state may change it
+                ring.forget()
             self._pending = False
         if any(slab.stale for slab in self.slabs):
             for seat in self._seats.values():
@@ -273,11 +298,14 @@ class Stream:
         self.place.wait()
 
     def _show(self, seat: Seat) -> None:
-        """Make a unit's state the tensors in its slab."""
+        """Make a unit's state the tensors in its slab, where nobody has put others."""
         assert seat.slab is not None
+        state, shown = seat.unit.state, seat.values
         for key in seat.starts:
-            seat.unit.state[key] = seat.view(key, seat.slab.memory)
-        seat.values = list(seat.unit.state.values())
+            value = seat.view(key, seat.slab.memory)
+            if state.get(key) is shown.get(key):
+                state[key] = value
+            shown[key] = value
         if self.watch is not None:
             self.watch(seat.unit)
 
@@ -288,6 +316,17 @@ class Stream:
             unit.state[key] = unit.state[key].to(unit.param.device)
         if self.watch is not None:
             self.watch(unit)
+
+    def _look_for_changes(self) -> None:
+        """See that what somebody has changed where it is kept is not what is on the device."""
+        changed = False
+        for slab in self.slabs:
+            version = slab.memory.tensor._version
+            changed, slab.version = changed or slab.version != version, version
+        if changed:
+            self._wait()
+            for ring in self._rings.values():
+                ring.forget()
 
     def _seat(self, units: Sequence[Unit], cut: bool) -> None:
         """See that every unit's state is where it belongs, and has a twin."""
@@ -325,15 +364,15 @@ class Stream:
             and unit.param.data_ptr() == seat.address
             and (cut or len(seat.parts) == 1)
             and len(unit.state) == len(seat.values)
-            and all(map(is_, unit.state.values(), seat.values))
+            and all(map(is_, unit.state.values(), seat.values.values()))
         )
 
     def _adopt(self, seat: Seat, unit: Unit, cut: bool) -> bool:
         """Take what a unit's state is now into its seat, if it is laid out like what was there."""
-        before, after = components(seat.unit), components(unit)
+        before, after, like = components(seat.unit), components(unit), layout(unit)
         alike = before == after and all(
-            seat.unit.state[key].stride() == unit.state[key].stride()
-            and seat.unit.state[key].shape == unit.state[key].shape
+            seat.like[key].stride() == like[key].stride()
+            and seat.like[key].shape == unit.state[key].shape
             for key in after
         )
         same_device = unit.param.device == seat.unit.param.device
@@ -351,15 +390,22 @@ class Stream:
             if target is not slab.memory:
                 target.tensor.copy_(slab.memory.tensor)
                 slab.memory, slab.stale = target, True
-            for key in after:
-                seat.view(key, target).copy_(unit.state[key])
+            # all of it first: somebody may have exchanged what lies here
+            given = {key: unit.state[key].clone() for key in after}
+            for key, value in given.items():
+                seat.view(key, target).copy_(value)
             for chunk in slab.chunks:
                 chunk.memory = target
-                self._rings[chunk.device].forget(chunk)
-            seat.unit = unit
-            self._show(seat)
+                self._rings[chunk.device].forget()
         seat.unit = unit
+        if seat.slab is not None:
+            self._take(seat)
         return True
+
+    def _take(self, seat: Seat) -> None:
+        """Show a unit's state where it is now, whatever was there."""
+        seat.values = dict(seat.unit.state)
+        self._show(seat)
 
     def _place(self, device: torch.device, units: Sequence[Unit], cut: bool) -> None:
         """Seat units that have no seat."""
@@ -371,7 +417,8 @@ class Stream:
                 away.append(unit)
                 continue
             self._resident[device] = self._resident.get(device, 0) + size
-            seat = Seat(unit, None, {}, [Part(0, unit.param.numel(), None)])
+            part = Part(0, unit.param.numel(), None)
+            seat = Seat(unit, None, {}, [part], layout(unit))
             self._seats[unit.index, unit.offset] = seat
             self._bring(seat)
         for together, rows in arrange(away, self.chunk_bytes, cut):
@@ -383,7 +430,7 @@ class Stream:
         for seat in seats:
             for key in seat.starts:
                 seat.view(key, slab.memory).copy_(seat.unit.state[key])
-            self._show(seat)
+            self._take(seat)
             self._seats[seat.unit.index, seat.unit.offset] = seat
         self.slabs.append(slab)
 
@@ -407,6 +454,8 @@ class Stream:
                 self._rings[device] = Ring(device, nbytes, self.place)
         for number, chunk in enumerate(self._chunks):
             chunk.number = number
+        for slab in self.slabs:
+            slab.version = slab.memory.tensor._version
         for seat in self._seats.values():
             self._twin(seat)
         self._session = Session(self.backend)
@@ -421,7 +470,7 @@ class Stream:
             slot = self._rings[part.chunk.device].slots[part.chunk.slot]
             whole = len(seat.parts) == 1
             part.twin = twin_of(unit, part, whole, slot, count, part.chunk.number)
-        seat.values = list(unit.state.values())
+        seat.values = dict(unit.state)
         seat.address = unit.param.data_ptr()
         seat.version = step._version
 

@@ -1,0 +1,99 @@
+"""The manifest of a file of state: what it says of the last whole step, and where it is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["VERSION", "manifest_path", "read_manifest", "write_manifest"]
+
+VERSION = 1
+# of what it says; others may be there
+KEYS: dict[str, type] = {
+    "id": str,
+    "bytes": int,
+    "slabs": list,
+    "parameters": list,
+    "param_groups": list,
+    "chunk_bytes": int,
+}
+SLAB: dict[str, type] = {"bytes": int, "offset": int, "others": list}
+PARAMETER: dict[str, type] = {
+    "number": int,
+    "shape": list,
+    "order": list,
+    "slab": int,
+    "parts": int,
+    "starts": dict,
+    "step": float,
+}
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of a file is."""
+    return path.with_name(path.name + ".json")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What the manifest says.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is none, or of another version.
+    """
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: missing; no step was completed, so there is nothing to resume from"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a manifest: {error}") from error
+    if isinstance(manifest, dict) and manifest.get("version", VERSION) != VERSION:
+        raise ValueError(f"{path}: version {manifest['version']!r}, must be {VERSION}")
+    _check(path, "", manifest, {"version": int, **KEYS})
+    for name, keys in (("slabs", SLAB), ("parameters", PARAMETER), ("param_groups", {})):
+        for place, entry in enumerate(manifest[name]):
+            _check(path, f"{name}[{place}]: ", entry, keys)
+    for place, entry in enumerate(manifest["parameters"]):
+        if not 0 <= entry["slab"] < len(manifest["slabs"]):
+            raise ValueError(
+                f"{path}: not a manifest: parameters[{place}]: slab {entry['slab']}, of "
+                f"{len(manifest['slabs'])}"
+            )
+    return dict(manifest)
+
+
+def _check(path: Path, where: str, found: Any, keys: dict[str, type]) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a manifest: {where}{found!r:.40}, must be an object")
+    for key, kind in keys.items():
+        if not isinstance(found.get(key), kind):
+            got = f"{found[key]!r:.40}" if key in found else "missing"
+            raise ValueError(f"{path}: not a manifest: {where}{key}: {got}, must be {_NAMES[kind]}")
+
+
+_NAMES = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "a table"}
+
+
+def write_manifest(path: Path, content: dict[str, Any], sync: bool) -> None:
+    """Have the manifest take the place of the one before, whole.
+
+    ``sync`` has it on the disk itself when this returns.
+    """
+    scratch = path.with_name(path.name + ".new")
+    with scratch.open("w") as file:
+        json.dump({"version": VERSION, **content}, file)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+    scratch.replace(path)
+    if sync:
+        # the renaming: what the manifest before names is written over next
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
