@@ -8,7 +8,7 @@ from optstate_wrap import ConfigurablePolicy, OffloadOptimizer, wrap
 
 pytestmark = pytest.mark.cuda
 
-CODED = {"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"}
+CODED = {"exp_avg": "int8(block_size=128)", "exp_avg_sq": "oneq(bits=8,block_size=128)"}
 
 
 def trained(make, steps=12, dtype=torch.float32):

@@ -50,6 +50,19 @@ def rule_of(inner: Optimizer) -> Rule | None:
     return None
 
 
+def _same_bits(inner: Optimizer) -> bool:
+    """Whether the engine steps exact state to the very bits that ``inner`` would.
+
+    The kernel's square roots are off by a last place here and there, and so are sums in torch's
+    fused and capturable steps.
+    """
+    groups = inner.param_groups
+    rooted = type(inner) is not torch.optim.SGD
+    cuda = any(param.is_cuda for group in groups for param in group["params"])
+    flagged = any(group.get(flag) for group in groups for flag in ("fused", "capturable"))
+    return not flagged and not (rooted and cuda)
+
+
 @dataclass(eq=False)
 class _Ready:
     """The pieces of a parameter as the engine steps them, and what that was made from."""
@@ -141,10 +154,7 @@ class Fused:
     def begins(self, inner: Optimizer) -> bool:
         """Take up the hyper-parameters of a step; whether there is something to do for this."""
         self._rule = rule = None if self.wanted is False else rule_of(inner)
-        # these add up in another order than the rule, which gives the others' very bits
-        flags = ("fused", "capturable")
-        other = any(group.get(flag) for group in inner.param_groups for flag in flags)
-        self._exact = isinstance(self._begin(), Stream) and not other
+        self._exact = isinstance(self._begin(), Stream) and (self.wanted or _same_bits(inner))
         if rule is not None:
             try:
                 self._hypers = [rule.hyper({**rule.defaults(), **g}) for g in inner.param_groups]
