@@ -269,6 +269,10 @@ class CodedOptimizer(torch.optim.Optimizer):
         given = {i: param.grad for i, param in every if param in chosen and param.grad is not None}
         self._step(given, factor, last=False)
 
+    def _join_parts(self) -> None:
+        """Have the current stream wait for the parts that were stepped."""
+        self._session.join()
+
     def _step(
         self,
         given: Mapping[int, Tensor] | None = None,
@@ -280,14 +284,16 @@ class CodedOptimizer(torch.optim.Optimizer):
         They are multiplied with ``factor``; ``last`` says that the step is complete with them.
         """
         try:
-            self._take_step(given, factor)
+            self._take_step(given, factor, last)
         except BaseException:
             self._session.finish(False)
             raise
         if last:
             self._session.finish()
 
-    def _take_step(self, given: Mapping[int, Tensor] | None, factor: Tensor | None) -> None:
+    def _take_step(
+        self, given: Mapping[int, Tensor] | None, factor: Tensor | None, last: bool
+    ) -> None:
         self._opt_called = True
         self._traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
@@ -312,7 +318,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         if any(shares):
             centres = find_centres(grads, [shares[place[1]] for place in places])
         job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf, centres)
-        job.total = engine.trainable(self.param_groups)
+        job.total, job.apart = engine.trainable(self.param_groups), not last
         self._session.step(job)
 
     def _gradients(self, given: Mapping[int, Tensor] | None) -> list[Place]:

@@ -7,8 +7,9 @@ stages, one for each chunk.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import compress
 from operator import is_
@@ -42,6 +43,8 @@ __all__ = ["CHUNK_BYTES", "Stream"]
 
 # copies of less do not reach the bus's speed, and three times this is on the device
 CHUNK_BYTES = 1 << 25
+# bytes of gradients that may wait for state that is on its way, of steps taken apart
+WAITING = 1 << 28
 # the stage of units whose state is on the device
 HERE = -1
 
@@ -82,6 +85,7 @@ class Stream:
         self._resident: dict[torch.device, int] = {}
         self._session = Session(backend)
         self._pending = False
+        self._behind: deque[tuple[list[tuple[torch.device, Any]], int, tuple[Job, ...]]] = deque()
         self.about: Callable[[], dict[str, Any]] = dict
         self.watch: Callable[[Unit], None] | None = None
 
@@ -117,7 +121,10 @@ class Stream:
             for device, ring in self._rings.items():
                 if mine := [c for n in order if (c := self._chunks[n]).device == device]:
                     ring.expect(mine)
-            self._session.step(twins)
+            with ExitStack() as stack:
+                for ring in self._rings.values():
+                    stack.enter_context(ring.working())
+                self._session.step(twins)
         except Exception as error:
             done = set(map(id, twins.done))
             counts = [sum(id(part.twin) in done for part in seat.parts) for seat in seats]
@@ -138,6 +145,26 @@ class Stream:
                 slab.version = slab.memory.tensor._version
             for seat in seats:
                 seat.version = seat.unit.state["step"]._version
+            if job.apart:
+                self._hold(job, twins)
+            else:
+                self.join()
+
+    def _hold(self, *jobs: Job) -> None:
+        """Keep what a step reads until the current stream, which may reuse it, has waited."""
+        marks = [(ring.device, ring.mark()) for ring in self._rings.values()]
+        nbytes = sum(grad.nbytes for grad in jobs[0].grads)
+        self._behind.append((marks, nbytes, jobs))
+        while sum(size for _, size, _ in self._behind) > WAITING and len(self._behind) > 1:
+            for device, mark in self._behind.popleft()[0]:
+                if mark is not None:
+                    torch.cuda.current_stream(device).wait_event(mark)
+
+    def join(self) -> None:
+        """Have the current stream wait for steps that were taken apart."""
+        for ring in self._rings.values():
+            ring.join()
+        self._behind.clear()
 
     def _twins(self, job: Job, parts: Sequence[tuple[int, Part]]) -> Job:
         units, grads, addresses = [], [], []
@@ -203,6 +230,7 @@ class Stream:
         Args:
             complete: all that the step is to change has changed, as what is kept may say.
         """
+        self.join()
         if not complete:
             # what cannot be now is with the next step; what went wrong has been raised already
             with suppress(Exception):
@@ -278,6 +306,7 @@ class Stream:
 
     def settle(self) -> None:
         """Wait until all is stored, and make the units' state show where."""
+        self.join()
         self._swap()
         if self._pending:
             self._wait()
