@@ -178,11 +178,12 @@ class Stream:
         slab = self._slab_of[stage]
         if slab.target is None:
             slab.target = self.place.target(slab)
+        ring.hold(chunk)
+        chunk.memory = slab.target
         try:
             yield
         finally:
             # what has not been stepped is as it was: the chunk as a whole is right either way
-            chunk.memory = slab.target
             ring.leave(chunk)
 
     @property
@@ -399,7 +400,8 @@ class Stream:
         for unit in units:
             size = size_of(unit)
             left = self.resident_bytes - self._resident.get(device, 0)
-            if size > left:
+            # with none to stay, empty state goes too: a file's manifest counts its steps
+            if size > left or not self.resident_bytes:
                 away.append(unit)
                 continue
             self._resident[device] = self._resident.get(device, 0) + size
