@@ -200,8 +200,8 @@ def finetune(sizes: Sizes, name: str, released: bool) -> dict[str, Any]:
     }
     print(
         f"finetune {numel / 1e9:.2f}e9, {name} on the host{RELEASED * released}: {ms:.0f} ms "
-        f"a step ({without:.0f} without), parameters and gradients {fixed / 1e9:.2f} GB, activations "
-        f"{row['activation_bytes'] / 1e9:.2f}, peak {peak / 1e9:.2f}, "
+        f"a step ({without:.0f} without), parameters and gradients {fixed / 1e9:.2f} GB, "
+        f"activations {row['activation_bytes'] / 1e9:.2f}, peak {peak / 1e9:.2f}, "
         f"margin {row['margin_bytes'] / 1e9:.3f}, host {row['host_bytes'] / 1e9:.2f} GB",
         flush=True,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from optstate_codecs.formats import Format
 from optstate_codecs.layout import Declaration, bound, empty_state, storage_order
 from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.places.slabs import ALIGNMENT, Slab, laid
+from optstate_codecs.places.slabs import ALIGNMENT, Slab, apart
 from optstate_codecs.places.stream import Stream
 from optstate_codecs.state import counts_on_device, share_steps
 from optstate_codecs.writes import MASTER, parameter_write
@@ -168,7 +168,7 @@ def _shown(
         start = entry["starts"][key]
         if start < 0 or start % ALIGNMENT or start + like.nbytes > memory.numel():
             raise ValueError(f"{name}: {key} at byte {start} does not fit into its slab")
-        state[key] = laid(memory, start, like)
+        state[key] = apart(memory, start, like)
     return state
 
 

@@ -39,7 +39,7 @@ class Ring:
         self.nbytes = nbytes
         self.slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._held: list[Chunk | None] = [None] * SLOTS
-        # stepped, and nowhere but in its slot
+        # being stepped, or have been and are nowhere but in their slots
         self._unstored: list[Chunk | None] = [None] * SLOTS
         self._freed: list[Any] = [None] * SLOTS
         self._next: dict[Chunk, Chunk] = {}
@@ -93,9 +93,12 @@ class Ring:
                 # where it has stayed since the last step, it may still be on its way out
                 stream.wait_event(self._freed[chunk.slot])
 
+    def hold(self, chunk: Chunk) -> None:
+        """The chunk is stepped now: from here on, what is in its slot is all there is of it."""
+        self._unstored[chunk.slot] = chunk
+
     def leave(self, chunk: Chunk) -> None:
         """Store the chunk once the current stream has stepped it, and load what is to follow."""
-        self._unstored[chunk.slot] = chunk
         self._store(chunk)
         # who wants that chunk tries again, and says what is wrong
         with suppress(Exception):

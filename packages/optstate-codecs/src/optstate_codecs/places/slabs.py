@@ -51,7 +51,6 @@ class Slab:
         target: that takes what the step under way makes of it; None before that.
         chunks: that it moves in.
         stale: whether the optimizer's tensors still show memory it was in before.
-        version: of its memory's tensor, to see whether somebody else has changed it.
     """
 
     family: list[Memory]
@@ -59,7 +58,6 @@ class Slab:
     target: Memory | None = None
     chunks: list[Chunk] = field(default_factory=list)
     stale: bool = False
-    version: int = -1
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +133,7 @@ class Seat:
         values: the unit's state as it was shown, to see whether somebody else has changed it.
         address: of the parameter, likewise.
         version: of its step count, likewise.
+        versions: of the other values, likewise.
     """
 
     unit: Unit
@@ -145,16 +144,30 @@ class Seat:
     values: dict[str, Any] = field(default_factory=dict)
     address: int = 0
     version: int = -1
+    versions: list[int] = field(default_factory=list)
+
+    def changed(self) -> bool:
+        """Whether somebody has changed a value in place since this was asked last."""
+        before, self.versions = self.versions, [self.values[key]._version for key in self.starts]
+        return before != self.versions
 
     def view(self, key: str, memory: Memory) -> Tensor:
         """A component as it is kept in a memory of the slab."""
-        return laid(memory.tensor, self.starts[key], self.like[key])
+        return apart(memory.tensor, self.starts[key], self.like[key])
 
 
 def laid(memory: Tensor, start: int, like: Tensor) -> Tensor:
     """Bytes from ``start`` on as a tensor of that dtype, shape and strides."""
     inside = memory[start : start + like.nbytes].view(like.dtype)
     return inside.as_strided(like.shape, like.stride())
+
+
+def apart(memory: Tensor, start: int, like: Tensor) -> Tensor:
+    """``laid`` in host memory, as a storage of its own: savers refuse one of several dtypes."""
+    if like.numel() == 0:
+        return torch.empty_like(like, device="cpu")
+    inside = torch.from_numpy(memory.numpy()[start : start + like.nbytes])
+    return inside.view(like.dtype).as_strided(like.shape, like.stride())
 
 
 def components(unit: Unit) -> dict[str, Component]:
@@ -205,8 +218,9 @@ def arrange(
     for unit in units:
         size, numel = size_of(unit), unit.param.numel()
         if size > chunk_bytes and cut and divisible(unit):
-            count = -(-size // chunk_bytes)
-            step = -(-numel // count // BORDER) * BORDER
+            most = max(1, numel * chunk_bytes // size // BORDER) * BORDER
+            # parts as even as their borders allow
+            step = -(-numel // -(-numel // most) // BORDER) * BORDER
             starts = range(0, numel, step)
             yield [unit], [[Part(start, min(start + step, numel), None) for start in starts]]
             continue

@@ -114,7 +114,7 @@ class Stream:
         seats = [self._seats[unit.index, unit.offset] for unit in job.units]
         parts = [(place, part) for place, seat in enumerate(seats) for part in seat.parts]
         twins = self._twins(job, parts)
-        self._count_alike(seats)
+        self._count_alike()
         order = sorted({twin.stage for twin in twins.units} - {HERE})
         self._pending = self._pending or bool(order)
         try:
@@ -141,9 +141,8 @@ class Stream:
         else:
             job.done += job.units
         finally:
-            for slab in self.slabs:
-                slab.version = slab.memory.tensor._version
-            for seat in seats:
+            # of those too that were not stepped: several counts have one version
+            for seat in self._parted:
                 seat.version = seat.unit.state["step"]._version
             if job.apart:
                 self._hold(job, twins)
@@ -208,18 +207,23 @@ class Stream:
         slab = self._slab_of[stage]
         if slab.target is None:
             slab.target = self.place.target(slab)
+        ring.hold(chunk)
+        chunk.memory = slab.target
         try:
             yield
         finally:
             # what has not been stepped is as it was: the chunk as a whole is right either way
-            chunk.memory = slab.target
             ring.leave(chunk)
 
-    def _count_alike(self, seats: Sequence[Seat]) -> None:
+    @property
+    def _parted(self) -> list[Seat]:
+        return [seat for seat in self._seats.values() if len(seat.parts) > 1]
+
+    def _count_alike(self) -> None:
         """Give the parts of a unit its count, where somebody else has changed that."""
-        for seat in seats:
+        for seat in self._parted:
             step = seat.unit.state["step"]
-            if len(seat.parts) > 1 and seat.version != step._version:
+            if seat.version != step._version:
                 for part in seat.parts[1:]:
                     assert part.twin is not None
                     part.twin.state["step"].copy_(step)
@@ -248,7 +252,6 @@ class Stream:
                 self._complete(slab, [c for c in slab.chunks if c.memory is slab.memory])
                 slab.memory, slab.stale = slab.target, True
             slab.target = None
-            slab.version = slab.memory.tensor._version
 
     def _complete(self, slab: Slab, missed: Sequence[Chunk]) -> None:
         """Bring what a step has not reached over to where the rest of the slab is now."""
@@ -299,6 +302,7 @@ class Stream:
             if cut:
                 ((_, rows),) = arrange(units, self.chunk_bytes, True)
             for seat in seats_of(units, rows, slab):
+                self._take(seat)
                 self._seats[seat.unit.index, seat.unit.offset] = seat
             self.slabs.append(slab)
         self._rebuild()
@@ -335,6 +339,7 @@ class Stream:
             if state.get(key) is shown.get(key):
                 state[key] = value
             shown[key] = value
+        seat.changed()
         if self.watch is not None:
             self.watch(seat.unit)
 
@@ -348,11 +353,9 @@ class Stream:
 
     def _look_for_changes(self) -> None:
         """See that what somebody has changed where it is kept is not what is on the device."""
-        changed = False
-        for slab in self.slabs:
-            version = slab.memory.tensor._version
-            changed, slab.version = changed or slab.version != version, version
-        if changed:
+        seats = [seat for seat in self._seats.values() if seat.slab is not None]
+        # every one, so that none is asked about an old change later
+        if sum(seat.changed() for seat in seats):
             self._wait()
             for ring in self._rings.values():
                 ring.forget()
@@ -410,6 +413,7 @@ class Stream:
         if seat.slab is None:
             seat.unit = unit
             self._bring(seat)
+            seat.values = dict(unit.state)
         elif not all(
             unit.state[key].data_ptr() == seat.view(key, seat.slab.memory).data_ptr()
             for key in after
@@ -442,12 +446,14 @@ class Stream:
         for unit in units:
             size = size_of(unit)
             left = self.resident_bytes - self._resident.get(device, 0)
-            if size > left:
+            # with none to stay, empty state goes too: a file's manifest counts its steps
+            if size > left or not self.resident_bytes:
                 away.append(unit)
                 continue
             self._resident[device] = self._resident.get(device, 0) + size
             part = Part(0, unit.param.numel(), None)
             seat = Seat(unit, None, {}, [part], layout(unit))
+            seat.values = dict(unit.state)
             self._seats[unit.index, unit.offset] = seat
             self._bring(seat)
         for together, rows in arrange(away, self.chunk_bytes, cut):
@@ -483,15 +489,16 @@ class Stream:
                 self._rings[device] = Ring(device, nbytes, self.place)
         for number, chunk in enumerate(self._chunks):
             chunk.number = number
-        for slab in self.slabs:
-            slab.version = slab.memory.tensor._version
         for seat in self._seats.values():
             self._twin(seat)
         self._session = Session(self.backend)
 
     def _twin(self, seat: Seat) -> None:
         unit, step = seat.unit, seat.unit.state["step"]
-        counts: list[Tensor] = [step, *step.repeat(len(seat.parts) - 1).unbind()]
+        # the parts of a unit that was stepped in some of them only have counts of their own
+        counts = [part.twin.state["step"] for part in seat.parts if part.twin is not None]
+        if not counts or counts[0] is not step or seat.version != step._version:
+            counts = [step, *step.repeat(len(seat.parts) - 1).unbind()]
         for part, count in zip(seat.parts, counts, strict=True):
             if part.chunk is None:
                 part.twin = replace(unit, stage=HERE)
@@ -499,7 +506,6 @@ class Stream:
             slot = self._rings[part.chunk.device].slots[part.chunk.slot]
             whole = len(seat.parts) == 1
             part.twin = twin_of(unit, part, whole, slot, count, part.chunk.number)
-        seat.values = dict(unit.state)
         seat.address = unit.param.data_ptr()
         seat.version = step._version
 
