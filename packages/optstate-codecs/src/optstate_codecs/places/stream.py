@@ -29,6 +29,7 @@ from optstate_codecs.places.slabs import (
     Part,
     Seat,
     Slab,
+    Starts,
     arrange,
     components,
     in_order,
@@ -60,6 +61,8 @@ class Stream:
 
     Attributes:
         about: what else a place's manifest is to say.
+        every: gives the units of all state that there is, where all of it is to be in the place
+            after a step; None where state may stay elsewhere until it is stepped.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class Stream:
         self._resident: dict[torch.device, int] = {}
         self._session = Session(backend)
         self._pending = False
+        self._begun = False
         self.about: Callable[[], dict[str, Any]] = dict
+        self.every: Callable[[], Sequence[Unit]] | None = None
 
     @property
     def seats(self) -> list[Seat]:
@@ -104,7 +109,13 @@ class Stream:
         for ring in self._rings.values():
             ring.store_rest()
         self._look_for_changes()
-        self._seat(job.units, job.centres is None)
+        units = list(job.units)
+        if self.every is not None and not self._begun:
+            given = set(map(id, units))
+            units += [unit for unit in self.every() if id(unit) not in given]
+            self._forget_others(units)
+        self._seat(units, job.centres is None)
+        self._begun = True
         seats = [self._seats[unit.index, unit.offset] for unit in job.units]
         parts = [(place, part) for place, seat in enumerate(seats) for part in seat.parts]
         twins = self._twins(job, parts)
@@ -205,6 +216,7 @@ class Stream:
         Args:
             complete: all that the step is to change has changed, as what is kept may say.
         """
+        self._begun = False
         if not complete:
             # what cannot be now is with the next step; what went wrong has been raised already
             with suppress(Exception):
@@ -261,22 +273,23 @@ class Stream:
             ],
         }
 
-    def resume(self, slabs: Sequence[tuple[Slab, Sequence[Unit], bool]]) -> None:
+    def resume(self, slabs: Sequence[tuple[Slab, Sequence[Unit], Sequence[Starts], bool]]) -> None:
         """Take over slabs that hold the state of units already, which shows it there.
 
         Args:
-            slabs: each with its units in order, and whether these are in parts.
+            slabs: each with its units in order, where their components begin, and whether they are
+                in parts.
         """
-        for slab, units, cut in slabs:
+        for slab, units, starts, cut in slabs:
             rows = [[Part(0, unit.param.numel(), None)] for unit in units]
             if cut:
                 ((_, rows),) = arrange(units, self.chunk_bytes, True)
-            for seat in seats_of(units, rows, slab):
+            for seat in seats_of(units, rows, slab, starts):
                 self._take(seat)
                 self._seats[seat.unit.index, seat.unit.offset] = seat
             self.slabs.append(slab)
         self._rebuild()
-        self.place.show(slab.memory for slab, _, _ in slabs)
+        self.place.show(slab.memory for slab, *_ in slabs)
 
     def settle(self) -> None:
         """Wait until all is stored, and make the units' state show where."""
@@ -335,6 +348,15 @@ class Stream:
         for device, together in new.items():
             self._place(device, together, cut)
         if changed:
+            self._rebuild()
+
+    def _forget_others(self, units: Sequence[Unit]) -> None:
+        """Drop the seats of state that is no more."""
+        known = {(unit.index, unit.offset) for unit in units}
+        if gone := [key for key in self._seats if key not in known]:
+            self.settle()
+            for key in gone:
+                self._drop(key)
             self._rebuild()
 
     def _drop(self, key: tuple[int, int]) -> None:
