@@ -113,6 +113,7 @@ class Stream:
         if self.every is not None and not self._begun:
             given = set(map(id, units))
             units += [unit for unit in self.every() if id(unit) not in given]
+            units.sort(key=lambda unit: (unit.index, unit.offset))
             self._forget_others(units)
         self._seat(units, job.centres is None)
         self._begun = True
