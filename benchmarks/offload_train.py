@@ -123,7 +123,7 @@ def run_train(sizes: Sizes, only: list[str]) -> list[Any]:
     everyone |= {one.name + RELEASED: one for one in resident_first if one.family}
     resident_ms = None
     for name, one in everyone.items():
-        if only and name not in only:
+        if only and name.removesuffix(RELEASED) not in only:
             continue
         with clean(sizes.device):
             try:

@@ -84,6 +84,38 @@ def test_resume_of_rules_without_state(path):
     reopened(pair, build, path).run(2).check()
 
 
+def test_all_state_is_in_the_file(path):
+    """Also what was loaded, or was there before, of parameters that have no gradient since."""
+
+    def step(pair, frozen):
+        for ours, optimizer in pair.each():
+            for index, param in enumerate(ours):
+                param.requires_grad_(index not in frozen)
+            run(ours, optimizer, pair.time, missing=False)
+        pair.time += 1
+
+    pair = Pair(make).run(2, missing=False)
+    pair.optimizers = pair.optimizers[0], make(pair.params[1])
+    pair.optimizers[1].load_state_dict(copy.deepcopy(pair.optimizers[0].state_dict()))
+    offload(pair.optimizers[1], "disk", path=path, chunk_bytes=9000)
+    step(pair, [0, 1])
+    reopened(pair, make, path).check("there before")
+    early = copy.deepcopy(pair.optimizers[0].state_dict())
+    step(pair, [])
+    step(pair, [])
+    for _, optimizer in pair.each():
+        optimizer.load_state_dict(early)
+    step(pair, [0, 1, 4])
+    del optimizer
+    reopened(pair, make, path).check("loaded")
+    for ours, optimizer in pair.each():
+        del optimizer.state[ours[0]], optimizer.state[ours[1]], optimizer.state[ours[3]]
+    del optimizer
+    step(pair, [0, 1, 6])
+    reopened(pair, make, path).check("deleted")
+    pair.run(3).check()
+
+
 def test_an_optimizer_that_is_gone_has_kept_its_last_step(pair, path):
     """No wait, no settling: dropping it is enough, many times over."""
     for _ in range(10):

@@ -20,7 +20,11 @@ SHAPES = ((1000, 700), (300,), (64, 333), (5, 5), (4096, 64))
 ARRANGEMENTS = {
     "exact": {"exp_avg": "fp32", "exp_avg_sq": "fp32"},
     "bf16": {"exp_avg": "bf16", "exp_avg_sq": "bf16"},
-    "8 bits": {"exp_avg": "int8", "exp_avg_sq": "dynamic8(signed=False)"},
+    "8 bits": {
+        "exp_avg": "int8(block_size=256)",
+        "exp_avg_sq": "dynamic8(signed=False,block_size=256)",
+    },
+    "not by the kernel": {"exp_avg": "int8(block_size=64)", "exp_avg_sq": "dynamic8(signed=False)"},
     "4 bits": {"exp_avg": "int4(block_size=128)", "exp_avg_sq": "oneq(bits=4)"},
 }
 

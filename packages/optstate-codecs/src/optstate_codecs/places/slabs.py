@@ -18,12 +18,16 @@ from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Component, Format
 from optstate_codecs.layout import empty_state, is_dense, storage_order
 
-__all__ = ["Chunk", "Memory", "Part", "Region", "Seat", "Slab", "arrange"]
+__all__ = ["Chunk", "Memory", "Part", "Region", "Seat", "Slab", "Starts", "arrange"]
 
 # components begin where any dtype, and any access of a thread, may begin
 ALIGNMENT = 128
 # parts begin where blocks of any size begin
 BORDER = 8192
+
+
+# of a unit's components in its slab, by state key
+Starts = dict[str, int]
 
 
 @dataclass(eq=False)
@@ -271,20 +275,27 @@ def in_order(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.permute(storage_order(like)).reshape(-1)
 
 
-def seats_of(units: Sequence[Unit], rows: list[list[Part]], slab: Slab) -> list[Seat]:
+def seats_of(
+    units: Sequence[Unit],
+    rows: list[list[Part]],
+    slab: Slab,
+    given: Sequence[Starts] | None = None,
+) -> list[Seat]:
     """Give units their places in a slab, and make its chunks.
 
     Args:
         units: of the slab, as many as ``rows``.
         rows: their parts, from ``arrange``.
         slab: without chunks yet.
+        given: where the components of each begin, if they are there already; others that were
+            between them may be no more.
     """
     seats, start = [], 0
     together = Chunk(units[0].param.device, slab.memory)
-    for unit, parts in zip(units, rows, strict=True):
+    for place, (unit, parts) in enumerate(zip(units, rows, strict=True)):
         starts, like = {}, layout(unit)
         for key, value in like.items():
-            starts[key] = start
+            starts[key] = start if given is None else given[place][key]
             start += aligned(value.nbytes)
         if len(parts) == 1:
             parts[0].chunk, parts[0].offsets = together, starts
@@ -292,7 +303,7 @@ def seats_of(units: Sequence[Unit], rows: list[list[Part]], slab: Slab) -> list[
             slab.chunks += [_chunk_of(unit, part, starts, slab) for part in parts]
         seats.append(Seat(unit, slab, starts, parts, like))
     if not slab.chunks:
-        together.regions = [Region(0, 0, start)]
+        together.regions = [Region(0, 0, slab.nbytes)]
         slab.chunks = [together]
     return seats
 

@@ -30,6 +30,7 @@ from optstate_codecs.places.slabs import (
     Part,
     Seat,
     Slab,
+    Starts,
     arrange,
     components,
     in_order,
@@ -64,6 +65,8 @@ class Stream:
     Attributes:
         about: what else a place's manifest is to say.
         watch: is told of a unit whose state is shown elsewhere than before.
+        every: gives the units of all state that there is, where all of it is to be in the place
+            after a step; None where state may stay elsewhere until it is stepped.
     """
 
     def __init__(
@@ -81,13 +84,18 @@ class Stream:
         self._seats: dict[tuple[int, int], Seat] = {}
         self._chunks: list[Chunk] = []
         self._slab_of: list[Slab] = []
+        # seats with several parts, and those of each slab
+        self._parted: list[Seat] = []
+        self._sharing: dict[int, list[Seat]] = {}
         self._rings: dict[torch.device, Ring] = {}
         self._resident: dict[torch.device, int] = {}
         self._session = Session(backend)
         self._pending = False
         self._behind: deque[tuple[list[tuple[torch.device, Any]], int, tuple[Job, ...]]] = deque()
+        self._begun = False
         self.about: Callable[[], dict[str, Any]] = dict
         self.watch: Callable[[Unit], None] | None = None
+        self.every: Callable[[], Sequence[Unit]] | None = None
 
     @property
     def seats(self) -> list[Seat]:
@@ -109,8 +117,15 @@ class Stream:
         self.place.check()
         for ring in self._rings.values():
             ring.store_rest()
-        self._look_for_changes()
-        self._seat(job.units, job.centres is None)
+        self._look_for_changes(job.units)
+        units = list(job.units)
+        if self.every is not None and not self._begun:
+            given = set(map(id, units))
+            units += [unit for unit in self.every() if id(unit) not in given]
+            units.sort(key=lambda unit: (unit.index, unit.offset))
+            self._forget_others(units)
+        self._seat(units, job.centres is None)
+        self._begun = True
         seats = [self._seats[unit.index, unit.offset] for unit in job.units]
         parts = [(place, part) for place, seat in enumerate(seats) for part in seat.parts]
         twins = self._twins(job, parts)
@@ -215,10 +230,6 @@ class Stream:
             # what has not been stepped is as it was: the chunk as a whole is right either way
             ring.leave(chunk)
 
-    @property
-    def _parted(self) -> list[Seat]:
-        return [seat for seat in self._seats.values() if len(seat.parts) > 1]
-
     def _count_alike(self) -> None:
         """Give the parts of a unit its count, where somebody else has changed that."""
         for seat in self._parted:
@@ -235,6 +246,7 @@ class Stream:
             complete: all that the step is to change has changed, as what is kept may say.
         """
         self.join()
+        self._begun = False
         if not complete:
             # what cannot be now is with the next step; what went wrong has been raised already
             with suppress(Exception):
@@ -291,22 +303,23 @@ class Stream:
             ],
         }
 
-    def resume(self, slabs: Sequence[tuple[Slab, Sequence[Unit], bool]]) -> None:
+    def resume(self, slabs: Sequence[tuple[Slab, Sequence[Unit], Sequence[Starts], bool]]) -> None:
         """Take over slabs that hold the state of units already, which shows it there.
 
         Args:
-            slabs: each with its units in order, and whether these are in parts.
+            slabs: each with its units in order, where their components begin, and whether they are
+                in parts.
         """
-        for slab, units, cut in slabs:
+        for slab, units, starts, cut in slabs:
             rows = [[Part(0, unit.param.numel(), None)] for unit in units]
             if cut:
                 ((_, rows),) = arrange(units, self.chunk_bytes, True)
-            for seat in seats_of(units, rows, slab):
+            for seat in seats_of(units, rows, slab, starts):
                 self._take(seat)
                 self._seats[seat.unit.index, seat.unit.offset] = seat
             self.slabs.append(slab)
         self._rebuild()
-        self.place.show(slab.memory for slab, _, _ in slabs)
+        self.place.show(slab.memory for slab, *_ in slabs)
 
     def settle(self) -> None:
         """Wait until all is stored, and make the units' state show where."""
@@ -351,11 +364,13 @@ class Stream:
         if self.watch is not None:
             self.watch(unit)
 
-    def _look_for_changes(self) -> None:
+    def _look_for_changes(self, units: Sequence[Unit]) -> None:
         """See that what somebody has changed where it is kept is not what is on the device."""
-        seats = [seat for seat in self._seats.values() if seat.slab is not None]
-        # every one, so that none is asked about an old change later
-        if sum(seat.changed() for seat in seats):
+        seats = [self._seats.get((unit.index, unit.offset)) for unit in units]
+        slabs = {id(seat.slab): seat.slab for seat in seats if seat is not None}
+        # every one that moves along, so that none is asked about an old change later
+        together = [seat for number in slabs for seat in self._sharing.get(number, ())]
+        if sum(seat.changed() for seat in together):
             self._wait()
             for ring in self._rings.values():
                 ring.forget()
@@ -383,6 +398,15 @@ class Stream:
         self.settle()
         for unit in units:
             self._drop((unit.index, unit.offset))
+
+    def _forget_others(self, units: Sequence[Unit]) -> None:
+        """Drop the seats of state that is no more."""
+        known = {(unit.index, unit.offset) for unit in units}
+        if gone := [key for key in self._seats if key not in known]:
+            self.settle()
+            for key in gone:
+                self._drop(key)
+            self._rebuild()
 
     def _drop(self, key: tuple[int, int]) -> None:
         seat = self._seats.pop(key, None)
@@ -474,7 +498,13 @@ class Stream:
         self._wait()
         for ring in self._rings.values():
             ring.clear()
-        used = {id(seat.slab) for seat in self._seats.values()}
+        seats = self._seats.values()
+        self._parted = [seat for seat in seats if len(seat.parts) > 1]
+        self._sharing = {}
+        for seat in seats:
+            if seat.slab is not None:
+                self._sharing.setdefault(id(seat.slab), []).append(seat)
+        used = {id(seat.slab) for seat in seats}
         self.slabs = [slab for slab in self.slabs if id(slab) in used]
         pairs = [(chunk, slab) for slab in self.slabs for chunk in slab.chunks]
         self._chunks = [chunk for chunk, _ in pairs]
