@@ -16,8 +16,8 @@ from optstate_codecs.places import offload
 
 EXACT = ("fp32", "fp32")
 DYNAMIC = ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)")
-# one chunk; as many as the ring has slots or fewer; many
-SIZES = (1 << 25, 300_000, 9000)
+# one chunk, which stays in its slot of the ring, and many
+SIZES = (1 << 25, 9000)
 
 
 @pytest.fixture(params=["host", "disk"])
