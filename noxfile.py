@@ -52,7 +52,7 @@ SIBLINGS = {
 }
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("2.6", "2.13")
-BENCHMARKS = ("step_time", "fidelity", "state_bytes", "accumulate", "wrap_overhead")
+BENCHMARKS = ("step_time", "fidelity", "state_bytes", "accumulate", "wrap_overhead", "fits")
 
 SOURCES = [f"packages/{package}/src" for package in PACKAGES]
 EDITABLE = [

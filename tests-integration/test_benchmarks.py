@@ -190,3 +190,70 @@ def test_wrap_overhead_writes_times(root: Path, tmp_path: Path) -> None:
         1,
         1,
     ]
+
+
+def test_offload_writes_every_part(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "offload.json"
+    command = [sys.executable, root / "benchmarks" / "offload.py", "--small", "--device", "cpu"]
+    names = ["--only", "int8 offloaded", "--only", "AdamW8bit", "--only", "torch fused"]
+    # each part is merged into what is there
+    subprocess.run([*command, "step", *names, "--out", out], check=True, capture_output=True)
+    more = ["train", "finetune7b", "disk", *names, "--path", tmp_path]
+    subprocess.run([*command, *more, "--out", out], check=True, capture_output=True)
+    report = {part: entry["result"] for part, entry in json.loads(out.read_text()).items()}
+    assert list(report) == ["step", "train", "finetune7b", "disk"]
+    rows = {(row["optimizer"], row["dtype"]): row for row in report["step"]}
+    away, kept = rows["int8 offloaded", "bfloat16"], rows["AdamW8bit", "bfloat16"]
+    # two bytes of codes, and scales and alignment of tensors of a few dozen elements
+    assert 2 < away["host_bytes_per_parameter"] < 2.3
+    assert away["bytes_each_way"] == away["host_bytes_per_parameter"] * away["parameters"]
+    assert away["times_floor"] == pytest.approx(away["ms"] / away["floor_ms"])
+    assert kept["host_bytes_per_parameter"] == 0
+    assert "floor_ms" not in kept
+    assert [row["optimizer"] for row in report["train"]] == [
+        "torch fused",
+        "AdamW8bit",
+        "int8 offloaded",
+    ]
+    for row in report["finetune7b"]:
+        assert row["within_half_a_gigabyte"]
+        assert 2 < row["host_bytes"] / row["parameters"] < 2.4
+    assert [row["sync"] for row in report["disk"]] == [False, True]
+    for row in report["disk"]:
+        assert row["file_bytes_per_parameter"] > 4
+
+
+def test_page_of_what_fits_is_what_was_counted(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "fits.py"))
+    report = json.loads(script["RESULTS"].read_text())
+    text = (root / "docs" / "what-fits.md").read_text()
+    assert script["table"](report) in text
+    # bytes are the same on every machine
+    out, page = tmp_path / "fits.json", tmp_path / "what-fits.md"
+    page.write_text(text)
+    command = [sys.executable, root / "benchmarks" / "fits.py", "--out", out, "--page", page]
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads(out.read_text())["rows"] == report["rows"]
+    assert page.read_text() == text
+    # Llama 2's 7B, which is known to have 6,738,415,616 parameters in 291 tensors
+    rows = [row for row in report["rows"] if row["model"] == "7b" and row["format"] == "exact"]
+    numel, ring = 6_738_415_616, 3 * 2**25
+    state = 8 * numel + 4 * 291
+    assert [row["device_bytes"] for row in rows] == [
+        4 * numel + state,
+        4 * numel + ring,
+        4 * numel + ring,
+    ]
+    assert [row["host_bytes"] for row in rows] == [0, state, 6 * 2**25]
+    assert rows[1]["device_bytes_released"] == 2 * numel + 2 * 32_000 * 4096 + ring
+    # 27.1 GB, or 13.8 with few gradients, where 1.5 GB of each card are left
+    assert rows[1]["cards"] == {
+        "8": "",
+        "16": "released",
+        "24": "released",
+        "32": "yes",
+        "80": "yes",
+    }

@@ -1,9 +1,11 @@
-"""What the tests share: optimizers to wrap, and a problem to step them on."""
+"""What the tests share: optimizers to wrap, a problem to step them on, and ``host_nets``."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 # `pytest --hypothesis-profile=thorough packages/optstate-wrap` runs a thousand random sequences
 settings.register_profile("thorough", max_examples=1000)
@@ -49,6 +53,12 @@ def _can_run(request: pytest.FixtureRequest) -> None:
         pytest.skip("no CUDA device")
     if request.node.get_closest_marker("interpret") and not (HAS_TRITON and INTERPRETED):
         pytest.skip("needs triton and TRITON_INTERPRET=1")
+
+
+@pytest.fixture(params=[False, True], ids=["kept", "offloaded"])
+def offload(request: pytest.FixtureRequest) -> bool:
+    """Whether gradients are offloaded."""
+    return request.param
 
 
 @pytest.fixture(params=CONFIGURATIONS, ids=lambda name: name.replace(" ", "-"))

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from optstate_wrap import ConfigurablePolicy, wrap
+from optstate_wrap import ConfigurablePolicy, CPUOffloadOptimizer, wrap
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:FutureWarning:torch", "ignore:.*:UserWarning:torch"
@@ -28,10 +28,19 @@ def process_group(tmp_path_factory):
     dist.destroy_process_group()
 
 
+class OnHost(CPUOffloadOptimizer):
+    """Takes the CPU for a device."""
+
+    def _remote(self, param) -> bool:
+        return True
+
+
 def make(codecs, cls=torch.optim.AdamW):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(9, 65), nn.Tanh(), nn.Linear(65, 3))
+    if codecs is None:
+        return model, OnHost(model.parameters(), offload_gradients=True, minimal_size=100)
     return model, wrap(cls(model.parameters(), lr=1e-2), ConfigurablePolicy(codecs), 256)
 
 
@@ -44,7 +53,9 @@ def train(model, optimizer, steps) -> None:
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("codecs", [{}, {"exp_avg": "int8"}], ids=["exact", "int8"])
+@pytest.mark.parametrize(
+    "codecs", [{}, {"exp_avg": "int8"}, None], ids=["exact", "int8", "on host"]
+)
 def test_save_load_and_go_on(codecs, flatten, tmp_path) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, optimizer = make(codecs)

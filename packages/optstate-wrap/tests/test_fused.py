@@ -149,7 +149,7 @@ class Counts(Policy):
     [
         (ADAMW, ConfigurablePolicy({}), {}, False),
         (ADAMW, ConfigurablePolicy(TWO), {"fused": False}, False),
-        (ADAMW, ConfigurablePolicy(TWO), {"store": "host"}, False),
+        (ADAMW, ConfigurablePolicy(TWO), {"store": "host"}, True),
         (ADAMW, ConfigurablePolicy(TWO), {"dtype": torch.bfloat16}, False),
         (ADAMW, ConfigurablePolicy(TWO), {"dtype": torch.bfloat16, "fused": True}, True),
         (partial(Half, lr=1e-2), ConfigurablePolicy(TWO), {}, False),

@@ -25,6 +25,7 @@ from optstate_codecs.memory import (
 )
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.places import offload
+from optstate_codecs.release import GradientRelease
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
 from optstate_codecs.state import decode_state, master_weights
@@ -40,6 +41,7 @@ __all__ = [
     "CodedOptimizer",
     "Dynamic8",
     "Format",
+    "GradientRelease",
     "Int4",
     "Int8",
     "MemoryReport",

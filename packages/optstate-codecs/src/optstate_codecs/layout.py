@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -148,16 +149,25 @@ def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
 def empty_state(param: Tensor, component: Component, device: torch.device | None = None) -> Tensor:
     """A zeroed component for a moment of ``param``, in the parameter's storage order.
 
-    It is beside the parameter, or on ``device``.
+    It is beside the parameter, or on ``device``: memory of the host's, there, is only taken once it
+    is written to.
     """
-    device = device or param.device
     if not component.per_element:
-        shape = component.shape(param.shape)
-        return torch.zeros(shape, dtype=component.dtype, device=device)
+        return _zeros(component.shape(param.shape), component.dtype, param, device)
     order = storage_order(param)
     ordered = [param.shape[d] for d in order]
-    zeros = torch.zeros(ordered, dtype=component.dtype, device=device)
-    return zeros.permute(inverse_order(order))
+    return _zeros(ordered, component.dtype, param, device).permute(inverse_order(order))
+
+
+def _zeros(
+    shape: Sequence[int], dtype: torch.dtype, like: Tensor, device: torch.device | None
+) -> Tensor:
+    numel = torch.Size(shape).numel()
+    if device is None or device.type != "cpu" or numel == 0:
+        return torch.zeros(shape, dtype=dtype, device=device or like.device)
+    # torch.zeros writes them
+    room = torch.from_numpy(numpy.zeros(numel * dtype.itemsize, dtype=numpy.uint8))
+    return room.view(dtype).view(torch.Size(shape))
 
 
 def same_order(state: Tensor, component: Component, param: Tensor) -> bool:

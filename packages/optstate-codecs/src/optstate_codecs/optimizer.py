@@ -82,6 +82,8 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     #: group keys that decide how state is stored; a checkpoint never overrides them
     storage_options: ClassVar[tuple[str, ...]] = ("formats",)
+    #: set while a ``GradientRelease`` steps parameters before ``step`` does
+    _in_parts = False
 
     def __init__(
         self,
@@ -123,9 +125,11 @@ class CodedOptimizer(torch.optim.Optimizer):
         super().__init__(params, {**known, **storage, **options})
         # by its own name, torch.compile would guard on every value in it
         self._traced_groups = self.param_groups
-        if self.defaults["fused"]:
-            # GradScaler then hands grad_scale and found_inf to step instead of unscaling itself
-            self._step_supports_amp_scaling = True
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands grad_scale and found_inf to step instead of unscaling itself."""
+        return self._in_parts or bool(self.defaults.get("fused"))
 
     @property
     def state(self) -> Any:
@@ -244,20 +248,52 @@ class CodedOptimizer(torch.optim.Optimizer):
         if places:
             step_as_operation(self._handle, places, params, grads)
 
-    def _step(self, given: Mapping[int, Tensor] | None = None, last: bool = True) -> None:
+    def _refuse_parts(self) -> None:
+        """Raise if what a step does to a parameter depends on the gradients of others."""
+        if self.skip_nonfinite:
+            raise ValueError(
+                "skip_nonfinite=True: cannot be combined with GradientRelease, which has stepped "
+                "parameters before the last gradient is known; use skip_nonfinite=False"
+            )
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm}: must be None under GradientRelease, which "
+                "takes it itself: GradientRelease(optimizer, max_grad_norm=...)"
+            )
+
+    @torch.no_grad()
+    def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
+        """Step these parameters, with their gradients multiplied with ``factor``."""
+        chosen = {id(param): param for param in params}
+        every = enumerate(param for group in self.param_groups for param in group["params"])
+        given = {i: p.grad for i, p in every if id(p) in chosen and p.grad is not None}
+        self._step(given, factor, last=False)
+
+    def _join_parts(self) -> None:
+        """Have the current stream wait for the parts that were stepped."""
+        self._session.join()
+
+    def _step(
+        self,
+        given: Mapping[int, Tensor] | None = None,
+        factor: Tensor | None = None,
+        last: bool = True,
+    ) -> None:
         """Step with the gradients ``given`` by place, or else with those of the parameters.
 
-        ``last`` says that the step is complete with it.
+        They are multiplied with ``factor``; ``last`` says that the step is complete with them.
         """
         try:
-            self._take_step(given)
+            self._take_step(given, factor, last)
         except BaseException:
             self._session.finish(False)
             raise
         if last:
             self._session.finish()
 
-    def _take_step(self, given: Mapping[int, Tensor] | None) -> None:
+    def _take_step(
+        self, given: Mapping[int, Tensor] | None, factor: Tensor | None, last: bool
+    ) -> None:
         self._opt_called = True
         self._traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
@@ -275,12 +311,16 @@ class CodedOptimizer(torch.optim.Optimizer):
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
             if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
                 return
-        factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
+        if factor is None:
+            factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
         units = self._current_units(places, kept)
         centres, shares = None, [group["centralization"] for group in self.param_groups]
         if any(shares):
             centres = find_centres(grads, [shares[place[1]] for place in places])
         job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf, centres)
+        if not units[0].param.is_cuda:  # where there is nothing to choose
+            job.total = engine.trainable(self.param_groups)
+        job.apart = not last
         self._session.step(job)
 
     def _gradients(self, given: Mapping[int, Tensor] | None) -> list[Place]:
@@ -385,8 +425,6 @@ class CodedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in {**OWN_OPTIONS, **TORCH_FLAGS}.items():
                 group.setdefault(key, value)
-        if self.defaults.get("fused"):
-            self._step_supports_amp_scaling = True
 
 
 # A learning rate scheduler wraps ``step`` to note that it was called, which breaks a compiler's

@@ -7,12 +7,23 @@ read by the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_factor", "gradient_norm", "nonfinite"]
+__all__ = [
+    "Share",
+    "clip_factor",
+    "gradient_factor",
+    "gradient_norm",
+    "nonfinite",
+    "norm_of",
+    "share",
+]
+
+# of one gradient in the norm of all: what it is summed with, and its own norm
+Share = tuple[tuple[torch.device, torch.dtype], Tensor]
 
 
 def gradient_factor(
@@ -37,8 +48,13 @@ def gradient_factor(
     if inverse is not None:
         inverse = inverse.to(norm.device, norm.dtype)
         norm = norm * inverse
-    clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    clip = clip_factor(norm, max_norm)
     return (clip if inverse is None else inverse * clip), norm
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients of this norm with."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
 def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -50,13 +66,43 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
         TypeError: one is a DTensor, of which only a shard is here.
     """
     for place, grad in enumerate(grads):
-        if type(grad) is not Tensor and hasattr(grad, "placements"):
-            raise TypeError(
-                f"max_grad_norm: gradient {place} is a DTensor, whose norm needs all its shards; "
-                "leave max_grad_norm=None and call torch.nn.utils.clip_grad_norm_"
-            )
+        _refuse_sharded(place, grad)
     norm: Tensor = torch.linalg.vector_norm(_norms(grads, 2.0), 2.0)
     return norm
+
+
+def share(place: int, grad: Tensor, double: bool) -> Share:
+    """What ``norm_of`` needs to know of a gradient that is not kept.
+
+    Args:
+        place: of its parameter, for the message.
+        grad: the gradient.
+        double: whether any of all gradients is float64.
+
+    Raises:
+        TypeError: it is a DTensor, of which only a shard is here.
+    """
+    _refuse_sharded(place, grad)
+    return (grad.device, grad.dtype), _norms([grad], 2.0, double)
+
+
+def norm_of(shares: Iterable[Share]) -> Tensor:
+    """``gradient_norm`` of gradients, bit by bit, from their shares in the same order."""
+    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for kind, norm in shares:
+        together.setdefault(kind, []).append(norm)
+    device = next(iter(together))[0]
+    norms = [norm.to(device) for members in together.values() for norm in members]
+    total: Tensor = torch.linalg.vector_norm(torch.cat(norms), 2.0)
+    return total
+
+
+def _refuse_sharded(place: int, grad: Tensor) -> None:
+    if type(grad) is not Tensor and hasattr(grad, "placements"):
+        raise TypeError(
+            f"max_grad_norm: gradient {place} is a DTensor, whose norm needs all its shards; "
+            "leave max_grad_norm=None and call torch.nn.utils.clip_grad_norm_"
+        )
 
 
 def nonfinite(grads: Sequence[Tensor]) -> Tensor:
@@ -67,12 +113,12 @@ def nonfinite(grads: Sequence[Tensor]) -> Tensor:
     return (~torch.isfinite(_norms(some, math.inf)).all()).to(torch.float32)
 
 
-def _norms(grads: Sequence[Tensor], order: float) -> Tensor:
+def _norms(grads: Sequence[Tensor], order: float, double: bool = False) -> Tensor:
     """The norm of each gradient, all on the device of the first."""
     together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
         together.setdefault((grad.device, grad.dtype), []).append(grad)
-    double = any(dtype == torch.float64 for _, dtype in together)
+    double = double or any(dtype == torch.float64 for _, dtype in together)
     wide = torch.float64 if double else torch.float32
     device = grads[0].device
     found: list[Tensor] = []

@@ -1,5 +1,6 @@
 """Wraps any PyTorch optimizer so that its state lives compressed, or in host memory."""
 
+from optstate_codecs.errors import StepError
 from optstate_wrap.activations import (
     checkpoint_sequential_modules,
     enable_gradient_checkpointing,
@@ -12,8 +13,9 @@ from optstate_wrap.codecs import (
     IdentityCodec,
     Int8MomentumCodec,
 )
+from optstate_wrap.cpu_offload import CPUOffloadOptimizer
 from optstate_wrap.metrics import MetricsWriter, plot_memory
-from optstate_wrap.offload import CPUOffloadOptimizer, OffloadOptimizer
+from optstate_wrap.offload import OffloadOptimizer
 from optstate_wrap.policies import (
     AdaptiveWarmupPolicy,
     ConfigurablePolicy,
@@ -28,7 +30,6 @@ from optstate_wrap.presets import (
     wrap_max_compression_adamw,
 )
 from optstate_wrap.report import WrapperMemoryReport
-from optstate_wrap.transaction import StepError
 from optstate_wrap.wrapper import OptimizerWrapper
 
 __version__ = "0.1.0"

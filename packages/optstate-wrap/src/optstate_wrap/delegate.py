@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Delegate", "own_step"]
+__all__ = ["Delegate", "load_into", "own_step"]
 
+#: group options that say how a step is computed here, not what it computes
+FLAGS = ("capturable", "foreach", "fused")
 # both have the very same dicts, so that a hook fires once, whichever it was given to
 HOOKS = tuple(
     f"_optimizer_{name}_hooks"
@@ -62,3 +65,24 @@ def own_step(inner: Optimizer) -> Callable[..., Any]:
     """The optimizer's ``step`` without the hooks that torch puts around it."""
     step = type(inner).step
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+
+
+def load_into(inner: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Load a state dict while groups stay the same objects and keep ``FLAGS``, with no alias."""
+    groups = inner.param_groups
+    states = [state for state in state_dict["state"].values() if isinstance(state, Mapping)]
+    given = {id(value) for state in states for value in state.values()}
+    saved = state_dict["param_groups"]
+    if len(saved) == len(groups):
+        flags = [{key: group[key] for key in FLAGS if key in group} for group in groups]
+        saved = [{**group, **own} for group, own in zip(saved, flags, strict=True)]
+    inner.load_state_dict({**state_dict, "param_groups": saved})
+    for group, new in zip(groups, inner.param_groups, strict=True):
+        if group is not new:
+            group.clear()
+            group.update(new)
+    inner.param_groups = groups
+    for state in inner.state.values():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, Tensor) and id(value) in given:
+                state[key] = value.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.engine import Unit
+from optstate_codecs.errors import StepError
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_wrap.codecs import as_codec
@@ -21,9 +22,9 @@ from optstate_wrap.plan import Piece, chunks, pieces
 from optstate_wrap.policies import Policy
 from optstate_wrap.record import Coded, Record, decode_state, encode_state, select
 from optstate_wrap.scratch import Scratch
-from optstate_wrap.store import DeviceStore, Store
+from optstate_wrap.store import Store
 from optstate_wrap.timing import Timer
-from optstate_wrap.transaction import StepError, Transaction, borrowed, restore
+from optstate_wrap.transaction import Transaction, borrowed, changes, put, restore
 
 __all__ = ["Engine"]
 
@@ -69,36 +70,46 @@ class Engine:
         self.chunked = True
         self.splittable = True
         self.extra: dict[Any, Any] = {}
+        # what the last part of a step has made of the groups, for the end of the step
+        self._parted: list[dict[str, Any]] | None = None
         self.timer = Timer()
         self.scratch = Scratch()
-        self.fused = Fused(fused, seed)
+        self.fused = Fused(fused, seed, store)
 
     def plan(self) -> list[Piece]:
         """Every piece of every parameter, in order."""
         return pieces(self.inner.param_groups, self.chunk, self.chunked and self.splittable)
 
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(self, closure: Closure | None = None, some: Collection[Tensor] | None = None) -> Any:
         """Step all parameters that have gradients.
 
         Args:
             closure: only for an optimizer that is not stepped in chunks, which then calls it.
+            some: only these, as a part of the next step: the groups' values and ``steps`` change
+                when that is taken. Not where the optimizer is not stepped in chunks.
 
         Raises:
             StepError: from what went wrong; every parameter is before its step or after it.
         """
-        plan = self.plan()
+        plan = [piece for piece in self.plan() if some is None or piece.param in some]
         self._recut(plan)
         transaction = Transaction(self.store, self.scratch)
         rows: list[list[Piece]] = [plan]
         at, phase, loss = 0, ["fused"], None
         try:
             with borrowed(self.inner) as before:
-                rows = self._rows(self._step_fused(plan, transaction), plan)
+                rows = self._rows(self._step_fused(plan, transaction, some is None), plan)
                 for at, row in enumerate(rows):
                     if at:
                         restore(self.inner.param_groups, before)
                     loss = self._step_row(row, transaction, phase, closure)
+                if some is not None:
+                    self._parted = changes(self.inner.param_groups, before)
+                    restore(self.inner.param_groups, before)
+                elif not rows and self._parted is not None:
+                    put(self.inner.param_groups, self._parted)
         except BaseException as error:
+            self.fused.finish(False)
             transaction.roll_back()
             if not isinstance(error, Exception):
                 raise
@@ -106,7 +117,10 @@ class Engine:
             raise self._failed(error, plan, where, transaction.done) from error
         finally:
             self.scratch.release()
-        self.steps += 1
+        if some is None:
+            self.fused.finish()
+            self._parted = None
+            self.steps += 1
         return loss
 
     def _rows(self, left: list[Piece], plan: list[Piece]) -> list[list[Piece]]:
@@ -116,12 +130,11 @@ class Engine:
         rows = [[p for p in row if p.param.grad is not None] for row in chunks(left, size)]
         rows = [row for row in rows if row]
         # without any gradient, the optimizer may still count the step
-        return rows if rows or len(left) < len(plan) else [[]]
+        return rows if rows or len(left) < len(plan) or self._parted is not None else [[]]
 
-    def _step_fused(self, plan: list[Piece], transaction: Transaction) -> list[Piece]:
+    def _step_fused(self, plan: list[Piece], transaction: Transaction, last: bool) -> list[Piece]:
         """Step what the codecs' engine can; gives the pieces that are left."""
-        here = self.chunked and isinstance(self.store, DeviceStore) and len(self.store) > 0
-        if not here or not self.fused.begins(self.inner):
+        if not self.chunked or not len(self.store) or not self.fused.begins(self.inner):
             return plan
         units, taken, left = list[Unit](), list[Piece](), list[Piece]()
         for _, group in groupby(plan, key=lambda piece: piece.number):
@@ -132,7 +145,7 @@ class Engine:
         if units:
             with self.timer.part("inner_step_ms"):
                 try:
-                    self.fused.step(self.inner, units, taken, self.steps + 1)
+                    self.fused.step(self.inner, units, taken, self.steps + 1, last)
                 finally:
                     stepped = set(map(id, self.fused.done))
                     pairs = zip(taken, units, strict=True)
@@ -145,7 +158,7 @@ class Engine:
         param = together[0].param
         if param.grad is None or param not in self.store:
             return []
-        records = self.store.kept(param)
+        records = self.store.peek(param)
         try:
             formats = self._formats(param, Undecoded(records[0]))
         except Looked:
@@ -249,7 +262,7 @@ class Engine:
         for place, piece in enumerate(plan):
             if piece.part or piece.param not in self.store:
                 continue
-            kept = self.store.kept(piece.param)
+            kept = self.store.peek(piece.param)
             if len(kept) != piece.parts or (piece.parts > 1 and length(kept[0]) != piece.stop):
                 state = self.states(piece.param, self.kept_pieces(piece.param))
                 self.put(piece.param, plan[place : place + piece.parts], state)
@@ -263,13 +276,13 @@ class Engine:
     ) -> StepError:
         numbers = sorted({piece.number for piece in plan if piece.param.grad is not None})
         unstepped = [number for number in numbers if number not in done]
-        return StepError(
-            f"step stopped in {where}: "
-            f"{type(error).__name__}: {error}; parameters {_span(sorted(done))} have taken their "
-            f"step, parameters {_span(unstepped)} are as they were before it",
-            sorted(done),
-            unstepped,
-        )
+        torn: list[int] = []
+        if isinstance(error, StepError):
+            # of the stream, which knows nothing of other parameters
+            torn = error.torn
+            unstepped = [number for number in unstepped if number not in torn]
+            error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        return StepError.of(error, f" in {where}", done, unstepped, torn)
 
 
 def pieces_like(param: Tensor, lengths: Sequence[int]) -> list[Piece]:
@@ -292,10 +305,3 @@ def length(record: Record) -> int:
         if isinstance(tensor, Tensor) and tensor.dim():
             return tensor.numel()
     return 0
-
-
-def _span(numbers: Sequence[int]) -> str:
-    if not numbers:
-        return "(none)"
-    whole = len(numbers) == numbers[-1] - numbers[0] + 1
-    return f"{numbers[0]} to {numbers[-1]}" if whole and len(numbers) > 1 else str(numbers)[1:-1]

@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from optstate_codecs.engine import Job, Session, Unit
+from optstate_codecs.engine import Job, Session, Unit, trainable
 from optstate_codecs.engine.plan import takes
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.layout import inverse_order
+from optstate_codecs.places import Stream
 from optstate_codecs.rules import SGD, Adam, Moment, Rule
 from optstate_codecs.scaling import gradient_factor
 from optstate_codecs.writes import parameter_write
 from optstate_wrap.plan import Piece
 from optstate_wrap.record import Coded, Record
+from optstate_wrap.store import Held, Store
 
 __all__ = ["Fused", "Looked", "Undecoded", "rule_of"]
 
@@ -48,11 +50,25 @@ def rule_of(inner: Optimizer) -> Rule | None:
     return None
 
 
+def _same_bits(inner: Optimizer) -> bool:
+    """Whether the engine steps exact state to the very bits that ``inner`` would.
+
+    The kernel's square roots are off by a last place here and there, and so are sums in torch's
+    fused and capturable steps.
+    """
+    groups = inner.param_groups
+    rooted = type(inner) is not torch.optim.SGD
+    cuda = any(param.is_cuda for group in groups for param in group["params"])
+    flagged = any(group.get(flag) for group in groups for flag in ("fused", "capturable"))
+    return not flagged and not (rooted and cuda)
+
+
 @dataclass(eq=False)
 class _Ready:
     """The pieces of a parameter as the engine steps them, and what that was made from."""
 
     units: list[Unit]
+    records: Sequence[Record]
     values: list[Any]
     address: int
     formats: Mapping[str, Format]
@@ -89,32 +105,64 @@ class Fused:
         wanted: None takes float32 parameters only; True also bfloat16 and float16 ones, in float32
             arithmetic, which is finer than the inner optimizer's own; False takes none.
         seed: keys every random number.
+        store: keeps the records, beside the parameters or on the host.
     """
 
-    def __init__(self, wanted: bool | None, seed: int) -> None:
+    def __init__(self, wanted: bool | None, seed: int, store: Store) -> None:
         self.wanted = wanted
         self.seed = seed
+        self.store = store
+        self._session: Session | Stream | None = None
         self._rule: Rule | None = None
         self._hypers: list[Any] = []
+        self._exact = False
         self.forget()
 
     def forget(self) -> None:
         """Let go of all records."""
-        self._session = Session("auto")
+        self._session = None
+        self.store.settle = None
         self._ready: dict[Tensor, _Ready] = {}
+        self._owners: dict[int, tuple[_Ready, Record]] = {}
         self.done: list[Unit] = []
+
+    def _begin(self) -> Session | Stream:
+        """The session, which is made with the first step."""
+        if self._session is None:
+            self._session = self.store.session()
+            if isinstance(self._session, Stream):
+                self._session.watch = self._moved
+                self.store.settle = self._session.settle
+        return self._session
+
+    def _moved(self, unit: Unit) -> None:
+        """The state of a unit is in other tensors now: its record takes these."""
+        if id(unit) in self._owners:
+            ready, record = self._owners[id(unit)]
+            _put_back(unit, record)
+            ready.values = [value for r in ready.records for value in r.values()]
+
+    def _release(self, param: Tensor) -> None:
+        """The engine is not to step a parameter any more; its records show its state."""
+        ready = self._ready.pop(param, None)
+        if ready is not None:
+            if isinstance(self._session, Stream):
+                self._session.release(ready.units)
+            for unit in ready.units:
+                del self._owners[id(unit)]
 
     def begins(self, inner: Optimizer) -> bool:
         """Take up the hyper-parameters of a step; whether there is something to do for this."""
         self._rule = rule = None if self.wanted is False else rule_of(inner)
+        self._exact = isinstance(self._begin(), Stream) and (self.wanted or _same_bits(inner))
         if rule is not None:
             try:
                 self._hypers = [rule.hyper({**rule.defaults(), **g}) for g in inner.param_groups]
                 return True
             except (TypeError, ValueError):
                 pass  # what is no hyper-parameter here may be one there
-        if self._ready:
-            self.forget()
+        for param in list(self._ready):
+            self._release(param)
         return False
 
     def takes(
@@ -143,9 +191,11 @@ class Fused:
             return ready.units
         units = self._units(pieces, records, formats, moments)
         # what is not stepped here gets new records, and the old ones must not stay for this
-        self._ready.pop(param, None)
+        self._release(param)
         if units:
-            self._ready[param] = _Ready(units, values, param.data_ptr(), dict(formats), moments)
+            ready = _Ready(units, records, values, param.data_ptr(), dict(formats), moments)
+            self._ready[param] = ready
+            self._owners |= {id(u): (ready, r) for u, r in zip(units, records, strict=True)}
         return units
 
     def _units(
@@ -163,7 +213,7 @@ class Fused:
         names, counted = [moment.name for moment in moments], isinstance(self._rule, Adam)
         units = []
         for piece, record in zip(pieces, records, strict=True):
-            stored = _stored(record, names, formats, counted)
+            stored = _stored(record, names, formats, counted, self._exact)
             if stored is None:
                 return []
             unit = self._unit(piece, record, moments, stored)
@@ -183,15 +233,25 @@ class Fused:
             state["step"] = torch.ones(())
         for name in stored:
             value = record[name]
-            state |= _components(name, value) if isinstance(value, Coded) else {name: value}
+            if isinstance(value, Coded):
+                state |= _components(name, value)
+            else:
+                state[name] = value.tensor if isinstance(value, Held) else value
         write = parameter_write("nearest", param.dtype)
         places = (piece.number, piece.group, piece.start)
         return Unit(param, state, moments, stored, write, self.seed, *places)
 
     def step(
-        self, inner: Optimizer, units: Sequence[Unit], pieces: Sequence[Piece], draw: int
+        self,
+        inner: Optimizer,
+        units: Sequence[Unit],
+        pieces: Sequence[Piece],
+        draw: int,
+        last: bool,
     ) -> None:
         """Step ``units`` of ``pieces``; ``done`` is then those that have been stepped.
+
+        ``last`` says whether more of the same step is to come.
 
         Where it raises, the others are as they were.
         """
@@ -208,25 +268,41 @@ class Fused:
             gradient_factor(grads, scale, None)[0],
             getattr(inner, "found_inf", None),
             draw=draw,
+            total=trainable(inner.param_groups),
         )
         self.done = job.done
-        self._session.step(job)
+        job.apart = not last
+        self._begin().step(job)
         # where the host skips a step, all are as they should be
         self.done = list(units)
 
+    def finish(self, complete: bool = True) -> None:
+        """A step has been taken, or has been broken off."""
+        if self._session is not None:
+            self._session.finish(complete)
+
+    def join(self) -> None:
+        """Have the current stream wait for all that has been stepped."""
+        if self._session is not None:
+            self._session.join()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"wanted": self.wanted, "seed": self.seed}
+        return {"wanted": self.wanted, "seed": self.seed, "store": self.store}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
 
 def _stored(
-    record: Record, names: Sequence[str], formats: Mapping[str, Format], counted: bool
+    record: Record, names: Sequence[str], formats: Mapping[str, Format], counted: bool, exact: bool
 ) -> dict[str, Format] | None:
-    """The format of each moment as it is stored, if it is to stay so and all is as known."""
+    """The format of each moment as it is stored, if it is to stay so and all is as known.
+
+    Where nothing is coded, only if ``exact``.
+    """
     known = {*names, "step"} if counted else set(names)
-    if set(record) != known or not any(isinstance(record[name], Coded) for name in names):
+    coded = any(isinstance(record.get(name), Coded) for name in names)
+    if set(record) != known or not (coded or exact):
         return None
     if counted and not (isinstance(record["step"], Tensor) and record["step"].dim() == 0):
         return None
@@ -239,7 +315,11 @@ def _stored(
             if not along and (wanted is None or replace(wanted, min_elements=0) != value.format):
                 return None
             found[name] = value.format
-        elif isinstance(value, Tensor) and value.dtype == torch.float32 and wanted is None:
+        elif (
+            isinstance(plain := value.tensor if isinstance(value, Held) else value, Tensor)
+            and plain.dtype == torch.float32
+            and wanted is None
+        ):
             found[name] = FP32()
         else:
             return None
@@ -253,3 +333,21 @@ def _components(name: str, coded: Coded) -> dict[str, Tensor]:
         component.key(name): part.view(ordered).permute(inverse) if component.per_element else part
         for part, component in zip(coded.parts, coded.bound.components, strict=True)
     }
+
+
+def _put_back(unit: Unit, record: Record) -> None:
+    """Make the tensors of a unit's state those of its record."""
+    for name in unit.formats:
+        value = record[name]
+        if isinstance(value, Coded):
+            flat = [
+                unit.state[c.key(name)].permute(value.order).view(-1)
+                if c.per_element
+                else unit.state[c.key(name)]
+                for c in value.bound.components
+            ]
+            record[name] = replace(value, parts=tuple(flat))
+        elif isinstance(value, Held):
+            record[name] = replace(value, tensor=unit.state[name])
+        else:
+            record[name] = unit.state[name]

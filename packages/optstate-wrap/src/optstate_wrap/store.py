@@ -6,7 +6,7 @@ A store takes the records of a whole chunk at once, so that it can move them as 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
+from optstate_codecs.engine import Session
+from optstate_codecs.places import CHUNK_BYTES, HostPlace, Stream
+from optstate_codecs.places.pinned import empty_pinned
 from optstate_wrap.plan import Piece
 from optstate_wrap.record import Coded, Record
 from optstate_wrap.scratch import movable
@@ -34,6 +37,8 @@ class Store(ABC):
 
     def __init__(self) -> None:
         self._kept: dict[Tensor, list[Record]] = {}
+        #: has all that a session still stores where the records show it
+        self.settle: Callable[[], None] | None = None
 
     def __contains__(self, param: object) -> bool:
         return param in self._kept
@@ -46,13 +51,20 @@ class Store(ABC):
 
     def kept(self, param: Tensor) -> list[Record]:
         """What is stored of a parameter, where it is stored."""
+        if self.settle is not None:
+            self.settle()
+        return self._kept[param]
+
+    def peek(self, param: Tensor) -> list[Record]:
+        """The same, of whose tensors nobody may read the numbers: they may be under way."""
         return self._kept[param]
 
     def load(self, chunk: Sequence[Piece]) -> list[Record | None]:
         """The records of a chunk beside their parameters, None where there is none yet."""
         return [
-            self.fetched(kept[piece.part], piece.param)
-            if (kept := self._kept.get(piece.param)) is not None
+            self.fetched(self.kept(piece.param)[piece.part], piece.param)
+            if piece.param in self
+            # what has not been stepped
             else None
             for piece in chunk
         ]
@@ -72,6 +84,14 @@ class Store(ABC):
     def clear(self) -> None:
         """Forget everything."""
         self._kept.clear()
+
+    def session(self) -> Session | Stream:
+        """What steps units whose state is kept here."""
+        return Session("auto")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has a session of its own
+        return {**self.__dict__, "settle": None}
 
     @abstractmethod
     def placed(self, records: Records) -> Records:
@@ -100,13 +120,26 @@ class HostStore(Store):
     Args:
         pin_memory: page-locked slabs, for copies at the full speed of the bus; None: where the
             parameters are on a GPU.
+        chunk_bytes: of what the codecs' engine steps, what moves at a time.
+        resident_bytes: of that, what stays on the device.
     """
 
     name = "host"
 
-    def __init__(self, pin_memory: bool | None = None) -> None:
+    def __init__(
+        self,
+        pin_memory: bool | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        resident_bytes: int = 0,
+    ) -> None:
         super().__init__()
         self.pin_memory = pin_memory
+        self.chunk_bytes = chunk_bytes
+        self.resident_bytes = resident_bytes
+
+    def session(self) -> Stream:
+        place = HostPlace(self.pin_memory)
+        return Stream("auto", place, self.chunk_bytes, self.resident_bytes)
 
     def placed(self, records: Records) -> Records:
         found: list[Tensor] = []
@@ -121,7 +154,7 @@ class HostStore(Store):
             offsets.append(size)
             # views of any dtype begin at multiples of 16 bytes
             size += -(-tensor.nbytes // 16) * 16
-        slab = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        slab = empty_pinned(size, pin)
         moved = {}
         for tensor, offset in zip(found, offsets, strict=True):
             inside = slab[offset : offset + tensor.nbytes].view(tensor.dtype)

@@ -15,23 +15,9 @@ from optstate_wrap.record import Record
 from optstate_wrap.scratch import Scratch
 from optstate_wrap.store import Store
 
-__all__ = ["StepError", "Transaction", "borrowed"]
+__all__ = ["Transaction", "borrowed", "changes", "put", "restore"]
 
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-
-
-class StepError(RuntimeError):
-    """A step that stopped part of the way; its cause is the exception it was raised from.
-
-    Attributes:
-        stepped: numbers of the parameters, counted over all groups, that have taken their step.
-        unstepped: numbers of those that have not, and are as they were before.
-    """
-
-    def __init__(self, message: str, stepped: list[int], unstepped: list[int]) -> None:
-        super().__init__(message)
-        self.stepped = stepped
-        self.unstepped = unstepped
 
 
 class Transaction:
@@ -122,6 +108,30 @@ def restore(groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) 
     for group, values in zip(groups, before, strict=True):
         for key in [key for key in group if key != "params" and key not in values]:
             del group[key]
+    put(groups, before)
+
+
+def changes(
+    groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Of what the groups hold now, what they did not hold ``before``, as ``put`` takes it."""
+    return [
+        {key: entry for key, entry in new.items() if key not in old or _differ(entry, old[key])}
+        for new, old in zip(snapshot(groups), before, strict=True)
+    ]
+
+
+def _differ(entry: tuple[Any, Any], old: tuple[Any, Any]) -> bool:
+    value, kept = entry
+    if value is not old[0]:
+        return True
+    # a container is the same object and may hold something else
+    return kept is not None and (not isinstance(value, Tensor) or bool(kept[0] != old[1][0]))
+
+
+def put(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
+    """Let the groups hold these values, besides what else they hold."""
+    for group, values in zip(groups, entries, strict=True):
         for key, (value, kept) in values.items():
             if isinstance(value, Tensor):
                 if value._version != kept[0]:

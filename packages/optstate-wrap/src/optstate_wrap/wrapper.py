@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
@@ -162,9 +163,32 @@ class OptimizerWrapper(Delegate):
         """Whether the policy codes anything at the next step."""
         return self.policy.compressing(self.engine.steps)
 
+    #: set while a ``GradientRelease`` steps parameters before ``step`` does
+    _in_parts = False
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+        return self._in_parts or bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+
+    def _refuse_parts(self) -> None:
+        """Raise if what a step does to a parameter depends on the gradients of others."""
+        if not self.findings.chunked:
+            raise ValueError(
+                f"optimizer={type(self.inner).__name__}: cannot be stepped in chunks with the same "
+                "result, and so not by GradientRelease; step it after backward, without"
+            )
+
+    @torch.no_grad()
+    def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
+        """Step these parameters, with their gradients multiplied with ``factor``."""
+        if factor is not None:
+            for grad in [param.grad for param in params if param.grad is not None]:
+                grad.mul_(factor.to(grad.device))
+        self.engine.step(some=set(params))
+
+    def _join_parts(self) -> None:
+        """Have the current stream wait for the parts that were stepped."""
+        self.engine.fused.join()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; one that it refuses leaves all as it was."""

@@ -13,13 +13,14 @@ from functools import partial
 from threading import RLock
 from types import TracebackType
 from typing import Any
-from weakref import WeakMethod, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from optstate_codecs import checks
+from optstate_codecs.arrivals import weakly
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.stochastic import SOURCES
 from stochbf16.pending import Addition, Pending
@@ -93,11 +94,7 @@ class StochasticAccumulator:
 
     def _add_hooks(self, param: Any, number: int) -> tuple[RemovableHandle, RemovableHandle]:
         before = param.register_hook(partial(self._before, number))
-        # Python does not see through hooks of this kind: a strong reference would be a cycle that
-        # it never collects
-        after = param.register_post_accumulate_grad_hook(
-            partial(_call_weakly, WeakMethod(self._after), number)
-        )
+        after = param.register_post_accumulate_grad_hook(partial(weakly(self._after), number))
         # first, so that the others find the sum
         hooks = _hooks_after(param)
         others = [(key, hooks.pop(key)) for key in list(hooks) if key != after.id]
@@ -256,12 +253,6 @@ def _parameters(params: nn.Module | Iterable[Tensor]) -> list[Tensor]:
         if not param.is_leaf:
             raise ValueError(f"params[{place}]: must be a leaf, got the result of an operation")
     return found
-
-
-def _call_weakly(method: WeakMethod[Any], number: int, param: Tensor) -> None:
-    alive = method()
-    if alive is not None:
-        alive(number, param)
 
 
 def _hooks_after(param: Any) -> Any:

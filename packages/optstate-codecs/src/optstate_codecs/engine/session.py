@@ -22,7 +22,8 @@ from optstate_codecs.engine.unit import Job, Unit
 __all__ = ["BACKENDS", "Session"]
 
 BACKENDS = ("auto", "eager", "compile", "triton")
-# plans are keyed by which parameters have gradients; models that route keep a few
+# plans are keyed by which parameters have gradients; models that route keep a few, and those that
+# step in parts as many as cover this many whole ones
 PLANS = 8
 # building loops takes a second or two, which 2^20 elements win back in about a hundred steps
 WORTH_BUILDING = 1 << 20
@@ -108,6 +109,9 @@ class Session:
             job.uncount()
             raise
 
+    def join(self) -> None:
+        """Have the current stream wait for steps that were taken apart, of which there are none."""
+
     def finish(self, complete: bool = True) -> None:
         """A step has been taken, ``complete`` or broken off; nothing is under way here."""
 
@@ -121,10 +125,10 @@ class Session:
         if self._skipped(job):
             return
         # of the whole job, however it is staged: its bits are not to depend on that
-        large = sum(unit.param.numel() for unit in job.units) >= WORTH_BUILDING
+        total = job.total or sum(unit.param.numel() for unit in job.units)
         for stage, part in job.stages():
             with job.around(stage):
-                if not self._loops_run(part, large):
+                if not self._loops_run(part, total >= WORTH_BUILDING):
                     eager.step(part)
 
     @staticmethod
@@ -190,9 +194,11 @@ class Session:
                 constants={id(bucket): constants(bucket) for bucket in buckets},
                 centred=job.centres.places if job.centres else (),
             )
+            self._plans.move_to_end(key)
+            most = PLANS * len(set[int]().union(*self._plans))
+            while len(self._plans) > PLANS and sum(map(len, self._plans)) > most:
+                self._plans.popitem(last=False)
         self._plans.move_to_end(key)
-        while len(self._plans) > PLANS:
-            self._plans.popitem(last=False)
         return plan
 
     def _launch(self, plan: Plan, job: Job) -> None:

@@ -15,7 +15,7 @@ from optstate_codecs.layout import Declaration, bound, is_dense, same_order
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["Job", "Unit"]
+__all__ = ["Job", "Unit", "trainable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +94,10 @@ class Job:
         counted: units whose step count has been raised.
         found_inf: non-zero where the step is to be skipped, or None; read on its device.
         staging: what is around the stepping of a stage: brings its state, and takes it back.
+        apart: whether what follows on the current stream is not to wait until ``Session.join``;
+            parameters and gradients must be left alone until then.
+        total: elements of all parameters that may be stepped, by which the backend is chosen, so
+            that it is the same for every part of a step; 0: of ``units``.
     """
 
     rule: Rule
@@ -105,9 +109,11 @@ class Job:
     found_inf: Tensor | None = None
     centres: Centres | None = None
     draw: int | None = None
+    total: int = 0
     done: list[Unit] = field(default_factory=list)
     counted: list[Unit] = field(default_factory=list)
     staging: Callable[[int], AbstractContextManager[object]] | None = None
+    apart: bool = False
 
     def around(self, stage: int) -> AbstractContextManager[object]:
         """What a stage is stepped in."""
@@ -140,3 +146,8 @@ class Job:
             addresses=[self.addresses[place] for place in places] if self.addresses else (),
             centres=centres and replace(centres, places=[centres.places[p] for p in places]),
         )
+
+
+def trainable(groups: Sequence[Mapping[str, Any]]) -> int:
+    """Elements of all parameters in ``groups`` that require gradients."""
+    return sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)

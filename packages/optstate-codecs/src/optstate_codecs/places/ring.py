@@ -6,7 +6,8 @@ processors are all at work. What the ring does not do is wait: every order is on
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -54,6 +55,28 @@ class Ring:
                 stream.wait_stream(torch.cuda.current_stream(device))
                 for slot in self.slots:
                     slot.record_stream(stream)
+            self.worker = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for slot in self.slots:
+                slot.record_stream(self.worker)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, what is launched runs after what the current stream was given before."""
+        if self._streams is None:
+            yield
+            return
+        self.worker.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.worker):
+            yield
+
+    def join(self) -> None:
+        """Have the current stream wait for what was worked."""
+        if self._streams is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.worker)
+
+    def mark(self) -> Any:
+        """An event after what was worked so far; None where that is done already."""
+        return None if self._streams is None else self.worker.record_event()
 
     def enter(self, chunk: Chunk) -> None:
         """Let the current stream see the chunk in its slot."""

@@ -7,8 +7,9 @@ stages, one for each chunk.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import compress
 from operator import is_
@@ -43,6 +44,8 @@ __all__ = ["CHUNK_BYTES", "Stream"]
 
 # copies of less do not reach the bus's speed, and three times this is on the device
 CHUNK_BYTES = 1 << 25
+# bytes of gradients that may wait for state that is on its way, of steps taken apart
+WAITING = 1 << 28
 # the stage of units whose state is on the device
 HERE = -1
 
@@ -61,6 +64,7 @@ class Stream:
 
     Attributes:
         about: what else a place's manifest is to say.
+        watch: is told of a unit whose state is shown elsewhere than before.
         every: gives the units of all state that there is, where all of it is to be in the place
             after a step; None where state may stay elsewhere until it is stepped.
     """
@@ -80,12 +84,17 @@ class Stream:
         self._seats: dict[tuple[int, int], Seat] = {}
         self._chunks: list[Chunk] = []
         self._slab_of: list[Slab] = []
+        # seats with several parts, and those of each slab
+        self._parted: list[Seat] = []
+        self._sharing: dict[int, list[Seat]] = {}
         self._rings: dict[torch.device, Ring] = {}
         self._resident: dict[torch.device, int] = {}
         self._session = Session(backend)
         self._pending = False
+        self._behind: deque[tuple[list[tuple[torch.device, Any]], int, tuple[Job, ...]]] = deque()
         self._begun = False
         self.about: Callable[[], dict[str, Any]] = dict
+        self.watch: Callable[[Unit], None] | None = None
         self.every: Callable[[], Sequence[Unit]] | None = None
 
     @property
@@ -99,7 +108,7 @@ class Stream:
         Raises:
             RuntimeError: a CUDA graph is being recorded.
             ValueError, OSError: the place cannot keep what a step makes; nothing has changed.
-        StepError: from what went wrong in the step; it says what has been stepped.
+            StepError: from what went wrong in the step; it says what has been stepped.
         """
         if capturing():
             raise RuntimeError("CUDA graph capture: state that is streamed cannot be part of it")
@@ -108,7 +117,7 @@ class Stream:
         self.place.check()
         for ring in self._rings.values():
             ring.store_rest()
-        self._look_for_changes()
+        self._look_for_changes(job.units)
         units = list(job.units)
         if self.every is not None and not self._begun:
             given = set(map(id, units))
@@ -127,7 +136,10 @@ class Stream:
             for device, ring in self._rings.items():
                 if mine := [c for n in order if (c := self._chunks[n]).device == device]:
                     ring.expect(mine)
-            self._session.step(twins)
+            with ExitStack() as stack:
+                for ring in self._rings.values():
+                    stack.enter_context(ring.working())
+                self._session.step(twins)
         except Exception as error:
             done = set(map(id, twins.done))
             counts = [sum(id(part.twin) in done for part in seat.parts) for seat in seats]
@@ -147,6 +159,26 @@ class Stream:
             # of those too that were not stepped: several counts have one version
             for seat in self._parted:
                 seat.version = seat.unit.state["step"]._version
+            if job.apart:
+                self._hold(job, twins)
+            else:
+                self.join()
+
+    def _hold(self, *jobs: Job) -> None:
+        """Keep what a step reads until the current stream, which may reuse it, has waited."""
+        marks = [(ring.device, ring.mark()) for ring in self._rings.values()]
+        nbytes = sum(grad.nbytes for grad in jobs[0].grads)
+        self._behind.append((marks, nbytes, jobs))
+        while sum(size for _, size, _ in self._behind) > WAITING and len(self._behind) > 1:
+            for device, mark in self._behind.popleft()[0]:
+                if mark is not None:
+                    torch.cuda.current_stream(device).wait_event(mark)
+
+    def join(self) -> None:
+        """Have the current stream wait for steps that were taken apart."""
+        for ring in self._rings.values():
+            ring.join()
+        self._behind.clear()
 
     def _twins(self, job: Job, parts: Sequence[tuple[int, Part]]) -> Job:
         units, grads, addresses = [], [], []
@@ -198,10 +230,6 @@ class Stream:
             # what has not been stepped is as it was: the chunk as a whole is right either way
             ring.leave(chunk)
 
-    @property
-    def _parted(self) -> list[Seat]:
-        return [seat for seat in self._seats.values() if len(seat.parts) > 1]
-
     def _count_alike(self) -> None:
         """Give the parts of a unit its count, where somebody else has changed that."""
         for seat in self._parted:
@@ -217,6 +245,7 @@ class Stream:
         Args:
             complete: all that the step is to change has changed, as what is kept may say.
         """
+        self.join()
         self._begun = False
         if not complete:
             # what cannot be now is with the next step; what went wrong has been raised already
@@ -294,6 +323,7 @@ class Stream:
 
     def settle(self) -> None:
         """Wait until all is stored, and make the units' state show where."""
+        self.join()
         self._swap()
         if self._pending:
             self._wait()
@@ -323,12 +353,24 @@ class Stream:
                 state[key] = value
             shown[key] = value
         seat.changed()
+        if self.watch is not None:
+            self.watch(seat.unit)
 
-    def _look_for_changes(self) -> None:
+    def _bring(self, seat: Seat) -> None:
+        """Have a unit's state beside its parameter, to stay there."""
+        unit = seat.unit
+        for key in components(unit):
+            unit.state[key] = unit.state[key].to(unit.param.device)
+        if self.watch is not None:
+            self.watch(unit)
+
+    def _look_for_changes(self, units: Sequence[Unit]) -> None:
         """See that what somebody has changed where it is kept is not what is on the device."""
-        seats = [seat for seat in self._seats.values() if seat.slab is not None]
-        # every one, so that none is asked about an old change later
-        if sum(seat.changed() for seat in seats):
+        seats = [self._seats.get((unit.index, unit.offset)) for unit in units]
+        slabs = {id(seat.slab): seat.slab for seat in seats if seat is not None}
+        # every one that moves along, so that none is asked about an old change later
+        together = [seat for number in slabs for seat in self._sharing.get(number, ())]
+        if sum(seat.changed() for seat in together):
             self._wait()
             for ring in self._rings.values():
                 ring.forget()
@@ -350,6 +392,12 @@ class Stream:
             self._place(device, together, cut)
         if changed:
             self._rebuild()
+
+    def release(self, units: Sequence[Unit]) -> None:
+        """Let units go, whose state shows where it is now."""
+        self.settle()
+        for unit in units:
+            self._drop((unit.index, unit.offset))
 
     def _forget_others(self, units: Sequence[Unit]) -> None:
         """Drop the seats of state that is no more."""
@@ -387,9 +435,8 @@ class Stream:
         if not alike or not same_device or not (cut or len(seat.parts) == 1):
             return False
         if seat.slab is None:
-            device = unit.param.device
-            for key in after:
-                unit.state[key] = unit.state[key].to(device)
+            seat.unit = unit
+            self._bring(seat)
             seat.values = dict(unit.state)
         elif not all(
             unit.state[key].data_ptr() == seat.view(key, seat.slab.memory).data_ptr()
@@ -428,12 +475,11 @@ class Stream:
                 away.append(unit)
                 continue
             self._resident[device] = self._resident.get(device, 0) + size
-            for key in components(unit):
-                unit.state[key] = unit.state[key].to(device)
             part = Part(0, unit.param.numel(), None)
             seat = Seat(unit, None, {}, [part], layout(unit))
             seat.values = dict(unit.state)
             self._seats[unit.index, unit.offset] = seat
+            self._bring(seat)
         for together, rows in arrange(away, self.chunk_bytes, cut):
             self._move_in(together, rows)
 
@@ -452,7 +498,13 @@ class Stream:
         self._wait()
         for ring in self._rings.values():
             ring.clear()
-        used = {id(seat.slab) for seat in self._seats.values()}
+        seats = self._seats.values()
+        self._parted = [seat for seat in seats if len(seat.parts) > 1]
+        self._sharing = {}
+        for seat in seats:
+            if seat.slab is not None:
+                self._sharing.setdefault(id(seat.slab), []).append(seat)
+        used = {id(seat.slab) for seat in seats}
         self.slabs = [slab for slab in self.slabs if id(slab) in used]
         pairs = [(chunk, slab) for slab in self.slabs for chunk in slab.chunks]
         self._chunks = [chunk for chunk, _ in pairs]

@@ -1,0 +1,147 @@
+"""Which models fit on which cards, by how their optimizer's state is stored and where it is.
+
+    python benchmarks/fits.py
+
+Bytes, not trials: parameters, gradients and state of models of Llama's shapes, on torch's meta
+device, state as its formats declare it. Written as JSON, and as tables into docs/what-fits.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama import CONFIGS, Llama
+from offload_common import FORMATS
+from torch.nn import Parameter
+
+from optstate_codecs import predicted_state_bytes
+from optstate_codecs.places import CHUNK_BYTES
+from optstate_codecs.places.ring import SLOTS
+from turboadam import TurboAdam
+
+RESULTS = Path(__file__).parent / "results" / "fits.json"
+PAGE = Path(__file__).parents[1] / "docs" / "what-fits.md"
+MARKERS = ("<!-- written by benchmarks/fits.py -->", "<!-- end -->")
+MODELS = ("1b", "7b", "13b", "70b")
+CARDS = (8, 16, 24, 32, 80)
+# of a card, for activations and all else that is not counted
+LEFT = 1_500_000_000
+# gradients that are released while the backward pass goes on; a larger tensor's is one by itself
+BUCKET = 1 << 25
+# what is read and what is written pass through as much again on the host
+DISK_ROOMS = 2 * SLOTS * CHUNK_BYTES
+OURS = {**FORMATS, "TurboAdam": TurboAdam}
+NAMES = {"int8": "8-bit"}
+
+
+def params_of(model: str) -> list[Parameter]:
+    """Bfloat16 parameters without memory."""
+    return list(Llama(CONFIGS[model], "meta").parameters())
+
+
+def count(model: str) -> Iterator[dict[str, Any]]:
+    """A model's rows."""
+    params = params_of(model)
+    numel, held = sum(p.numel() for p in params), sum(p.nbytes for p in params)
+    released = max(BUCKET, *(p.nbytes for p in params))
+    key = {"model": model, "parameters": numel}
+    # all in float32, which is how torch's has float32 state; it keeps a count for each tensor
+    yield {**key, "format": "torch AdamW, all fp32", "place": "device"} | placed(
+        2 * held, 2 * held, 2 * released, 8 * numel + 4 * len(params), "device"
+    )
+    for name, make in OURS.items():
+        state = predicted_state_bytes(make(params, lr=1e-3))
+        for place in ("device", "host", "disk"):
+            row = placed(held, held, released, state, place)
+            yield {**key, "format": NAMES.get(name, name), "place": place} | row
+
+
+def placed(params: int, grads: int, released: int, state: int, place: str) -> dict[str, Any]:
+    """Bytes on the device with all gradients and with few, on the host and in a file."""
+    here = state if place == "device" else SLOTS * CHUNK_BYTES
+    device = {"all": params + grads + here, "released": params + released + here}
+    return {
+        "state_bytes": state,
+        "device_bytes": device["all"],
+        "device_bytes_released": device["released"],
+        "host_bytes": {"device": 0, "host": state, "disk": DISK_ROOMS}[place],
+        # a step is written beside the one before
+        "file_bytes": 2 * state if place == "disk" else 0,
+        "cards": {str(card): verdict(card, device) for card in CARDS},
+    }
+
+
+def verdict(card: int, device: dict[str, int]) -> str:
+    """Whether what is needed leaves enough of a card."""
+    room = card * 10**9 - LEFT
+    if device["all"] <= room:
+        return "yes"
+    return "released" if device["released"] <= room else ""
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows as Markdown, a table for each model."""
+    return "\n\n".join(
+        "\n".join(section(model, [row for row in report["rows"] if row["model"] == model]))
+        for model in MODELS
+    )
+
+
+def gb(nbytes: int) -> str:
+    """Gigabytes; nothing for none."""
+    return f"{nbytes / 1e9:.1f}" if nbytes else ""
+
+
+def section(model: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A model's table; disk and host are the same to the device."""
+    yield f"## {model.upper()}: {rows[0]['parameters'] / 1e9:.2f} billion parameters\n"
+    cards = " | ".join(f"{card} GB" for card in CARDS)
+    yield f"| state | where | device GB | released | {cards} | RAM GB | or file GB |"
+    yield "|---|---|" + "---|" * (len(CARDS) + 4)
+    files = {row["format"]: row["file_bytes"] for row in rows if row["place"] == "disk"}
+    for row in rows:
+        if row["place"] == "disk":
+            continue
+        away = row["place"] == "host"
+        cells = [
+            row["format"],
+            "host or disk" if away else "device",
+            gb(row["device_bytes"]),
+            gb(row["device_bytes_released"]),
+            *(row["cards"][str(card)] for card in CARDS),
+            gb(row["host_bytes"]),
+            gb(files[row["format"]]) if away else "",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Counts, and writes both."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args()
+    report = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "left_bytes": LEFT,
+        "bucket_bytes": BUCKET,
+        "ring_bytes": SLOTS * CHUNK_BYTES,
+        "rows": [row for model in MODELS for row in count(model)],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    text = args.page.read_text()
+    begin, end = (text.index(marker) for marker in MARKERS)
+    body = f"{MARKERS[0]}\n\n{table(report)}\n\n"
+    args.page.write_text(text[:begin] + body + text[end:])
+
+
+if __name__ == "__main__":
+    main()

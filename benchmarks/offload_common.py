@@ -1,0 +1,207 @@
+"""What the parts of the offload benchmark share: who is measured, the bus, and counts of memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from step_time import resident, synchronize
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+
+from lowbit_adam import AdamW4bit, AdamW8bit
+from optstate_codecs import Adam, CodedOptimizer, offload, state_bytes
+from optstate_codecs.places.pinned import empty_pinned
+
+Make = Callable[..., CodedOptimizer]
+
+
+def _adamw(format_: str) -> Make:
+    """Exact arithmetic on moments that are stored so."""
+    formats = dict.fromkeys(("exp_avg", "exp_avg_sq"), format_)
+    return partial(CodedOptimizer, rule=Adam(decoupled=True), formats=formats)
+
+
+FORMATS: dict[str, Make] = {
+    "exact": _adamw("fp32"),
+    "bf16": _adamw("bf16"),
+    "int8": AdamW8bit,
+    "4-bit": AdamW4bit,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run is measured on.
+
+    Attributes:
+        device: that steps.
+        chunk_bytes: of state that moves at a time.
+        small: everything tiny, to try the benchmark itself.
+    """
+
+    device: torch.device
+    chunk_bytes: int
+    small: bool
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer under a name.
+
+    Attributes:
+        make: it, from parameters.
+        place: where its state is: "host", "device", or "cpu", where the step is too.
+        dtypes: of parameters that it is measured with.
+        family: whether it is one of ours, which can step beside the backward.
+    """
+
+    name: str
+    make: Callable[[Sequence[Parameter], Sizes], Optimizer]
+    place: str
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    family: bool = False
+
+
+def streamed(make: Make, params: Sequence[Parameter], sizes: Sizes) -> Optimizer:
+    """One of the family with its state in host memory."""
+    return offload(make(params, lr=1e-3), chunk_bytes=sizes.chunk_bytes)
+
+
+def torchaos(gradients: bool, params: Sequence[Parameter], sizes: Sizes) -> Optimizer:
+    """The peer whose step is on the CPU."""
+    from torchao.optim import CPUOffloadOptimizer
+
+    made: Optimizer = CPUOffloadOptimizer(
+        params, AdamW, offload_gradients=gradients, lr=1e-3, weight_decay=0.01
+    )
+    return made
+
+
+def contestants() -> dict[str, Contestant]:
+    """Everyone, by name."""
+    both = ("float32", "bfloat16")
+    made = [
+        Contestant(f"{name} offloaded", partial(streamed, make), "host", dtypes, True)
+        for (name, make), dtypes in zip(FORMATS.items(), (both, *[("bfloat16",)] * 3), strict=True)
+    ]
+    made += [
+        Contestant("torch fused", lambda p, _: AdamW(p, lr=1e-3, fused=True), "device", both),
+        Contestant("AdamW8bit", lambda p, _: AdamW8bit(p, lr=1e-3), "device", family=True),
+        Contestant("torchao CPUOffload", partial(torchaos, False), "cpu", both),
+        Contestant("torchao CPUOffload, gradients too", partial(torchaos, True), "cpu"),
+    ]
+    return {one.name: one for one in made}
+
+
+@contextmanager
+def clean(device: torch.device) -> Iterator[None]:
+    """Leave nothing behind on the device."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            # torch keeps pinned memory that is freed, too
+            getattr(torch._C, "_host_emptyCache", lambda: None)()
+
+
+def bus(sizes: Sizes) -> dict[str, float]:
+    """Bytes a second between pinned host memory and the device, in copies of 32 MiB.
+
+    "both" is each way while both run, which is what state that streams can reach.
+    """
+    device, cuda = sizes.device, sizes.device.type == "cuda"
+    nbytes, rooms, rounds = (1 << 16, 2, 2) if sizes.small else (1 << 25, 8, 64)
+    # several of each, or the processor's cache would answer for the memory
+    sources = [empty_pinned(nbytes, cuda).fill_(1) for _ in range(rooms)]
+    sinks = [empty_pinned(nbytes, cuda).fill_(1) for _ in range(rooms)]
+    there = [torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)] if cuda else [None, None]
+
+    def copy(to_device: bool, to_host: bool) -> float:
+        def once(count: int) -> None:
+            for n in range(count):
+                if to_device:
+                    with torch.cuda.stream(streams[0]):
+                        there[0].copy_(sources[n % rooms], non_blocking=True)
+                if to_host:
+                    with torch.cuda.stream(streams[1]):
+                        sinks[n % rooms].copy_(there[1], non_blocking=True)
+
+        once(2 * rooms)
+        synchronize(device)
+        begin = perf_counter()
+        once(rounds)
+        synchronize(device)
+        return rounds * nbytes / (perf_counter() - begin)
+
+    return {
+        "to_device": copy(True, False),
+        "to_host": copy(False, True),
+        "both": copy(True, True),
+    }
+
+
+def allocated(device: torch.device, peak: bool = False) -> int:
+    """Bytes of tensors on a GPU now, or at most since the last ``forget_peak``."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes that torch's allocator holds."""
+    return int(torch.cuda.memory_reserved()) if device.type == "cuda" else 0
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin to look for the most bytes anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def process_bytes(peak: bool = False) -> int:
+    """Bytes of this process in memory, now or at most; 0 where the system does not say."""
+    try:
+        return resident("VmHWM" if peak else "VmRSS")
+    except OSError:
+        return 0
+
+
+def forget_process_peak() -> None:
+    """Begin to look for the most bytes of this process anew, where the system lets us."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def moved_bytes(optimizer: Optimizer) -> int:
+    """Bytes of state that a step brings to the device, and back; 0 where none moves."""
+    if getattr(optimizer, "offloaded", None) is None:
+        return 0
+    assert isinstance(optimizer, CodedOptimizer)
+    session: Any = optimizer._session
+    return sum(slab.nbytes for slab in session.slabs)
+
+
+def host_bytes(optimizer: Optimizer) -> int:
+    """Bytes on the host: of state, and for a step on the CPU of parameters and gradients too."""
+    mirrors: dict[Tensor, Tensor] = getattr(optimizer, "param_d2h_map", {})
+    if mirrors:
+        inner: dict[Tensor, Optimizer] = optimizer.optim_dict  # type: ignore[attr-defined]
+        copies = sum(2 * host.nbytes for host in mirrors.values())
+        return copies + sum(map(state_bytes, inner.values()))
+    if not moved_bytes(optimizer):
+        return 0
+    session: Any = optimizer._session  # type: ignore[attr-defined]
+    return sum(memory.tensor.numel() for slab in session.slabs for memory in slab.family)

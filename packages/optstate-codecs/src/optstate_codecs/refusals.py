@@ -1,0 +1,61 @@
+"""What steps during backward cannot be combined with, by name; see ``release``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["Values", "refuse_changed", "refuse_step", "refuse_unreduced", "values_of"]
+
+# what groups hold besides parameters, by group and key; of tensors, which one and when
+Values = dict[tuple[int, str], Any]
+
+
+def refuse_unreduced(params: Sequence[Tensor]) -> None:
+    """Raise if other workers have a part in gradients that nobody has reduced yet."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if distributed.get_world_size() > 1 and not all(hasattr(p, "placements") for p in params):
+        raise ValueError(
+            "allow_distributed=False: torch.distributed has several workers, and unsharded "
+            "parameters would be stepped before their gradients are reduced; pass True only where "
+            "nothing reduces them"
+        )
+
+
+def refuse_step(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise if ``step`` was called by a scaler or with a closure."""
+    # taken away, since the scaler leaves them there after an exception
+    scaled = [vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf")]
+    if any(value is not None for value in scaled):
+        raise RuntimeError(
+            "GradScaler: cannot be combined with GradientRelease, which has stepped with scaled "
+            "gradients; train in bfloat16 or float32 without a scaler"
+        )
+    if any(value is not None for value in (*args, *kwargs.values())):
+        raise ValueError("closure: must be None under GradientRelease; call backward before")
+
+
+def values_of(optimizer: Optimizer) -> Values:
+    """What the groups hold now."""
+    return {
+        (number, key): (id(value), value._version) if isinstance(value, Tensor) else value
+        for number, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if key != "params"
+    }
+
+
+def refuse_changed(before: Values, now: Values) -> None:
+    """Raise if a value has changed in the middle of a step."""
+    for (number, key), value in before.items():
+        if now.get((number, key)) != value:
+            raise RuntimeError(
+                f"param_groups[{number}][{key!r}]: has changed since parameters were stepped with "
+                "it in this backward; change it between step() and the next backward"
+            )

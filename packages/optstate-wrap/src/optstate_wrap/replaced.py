@@ -1,0 +1,36 @@
+"""An optimizer that for a while has other parameters in the place of some, with their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["replaced"]
+
+
+@contextmanager
+def replaced(inner: Optimizer, by: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, groups have ``by``'s values where they had its keys, and so has the state.
+
+    What is inside may load a state dict, which makes new groups of as many parameters.
+    """
+    lists = [group["params"] for group in inner.param_groups]
+    _rekey(inner, by)
+    for group, params in zip(inner.param_groups, lists, strict=True):
+        group["params"] = [by.get(param, param) for param in params]
+    try:
+        yield
+    finally:
+        for group, params in zip(inner.param_groups, lists, strict=True):
+            group["params"] = params
+        _rekey(inner, {other: param for param, other in by.items()})
+
+
+def _rekey(inner: Optimizer, by: Mapping[Tensor, Tensor]) -> None:
+    state = inner.state
+    for old, new in by.items():
+        if old in state:
+            state[new] = state.pop(old)
