@@ -24,7 +24,7 @@ from optstate_codecs.memory import (
     state_bytes,
 )
 from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.places import offload
+from optstate_codecs.places import Snapshot, offload, snapshot
 from optstate_codecs.release import GradientRelease
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
@@ -48,12 +48,14 @@ __all__ = [
     "Minifloat",
     "OneQ",
     "Rule",
+    "Snapshot",
     "decode_state",
     "master_weights",
     "memory_report",
     "offload",
     "parse_format",
     "predicted_state_bytes",
+    "snapshot",
     "state_bytes",
     "stochastic_round_bf16",
 ]

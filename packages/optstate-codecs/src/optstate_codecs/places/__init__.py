@@ -2,6 +2,7 @@
 
 from optstate_codecs.places.base import HostPlace, Place
 from optstate_codecs.places.offload import STORES, Offload, make_place, offload
+from optstate_codecs.places.snapshot import Snapshot, snapshot
 from optstate_codecs.places.stream import CHUNK_BYTES, Stream
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "HostPlace",
     "Offload",
     "Place",
+    "Snapshot",
     "Stream",
     "make_place",
     "offload",
+    "snapshot",
 ]

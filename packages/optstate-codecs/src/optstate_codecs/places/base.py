@@ -35,7 +35,7 @@ class Place(ABC):
 
     def writable(self, memory: Memory) -> bool:
         """Whether nobody wants it as it is."""
-        return memory.holders == 0
+        return not memory.holders
 
     def target(self, slab: Slab) -> Memory:
         """What a step may write a slab into: its memory, or another where that is to stay."""

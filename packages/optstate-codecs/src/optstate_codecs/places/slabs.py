@@ -37,12 +37,13 @@ class Memory:
     Attributes:
         tensor: uint8, all of it, as the host reads and writes it.
         offset: where it begins in the file, if it is in one.
-        holders: snapshots that want it as it is.
+        holders: of snapshots that want it as it is, one object each.
     """
 
     tensor: Tensor
     offset: int = 0
-    holders: int = 0
+    # a set: who collects garbage may close a snapshot at any time, on any thread
+    holders: set[object] = field(default_factory=set)
 
 
 @dataclass(eq=False)
