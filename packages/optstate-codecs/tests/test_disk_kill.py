@@ -6,6 +6,7 @@ import signal
 import time
 import traceback
 import warnings
+from collections import deque
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from offloads import run
 from subjects import adam
 from torch.nn import Parameter
 
-from optstate_codecs.places import offload
+from optstate_codecs.places import Snapshot, offload, snapshot
 
 FORMATS = ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)")
 SHAPES = ((300, 70), (50,), (129, 140), (0,), (9, 3), ())
@@ -71,11 +72,17 @@ def _slow(owner, name: str, most: float) -> None:
     setattr(owner, name, call)
 
 
-def _train(path, begin: int, given, resume: bool, said: int) -> None:
-    """Step until killed, and say after each step whose manifest is written how many there are."""
+def _train(path, begin: int, given, resume: bool, held: int, said: int) -> None:
+    """Step until killed, and say after each step whose manifest is written how many there are.
+
+    Snapshots are taken every other step; as many as ``held`` are open at a time.
+    """
     optimizer = offload(_make(given), "disk", path=path, resume=resume, chunk_bytes=9000)
+    taken: deque[Snapshot] = deque(maxlen=held)
     for number in range(begin, 10_000):
         _step(given, optimizer, number)
+        if held and number % 2:
+            taken.append(snapshot(optimizer))
         if number % 3 == 2:
             # all of it is in the file then
             optimizer.state  # noqa: B018
@@ -121,7 +128,7 @@ def test_killed_at_any_time(tmp_path):
         given = _params()
         for param, value in zip(given, oracle.after(done)[0], strict=True):
             param.data.copy_(value)
-        said = _killed(moments.uniform(0.0, 0.1), path, done, given, kill > 0)
+        said = _killed(moments.uniform(0.0, 0.1), path, done, given, kill > 0, kill % 3)
         again = offload(_make(_params()), "disk", path=path, resume=True)
         states = list(again.state.items())
         counts = [int(state["step"]) for _, state in states]
