@@ -349,6 +349,33 @@ def test_a_step_that_fails(at, away, monkeypatch):
     assert_same(taken.state_dict(), expected)
 
 
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_step_that_fails_within_a_parameter(at, away, monkeypatch):
+    """It leaves what it leaves where no snapshot is open: what was not reached comes along."""
+    pair = paired(adam("fp32", "fp32", lr=0.01, backend="eager"), away)
+    offload(pair.optimizers[0], chunk_bytes=SIZE)
+    pair.run(2, missing=False)
+    expected, taken = now(pair.optimizers[1]), snapshot(pair.optimizers[1])
+    real = eager._step_unit
+    for ours, optimizer in pair.each():
+        calls = count()
+
+        def step_unit(*args, calls=calls, **kwargs):
+            if next(calls) == at:
+                raise ArithmeticError("injected")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(eager, "_step_unit", step_unit)
+        with pytest.raises(StepError) as info:
+            run(ours, optimizer, 2, missing=False)
+        monkeypatch.undo()
+        assert info.value.torn
+    del optimizer
+    pair.check("failed")
+    pair.run(2).check("gone on")
+    assert_same(taken.state_dict(), expected)
+
+
 def test_during_gradient_release(away):
     """Parameters are stepped during backward, each in a step of its own."""
     pair = paired(EXACT, away)

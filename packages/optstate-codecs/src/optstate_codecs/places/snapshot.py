@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.places.slabs import Memory, Seat
+from optstate_codecs.places.slabs import Memory
 from optstate_codecs.places.stream import Stream
 
 __all__ = ["Snapshot", "snapshot"]
@@ -108,11 +108,12 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
             "optstate_wrap has wrapped, packed_state_dict() is a copy"
         )
     saved = optimizer.state_dict()
-    stream, kept = optimizer._session, {}
+    stream = optimizer._session
+    kept: dict[int, Memory] = {}
     if isinstance(stream, Stream):
         # by the tensor that the optimizer shows, which somebody may have put another for
         kept = {
-            id(seat.values[key]): (seat, key)
+            id(seat.values[key]): seat.slab.memory
             for seat in stream.seats
             if seat.slab is not None
             for key in seat.starts
@@ -122,16 +123,14 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
     return Snapshot(saved, list(memories.values()))
 
 
-def _frozen(value: Any, kept: dict[int, tuple[Seat, str]], memories: dict[int, Memory]) -> Any:
-    """``value`` with views of what is ``kept``, whose memory goes to ``memories``, and copies."""
+def _frozen(value: Any, kept: dict[int, Memory], memories: dict[int, Memory]) -> Any:
+    """``value`` with copies of all but the tensors that are ``kept``, in these ``memories``."""
     if isinstance(value, Tensor):
-        if id(value) not in kept:
+        memory = kept.get(id(value))
+        if memory is None:
             return value.detach().to("cpu", copy=True)
-        seat, key = kept[id(value)]
-        assert seat.slab is not None
-        memory = seat.slab.memory
         memories[id(memory)] = memory
-        return seat.view(key, memory)
+        return value
     if isinstance(value, dict):
         return {key: _frozen(item, kept, memories) for key, item in value.items()}
     if type(value) in (list, tuple):
