@@ -33,7 +33,7 @@ CARDS = (8, 16, 24, 32, 80)
 # of a card, for activations and all else that is not counted
 LEFT = 1_500_000_000
 # gradients that are released while the backward pass goes on; a larger tensor's is one by itself
-BUCKET = 1 << 25
+BUCKET = 1 << 27
 # what is read and what is written pass through as much again on the host
 DISK_ROOMS = 2 * SLOTS * CHUNK_BYTES
 OURS = {**FORMATS, "TurboAdam": TurboAdam}

@@ -72,11 +72,15 @@ def paced(
 
 
 RELEASED = ", released"
+# of gradients that are stepped together: large enough that the host is not what limits
+BUCKET = 1 << 28
 
 
 def stepped_in_backward(optimizer: Optimizer | None, released: bool) -> AbstractContextManager[Any]:
     """What training steps run in: ``released`` has the optimizer step beside the backward."""
-    return GradientRelease(optimizer) if released and optimizer is not None else nullcontext()
+    if not released or optimizer is None:
+        return nullcontext()
+    return GradientRelease(optimizer, bucket_bytes=BUCKET)
 
 
 def train_row(
