@@ -222,6 +222,31 @@ def test_offload_writes_every_part(root: Path, tmp_path: Path) -> None:
         assert row["file_bytes_per_parameter"] > 4
 
 
+def test_docs_quote_the_offload_that_was_measured(root: Path, tmp_path: Path) -> None:
+    script = run_path(str(root / "benchmarks" / "offload_page.py"))
+    report = json.loads(script["RESULTS"].read_text())
+    for page, make in script["PAGES"].items():
+        text = (root / page).read_text()
+        assert script["written"](text, make(report)) == text, "run benchmarks/offload_page.py"
+        copy = tmp_path / page
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text)
+    # other results are on the pages after one command
+    report["step"]["result"][0]["ms"] = 98765.4
+    report["step"]["result"][1] = {
+        **{key: report["step"]["result"][1][key] for key in ("optimizer", "dtype", "place")},
+        "error": "OutOfMemoryError()",
+    }
+    results = tmp_path / "offload.json"
+    results.write_text(json.dumps(report))
+    command = [sys.executable, root / "benchmarks" / "offload_page.py"]
+    subprocess.run([*command, "--results", results, "--root", tmp_path], check=True)
+    for page in script["PAGES"]:
+        text = (tmp_path / page).read_text()
+        assert "| 98765.4 |" in text
+        assert "| failed |" in text
+
+
 def test_page_of_what_fits_is_what_was_counted(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
