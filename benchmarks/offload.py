@@ -10,9 +10,10 @@ whose state is resident, and torchao's, whose step is on the CPU; its time is fr
 are ready on the device, which its hooks copy to the host, to parameters that are. Milliseconds are
 those of a step among several in a row, "issued" until the first returned. `train` trains a model of
 as many parameters on 4,096 tokens a step; milliseconds are from one step's end to the next's, with
-nobody waiting between. `finetune7b` trains 6.7e9 parameters and compares the most memory with that
-of a run without an optimizer. `disk` steps 200 million parameters whose state is in a file, which
-the system may keep in memory. Each part is measured anew and takes its place in the JSON.
+nobody waiting between; "released" has the optimizer step beside the backward. `finetune7b` trains
+6.7e9 parameters and compares the most memory with that of a run without an optimizer. `disk` steps
+200 million parameters whose state is in a file, which the system may keep in memory. Each part is
+measured anew and takes its place in the JSON.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
@@ -24,6 +25,8 @@ from offload_common import (
 from step_time import synchronize
 from torch import Tensor
 from torch.optim import Optimizer
+
+from optstate_codecs import GradientRelease
 
 
 def text(sizes: Sizes, vocabulary: int, sequences: int, tokens: int) -> Tensor:
@@ -68,7 +71,17 @@ def paced(
     return median(1e3 * (two - one) for one, two in pairs), mean
 
 
-def train_row(one: Contestant | None, sizes: Sizes, tokens: Tensor) -> dict[str, Any]:
+RELEASED = ", released"
+
+
+def stepped_in_backward(optimizer: Optimizer | None, released: bool) -> AbstractContextManager[Any]:
+    """What training steps run in: ``released`` has the optimizer step beside the backward."""
+    return GradientRelease(optimizer) if released and optimizer is not None else nullcontext()
+
+
+def train_row(
+    one: Contestant | None, released: bool, sizes: Sizes, tokens: Tensor
+) -> dict[str, Any]:
     """One optimizer; None: forward and backward alone."""
     device = sizes.device
     torch.manual_seed(0)
@@ -76,14 +89,15 @@ def train_row(one: Contestant | None, sizes: Sizes, tokens: Tensor) -> dict[str,
     begin = perf_counter()
     optimizer = None if one is None else one.make(list(model.parameters()), sizes)
     forget_peak(device)
-    train_step(model, tokens, optimizer)
-    synchronize(device)
-    first = perf_counter() - begin
-    for _ in range(2):
+    with stepped_in_backward(optimizer, released):
         train_step(model, tokens, optimizer)
-    first_peak = allocated(device, True)
-    forget_peak(device)
-    ms, mean = paced(model, tokens, optimizer, device, 3 if sizes.small else 10)
+        synchronize(device)
+        first = perf_counter() - begin
+        for _ in range(2):
+            train_step(model, tokens, optimizer)
+        first_peak = allocated(device, True)
+        forget_peak(device)
+        ms, mean = paced(model, tokens, optimizer, device, 3 if sizes.small else 10)
     numel = sum(param.numel() for param in model.parameters())
     return {
         "ms": ms,
@@ -106,13 +120,14 @@ def run_train(sizes: Sizes, only: list[str]) -> list[Any]:
     everyone: dict[str, Contestant | None] = {"no optimizer": None}
     resident_first = sorted(contestants().values(), key=lambda one: one.place != "device")
     everyone |= {one.name: one for one in resident_first}
+    everyone |= {one.name + RELEASED: one for one in resident_first if one.family}
     resident_ms = None
     for name, one in everyone.items():
-        if only and name not in only:
+        if only and name.removesuffix(RELEASED) not in only:
             continue
         with clean(sizes.device):
             try:
-                row = train_row(one, sizes, tokens)
+                row = train_row(one, name.endswith(RELEASED), sizes, tokens)
             except Exception as error:  # a failure is a result, not the end of the run
                 row = {"error": repr(error)[:500]}
         rows.append({"optimizer": name, **row})
@@ -132,18 +147,21 @@ def run_train(sizes: Sizes, only: list[str]) -> list[Any]:
     return rows
 
 
-def run_finetune(sizes: Sizes, name: str) -> dict[str, Any]:
+def run_finetune(sizes: Sizes, name: str) -> list[Any]:
     """Steps of a model of 7e9 parameters, checkpointed, and the most memory with and without."""
-    with clean(sizes.device):
-        try:
-            row = finetune(sizes, name)
-        except Exception as error:
-            row = {"error": repr(error)[:500]}
-            print(f"finetune7b: {row['error']}", flush=True)
-    return {"format": name, **row}
+    rows = []
+    for released in (False, True):
+        with clean(sizes.device):
+            try:
+                row = finetune(sizes, name, released)
+            except Exception as error:
+                row = {"error": repr(error)[:500]}
+                print(f"finetune7b: {row['error']}", flush=True)
+        rows.append({"format": name, "released": released, **row})
+    return rows
 
 
-def finetune(sizes: Sizes, name: str) -> dict[str, Any]:
+def finetune(sizes: Sizes, name: str, released: bool) -> dict[str, Any]:
     """The peak may be that of a run without an optimizer and half a gigabyte."""
     device, config = sizes.device, CONFIGS["tiny" if sizes.small else "7b"]
     torch.manual_seed(0)
@@ -158,10 +176,11 @@ def finetune(sizes: Sizes, name: str) -> dict[str, Any]:
     begin = perf_counter()
     optimizer = streamed(FORMATS[name], params, sizes)
     forget_peak(device)
-    train_step(model, tokens, optimizer)
-    synchronize(device)
-    first = perf_counter() - begin
-    ms, _ = paced(model, tokens, optimizer, device, 3)
+    with stepped_in_backward(optimizer, released):
+        train_step(model, tokens, optimizer)
+        synchronize(device)
+        first = perf_counter() - begin
+        ms, _ = paced(model, tokens, optimizer, device, 3)
     peak = allocated(device, True)
     numel = sum(param.numel() for param in params)
     row = {
@@ -180,9 +199,9 @@ def finetune(sizes: Sizes, name: str) -> dict[str, Any]:
         "host_bytes": host_bytes(optimizer),
     }
     print(
-        f"finetune {numel / 1e9:.2f}e9, {name} on the host: {ms:.0f} ms a step "
-        f"({without:.0f} without), parameters and gradients {fixed / 1e9:.2f} GB, activations "
-        f"{row['activation_bytes'] / 1e9:.2f}, peak {peak / 1e9:.2f}, "
+        f"finetune {numel / 1e9:.2f}e9, {name} on the host{RELEASED * released}: {ms:.0f} ms "
+        f"a step ({without:.0f} without), parameters and gradients {fixed / 1e9:.2f} GB, "
+        f"activations {row['activation_bytes'] / 1e9:.2f}, peak {peak / 1e9:.2f}, "
         f"margin {row['margin_bytes'] / 1e9:.3f}, host {row['host_bytes'] / 1e9:.2f} GB",
         flush=True,
     )

@@ -215,8 +215,9 @@ def test_offload_writes_every_part(root: Path, tmp_path: Path) -> None:
         "AdamW8bit",
         "int8 offloaded",
     ]
-    assert report["finetune7b"]["within_half_a_gigabyte"]
-    assert 2 < report["finetune7b"]["host_bytes"] / report["finetune7b"]["parameters"] < 2.4
+    for row in report["finetune7b"]:
+        assert row["within_half_a_gigabyte"]
+        assert 2 < row["host_bytes"] / row["parameters"] < 2.4
     assert [row["sync"] for row in report["disk"]] == [False, True]
     for row in report["disk"]:
         assert row["file_bytes_per_parameter"] > 4

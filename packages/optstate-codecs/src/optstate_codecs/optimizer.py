@@ -264,10 +264,14 @@ class CodedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
         """Step these parameters, with their gradients multiplied with ``factor``."""
-        chosen = set(params)
+        chosen = {id(param): param for param in params}
         every = enumerate(param for group in self.param_groups for param in group["params"])
-        given = {i: param.grad for i, param in every if param in chosen and param.grad is not None}
+        given = {i: p.grad for i, p in every if id(p) in chosen and p.grad is not None}
         self._step(given, factor, last=False)
+
+    def _join_parts(self) -> None:
+        """Have the current stream wait for the parts that were stepped."""
+        self._session.join()
 
     def _step(
         self,
@@ -280,14 +284,16 @@ class CodedOptimizer(torch.optim.Optimizer):
         They are multiplied with ``factor``; ``last`` says that the step is complete with them.
         """
         try:
-            self._take_step(given, factor)
+            self._take_step(given, factor, last)
         except BaseException:
             self._session.finish(False)
             raise
         if last:
             self._session.finish()
 
-    def _take_step(self, given: Mapping[int, Tensor] | None, factor: Tensor | None) -> None:
+    def _take_step(
+        self, given: Mapping[int, Tensor] | None, factor: Tensor | None, last: bool
+    ) -> None:
         self._opt_called = True
         self._traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
@@ -312,7 +318,9 @@ class CodedOptimizer(torch.optim.Optimizer):
         if any(shares):
             centres = find_centres(grads, [shares[place[1]] for place in places])
         job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf, centres)
-        job.total = engine.trainable(self.param_groups)
+        if not units[0].param.is_cuda:  # where there is nothing to choose
+            job.total = engine.trainable(self.param_groups)
+        job.apart = not last
         self._session.step(job)
 
     def _gradients(self, given: Mapping[int, Tensor] | None) -> list[Place]:

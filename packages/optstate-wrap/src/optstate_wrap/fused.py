@@ -242,9 +242,16 @@ class Fused:
         return Unit(param, state, moments, stored, write, self.seed, *places)
 
     def step(
-        self, inner: Optimizer, units: Sequence[Unit], pieces: Sequence[Piece], draw: int
+        self,
+        inner: Optimizer,
+        units: Sequence[Unit],
+        pieces: Sequence[Piece],
+        draw: int,
+        last: bool,
     ) -> None:
         """Step ``units`` of ``pieces``; ``done`` is then those that have been stepped.
+
+        ``last`` says whether more of the same step is to come.
 
         Where it raises, the others are as they were.
         """
@@ -264,13 +271,20 @@ class Fused:
             total=trainable(inner.param_groups),
         )
         self.done = job.done
-        session = self._begin()
-        try:
-            session.step(job)
-        finally:
-            session.finish()
+        job.apart = not last
+        self._begin().step(job)
         # where the host skips a step, all are as they should be
         self.done = list(units)
+
+    def finish(self, complete: bool = True) -> None:
+        """A step has been taken, or has been broken off."""
+        if self._session is not None:
+            self._session.finish(complete)
+
+    def join(self) -> None:
+        """Have the current stream wait for all that has been stepped."""
+        if self._session is not None:
+            self._session.join()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"wanted": self.wanted, "seed": self.seed, "store": self.store}

@@ -109,6 +109,9 @@ class Session:
             job.uncount()
             raise
 
+    def join(self) -> None:
+        """Have the current stream wait for steps that were taken apart, of which there are none."""
+
     def finish(self, complete: bool = True) -> None:
         """A step has been taken, ``complete`` or broken off; nothing is under way here."""
 

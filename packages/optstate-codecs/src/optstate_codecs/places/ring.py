@@ -6,7 +6,8 @@ processors are all at work. What the ring does not do is wait: every order is on
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -38,7 +39,7 @@ class Ring:
         self.nbytes = nbytes
         self.slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._held: list[Chunk | None] = [None] * SLOTS
-        # stepped, and nowhere but in its slot
+        # being stepped, or have been and are nowhere but in their slots
         self._unstored: list[Chunk | None] = [None] * SLOTS
         self._freed: list[Any] = [None] * SLOTS
         self._next: dict[Chunk, Chunk] = {}
@@ -54,6 +55,28 @@ class Ring:
                 stream.wait_stream(torch.cuda.current_stream(device))
                 for slot in self.slots:
                     slot.record_stream(stream)
+            self.worker = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for slot in self.slots:
+                slot.record_stream(self.worker)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, what is launched runs after what the current stream was given before."""
+        if self._streams is None:
+            yield
+            return
+        self.worker.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.worker):
+            yield
+
+    def join(self) -> None:
+        """Have the current stream wait for what was worked."""
+        if self._streams is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.worker)
+
+    def mark(self) -> Any:
+        """An event after what was worked so far; None where that is done already."""
+        return None if self._streams is None else self.worker.record_event()
 
     def enter(self, chunk: Chunk) -> None:
         """Let the current stream see the chunk in its slot."""
@@ -70,9 +93,12 @@ class Ring:
                 # where it has stayed since the last step, it may still be on its way out
                 stream.wait_event(self._freed[chunk.slot])
 
+    def hold(self, chunk: Chunk) -> None:
+        """The chunk is stepped now: from here on, what is in its slot is all there is of it."""
+        self._unstored[chunk.slot] = chunk
+
     def leave(self, chunk: Chunk) -> None:
         """Store the chunk once the current stream has stepped it, and load what is to follow."""
-        self._unstored[chunk.slot] = chunk
         self._store(chunk)
         # who wants that chunk tries again, and says what is wrong
         with suppress(Exception):
