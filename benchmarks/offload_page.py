@@ -37,8 +37,7 @@ def name_of(row: Report, versions: dict[str, str]) -> str:
     if name.startswith("torchao"):
         version = versions.get("torchao", "")
         return name.replace("torchao CPUOffload", f"torchao {version} `CPUOffloadOptimizer`")
-    name = name.replace(" offloaded", ", offloaded")
-    return f"`{name}`" if name == "AdamW8bit" else name
+    return name.replace(" offloaded", ", offloaded").replace("AdamW8bit", "`AdamW8bit`")
 
 
 def number(row: Report, key: str, digits: int, unit: float = 1) -> str:
@@ -135,19 +134,27 @@ def training(part: Report) -> str:
 
 
 def finetuned(part: Report) -> str:
-    """Where the memory of the large model goes, and its time."""
-    row = part["result"]
-    memory = {
-        "parameters and gradients": "parameter_and_gradient_bytes",
-        "activations": "activation_bytes",
-        "the most on the device, without an optimizer": "peak_bytes_without_optimizer",
-        f"the most on the device, {row['format']} offloaded": "peak_bytes",
-        "state on the host": "host_bytes",
-    }
-    return (
-        grid(["", "GB"], [[what, number(row, key, 2, 1e9)] for what, key in memory.items()])
-        + f"\n\nA step takes {number(row, 'ms', 0)} ms, and forward and backward alone "
-        + f"{number(row, 'ms_without_optimizer', 0)} ms."
+    """The time and the memory of the large model."""
+    return grid(
+        [
+            "gradients",
+            "ms",
+            "forward and backward alone, ms",
+            "most on the device, GB",
+            "without an optimizer, GB",
+            "state on the host, GB",
+        ],
+        [
+            [
+                "released" if row["released"] else "kept",
+                number(row, "ms", 0),
+                number(row, "ms_without_optimizer", 0),
+                number(row, "peak_bytes", 2, 1e9),
+                number(row, "peak_bytes_without_optimizer", 2, 1e9),
+                number(row, "host_bytes", 2, 1e9),
+            ]
+            for row in part["result"]
+        ],
     )
 
 
@@ -192,8 +199,11 @@ def benchmarks(report: Report) -> str:
             ),
             training(train),
             text(
-                f"**Fine-tuning** {billions(large['result'])} in bf16 on "
-                f"{large['result']['tokens']:,} tokens, with checkpointed activations."
+                f"**Fine-tuning** {billions(sized(large))} in bf16, with "
+                f"{sized(large)['format']} state offloaded, on {sized(large)['tokens']:,} tokens "
+                "with checkpointed activations. Parameters and gradients take "
+                f"{number(sized(large), 'parameter_and_gradient_bytes', 2, 1e9)} GB, activations "
+                f"{number(sized(large), 'activation_bytes', 2, 1e9)}."
             ),
             finetuned(large),
             text(

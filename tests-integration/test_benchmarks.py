@@ -210,17 +210,20 @@ def test_offload_writes_every_part(root: Path, tmp_path: Path) -> None:
     assert away["times_floor"] == pytest.approx(away["ms"] / away["floor_ms"])
     assert kept["host_bytes_per_parameter"] == 0
     assert "floor_ms" not in kept
-    assert [row["optimizer"] for row in report["train"]] == [
-        "torch fused",
-        "AdamW8bit",
-        "int8 offloaded",
-    ]
+    names = ["torch fused", "AdamW8bit", "int8 offloaded"]
+    names += [f"{name}, released" for name in names[1:]]
+    assert [row["optimizer"] for row in report["train"]] == names
     for row in report["finetune7b"]:
         assert row["within_half_a_gigabyte"]
         assert 2 < row["host_bytes"] / row["parameters"] < 2.4
     assert [row["sync"] for row in report["disk"]] == [False, True]
     for row in report["disk"]:
         assert row["file_bytes_per_parameter"] > 4
+    page = run_path(str(root / "benchmarks" / "offload_page.py"))
+    text = page["benchmarks"](json.loads(out.read_text()))
+    for name in ("`AdamW8bit`", "int8, offloaded"):
+        assert f"| {name}, released |" in text
+    assert "| released |" in text
 
 
 def test_docs_quote_the_offload_that_was_measured(root: Path, tmp_path: Path) -> None:
