@@ -6,7 +6,7 @@ from subjects import SUBJECTS
 from optstate_codecs.places import offload
 from optstate_codecs.testing import Subject, bytes_are_said, exactness, no_surprises, resume
 
-NAMES = ("adamw-dynamic8", "adam-split24")
+NAMES = ("adam-split24",)
 
 
 def _offloaded(name: str, size: int) -> Subject:

@@ -16,8 +16,8 @@ from optstate_codecs.places import offload
 
 EXACT = ("fp32", "fp32")
 DYNAMIC = ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)")
-# one chunk; as many as the ring has slots or fewer; many
-SIZES = (1 << 25, 300_000, 9000)
+# one chunk, which stays in its slot of the ring, and many
+SIZES = (1 << 25, 9000)
 
 
 @pytest.fixture(params=["host", "disk"])
@@ -49,9 +49,10 @@ def test_state_changed_in_place_reaches_the_next_step(pair):
 def test_state_that_is_held_and_changed_later_reaches_the_next_step():
     """In host memory the tensors stay the same ones."""
     pair = Pair(adam(*EXACT, lr=0.01), chunk_bytes=9000).run(1, missing=False)
-    held = [state[ours[0]]["exp_avg"] for ours, state in _each_state(pair)]
-    for _ in range(3):
-        pair.run(1, missing=False)
+    held = [state[ours[n]]["exp_avg"] for ours, state in _each_state(pair) for n in (0, 1, 3)]
+    for _ in range(6):
+        # some have no gradient, and come along with others in their chunk
+        pair.run(1)
         for value in held:
             value.zero_()
     pair.run(1).check()

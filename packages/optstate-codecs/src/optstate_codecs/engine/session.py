@@ -213,8 +213,9 @@ class Session:
             factor, found_inf = table.beside(job.factor), table.beside(job.found_inf)
             if not table.advance(found_inf):
                 continue  # nothing of it is launched
-            grads = table.addresses(plan.addresses)
-            rows = table.values(job.rule, job.hypers, job.draw)
+            busy = job.staging is not None
+            grads = table.addresses(plan.addresses, busy)
+            rows = table.values(job.rule, job.hypers, job.draw, busy)
             for bucket, start, stop in table.buckets:
                 scalars = (grads[start:stop], table.row_of[start:stop], rows)
                 centres = job.centres.values.get(bucket.tensors.device) if job.centres else None

@@ -53,6 +53,8 @@ def offload(
     A step brings the state to the device chunk by chunk, three at a time, while others go back, and
     gives the very bits that it would give with the state beside the parameters. It returns before
     all is back: ``optimizer.state`` waits for that. On a GPU the host's memory is page-locked.
+    A file has every slab twice, in turns: tensors of ``optimizer.state`` show the step that they
+    were asked for after, and are to be asked for again after the next.
 
     Args:
         optimizer: of the family; what state it has moves. It is changed in place.
