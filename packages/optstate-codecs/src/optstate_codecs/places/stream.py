@@ -46,7 +46,7 @@ __all__ = ["CHUNK_BYTES", "Stream"]
 # times this is on the device
 CHUNK_BYTES = 1 << 26
 # bytes of gradients that may wait for state that is on its way, of steps taken apart
-WAITING = 1 << 28
+WAITING = 1 << 29
 # the stage of units whose state is on the device
 HERE = -1
 
