@@ -124,7 +124,6 @@ PHASES = {
     "load": (Ring, "_load", False),
     "loaded": (Ring, "_load", True),
     "source": ("place", "source", False),
-    "target": ("place", "target", False),
     "step": (eager, "_step_unit", False),
     "leave": (Ring, "leave", False),
     "left": (Ring, "leave", True),
@@ -158,6 +157,19 @@ def test_faults(phase, at, where, monkeypatch):
     watched.check(said or StepError("", range(len(SHAPES)), ()))
     if said is not None:
         watched.resume(said)
+
+
+@pytest.mark.parametrize("at", [0, 7])
+def test_no_memory_for_what_a_step_makes(at, where, monkeypatch):
+    """It is asked for before anything changes."""
+    watched = Watched("dynamic8", **where)
+    place = HostPlace if where["store"] == "host" else DiskPlace
+    injected(monkeypatch, place, "target", at)
+    watched.fail(Fault)
+    monkeypatch.undo()
+    nothing = StepError("", (), range(len(SHAPES)))
+    watched.check(nothing)
+    watched.resume(nothing)
 
 
 @pytest.mark.parametrize("phase", ["load", "step", "leave", "sink", "stored"])

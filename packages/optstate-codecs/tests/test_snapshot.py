@@ -1,8 +1,10 @@
 """State dicts that stay what they are while training goes on, and what memory that takes."""
 
 import copy
+import errno
 import gc
 import io
+import os
 import threading
 import weakref
 from itertools import count
@@ -308,6 +310,28 @@ def test_a_file_has_no_more_than_it_needs(tmp_path):
         # the memory that was made before is known to who goes on
         assert path.stat().st_size == before + once
     assert files(path) == ["state", "state.json"]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    pair = paired(DYNAMIC, {"store": "disk", "path": tmp_path / "state"}).run(2, missing=False)
+    taken, expected = snapshot(pair.optimizers[1]), now(pair.optimizers[1])
+    calls, real = count(), os.posix_fallocate
+
+    def some(*args):
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, "posix_fallocate", some)
+    pair.run(1, missing=False)
+    before = [p.detach().clone() for p in pair.params[1]]
+    with pytest.raises(OSError, match="no room"):
+        run(pair.params[1], pair.optimizers[1], pair.time, missing=False)
+    monkeypatch.undo()
+    assert all(map(torch.equal, before, pair.params[1]))
+    pair.check("nothing has changed")
+    pair.run(1, missing=False).check("there is room now")
+    assert_same(taken.state_dict(), expected)
 
 
 def test_another_goes_on_from_the_file_while_it_is_open(tmp_path):

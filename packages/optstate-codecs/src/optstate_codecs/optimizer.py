@@ -153,6 +153,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self._units: dict[int, Unit] = {}
         self._groups: dict[int, tuple[Any, ...]] = {}
         self._checked: dict[int, Any] = {}
+        self._places: dict[Tensor, tuple[int, int, int]] = {}
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         """The format of each moment that ``group`` keeps, in the rule's order."""
@@ -264,10 +265,19 @@ class CodedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
         """Step these parameters, with their gradients multiplied with ``factor``."""
-        chosen = {id(param): param for param in params}
-        every = enumerate(param for group in self.param_groups for param in group["params"])
-        given = {i: p.grad for i, p in every if id(p) in chosen and p.grad is not None}
+        given = {self._number(param): param.grad for param in params if param.grad is not None}
         self._step(given, factor, last=False)
+
+    def _number(self, param: Tensor) -> int:
+        """The place of a parameter, counted over all groups; looked up where it was last time."""
+        number, place, index = self._places.get(param, (0, 0, 0))
+        groups = self.param_groups
+        here = groups[number]["params"] if number < len(groups) else []
+        if place < len(here) and here[place] is param:
+            return index
+        every = [(n, k, p) for n, group in enumerate(groups) for k, p in enumerate(group["params"])]
+        self._places = {p: (n, k, index) for index, (n, k, p) in enumerate(every)}
+        return self._places[param][2]
 
     def _join_parts(self) -> None:
         """Have the current stream wait for the parts that were stepped."""
@@ -329,16 +339,22 @@ class CodedOptimizer(torch.optim.Optimizer):
         index = 0
         checked = self._checked
         for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                grad = param.grad if given is None else given.get(index)
+            params = group["params"]
+            if given is None:
+                numbered: Iterable[tuple[int, Tensor | None]] = enumerate(p.grad for p in params)
+            else:
+                inside = [place for place in given if index <= place < index + len(params)]
+                numbered = [(place - index, given[place]) for place in sorted(inside)]
+            for place, grad in numbered:
                 if grad is not None:
+                    at, param = index + place, params[place]
                     address = grad.data_ptr() if grad.layout is torch.strided else -1
                     # where a good gradient of this dtype lay last time, another one lies now
-                    if checked.get(index) != (address, grad.dtype):
-                        _check_grad(index, param, grad)
-                        checked[index] = (address, grad.dtype)
-                    found.append((index, number, param, grad, address))
-                index += 1
+                    if checked.get(at) != (address, grad.dtype):
+                        _check_grad(at, param, grad)
+                        checked[at] = (address, grad.dtype)
+                    found.append((at, number, param, grad, address))
+            index += len(params)
         return found
 
     def _kept(self, number: int, hyper: Any) -> tuple[Any, ...]:

@@ -70,7 +70,7 @@ class GradientRelease:
         self,
         optimizer: Optimizer,
         *,
-        bucket_bytes: int = 64 * 2**20,
+        bucket_bytes: int = 128 * 2**20,
         max_grad_norm: float | None = None,
         allow_distributed: bool = False,
     ) -> None:

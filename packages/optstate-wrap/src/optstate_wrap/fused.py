@@ -330,7 +330,9 @@ def _components(name: str, coded: Coded) -> dict[str, Tensor]:
     """The components of a moment as the engine has them: laid out as the parameter is."""
     ordered, inverse = [coded.shape[d] for d in coded.order], inverse_order(coded.order)
     return {
-        component.key(name): part.view(ordered).permute(inverse) if component.per_element else part
+        component.key(name): part.view(ordered).permute(inverse)
+        if component.per_element
+        else part.view(component.shape(coded.shape))
         for part, component in zip(coded.parts, coded.bound.components, strict=True)
     }
 
@@ -343,7 +345,7 @@ def _put_back(unit: Unit, record: Record) -> None:
             flat = [
                 unit.state[c.key(name)].permute(value.order).view(-1)
                 if c.per_element
-                else unit.state[c.key(name)]
+                else unit.state[c.key(name)].view(-1)
                 for c in value.bound.components
             ]
             record[name] = replace(value, parts=tuple(flat))

@@ -61,13 +61,26 @@ class Ring:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Inside, what is launched runs after what the current stream was given before."""
+        """Inside, what is launched runs after what the current stream was given before.
+
+        Chunks are entered and left in there.
+        """
         if self._streams is None:
             yield
             return
         self.worker.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.worker):
             yield
+
+    @contextmanager
+    def _on(self, stream: Any) -> Iterator[None]:
+        """As ``torch.cuda.stream``, without asking several times where one is: a chunk is short."""
+        before = torch.cuda.current_stream(self.device)
+        torch.cuda.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(before)
 
     def join(self) -> None:
         """Have the current stream wait for what was worked."""
@@ -79,7 +92,7 @@ class Ring:
         return None if self._streams is None else self.worker.record_event()
 
     def enter(self, chunk: Chunk) -> None:
-        """Let the current stream see the chunk in its slot."""
+        """Let the worker see the chunk in its slot."""
         if self._last is not None:
             self._next[self._last] = chunk
         self._last = chunk
@@ -87,18 +100,17 @@ class Ring:
         if self._held[chunk.slot] is not chunk:
             self._load(chunk)
         if self._streams is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(self._loaded[chunk.slot])
+            self.worker.wait_event(self._loaded[chunk.slot])
             if self._freed[chunk.slot] is not None:
                 # where it has stayed since the last step, it may still be on its way out
-                stream.wait_event(self._freed[chunk.slot])
+                self.worker.wait_event(self._freed[chunk.slot])
 
     def hold(self, chunk: Chunk) -> None:
         """The chunk is stepped now: from here on, what is in its slot is all there is of it."""
         self._unstored[chunk.slot] = chunk
 
     def leave(self, chunk: Chunk) -> None:
-        """Store the chunk once the current stream has stepped it, and load what is to follow."""
+        """Store the chunk once the worker has stepped it, and load what is to follow."""
         self._store(chunk)
         # who wants that chunk tries again, and says what is wrong
         with suppress(Exception):
@@ -109,9 +121,9 @@ class Ring:
         if self._streams is None:
             self._copy_out(chunk)
         else:
-            self._computed[slot].record(torch.cuda.current_stream(self.device))
+            self._computed[slot].record(self.worker)
             stream = self._streams[1]
-            with torch.cuda.stream(stream):
+            with self._on(stream):
                 stream.wait_event(self._computed[slot])
                 self._copy_out(chunk)
                 if chunk.stored is None:
@@ -131,7 +143,7 @@ class Ring:
         self.store_rest()
         self._held[slot] = None
         source = self.place.source(chunk)
-        with nullcontext() if self._streams is None else torch.cuda.stream(self._streams[0]):
+        with nullcontext() if self._streams is None else self._on(self._streams[0]):
             if self._streams is not None:
                 for event in {self._freed[slot], chunk.stored} - {None}:
                     self._streams[0].wait_event(event)

@@ -77,7 +77,8 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
     this waits until the last step is stored, and returns. As long as the snapshot is open, what is
     stepped is stored in other memory, once more the size of the state at most, on the host or in
     the file; a later snapshot takes the same memory again, which is not given back before the
-    optimizer is gone. Everything else is copied to the host: step counts, the groups' values, and
+    optimizer is gone. Where there is no room for it, the step raises, and nothing has changed.
+    Everything else is copied to the host: step counts, the groups' values, and
     state that is beside its parameters. Parameters are not part of it.
 
     Take it between steps, on the thread that takes them. Ask for ``optimizer.state`` again after

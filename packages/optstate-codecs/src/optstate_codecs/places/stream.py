@@ -42,10 +42,11 @@ from optstate_codecs.places.slabs import (
 
 __all__ = ["CHUNK_BYTES", "Stream"]
 
-# copies of less do not reach the bus's speed, and three times this is on the device
-CHUNK_BYTES = 1 << 25
+# copies of half of it reach the bus's speed too, but the host then has twice as much to do; three
+# times this is on the device
+CHUNK_BYTES = 1 << 26
 # bytes of gradients that may wait for state that is on its way, of steps taken apart
-WAITING = 1 << 28
+WAITING = 1 << 29
 # the stage of units whose state is on the device
 HERE = -1
 
@@ -84,8 +85,8 @@ class Stream:
         self._seats: dict[tuple[int, int], Seat] = {}
         self._chunks: list[Chunk] = []
         self._slab_of: list[Slab] = []
-        # seats with several parts, and those of each slab
-        self._parted: list[Seat] = []
+        # seats with several parts by where their counts are, and the seats of each slab
+        self._parted: dict[int, list[Seat]] = {}
         self._sharing: dict[int, list[Seat]] = {}
         self._rings: dict[torch.device, Ring] = {}
         self._resident: dict[torch.device, int] = {}
@@ -129,14 +130,18 @@ class Stream:
         seats = [self._seats[unit.index, unit.offset] for unit in job.units]
         parts = [(place, part) for place, seat in enumerate(seats) for part in seat.parts]
         twins = self._twins(job, parts)
-        self._count_alike()
+        self._count_alike(seats)
         order = sorted({twin.stage for twin in twins.units} - {HERE})
+        for slab in map(self._slab_of.__getitem__, order):
+            if slab.target is None:
+                # a snapshot may have it that memory is to be made: before anything changes
+                self.place.target(slab)
         self._pending = self._pending or bool(order)
         try:
-            for device, ring in self._rings.items():
-                if mine := [c for n in order if (c := self._chunks[n]).device == device]:
-                    ring.expect(mine)
             with ExitStack() as stack:
+                for device, ring in self._rings.items():
+                    if mine := [c for n in order if (c := self._chunks[n]).device == device]:
+                        ring.expect(mine)
                 for ring in self._rings.values():
                     stack.enter_context(ring.working())
                 self._session.step(twins)
@@ -157,8 +162,9 @@ class Stream:
             job.done += job.units
         finally:
             # of those too that were not stepped: several counts have one version
-            for seat in self._parted:
-                seat.version = seat.unit.state["step"]._version
+            for bank in {id(_bank(unit)) for unit in job.units}:
+                for seat in self._parted.get(bank, ()):
+                    seat.version = seat.unit.state["step"]._version
             if job.apart:
                 self._hold(job, twins)
             else:
@@ -230,11 +236,11 @@ class Stream:
             # what has not been stepped is as it was: the chunk as a whole is right either way
             ring.leave(chunk)
 
-    def _count_alike(self) -> None:
+    def _count_alike(self, seats: Sequence[Seat]) -> None:
         """Give the parts of a unit its count, where somebody else has changed that."""
-        for seat in self._parted:
+        for seat in seats:
             step = seat.unit.state["step"]
-            if seat.version != step._version:
+            if len(seat.parts) > 1 and seat.version != step._version:
                 for part in seat.parts[1:]:
                     assert part.twin is not None
                     part.twin.state["step"].copy_(step)
@@ -499,7 +505,10 @@ class Stream:
         for ring in self._rings.values():
             ring.clear()
         seats = self._seats.values()
-        self._parted = [seat for seat in seats if len(seat.parts) > 1]
+        self._parted = {}
+        for seat in seats:
+            if len(seat.parts) > 1:
+                self._parted.setdefault(id(_bank(seat.unit)), []).append(seat)
         self._sharing = {}
         for seat in seats:
             if seat.slab is not None:
@@ -538,6 +547,12 @@ class Stream:
             part.twin = twin_of(unit, part, whole, slot, count, part.chunk.number)
         seat.address = unit.param.data_ptr()
         seat.version = step._version
+
+
+def _bank(unit: Unit) -> Tensor:
+    """What a unit's step count lies in, together with others."""
+    step: Tensor = unit.state["step"]
+    return step if step._base is None else step._base
 
 
 def _counts(steps: Sequence[Tensor]) -> Callable[[], list[float]]:
