@@ -24,8 +24,8 @@ StateDict = dict[str, Any]
 class Snapshot:
     """An optimizer's packed state dict of the moment that ``snapshot`` took it.
 
-    It ends with ``close()``, with the ``with`` block, or when it is collected. It does not need the
-    optimizer, and may be read and closed on any thread.
+    It ends with ``close()``, with the ``with`` block, or when it is collected: keep it, and not its
+    state dict alone. It does not need the optimizer, and may be read and closed on any thread.
     """
 
     def __init__(self, saved: StateDict, memories: list[Memory]) -> None:
@@ -78,8 +78,8 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
     stepped is stored in other memory, once more the size of the state at most, on the host or in
     the file; a later snapshot takes the same memory again, which is not given back before the
     optimizer is gone. Where there is no room for it, the step raises, and nothing has changed.
-    Everything else is copied to the host: step counts, the groups' values, and
-    state that is beside its parameters. Parameters are not part of it.
+    Everything else is copied to the host: step counts, the groups' values, and state that is beside
+    its parameters. Parameters are not part of it.
 
     Take it between steps, on the thread that takes them. Ask for ``optimizer.state`` again after
     the next step: tensors asked for before go on showing the snapshot's memory, and to change one
