@@ -1,0 +1,88 @@
+"""Host memory for the state of rows, used again for the next row that is as large."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from optstate_codecs.places.pinned import empty_pinned
+
+__all__ = ["ALIGNMENT", "Slab", "Spares", "laid", "layout"]
+
+# views of any dtype begin at multiples of 16 bytes
+ALIGNMENT = 16
+
+
+@dataclass(eq=False)
+class Slab:
+    """The state of a row, tensor by tensor.
+
+    Attributes:
+        memory: uint8, on the host.
+        pinned: whether its pages are locked.
+        records: how many are in it; what has none may be written.
+        stored: the event after which what was last copied to it is there.
+        read: the event after which what was last copied from it is elsewhere.
+    """
+
+    memory: Tensor
+    pinned: bool
+    records: int = 0
+    stored: Any = None
+    read: Any = None
+
+
+class Spares:
+    """Slabs that nobody needs, by size.
+
+    A step that makes state of the sizes that were there takes and gives each size in turns, so that
+    one spare slab of each is enough, or as many as a split parameter has. Sizes that a step does
+    not want go back to the system.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[tuple[int, bool], list[Slab]] = defaultdict(list)
+        self._wanted: set[tuple[int, bool]] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is spare."""
+        return sum(slab.memory.numel() for free in self._free.values() for slab in free)
+
+    def take(self, nbytes: int, pin: bool) -> Slab:
+        """A slab of that many bytes, page-locked or not."""
+        kind = nbytes, pin
+        self._wanted.add(kind)
+        free = self._free[kind]
+        return free.pop() if free else Slab(empty_pinned(nbytes, pin), pin)
+
+    def give(self, slab: Slab) -> None:
+        """Nobody needs the slab; copies from it and to it may still be under way."""
+        kind = slab.memory.numel(), slab.pinned
+        if kind in self._wanted:
+            self._free[kind].append(slab)
+
+    def end(self) -> None:
+        """A step is over."""
+        for kind in self._free.keys() - self._wanted:
+            del self._free[kind]
+        self._wanted.clear()
+
+
+def layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each of some tensors begins in a row of bytes, and how many bytes that has."""
+    offsets, size = [], 0
+    for tensor in tensors:
+        offsets.append(size)
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets, size
+
+
+def laid(memory: Tensor, offset: int, like: Tensor) -> Tensor:
+    """Bytes from ``offset`` on as a dense tensor with the dtype, shape and strides of another."""
+    inside = memory[offset : offset + like.nbytes].view(like.dtype)
+    return inside.as_strided(like.shape, like.stride())
