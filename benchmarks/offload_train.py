@@ -102,7 +102,7 @@ def run_train(sizes: Sizes, only: list[str]) -> list[Any]:
     """A model of 1.1e9 parameters and 4,096 tokens, with every optimizer."""
     tokens = text(sizes, CONFIGS["tiny" if sizes.small else "1b"].vocabulary, 2, 2048)
     rows: list[dict[str, Any]] = []
-    print(f"{'train':34}      ms    mean  / AdamW8bit  peak GB  host B/p")
+    print(f"{'train':37}      ms    mean  / AdamW8bit  peak GB  host B/p")
     everyone: dict[str, Contestant | None] = {"no optimizer": None}
     resident_first = sorted(contestants().values(), key=lambda one: one.place != "device")
     everyone |= {one.name: one for one in resident_first}
@@ -117,14 +117,14 @@ def run_train(sizes: Sizes, only: list[str]) -> list[Any]:
                 row = {"error": repr(error)[:500]}
         rows.append({"optimizer": name, **row})
         if "error" in row:
-            print(f"{name:34}{row['error'][:90]}", flush=True)
+            print(f"{name:37}{row['error'][:90]}", flush=True)
             continue
         if name == "AdamW8bit":
             resident_ms = row["ms"]
         if resident_ms:
             rows[-1]["times_resident"] = row["ms"] / resident_ms
         print(
-            f"{name:34}{row['ms']:8.1f}{row['mean_ms']:8.1f}"
+            f"{name:37}{row['ms']:8.1f}{row['mean_ms']:8.1f}"
             f"{rows[-1].get('times_resident', 0):13.3f}{row['peak_bytes'] / 1e9:9.2f}"
             f"{row['host_bytes_per_parameter']:10.2f}",
             flush=True,

@@ -100,6 +100,7 @@ class HostStore(Store):
 
     def load(self, chunk: Sequence[Piece]) -> list[Record | None]:
         if self._entered == len(self._rows) or self._rows[self._entered] is not chunk:
+            self._lent = set()
             return super().load(chunk)  # nobody steps it
         self._leave()
         ahead = self._entered + SLOTS
@@ -151,7 +152,8 @@ class HostStore(Store):
         slabs: dict[int, Slab] = {}
         slots = self._brought[self._entered - 1] if self._entered else {}
         for device, tensors in found.items():
-            slab, offsets = self._slab(device, tensors)
+            offsets, nbytes = layout(tensors)
+            slab = self.spares.take(nbytes, device, self.pin_memory)
             slot = slots.get(device)
             sent = slot is not None and slot.busy
             if slot is not None and sent:
@@ -164,11 +166,6 @@ class HostStore(Store):
                 if not sent:
                     moved[id(tensor)].copy_(tensor)
         return [[_put(record, moved, slabs) for record in parts] for parts in records]
-
-    def _slab(self, device: torch.device, tensors: Sequence[Tensor]) -> tuple[Slab, list[int]]:
-        offsets, nbytes = layout(tensors)
-        pin = device.type == "cuda" if self.pin_memory is None else self.pin_memory
-        return self.spares.take(nbytes, pin), offsets
 
     def swap(self, params: Sequence[Tensor], records: Records) -> None:
         old = [record for param in params for record in self._kept.get(param, ())]

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optstate_codecs.places.pinned import empty_pinned
 
 __all__ = ["ALIGNMENT", "Slab", "Spares", "laid", "layout"]
+
+Kind = tuple[int, torch.device]
 
 # views of any dtype begin at multiples of 16 bytes
 ALIGNMENT = 16
@@ -23,14 +26,14 @@ class Slab:
 
     Attributes:
         memory: uint8, on the host.
-        pinned: whether its pages are locked.
+        device: that copies from it and to it; another may take it for free too early.
         records: how many are in it; what has none may be written.
         stored: the event after which what was last copied to it is there.
         read: the event after which what was last copied from it is elsewhere.
     """
 
     memory: Tensor
-    pinned: bool
+    device: torch.device
     records: int = 0
     stored: Any = None
     read: Any = None
@@ -45,24 +48,26 @@ class Spares:
     """
 
     def __init__(self) -> None:
-        self._free: defaultdict[tuple[int, bool], list[Slab]] = defaultdict(list)
-        self._wanted: set[tuple[int, bool]] = set()
+        self._free: defaultdict[Kind, list[Slab]] = defaultdict(list)
+        self._wanted: set[Kind] = set()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is spare."""
         return sum(slab.memory.numel() for free in self._free.values() for slab in free)
 
-    def take(self, nbytes: int, pin: bool) -> Slab:
-        """A slab of that many bytes, page-locked or not."""
-        kind = nbytes, pin
+    def take(self, nbytes: int, device: torch.device, pin: bool | None) -> Slab:
+        """A slab of that many bytes, page-locked if ``pin``; None: where ``device`` is a GPU."""
+        kind = nbytes, device
         self._wanted.add(kind)
         free = self._free[kind]
-        return free.pop() if free else Slab(empty_pinned(nbytes, pin), pin)
+        if free:
+            return free.pop()
+        return Slab(empty_pinned(nbytes, device.type == "cuda" if pin is None else pin), device)
 
     def give(self, slab: Slab) -> None:
         """Nobody needs the slab; copies from it and to it may still be under way."""
-        kind = slab.memory.numel(), slab.pinned
+        kind = slab.memory.numel(), slab.device
         if kind in self._wanted:
             self._free[kind].append(slab)
 

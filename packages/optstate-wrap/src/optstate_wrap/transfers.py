@@ -127,9 +127,9 @@ class Lane:
         self._mark(slot)
         with self._on(1) as stream:
             if stream is not None:
-                stream.wait_event(slot.freed)
-                if slab.read is not None:
-                    stream.wait_event(slab.read)
+                for event in (slot.freed, slab.read):
+                    if event is not None:
+                        stream.wait_event(event)
             slab.memory[:nbytes].copy_(room[:nbytes], non_blocking=True)
             if stream is not None:
                 slab.stored = _recorded(slab.stored, stream)
