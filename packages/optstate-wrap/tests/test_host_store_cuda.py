@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from optstate_wrap import ConfigurablePolicy, OffloadOptimizer, StepError, engine, slabs
+from optstate_wrap import (
+    ConfigurablePolicy,
+    OffloadOptimizer,
+    StepError,
+    engine,
+    slabs,
+    transaction,
+)
 
 pytestmark = pytest.mark.cuda
 
@@ -110,27 +117,28 @@ def test_a_step_neither_waits_for_the_device_nor_locks_memory(options, state) ->
 
 
 def test_stores_trail_the_step() -> None:
-    """What ``step`` has asked for is not there when it returns, and is when somebody looks."""
-    ours = params(shapes=[(1 << 20,)] * 8)
+    """What ``step`` has asked for is under way when it returns, and there when somebody looks."""
+    ours, theirs = params(shapes=[(1 << 20,)] * 8), params(shapes=[(1 << 20,)] * 8)
+    plain = torch.optim.AdamW(theirs, fused=True)
     wrapped = OffloadOptimizer(torch.optim.AdamW(ours, fused=True), chunk_size=1 << 20)
-    for step in range(3):
-        set_gradients(ours, step)
-        wrapped.step()
-    torch.cuda.synchronize()
-    busy()
+    for step in range(4):
+        for some, optimizer in ((theirs, plain), (ours, wrapped)):
+            set_gradients(some, step)
+            torch.cuda.synchronize()
+            torch.cuda._sleep(1_000_000_000)
+            optimizer.step()
     after = torch.cuda.Event()
-    wrapped.step()
     after.record()
     assert not after.query()
-    record = wrapped.engine.store.kept(ours[-1])[0]
-    assert after.query()
-    assert torch.equal(record["exp_avg"].tensor, wrapped.state[ours[-1]]["exp_avg"].cpu())
+    for mine, yours in zip(reversed(ours), reversed(theirs), strict=True):
+        kept = wrapped.engine.store.kept(mine)[0]["exp_avg"].tensor.clone()
+        assert torch.equal(kept, plain.state[yours]["exp_avg"].cpu())
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
 def test_memory_of_a_step_is_three_rows(options) -> None:
-    """100 Mi parameters, some of one chunk and some of more, by the default chunk."""
-    numels = [1 << 20] * 10 + [1 << 23] * 8 + [11 << 20] * 2
+    """160 Mi parameters, some of one chunk and some of more, by the default chunk."""
+    numels = [1 << 20] * 10 + [1 << 23] * 8 + [11 << 20] * 2 + [1 << 26]
     ours = [Parameter(torch.randn(numel, device="cuda")) for numel in numels]
     set_gradients(ours, 0)
     torch.cuda.synchronize()
@@ -146,9 +154,11 @@ def test_memory_of_a_step_is_three_rows(options) -> None:
     assert torch.cuda.max_memory_allocated() - held < 420 << 20
 
 
+@pytest.mark.parametrize("undo_bytes", [0, 1 << 30], ids=["undone from the host", "undone there"])
 @pytest.mark.parametrize("number", range(5))
-def test_an_exception_leaves_what_was_stored(number) -> None:
+def test_an_exception_leaves_what_was_stored(number, undo_bytes, monkeypatch) -> None:
     """In whichever row it is raised; afterwards all goes on as it would have."""
+    monkeypatch.setattr(transaction, "UNDO_BYTES", undo_bytes)
     ours, theirs = params(), params()
     wrapped = OffloadOptimizer(torch.optim.AdamW(ours, lr=1e-2), chunk_size=100_000, fused=False)
     plain = torch.optim.AdamW(theirs, lr=1e-2)

@@ -177,8 +177,7 @@ class Engine:
 
         phase[0] = "load"
         with timer.part("materialize_ms"):
-            for piece in row:
-                transaction.keep(piece.data())
+            transaction.keep_all(row)
             records = store.load(row)
             phase[0] = "decode"
             stand_ins = [piece.stand_in() for piece in row]

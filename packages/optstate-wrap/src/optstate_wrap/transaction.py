@@ -17,6 +17,8 @@ from optstate_wrap.store import Store
 
 __all__ = ["Transaction", "borrowed", "changes", "put", "restore"]
 
+# of a parameter in parts, what it was stays on the device if it is not larger
+UNDO_BYTES = 1 << 26
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -31,9 +33,19 @@ class Transaction:
         self._new: dict[Tensor, list[Record]] = {}
         self._numbers: dict[Tensor, int] = {}
 
-    def keep(self, tensor: Tensor) -> None:
-        """Note what a tensor is, before it is stepped in place."""
-        self._before.append((tensor, self.scratch.copy_of(tensor)))
+    def keep(self, tensor: Tensor, away: bool = False) -> None:
+        """Note what a tensor is, before it is stepped in place; ``away`` from the device."""
+        self._before.append((tensor, self.scratch.copy_of(tensor, away)))
+
+    def keep_all(self, chunk: Sequence[Piece]) -> None:
+        """Note what the parameters of a chunk are.
+
+        Where state is on the host, so is what a very large one was: until all of its parts are
+        stepped, that would take more of the device than the state that comes and goes.
+        """
+        for piece in chunk:
+            large = piece.parts > 1 and piece.param.nbytes > UNDO_BYTES
+            self.keep(piece.data(), large and self.store.name == "host")
 
     def add(self, chunk: Sequence[Piece], records: Sequence[Record]) -> None:
         """The pieces of a chunk are stepped, and ``records`` are their new states."""
