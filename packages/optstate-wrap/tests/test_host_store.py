@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
+from optstate_codecs import GradientRelease
 from optstate_wrap import ConfigurablePolicy, slabs, transfers, wrap
 
 SHAPES = ((20, 33), (7,), (900,), (3, 3), (0, 4), (20, 33))
@@ -72,12 +73,34 @@ def test_the_host_has_no_byte_more_than_the_records(problem, kept) -> None:
         assert slab.records == len(records)
 
 
+def test_one_slab_is_spare_of_a_size_that_comes_and_goes(problem) -> None:
+    run = problem(
+        lambda g: wrap(torch.optim.NAdam(g), ConfigurablePolicy({}), 4096, store="host"),
+        shapes=((20, 33), (900,)),
+    )
+
+    def alternate(steps):
+        for number in range(steps):
+            step(run)
+            if number % 2:
+                run.params[1].grad = None
+                run.optimizer.step()
+
+    alternate(4)
+    with mock.patch.object(slabs, "empty_pinned", side_effect=AssertionError("made")):
+        alternate(6)
+
+
 def test_slabs_whose_size_is_not_wanted_go(problem) -> None:
     run = run_of(problem, ConfigurablePolicy(CODED, warmup_steps=2))
-    for _ in range(5):
+    free = run.optimizer.engine.store.spares._free
+    for _ in range(3):
         step(run)
     sizes = {slab.memory.numel() for slab in kept_slabs(run)}
-    free = run.optimizer.engine.store.spares._free
+    left = [nbytes for (nbytes, _), spare in free.items() for _ in spare if nbytes not in sizes]
+    assert len(left) == len(set(left))
+    for _ in range(slabs.PATIENCE):
+        step(run)
     assert {nbytes for (nbytes, _), spare in free.items() if spare} <= sizes
 
 
@@ -90,12 +113,28 @@ def test_what_the_engine_takes_over_leaves_no_slab(problem) -> None:
         ),
         shapes=((600,), (900,)),
     )
-    for _ in range(5):
+    for _ in range(4 + slabs.PATIENCE):
         step(run)
     store = run.optimizer.engine.store
     assert run.optimizer.engine.fused._ready
     assert not kept_slabs(run)
     assert not store.spares.nbytes
+
+
+def test_released_gradients_step_the_same(problem, same) -> None:
+    ours, theirs = run_of(problem, cls=torch.optim.NAdam), run_of(problem, cls=torch.optim.NAdam)
+
+    def loss(run):
+        return sum((param * (n + param)).sum() for n, param in enumerate(run.params))
+
+    release = GradientRelease(ours.optimizer, bucket_bytes=1 << 11)
+    with release:
+        for _ in range(5):
+            for run in (ours, theirs):
+                loss(run).backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+    same(ours, theirs)
 
 
 def test_rows_come_ahead_in_at_most_three_slots(problem, monkeypatch) -> None:

@@ -16,6 +16,8 @@ __all__ = ["ALIGNMENT", "Slab", "Spares", "laid", "layout"]
 
 Kind = tuple[int, torch.device]
 
+# steps after which a size that none of them wanted is not kept any more
+PATIENCE = 8
 # views of any dtype begin at multiples of 16 bytes
 ALIGNMENT = 16
 
@@ -43,13 +45,15 @@ class Spares:
     """Slabs that nobody needs, by size.
 
     A step that makes state of the sizes that were there takes and gives each size in turns, so that
-    one spare slab of each is enough, or as many as a split parameter has. Sizes that a step does
-    not want go back to the system.
+    one spare slab of each is enough, or as many as a split parameter has. Of a size that is wanted
+    in some steps only, as where gradients come and go, one stays for a while.
     """
 
     def __init__(self) -> None:
         self._free: defaultdict[Kind, list[Slab]] = defaultdict(list)
-        self._wanted: set[Kind] = set()
+        self._step = 0
+        # the last step that wanted the size
+        self._wanted: dict[Kind, int] = {}
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +63,7 @@ class Spares:
     def take(self, nbytes: int, device: torch.device, pin: bool | None) -> Slab:
         """A slab of that many bytes, page-locked if ``pin``; None: where ``device`` is a GPU."""
         kind = nbytes, device
-        self._wanted.add(kind)
+        self._wanted[kind] = self._step
         free = self._free[kind]
         if free:
             return free.pop()
@@ -68,14 +72,18 @@ class Spares:
     def give(self, slab: Slab) -> None:
         """Nobody needs the slab; copies from it and to it may still be under way."""
         kind = slab.memory.numel(), slab.device
-        if kind in self._wanted:
+        now = self._wanted.get(kind) == self._step
+        if now or (kind in self._wanted and not self._free[kind]):
             self._free[kind].append(slab)
 
     def end(self) -> None:
         """A step is over."""
-        for kind in self._free.keys() - self._wanted:
-            del self._free[kind]
-        self._wanted.clear()
+        for kind, step in list(self._wanted.items()):
+            if step <= self._step - PATIENCE:
+                del self._wanted[kind], self._free[kind]
+            elif step < self._step:
+                del self._free[kind][1:]
+        self._step += 1
 
 
 def layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
