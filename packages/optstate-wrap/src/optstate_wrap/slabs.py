@@ -31,14 +31,12 @@ class Slab:
         device: that copies from it and to it; another may take it for free too early.
         records: how many are in it; what has none may be written.
         stored: the event after which what was last copied to it is there.
-        read: the event after which what was last copied from it is elsewhere.
     """
 
     memory: Tensor
     device: torch.device
     records: int = 0
     stored: Any = None
-    read: Any = None
 
 
 class Spares:

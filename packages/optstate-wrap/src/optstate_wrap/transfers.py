@@ -6,7 +6,8 @@ takes the row after the next. Nothing waits on the host: every order is one betw
 - A load waits for the last store to the slabs that it reads, and for the store of what was in the
   slot before.
 - The current stream waits for the load of the row that it is to step.
-- A store waits for the current stream, and for the last load from the slab that it writes.
+- A store waits for the current stream, and so for all loads that there were before the row's: the
+  slab that it writes is nobody's, so nobody has begun to load from it since.
 On a CPU, copies are made there and then.
 """
 
@@ -100,8 +101,6 @@ class Lane:
                 to.copy_(source, non_blocking=True)
             if stream is not None:
                 slot.loaded.record(stream)
-                for slab in slabs:
-                    slab.read = _recorded(slab.read, stream)
         return slot
 
     def enter(self, slot: Slot) -> None:
@@ -127,9 +126,7 @@ class Lane:
         self._mark(slot)
         with self._on(1) as stream:
             if stream is not None:
-                for event in (slot.freed, slab.read):
-                    if event is not None:
-                        stream.wait_event(event)
+                stream.wait_event(slot.freed)
             slab.memory[:nbytes].copy_(room[:nbytes], non_blocking=True)
             if stream is not None:
                 slab.stored = _recorded(slab.stored, stream)
