@@ -6,7 +6,17 @@ from unittest import mock
 import pytest
 import torch
 
-from optstate_wrap import ConfigurablePolicy, StepError, engine, host, store, transaction, wrap
+from optstate_wrap import (
+    ConfigurablePolicy,
+    StepError,
+    engine,
+    host,
+    slabs,
+    store,
+    transaction,
+    transfers,
+    wrap,
+)
 
 SHAPES = ((20, 33), (7,), (900,), (3, 3))
 
@@ -18,6 +28,9 @@ PHASES = {
     "step": (engine, "own_step"),
     "encode": (engine, "encode_state"),
     "store": (store.DeviceStore, "placed"),
+    "bring": (transfers.Lane, "bring"),
+    "slab": (slabs.Spares, "take"),
+    "send": (transfers.Lane, "send"),
 }
 STORES = {"device": store.DeviceStore, "host": host.HostStore}
 POLICIES = {
@@ -61,6 +74,8 @@ def run_of(problem, policy, where="device"):
 def test_fault_in_every_chunk_and_phase(problem, phase, after, policy, where) -> None:
     if phase == "encode" and policy == "exact":
         pytest.skip("nothing is encoded")
+    if phase in ("bring", "slab", "send") and where == "device":
+        pytest.skip("nothing is moved")
     owner, name = PHASES[phase]
     if phase in ("load", "store"):
         owner = STORES[where]
