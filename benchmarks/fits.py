@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from llama import CONFIGS, Llama
 from offload_common import FORMATS
 from torch.nn import Parameter
 
-from optstate_codecs import predicted_state_bytes
+from optstate_codecs import GradientRelease, predicted_state_bytes
 from optstate_codecs.places import CHUNK_BYTES
 from optstate_codecs.places.ring import SLOTS
+from optstate_codecs.places.stream import WAITING
 from turboadam import TurboAdam
 
 RESULTS = Path(__file__).parent / "results" / "fits.json"
@@ -33,7 +35,7 @@ CARDS = (8, 16, 24, 32, 80)
 # of a card, for activations and all else that is not counted
 LEFT = 1_500_000_000
 # gradients that are released while the backward pass goes on; a larger tensor's is one by itself
-BUCKET = 1 << 25
+BUCKET: int = signature(GradientRelease).parameters["bucket_bytes"].default
 # what is read and what is written pass through as much again on the host
 DISK_ROOMS = 2 * SLOTS * CHUNK_BYTES
 OURS = {**FORMATS, "TurboAdam": TurboAdam}
@@ -65,7 +67,9 @@ def count(model: str) -> Iterator[dict[str, Any]]:
 def placed(params: int, grads: int, released: int, state: int, place: str) -> dict[str, Any]:
     """Bytes on the device with all gradients and with few, on the host and in a file."""
     here = state if place == "device" else SLOTS * CHUNK_BYTES
-    device = {"all": params + grads + here, "released": params + released + here}
+    # some wait for state that is on its way
+    few = released if place == "device" else min(grads, released + WAITING)
+    device = {"all": params + grads + here, "released": params + few + here}
     return {
         "state_bytes": state,
         "device_bytes": device["all"],
@@ -132,6 +136,7 @@ def main() -> None:
         "torch": torch.__version__,
         "left_bytes": LEFT,
         "bucket_bytes": BUCKET,
+        "waiting_bytes": WAITING,
         "ring_bytes": SLOTS * CHUNK_BYTES,
         "rows": [row for model in MODELS for row in count(model)],
     }

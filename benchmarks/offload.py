@@ -9,10 +9,11 @@ what the bus carries each way when both ways run, measured just before. Beside t
 whose state is resident, and torchao's, whose step is on the CPU; its time is from gradients that
 are ready on the device, which its hooks copy to the host, to parameters that are. Milliseconds are
 those of a step among several in a row, "issued" until the first returned. `train` trains a model of
-as many parameters on 4,096 tokens a step; milliseconds are from one step's end to the next's, with
-nobody waiting between. `finetune7b` trains 6.7e9 parameters and compares the most memory with that
-of a run without an optimizer. `disk` steps 200 million parameters whose state is in a file, which
-the system may keep in memory. Each part is measured anew and takes its place in the JSON.
+as many parameters on 4,096 and 8,192 tokens a step; milliseconds are from one step's end to the
+next's, with nobody waiting between; "released" has the optimizer step beside the backward.
+`finetune7b` trains 6.7e9 parameters and compares the most memory with that of a run without an
+optimizer. `disk` steps 200 million parameters whose state is in a file, which the system may keep
+in memory. Each part is measured anew and takes its place in the JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from offload_train import run_finetune, run_train
 from step_time import surroundings
 
 from optstate_codecs import __version__
+from optstate_codecs.places import CHUNK_BYTES
 
 RESULTS = Path(__file__).parent / "results" / "offload_h200.json"
 PARTS = ("step", "train", "finetune7b", "disk")
@@ -55,7 +57,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", default=[])
     everyone = ("no optimizer", *contestants())
     parser.add_argument("--only", choices=everyone, action="append", default=[], help="repeatable")
-    parser.add_argument("--chunk-mib", type=float, default=32, help="of state that moves at a time")
+    parser.add_argument(
+        "--chunk-mib",
+        type=float,
+        default=CHUNK_BYTES / 2**20,
+        help="of state that moves at a time",
+    )
     parser.add_argument("--format", choices=FORMATS, default="int8", help="of finetune7b")
     parser.add_argument("--path", type=Path, help="folder for disk's file")
     parser.add_argument("--small", action="store_true", help="to try the benchmark itself")

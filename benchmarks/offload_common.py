@@ -62,12 +62,14 @@ class Contestant:
         make: it, from parameters.
         place: where its state is: "host", "device", or "cpu", where the step is too.
         dtypes: of parameters that it is measured with.
+        family: whether it is one of ours, which can step beside the backward.
     """
 
     name: str
     make: Callable[[Sequence[Parameter], Sizes], Optimizer]
     place: str
     dtypes: tuple[str, ...] = ("bfloat16",)
+    family: bool = False
 
 
 def streamed(make: Make, params: Sequence[Parameter], sizes: Sizes) -> Optimizer:
@@ -100,7 +102,7 @@ def contestants() -> dict[str, Contestant]:
     """Everyone, by name."""
     both = ("float32", "bfloat16")
     made = [
-        Contestant(f"{name} offloaded", partial(streamed, make), "host", dtypes)
+        Contestant(f"{name} offloaded", partial(streamed, make), "host", dtypes, True)
         for (name, make), dtypes in zip(FORMATS.items(), (both, *[("bfloat16",)] * 3), strict=True)
     ]
     made += [
@@ -112,7 +114,7 @@ def contestants() -> dict[str, Contestant]:
             both,
         ),
         Contestant("torch fused", lambda p, _: AdamW(p, lr=1e-3, fused=True), "device", both),
-        Contestant("AdamW8bit", lambda p, _: AdamW8bit(p, lr=1e-3), "device"),
+        Contestant("AdamW8bit", lambda p, _: AdamW8bit(p, lr=1e-3), "device", family=True),
         Contestant("torchao CPUOffload", partial(torchaos, False), "cpu", both),
         Contestant("torchao CPUOffload, gradients too", partial(torchaos, True), "cpu"),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
@@ -24,6 +26,8 @@ from offload_common import (
 from step_time import synchronize
 from torch import Tensor
 from torch.optim import Optimizer
+
+from optstate_codecs import GradientRelease
 
 
 def text(sizes: Sizes, vocabulary: int, sequences: int, tokens: int) -> Tensor:
@@ -68,7 +72,22 @@ def paced(
     return median(1e3 * (two - one) for one, two in pairs), mean
 
 
-def train_row(one: Contestant | None, sizes: Sizes, tokens: Tensor) -> dict[str, Any]:
+RELEASED = ", released"
+SOME = ("no optimizer", "AdamW8bit", "int8 offloaded")
+# of gradients that are stepped together: large enough that the host is not what limits
+BUCKET = 1 << 27
+
+
+def stepped_in_backward(optimizer: Optimizer | None, released: bool) -> AbstractContextManager[Any]:
+    """What training steps run in: ``released`` has the optimizer step beside the backward."""
+    if not released or optimizer is None:
+        return nullcontext()
+    return GradientRelease(optimizer, bucket_bytes=BUCKET)
+
+
+def train_row(
+    one: Contestant | None, released: bool, sizes: Sizes, tokens: Tensor
+) -> dict[str, Any]:
     """One optimizer; None: forward and backward alone."""
     device = sizes.device
     torch.manual_seed(0)
@@ -76,14 +95,15 @@ def train_row(one: Contestant | None, sizes: Sizes, tokens: Tensor) -> dict[str,
     begin = perf_counter()
     optimizer = None if one is None else one.make(list(model.parameters()), sizes)
     forget_peak(device)
-    train_step(model, tokens, optimizer)
-    synchronize(device)
-    first = perf_counter() - begin
-    for _ in range(2):
+    with stepped_in_backward(optimizer, released):
         train_step(model, tokens, optimizer)
-    first_peak = allocated(device, True)
-    forget_peak(device)
-    ms, mean = paced(model, tokens, optimizer, device, 3 if sizes.small else 10)
+        synchronize(device)
+        first = perf_counter() - begin
+        for _ in range(2):
+            train_step(model, tokens, optimizer)
+        first_peak = allocated(device, True)
+        forget_peak(device)
+        ms, mean = paced(model, tokens, optimizer, device, 3 if sizes.small else 10)
     numel = sum(param.numel() for param in model.parameters())
     return {
         "ms": ms,
@@ -99,20 +119,27 @@ def train_row(one: Contestant | None, sizes: Sizes, tokens: Tensor) -> dict[str,
 
 
 def run_train(sizes: Sizes, only: list[str]) -> list[Any]:
-    """A model of 1.1e9 parameters and 4,096 tokens, with every optimizer."""
-    tokens = text(sizes, CONFIGS["tiny" if sizes.small else "1b"].vocabulary, 2, 2048)
+    """A model of 1.1e9 parameters, 4,096 tokens with every optimizer and 8,192 with some."""
+    rows = run_tokens(sizes, only, 2)
+    return rows if sizes.small else rows + run_tokens(sizes, only or SOME, 4)
+
+
+def run_tokens(sizes: Sizes, only: Sequence[str], sequences: int) -> list[Any]:
+    """So many sequences of 2,048 tokens a step."""
+    tokens = text(sizes, CONFIGS["tiny" if sizes.small else "1b"].vocabulary, sequences, 2048)
     rows: list[dict[str, Any]] = []
-    print(f"{'train':37}      ms    mean  / AdamW8bit  peak GB  host B/p")
+    print(f"{f'train, {tokens.numel()} tokens':37}      ms    mean  / AdamW8bit  peak GB  host B/p")
     everyone: dict[str, Contestant | None] = {"no optimizer": None}
     resident_first = sorted(contestants().values(), key=lambda one: one.place != "device")
     everyone |= {one.name: one for one in resident_first}
+    everyone |= {one.name + RELEASED: one for one in resident_first if one.family}
     resident_ms = None
     for name, one in everyone.items():
-        if only and name not in only:
+        if only and name.removesuffix(RELEASED) not in only:
             continue
         with clean(sizes.device):
             try:
-                row = train_row(one, sizes, tokens)
+                row = train_row(one, name.endswith(RELEASED), sizes, tokens)
             except Exception as error:  # a failure is a result, not the end of the run
                 row = {"error": repr(error)[:500]}
         rows.append({"optimizer": name, **row})
@@ -132,18 +159,21 @@ def run_train(sizes: Sizes, only: list[str]) -> list[Any]:
     return rows
 
 
-def run_finetune(sizes: Sizes, name: str) -> dict[str, Any]:
+def run_finetune(sizes: Sizes, name: str) -> list[Any]:
     """Steps of a model of 7e9 parameters, checkpointed, and the most memory with and without."""
-    with clean(sizes.device):
-        try:
-            row = finetune(sizes, name)
-        except Exception as error:
-            row = {"error": repr(error)[:500]}
-            print(f"finetune7b: {row['error']}", flush=True)
-    return {"format": name, **row}
+    rows = []
+    for released in (False, True):
+        with clean(sizes.device):
+            try:
+                row = finetune(sizes, name, released)
+            except Exception as error:
+                row = {"error": repr(error)[:500]}
+                print(f"finetune7b: {row['error']}", flush=True)
+        rows.append({"format": name, "released": released, **row})
+    return rows
 
 
-def finetune(sizes: Sizes, name: str) -> dict[str, Any]:
+def finetune(sizes: Sizes, name: str, released: bool) -> dict[str, Any]:
     """The peak may be that of a run without an optimizer and half a gigabyte."""
     device, config = sizes.device, CONFIGS["tiny" if sizes.small else "7b"]
     torch.manual_seed(0)
@@ -158,10 +188,11 @@ def finetune(sizes: Sizes, name: str) -> dict[str, Any]:
     begin = perf_counter()
     optimizer = streamed(FORMATS[name], params, sizes)
     forget_peak(device)
-    train_step(model, tokens, optimizer)
-    synchronize(device)
-    first = perf_counter() - begin
-    ms, _ = paced(model, tokens, optimizer, device, 3)
+    with stepped_in_backward(optimizer, released):
+        train_step(model, tokens, optimizer)
+        synchronize(device)
+        first = perf_counter() - begin
+        ms, _ = paced(model, tokens, optimizer, device, 3)
     peak = allocated(device, True)
     numel = sum(param.numel() for param in params)
     row = {
@@ -180,9 +211,9 @@ def finetune(sizes: Sizes, name: str) -> dict[str, Any]:
         "host_bytes": host_bytes(optimizer),
     }
     print(
-        f"finetune {numel / 1e9:.2f}e9, {name} on the host: {ms:.0f} ms a step "
-        f"({without:.0f} without), parameters and gradients {fixed / 1e9:.2f} GB, activations "
-        f"{row['activation_bytes'] / 1e9:.2f}, peak {peak / 1e9:.2f}, "
+        f"finetune {numel / 1e9:.2f}e9, {name} on the host{RELEASED * released}: {ms:.0f} ms "
+        f"a step ({without:.0f} without), parameters and gradients {fixed / 1e9:.2f} GB, "
+        f"activations {row['activation_bytes'] / 1e9:.2f}, peak {peak / 1e9:.2f}, "
         f"margin {row['margin_bytes'] / 1e9:.3f}, host {row['host_bytes'] / 1e9:.2f} GB",
         flush=True,
     )

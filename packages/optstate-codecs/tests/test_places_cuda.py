@@ -1,10 +1,18 @@
 """State that is away from a GPU: the same bits, no waiting, and no more memory than the ring."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn import Parameter
 
-from optstate_codecs import Adam, CodedOptimizer, offload, predicted_state_bytes
+from optstate_codecs import (
+    Adam,
+    CodedOptimizer,
+    GradientRelease,
+    offload,
+    predicted_state_bytes,
+)
 
 pytestmark = pytest.mark.cuda
 
@@ -12,7 +20,11 @@ SHAPES = ((1000, 700), (300,), (64, 333), (5, 5), (4096, 64))
 ARRANGEMENTS = {
     "exact": {"exp_avg": "fp32", "exp_avg_sq": "fp32"},
     "bf16": {"exp_avg": "bf16", "exp_avg_sq": "bf16"},
-    "8 bits": {"exp_avg": "int8", "exp_avg_sq": "dynamic8(signed=False)"},
+    "8 bits": {
+        "exp_avg": "int8(block_size=256)",
+        "exp_avg_sq": "dynamic8(signed=False,block_size=256)",
+    },
+    "not by the kernel": {"exp_avg": "int8(block_size=64)", "exp_avg_sq": "dynamic8(signed=False)"},
     "4 bits": {"exp_avg": "int4(block_size=128)", "exp_avg_sq": "oneq(bits=4)"},
 }
 
@@ -79,30 +91,56 @@ def test_a_file_too_and_going_on_from_it(tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_waits_for_nothing() -> None:
-    def between(optimizer, step):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
-
+    params, optimizer = run(ARRANGEMENTS["8 bits"], 4, {"chunk_bytes": 1 << 18})
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        run(ARRANGEMENTS["8 bits"], 6, {"chunk_bytes": 1 << 18}, between=between)
+        optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_memory_is_three_chunks_on_the_device_and_the_state_on_the_host() -> None:
-    params = [Parameter(torch.zeros(1 << 22, device="cuda")) for _ in range(8)]
+    params = [Parameter(torch.zeros(1 << 23, device="cuda")) for _ in range(8)]
     for param in params:
         param.grad = torch.ones_like(param)
     held = torch.cuda.memory_allocated()
     formats = ARRANGEMENTS["8 bits"]
-    optimizer = offload(CodedOptimizer(params, Adam(), formats, lr=1e-3), chunk_bytes=1 << 21)
+    optimizer = offload(CodedOptimizer(params, Adam(), formats, lr=1e-3), chunk_bytes=1 << 22)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         optimizer.step()
     torch.cuda.synchronize()
-    # beside the slots, the tables of a launch: eight bytes for each 512 elements
-    tables = 8 * sum(p.numel() for p in params) // 512
-    assert torch.cuda.max_memory_allocated() - held <= 3 * (1 << 21) + 1.1 * tables + (1 << 18)
+    # beside the slots, the table of a launch: eight bytes for each 512 elements, laid out anew once
+    table = 8 * sum(p.numel() for p in params) // 512
+    extra = torch.cuda.max_memory_allocated() - held
+    # the allocator may give up to a MiB more than it is asked for
+    assert extra <= 3 * ((1 << 22) + (1 << 20)) + 2 * table + (1 << 20), extra
     slabs = sum(slab.nbytes for slab in optimizer._session.slabs)
     assert slabs <= 1.005 * predicted_state_bytes(optimizer)
     assert all(slab.memory.tensor.is_pinned() for slab in optimizer._session.slabs)
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 1 << 25])
+def test_steps_beside_backward_give_the_same_bits(chunk) -> None:
+    def trained(release, **place):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(768, 768, device="cuda") for _ in range(8)]
+        model = torch.nn.Sequential(*layers)
+        formats = ARRANGEMENTS["8 bits"]
+        optimizer = CodedOptimizer(model.parameters(), Adam(), formats, lr=1e-3)
+        if place:
+            offload(optimizer, **place)
+        generator = torch.Generator("cuda").manual_seed(1)
+        data = [torch.randn(64, 768, device="cuda", generator=generator) for _ in range(8)]
+        with GradientRelease(optimizer, bucket_bytes=1 << 22) if release else nullcontext():
+            for batch in data:
+                model(batch).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return list(model.parameters()), optimizer
+
+    assert_alike(trained(False), trained(True, chunk_bytes=chunk))

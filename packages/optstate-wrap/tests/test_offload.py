@@ -24,6 +24,20 @@ def test_stores_give_the_same_bits(problem, same, state) -> None:
         same(problem(lambda groups: torch.optim.AdamW(groups, lr=1e-2)).run(5), runs[1])
 
 
+def test_scales_of_blocks_that_fit_into_rows(problem, same) -> None:
+    same(
+        *(
+            problem(
+                lambda groups, store=store: OffloadOptimizer(
+                    torch.optim.AdamW(groups, lr=1e-2), CODED, store
+                ),
+                shapes=((8, 512), (3, 2, 256), (512,)),
+            ).run(3)
+            for store in ("device", "host")
+        )
+    )
+
+
 def test_host_state_lies_in_one_slab_a_chunk(problem) -> None:
     run = problem(
         lambda groups: OffloadOptimizer(torch.optim.AdamW(groups), CODED), shapes=((600,), (900,))

@@ -153,6 +153,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self._units: dict[int, Unit] = {}
         self._groups: dict[int, tuple[Any, ...]] = {}
         self._checked: dict[int, Any] = {}
+        self._places: dict[Tensor, tuple[int, int, int]] = {}
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         """The format of each moment that ``group`` keeps, in the rule's order."""
@@ -264,10 +265,23 @@ class CodedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
         """Step these parameters, with their gradients multiplied with ``factor``."""
-        chosen = set(params)
-        every = enumerate(param for group in self.param_groups for param in group["params"])
-        given = {i: param.grad for i, param in every if param in chosen and param.grad is not None}
+        given = {self._number(param): param.grad for param in params if param.grad is not None}
         self._step(given, factor, last=False)
+
+    def _number(self, param: Tensor) -> int:
+        """The place of a parameter, counted over all groups; looked up where it was last time."""
+        number, place, index = self._places.get(param, (0, 0, 0))
+        groups = self.param_groups
+        here = groups[number]["params"] if number < len(groups) else []
+        if place < len(here) and here[place] is param:
+            return index
+        every = [(n, k, p) for n, group in enumerate(groups) for k, p in enumerate(group["params"])]
+        self._places = {p: (n, k, index) for index, (n, k, p) in enumerate(every)}
+        return self._places[param][2]
+
+    def _join_parts(self) -> None:
+        """Have the current stream wait for the parts that were stepped."""
+        self._session.join()
 
     def _step(
         self,
@@ -280,14 +294,16 @@ class CodedOptimizer(torch.optim.Optimizer):
         They are multiplied with ``factor``; ``last`` says that the step is complete with them.
         """
         try:
-            self._take_step(given, factor)
+            self._take_step(given, factor, last)
         except BaseException:
             self._session.finish(False)
             raise
         if last:
             self._session.finish()
 
-    def _take_step(self, given: Mapping[int, Tensor] | None, factor: Tensor | None) -> None:
+    def _take_step(
+        self, given: Mapping[int, Tensor] | None, factor: Tensor | None, last: bool
+    ) -> None:
         self._opt_called = True
         self._traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
@@ -312,7 +328,9 @@ class CodedOptimizer(torch.optim.Optimizer):
         if any(shares):
             centres = find_centres(grads, [shares[place[1]] for place in places])
         job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf, centres)
-        job.total = engine.trainable(self.param_groups)
+        if not units[0].param.is_cuda:  # where there is nothing to choose
+            job.total = engine.trainable(self.param_groups)
+        job.apart = not last
         self._session.step(job)
 
     def _gradients(self, given: Mapping[int, Tensor] | None) -> list[Place]:
@@ -321,16 +339,22 @@ class CodedOptimizer(torch.optim.Optimizer):
         index = 0
         checked = self._checked
         for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                grad = param.grad if given is None else given.get(index)
+            params = group["params"]
+            if given is None:
+                numbered: Iterable[tuple[int, Tensor | None]] = enumerate(p.grad for p in params)
+            else:
+                inside = [place for place in given if index <= place < index + len(params)]
+                numbered = [(place - index, given[place]) for place in sorted(inside)]
+            for place, grad in numbered:
                 if grad is not None:
+                    at, param = index + place, params[place]
                     address = grad.data_ptr() if grad.layout is torch.strided else -1
                     # where a good gradient of this dtype lay last time, another one lies now
-                    if checked.get(index) != (address, grad.dtype):
-                        _check_grad(index, param, grad)
-                        checked[index] = (address, grad.dtype)
-                    found.append((index, number, param, grad, address))
-                index += 1
+                    if checked.get(at) != (address, grad.dtype):
+                        _check_grad(at, param, grad)
+                        checked[at] = (address, grad.dtype)
+                    found.append((at, number, param, grad, address))
+            index += len(params)
         return found
 
     def _kept(self, number: int, hyper: Any) -> tuple[Any, ...]:

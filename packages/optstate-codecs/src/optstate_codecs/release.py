@@ -70,7 +70,7 @@ class GradientRelease:
         self,
         optimizer: Optimizer,
         *,
-        bucket_bytes: int = 32 * 2**20,
+        bucket_bytes: int = 128 * 2**20,
         max_grad_norm: float | None = None,
         allow_distributed: bool = False,
     ) -> None:
@@ -153,6 +153,7 @@ class GradientRelease:
         self._factor: Tensor | None = None
         self._values: Values = {}
         self._failed: int | None = None
+        self._joining = False
         for bucket in self._buckets:
             bucket.here.clear()
 
@@ -204,6 +205,7 @@ class GradientRelease:
                 if len(bucket.here) == len(bucket.params):
                     stepping = bucket.params
                     self._step(stepping)
+                    self._join_at_the_end()
             except Exception as error:
                 before, now = self._numbers(self._stepped), self._numbers(stepping)
                 self.abandon()
@@ -213,6 +215,18 @@ class GradientRelease:
                     f"{before} had been stepped, and {now} were about to be; call zero_grad() and "
                     "run backward again"
                 ) from error
+
+    def _join_at_the_end(self) -> None:
+        """Have what follows this backward wait for steps that are taken beside it."""
+        if not self._joining:
+            self._joining = True
+            # as torch's own data parallelism ends its backward
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._join)
+
+    def _join(self) -> None:
+        self._joining = False
+        self.optimizer._join_parts()
 
     def _expect(self, param: Tensor) -> None:
         """Raise if this gradient must not be there now."""

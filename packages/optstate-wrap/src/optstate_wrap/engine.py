@@ -98,7 +98,7 @@ class Engine:
         at, phase, loss = 0, ["fused"], None
         try:
             with borrowed(self.inner) as before:
-                rows = self._rows(self._step_fused(plan, transaction), plan)
+                rows = self._rows(self._step_fused(plan, transaction, some is None), plan)
                 phase[0] = "load"
                 self.store.expect(rows)
                 for at, row in enumerate(rows):
@@ -111,6 +111,7 @@ class Engine:
                 elif not rows and self._parted is not None:
                     put(self.inner.param_groups, self._parted)
         except BaseException as error:
+            self.fused.finish(False)
             transaction.roll_back()
             if not isinstance(error, Exception):
                 raise
@@ -120,6 +121,7 @@ class Engine:
             self.scratch.release()
             self.store.end(some is None)
         if some is None:
+            self.fused.finish()
             self._parted = None
             self.steps += 1
         return loss
@@ -133,7 +135,7 @@ class Engine:
         # without any gradient, the optimizer may still count the step
         return rows if rows or len(left) < len(plan) or self._parted is not None else [[]]
 
-    def _step_fused(self, plan: list[Piece], transaction: Transaction) -> list[Piece]:
+    def _step_fused(self, plan: list[Piece], transaction: Transaction, last: bool) -> list[Piece]:
         """Step what the codecs' engine can; gives the pieces that are left."""
         if not self.chunked or not len(self.store) or not self.fused.begins(self.inner):
             return plan
@@ -146,7 +148,7 @@ class Engine:
         if units:
             with self.timer.part("inner_step_ms"):
                 try:
-                    self.fused.step(self.inner, units, taken, self.steps + 1)
+                    self.fused.step(self.inner, units, taken, self.steps + 1, last)
                 finally:
                     stepped = set(map(id, self.fused.done))
                     pairs = zip(taken, units, strict=True)

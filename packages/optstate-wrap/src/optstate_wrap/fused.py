@@ -244,9 +244,16 @@ class Fused:
         return Unit(param, state, moments, stored, write, self.seed, *places)
 
     def step(
-        self, inner: Optimizer, units: Sequence[Unit], pieces: Sequence[Piece], draw: int
+        self,
+        inner: Optimizer,
+        units: Sequence[Unit],
+        pieces: Sequence[Piece],
+        draw: int,
+        last: bool,
     ) -> None:
         """Step ``units`` of ``pieces``; ``done`` is then those that have been stepped.
+
+        ``last`` says whether more of the same step is to come.
 
         Where it raises, the others are as they were.
         """
@@ -266,13 +273,20 @@ class Fused:
             total=trainable(inner.param_groups),
         )
         self.done = job.done
-        session = self._begin()
-        try:
-            session.step(job)
-        finally:
-            session.finish()
+        job.apart = not last
+        self._begin().step(job)
         # where the host skips a step, all are as they should be
         self.done = list(units)
+
+    def finish(self, complete: bool = True) -> None:
+        """A step has been taken, or has been broken off."""
+        if self._session is not None:
+            self._session.finish(complete)
+
+    def join(self) -> None:
+        """Have the current stream wait for all that has been stepped."""
+        if self._session is not None:
+            self._session.join()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"wanted": self.wanted, "seed": self.seed, "store": self.store}
@@ -318,7 +332,9 @@ def _components(name: str, coded: Coded) -> dict[str, Tensor]:
     """The components of a moment as the engine has them: laid out as the parameter is."""
     ordered, inverse = [coded.shape[d] for d in coded.order], inverse_order(coded.order)
     return {
-        component.key(name): part.view(ordered).permute(inverse) if component.per_element else part
+        component.key(name): part.view(ordered).permute(inverse)
+        if component.per_element
+        else part.view(component.shape(coded.shape))
         for part, component in zip(coded.parts, coded.bound.components, strict=True)
     }
 
@@ -331,7 +347,7 @@ def _put_back(unit: Unit, record: Record) -> None:
             flat = [
                 unit.state[c.key(name)].permute(value.order).view(-1)
                 if c.per_element
-                else unit.state[c.key(name)]
+                else unit.state[c.key(name)].view(-1)
                 for c in value.bound.components
             ]
             record[name] = replace(value, parts=tuple(flat))

@@ -188,6 +188,10 @@ class OptimizerWrapper(Delegate):
                 grad.mul_(factor.to(grad.device))
         self.engine.step(some=set(params))
 
+    def _join_parts(self) -> None:
+        """Have the current stream wait for the parts that were stepped."""
+        self.engine.fused.join()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; one that it refuses leaves all as it was."""
         count = len(self.param_groups)

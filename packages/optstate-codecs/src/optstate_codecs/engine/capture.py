@@ -29,12 +29,14 @@ def needs_warm_up(what: str) -> RuntimeError:
     )
 
 
-def constant_table(values: Sequence[int], device: torch.device) -> Tensor:
-    """``values`` as an int64 table on ``device``, filled by the device at every replay.
+def constant_table(
+    values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """``values`` as an integer table on ``device``, which fills it, in a graph at each replay.
 
     They travel as arguments of kernels, about a hundred a launch, which a graph keeps: no host
-    memory has to outlive the capture.
+    memory has to outlive the capture, and nothing waits for other copies from the host.
     """
-    table = torch.zeros(len(values), dtype=torch.int64, device=device)
+    table = torch.zeros(len(values), dtype=dtype, device=device)
     torch._foreach_add_(list(table.unbind()), list(values))
     return table

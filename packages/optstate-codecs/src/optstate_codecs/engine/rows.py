@@ -81,26 +81,40 @@ class RowTable:
         self._versions = [c._version for c in self._counters]
         return True
 
-    def addresses(self, grads: list[int]) -> Tensor:
-        """The job's gradient ``addresses`` on the device; copied only when one has changed."""
+    def addresses(self, grads: list[int], busy: bool = False) -> Tensor:
+        """The job's gradient ``addresses`` on the device; copied only when one has changed.
+
+        ``busy`` says that copies from the host would wait for large ones.
+        """
         if capturing():
             # a table of the graph's own: the kept one goes when gradients move after the capture
             return constant_table([grads[place] for place in self._places], self._device)
         if self._last is None or self._last[0] is not grads:
-            mine = torch.tensor([grads[place] for place in self._places], dtype=torch.int64)
-            self._last = grads, uploaded(mine, self._device)
+            mine = [grads[place] for place in self._places]
+            table = (
+                constant_table(mine, self._device)
+                if busy
+                else uploaded(torch.tensor(mine, dtype=torch.int64), self._device)
+            )
+            self._last = grads, table
         return self._last[1]
 
-    def values(self, rule: Rule, hypers: Sequence[Any], draw: int | None) -> Tensor:
+    def values(
+        self, rule: Rule, hypers: Sequence[Any], draw: int | None, busy: bool = False
+    ) -> Tensor:
         """The rows, float32 [rows, 1 + scalars]: what keys random numbers, then the rule's.
 
-        The key is the step count, or ``draw``.
+        The key is the step count, or ``draw``; ``busy`` as above.
         """
         groups = sorted(dict.fromkeys(group for group, _ in self._rows))
         folded = [self._fold(rule, hypers[group], group, draw) for group in groups]
         if all(isinstance(rows, list) for rows in folded):
-            flat = [row for rows in folded for row in rows]
-            return uploaded(torch.tensor(flat, dtype=torch.float32), self._device)
+            flat = torch.tensor([row for rows in folded for row in rows], dtype=torch.float32)
+            if busy:
+                bits = flat.view(torch.int32).flatten().tolist()
+                filled = constant_table(bits, self._device, torch.int32)
+                return filled.view(torch.float32).view(flat.shape)
+            return uploaded(flat, self._device)
         return torch.cat(
             [
                 rows if isinstance(rows, Tensor) else uploaded(torch.tensor(rows), self._device)

@@ -109,6 +109,9 @@ class Session:
             job.uncount()
             raise
 
+    def join(self) -> None:
+        """Have the current stream wait for steps that were taken apart, of which there are none."""
+
     def finish(self, complete: bool = True) -> None:
         """A step has been taken, ``complete`` or broken off; nothing is under way here."""
 
@@ -210,8 +213,9 @@ class Session:
             factor, found_inf = table.beside(job.factor), table.beside(job.found_inf)
             if not table.advance(found_inf):
                 continue  # nothing of it is launched
-            grads = table.addresses(plan.addresses)
-            rows = table.values(job.rule, job.hypers, job.draw)
+            busy = job.staging is not None
+            grads = table.addresses(plan.addresses, busy)
+            rows = table.values(job.rule, job.hypers, job.draw, busy)
             for bucket, start, stop in table.buckets:
                 scalars = (grads[start:stop], table.row_of[start:stop], rows)
                 centres = job.centres.values.get(bucket.tensors.device) if job.centres else None

@@ -94,6 +94,8 @@ class Job:
         counted: units whose step count has been raised.
         found_inf: non-zero where the step is to be skipped, or None; read on its device.
         staging: what is around the stepping of a stage: brings its state, and takes it back.
+        apart: whether what follows on the current stream is not to wait until ``Session.join``;
+            parameters and gradients must be left alone until then.
         total: elements of all parameters that may be stepped, by which the backend is chosen, so
             that it is the same for every part of a step; 0: of ``units``.
     """
@@ -111,6 +113,7 @@ class Job:
     done: list[Unit] = field(default_factory=list)
     counted: list[Unit] = field(default_factory=list)
     staging: Callable[[int], AbstractContextManager[object]] | None = None
+    apart: bool = False
 
     def around(self, stage: int) -> AbstractContextManager[object]:
         """What a stage is stepped in."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread, current_thread
 from typing import Any
 from uuid import uuid4
 
@@ -31,6 +32,7 @@ __all__ = ["DiskPlace"]
 # the file begins with what says which manifest is its own
 HEADER = 4096
 THREADS = 4
+NAME = "optstate-disk"
 
 
 class DiskPlace(Place):
@@ -72,7 +74,7 @@ class DiskPlace(Place):
                 f"path={str(self.path)!r}: there already; use resume=True to go on from it, or "
                 "remove it and its manifest"
             ) from error
-        self._pool = ThreadPoolExecutor(THREADS, "optstate-disk")
+        self._pool = ThreadPoolExecutor(THREADS, NAME)
         self._owner = os.getpid()
         try:
             self._lock()
@@ -272,21 +274,38 @@ class DiskPlace(Place):
         """Write what is under way, and let go of the file, which can be removed."""
         if self._file < 0:
             return
-        # a process that was forked has neither the threads nor the lock
-        if self._owner == os.getpid():
-            self._pool.shutdown()
-            with suppress(OSError):  # it has been said before, and what the manifest names is whole
-                self._again()
-            if remove:
-                self.path.unlink(missing_ok=True)
-            # what is mapped holds the file, and so would the lock
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        os.close(self._file)
-        self._file = -1
+        file, self._file = self._file, -1
+        if self._owner != os.getpid():
+            # a process that was forked has neither the threads nor the lock
+            os.close(file)
+            return
+        tasks = [*self._writes.values(), self._written]
+        given = (file, self._pool, tasks, self.path if remove else None)
+        if current_thread().name.startswith(NAME):
+            # the collector of garbage came by on a thread of this very pool, which cannot await it
+            Thread(target=_let_go, args=given).start()
+        else:
+            _let_go(*given)
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0 and hasattr(self, "_pool"):
             self.close()
+
+
+def _let_go(
+    file: int, pool: ThreadPoolExecutor, tasks: list[Task | None], remove: Path | None
+) -> None:
+    pool.shutdown()
+    for task in tasks:
+        if task is not None and task.failed:
+            # it has been raised before, or nobody asks any more; what is named is whole
+            with suppress(Exception):
+                task.result()
+    if remove is not None:
+        remove.unlink(missing_ok=True)
+    # what is mapped holds the file, and so would the lock
+    fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
 
 
 def _read(file: int, into: Tensor, offset: int) -> None:

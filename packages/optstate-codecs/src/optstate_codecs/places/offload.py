@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 from optstate_codecs import checks
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.places.base import HostPlace, Place
-from optstate_codecs.places.resume import plain, resume_from
+from optstate_codecs.places.resume import plain, resume_from, units_of
 from optstate_codecs.places.stream import CHUNK_BYTES, Stream
 
 __all__ = ["STORES", "Offload", "make_place", "offload"]
@@ -52,6 +53,8 @@ def offload(
     A step brings the state to the device chunk by chunk, three at a time, while others go back, and
     gives the very bits that it would give with the state beside the parameters. It returns before
     all is back: ``optimizer.state`` waits for that. On a GPU the host's memory is page-locked.
+    A file has every slab twice, in turns: tensors of ``optimizer.state`` show the step that they
+    were asked for after, and are to be asked for again after the next.
 
     Args:
         optimizer: of the family; what state it has moves. It is changed in place.
@@ -106,6 +109,9 @@ def offload(
         # no reference to the optimizer, which has the stream
         groups = optimizer.param_groups
         stream.about = lambda: {"param_groups": [plain(group) for group in groups]}
+        if store == "disk":
+            this = ref(optimizer)
+            stream.every = lambda: units_of(this())
         if resume:
             resume_from(optimizer, stream, place)
         else:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format
 from optstate_codecs.layout import Declaration, bound, empty_state, storage_order
 from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.places.slabs import ALIGNMENT, Slab, laid
+from optstate_codecs.places.slabs import ALIGNMENT, Slab, Starts, apart
 from optstate_codecs.places.stream import Stream
 from optstate_codecs.state import counts_on_device, share_steps
 from optstate_codecs.writes import MASTER, parameter_write
@@ -19,7 +20,7 @@ from optstate_codecs.writes import MASTER, parameter_write
 if TYPE_CHECKING:
     from optstate_codecs.places.disk import DiskPlace
 
-__all__ = ["plain", "resume_from"]
+__all__ = ["plain", "resume_from", "units_of"]
 
 Group = dict[str, Any]
 
@@ -103,7 +104,7 @@ def resume_from(optimizer: CodedOptimizer, stream: Stream, place: DiskPlace) -> 
         optimizer.state[param] = state
         loaded.append((param, state, counts_on_device(optimizer.param_groups[group])))
     share_steps(loaded)
-    stream.resume(_by_slab(optimizer, manifest, slabs, every))
+    stream.resume(_by_slab(optimizer, manifest, slabs))
 
 
 def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[Group]:
@@ -168,7 +169,7 @@ def _shown(
         start = entry["starts"][key]
         if start < 0 or start % ALIGNMENT or start + like.nbytes > memory.numel():
             raise ValueError(f"{name}: {key} at byte {start} does not fit into its slab")
-        state[key] = laid(memory, start, like)
+        state[key] = apart(memory, start, like)
     return state
 
 
@@ -176,21 +177,31 @@ def _by_slab(
     optimizer: CodedOptimizer,
     manifest: dict[str, Any],
     slabs: list[Slab],
-    every: list[tuple[int, Tensor]],
-) -> list[tuple[Slab, list[Any], bool]]:
-    """Each slab with the units of its parameters, and whether these are in parts."""
-    hypers = [optimizer.rule.hyper(group) for group in optimizer.param_groups]
-    kept = [optimizer._kept(number, hyper) for number, hyper in enumerate(hypers)]
+) -> list[tuple[Slab, list[Unit], list[Starts], bool]]:
+    """Each slab with the units of its parameters, their places, and whether they are in parts."""
     entries = manifest["parameters"]
-    places = [(e["number"], *every[e["number"]], every[e["number"]][1], 0) for e in entries]
-    units = optimizer._current_units(places, kept)
-    members: list[list[Any]] = [[] for _ in slabs]
+    units = {unit.index: unit for unit in units_of(optimizer)}
+    members: list[list[Unit]] = [[] for _ in slabs]
+    starts: list[list[Starts]] = [[] for _ in slabs]
     cut = [False] * len(slabs)
-    for entry, unit in zip(entries, units, strict=True):
-        members[entry["slab"]].append(unit)
+    for entry in entries:
+        members[entry["slab"]].append(units[entry["number"]])
+        starts[entry["slab"]].append(entry["starts"])
         cut[entry["slab"]] = entry["parts"] > 1
     return [
-        (slab, units, parted)
-        for slab, units, parted in zip(slabs, members, cut, strict=True)
-        if units
+        (slab, mine, begins, parted)
+        for slab, mine, begins, parted in zip(slabs, members, starts, cut, strict=True)
+        if mine
     ]
+
+
+def units_of(optimizer: CodedOptimizer | None) -> list[Unit]:
+    """The units of all parameters that have state, in order."""
+    assert optimizer is not None
+    groups = optimizer.param_groups
+    kept = [optimizer._kept(n, optimizer.rule.hyper(group)) for n, group in enumerate(groups)]
+    every = [(n, param) for n, group in enumerate(groups) for param in group["params"]]
+    # not through the property, which would wait for what is still being stored
+    states = optimizer.__dict__["state"]
+    places = [(i, n, p, p, 0) for i, (n, p) in enumerate(every) if states.get(p)]
+    return optimizer._current_units(places, kept)

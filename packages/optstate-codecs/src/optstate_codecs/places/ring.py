@@ -6,7 +6,8 @@ processors are all at work. What the ring does not do is wait: every order is on
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from typing import Any
 
@@ -38,7 +39,7 @@ class Ring:
         self.nbytes = nbytes
         self.slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._held: list[Chunk | None] = [None] * SLOTS
-        # stepped, and nowhere but in its slot
+        # being stepped, or have been and are nowhere but in their slots
         self._unstored: list[Chunk | None] = [None] * SLOTS
         self._freed: list[Any] = [None] * SLOTS
         self._next: dict[Chunk, Chunk] = {}
@@ -54,9 +55,44 @@ class Ring:
                 stream.wait_stream(torch.cuda.current_stream(device))
                 for slot in self.slots:
                     slot.record_stream(stream)
+            self.worker = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for slot in self.slots:
+                slot.record_stream(self.worker)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, what is launched runs after what the current stream was given before.
+
+        Chunks are entered and left in there.
+        """
+        if self._streams is None:
+            yield
+            return
+        self.worker.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.worker):
+            yield
+
+    @contextmanager
+    def _on(self, stream: Any) -> Iterator[None]:
+        """As ``torch.cuda.stream``, without asking several times where one is: a chunk is short."""
+        before = torch.cuda.current_stream(self.device)
+        torch.cuda.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(before)
+
+    def join(self) -> None:
+        """Have the current stream wait for what was worked."""
+        if self._streams is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.worker)
+
+    def mark(self) -> Any:
+        """An event after what was worked so far; None where that is done already."""
+        return None if self._streams is None else self.worker.record_event()
 
     def enter(self, chunk: Chunk) -> None:
-        """Let the current stream see the chunk in its slot."""
+        """Let the worker see the chunk in its slot."""
         if self._last is not None:
             self._next[self._last] = chunk
         self._last = chunk
@@ -64,15 +100,17 @@ class Ring:
         if self._held[chunk.slot] is not chunk:
             self._load(chunk)
         if self._streams is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(self._loaded[chunk.slot])
+            self.worker.wait_event(self._loaded[chunk.slot])
             if self._freed[chunk.slot] is not None:
                 # where it has stayed since the last step, it may still be on its way out
-                stream.wait_event(self._freed[chunk.slot])
+                self.worker.wait_event(self._freed[chunk.slot])
+
+    def hold(self, chunk: Chunk) -> None:
+        """The chunk is stepped now: from here on, what is in its slot is all there is of it."""
+        self._unstored[chunk.slot] = chunk
 
     def leave(self, chunk: Chunk) -> None:
-        """Store the chunk once the current stream has stepped it, and load what is to follow."""
-        self._unstored[chunk.slot] = chunk
+        """Store the chunk once the worker has stepped it, and load what is to follow."""
         self._store(chunk)
         # who wants that chunk tries again, and says what is wrong
         with suppress(Exception):
@@ -83,9 +121,9 @@ class Ring:
         if self._streams is None:
             self._copy_out(chunk)
         else:
-            self._computed[slot].record(torch.cuda.current_stream(self.device))
+            self._computed[slot].record(self.worker)
             stream = self._streams[1]
-            with torch.cuda.stream(stream):
+            with self._on(stream):
                 stream.wait_event(self._computed[slot])
                 self._copy_out(chunk)
                 if chunk.stored is None:
@@ -105,7 +143,7 @@ class Ring:
         self.store_rest()
         self._held[slot] = None
         source = self.place.source(chunk)
-        with nullcontext() if self._streams is None else torch.cuda.stream(self._streams[0]):
+        with nullcontext() if self._streams is None else self._on(self._streams[0]):
             if self._streams is not None:
                 for event in {self._freed[slot], chunk.stored} - {None}:
                     self._streams[0].wait_event(event)

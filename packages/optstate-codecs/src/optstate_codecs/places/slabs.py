@@ -18,12 +18,16 @@ from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Component, Format
 from optstate_codecs.layout import empty_state, is_dense, storage_order
 
-__all__ = ["Chunk", "Memory", "Part", "Region", "Seat", "Slab", "arrange"]
+__all__ = ["Chunk", "Memory", "Part", "Region", "Seat", "Slab", "Starts", "arrange"]
 
 # components begin where any dtype, and any access of a thread, may begin
 ALIGNMENT = 128
 # parts begin where blocks of any size begin
 BORDER = 8192
+
+
+# of a unit's components in its slab, by state key
+Starts = dict[str, int]
 
 
 @dataclass(eq=False)
@@ -51,7 +55,6 @@ class Slab:
         target: that takes what the step under way makes of it; None before that.
         chunks: that it moves in.
         stale: whether the optimizer's tensors still show memory it was in before.
-        version: of its memory's tensor, to see whether somebody else has changed it.
     """
 
     family: list[Memory]
@@ -59,7 +62,6 @@ class Slab:
     target: Memory | None = None
     chunks: list[Chunk] = field(default_factory=list)
     stale: bool = False
-    version: int = -1
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +137,7 @@ class Seat:
         values: the unit's state as it was shown, to see whether somebody else has changed it.
         address: of the parameter, likewise.
         version: of its step count, likewise.
+        versions: of the other values, likewise.
     """
 
     unit: Unit
@@ -145,16 +148,30 @@ class Seat:
     values: dict[str, Any] = field(default_factory=dict)
     address: int = 0
     version: int = -1
+    versions: list[int] = field(default_factory=list)
+
+    def changed(self) -> bool:
+        """Whether somebody has changed a value in place since this was asked last."""
+        before, self.versions = self.versions, [self.values[key]._version for key in self.starts]
+        return before != self.versions
 
     def view(self, key: str, memory: Memory) -> Tensor:
         """A component as it is kept in a memory of the slab."""
-        return laid(memory.tensor, self.starts[key], self.like[key])
+        return apart(memory.tensor, self.starts[key], self.like[key])
 
 
 def laid(memory: Tensor, start: int, like: Tensor) -> Tensor:
     """Bytes from ``start`` on as a tensor of that dtype, shape and strides."""
     inside = memory[start : start + like.nbytes].view(like.dtype)
     return inside.as_strided(like.shape, like.stride())
+
+
+def apart(memory: Tensor, start: int, like: Tensor) -> Tensor:
+    """``laid`` in host memory, as a storage of its own: savers refuse one of several dtypes."""
+    if like.numel() == 0:
+        return torch.empty_like(like, device="cpu")
+    inside = torch.from_numpy(memory.numpy()[start : start + like.nbytes])
+    return inside.view(like.dtype).as_strided(like.shape, like.stride())
 
 
 def components(unit: Unit) -> dict[str, Component]:
@@ -205,8 +222,9 @@ def arrange(
     for unit in units:
         size, numel = size_of(unit), unit.param.numel()
         if size > chunk_bytes and cut and divisible(unit):
-            count = -(-size // chunk_bytes)
-            step = -(-numel // count // BORDER) * BORDER
+            most = max(1, numel * chunk_bytes // size // BORDER) * BORDER
+            # parts as even as their borders allow
+            step = -(-numel // -(-numel // most) // BORDER) * BORDER
             starts = range(0, numel, step)
             yield [unit], [[Part(start, min(start + step, numel), None) for start in starts]]
             continue
@@ -257,20 +275,27 @@ def in_order(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.permute(storage_order(like)).reshape(-1)
 
 
-def seats_of(units: Sequence[Unit], rows: list[list[Part]], slab: Slab) -> list[Seat]:
+def seats_of(
+    units: Sequence[Unit],
+    rows: list[list[Part]],
+    slab: Slab,
+    given: Sequence[Starts] | None = None,
+) -> list[Seat]:
     """Give units their places in a slab, and make its chunks.
 
     Args:
         units: of the slab, as many as ``rows``.
         rows: their parts, from ``arrange``.
         slab: without chunks yet.
+        given: where the components of each begin, if they are there already; others that were
+            between them may be no more.
     """
     seats, start = [], 0
     together = Chunk(units[0].param.device, slab.memory)
-    for unit, parts in zip(units, rows, strict=True):
+    for place, (unit, parts) in enumerate(zip(units, rows, strict=True)):
         starts, like = {}, layout(unit)
         for key, value in like.items():
-            starts[key] = start
+            starts[key] = start if given is None else given[place][key]
             start += aligned(value.nbytes)
         if len(parts) == 1:
             parts[0].chunk, parts[0].offsets = together, starts
@@ -278,7 +303,7 @@ def seats_of(units: Sequence[Unit], rows: list[list[Part]], slab: Slab) -> list[
             slab.chunks += [_chunk_of(unit, part, starts, slab) for part in parts]
         seats.append(Seat(unit, slab, starts, parts, like))
     if not slab.chunks:
-        together.regions = [Region(0, 0, start)]
+        together.regions = [Region(0, 0, slab.nbytes)]
         slab.chunks = [together]
     return seats
 

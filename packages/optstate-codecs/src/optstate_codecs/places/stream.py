@@ -7,8 +7,9 @@ stages, one for each chunk.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import compress
 from operator import is_
@@ -29,6 +30,7 @@ from optstate_codecs.places.slabs import (
     Part,
     Seat,
     Slab,
+    Starts,
     arrange,
     components,
     in_order,
@@ -40,8 +42,11 @@ from optstate_codecs.places.slabs import (
 
 __all__ = ["CHUNK_BYTES", "Stream"]
 
-# copies of less do not reach the bus's speed, and three times this is on the device
-CHUNK_BYTES = 1 << 25
+# copies of half of it reach the bus's speed too, but the host then has twice as much to do; three
+# times this is on the device
+CHUNK_BYTES = 1 << 26
+# bytes of gradients that may wait for state that is on its way, of steps taken apart
+WAITING = 1 << 29
 # the stage of units whose state is on the device
 HERE = -1
 
@@ -61,6 +66,8 @@ class Stream:
     Attributes:
         about: what else a place's manifest is to say.
         watch: is told of a unit whose state is shown elsewhere than before.
+        every: gives the units of all state that there is, where all of it is to be in the place
+            after a step; None where state may stay elsewhere until it is stepped.
     """
 
     def __init__(
@@ -78,12 +85,18 @@ class Stream:
         self._seats: dict[tuple[int, int], Seat] = {}
         self._chunks: list[Chunk] = []
         self._slab_of: list[Slab] = []
+        # seats with several parts by where their counts are, and the seats of each slab
+        self._parted: dict[int, list[Seat]] = {}
+        self._sharing: dict[int, list[Seat]] = {}
         self._rings: dict[torch.device, Ring] = {}
         self._resident: dict[torch.device, int] = {}
         self._session = Session(backend)
         self._pending = False
+        self._behind: deque[tuple[list[tuple[torch.device, Any]], int, tuple[Job, ...]]] = deque()
+        self._begun = False
         self.about: Callable[[], dict[str, Any]] = dict
         self.watch: Callable[[Unit], None] | None = None
+        self.every: Callable[[], Sequence[Unit]] | None = None
 
     @property
     def seats(self) -> list[Seat]:
@@ -105,8 +118,15 @@ class Stream:
         self.place.check()
         for ring in self._rings.values():
             ring.store_rest()
-        self._look_for_changes()
-        self._seat(job.units, job.centres is None)
+        self._look_for_changes(job.units)
+        units = list(job.units)
+        if self.every is not None and not self._begun:
+            given = set(map(id, units))
+            units += [unit for unit in self.every() if id(unit) not in given]
+            units.sort(key=lambda unit: (unit.index, unit.offset))
+            self._forget_others(units)
+        self._seat(units, job.centres is None)
+        self._begun = True
         seats = [self._seats[unit.index, unit.offset] for unit in job.units]
         parts = [(place, part) for place, seat in enumerate(seats) for part in seat.parts]
         twins = self._twins(job, parts)
@@ -114,10 +134,13 @@ class Stream:
         order = sorted({twin.stage for twin in twins.units} - {HERE})
         self._pending = self._pending or bool(order)
         try:
-            for device, ring in self._rings.items():
-                if mine := [c for n in order if (c := self._chunks[n]).device == device]:
-                    ring.expect(mine)
-            self._session.step(twins)
+            with ExitStack() as stack:
+                for device, ring in self._rings.items():
+                    if mine := [c for n in order if (c := self._chunks[n]).device == device]:
+                        ring.expect(mine)
+                for ring in self._rings.values():
+                    stack.enter_context(ring.working())
+                self._session.step(twins)
         except Exception as error:
             done = set(map(id, twins.done))
             counts = [sum(id(part.twin) in done for part in seat.parts) for seat in seats]
@@ -134,10 +157,30 @@ class Stream:
         else:
             job.done += job.units
         finally:
-            for slab in self.slabs:
-                slab.version = slab.memory.tensor._version
-            for seat in seats:
-                seat.version = seat.unit.state["step"]._version
+            # of those too that were not stepped: several counts have one version
+            for bank in {id(_bank(unit)) for unit in job.units}:
+                for seat in self._parted.get(bank, ()):
+                    seat.version = seat.unit.state["step"]._version
+            if job.apart:
+                self._hold(job, twins)
+            else:
+                self.join()
+
+    def _hold(self, *jobs: Job) -> None:
+        """Keep what a step reads until the current stream, which may reuse it, has waited."""
+        marks = [(ring.device, ring.mark()) for ring in self._rings.values()]
+        nbytes = sum(grad.nbytes for grad in jobs[0].grads)
+        self._behind.append((marks, nbytes, jobs))
+        while sum(size for _, size, _ in self._behind) > WAITING and len(self._behind) > 1:
+            for device, mark in self._behind.popleft()[0]:
+                if mark is not None:
+                    torch.cuda.current_stream(device).wait_event(mark)
+
+    def join(self) -> None:
+        """Have the current stream wait for steps that were taken apart."""
+        for ring in self._rings.values():
+            ring.join()
+        self._behind.clear()
 
     def _twins(self, job: Job, parts: Sequence[tuple[int, Part]]) -> Job:
         units, grads, addresses = [], [], []
@@ -181,11 +224,12 @@ class Stream:
         slab = self._slab_of[stage]
         if slab.target is None:
             slab.target = self.place.target(slab)
+        ring.hold(chunk)
+        chunk.memory = slab.target
         try:
             yield
         finally:
             # what has not been stepped is as it was: the chunk as a whole is right either way
-            chunk.memory = slab.target
             ring.leave(chunk)
 
     def _count_alike(self, seats: Sequence[Seat]) -> None:
@@ -203,6 +247,8 @@ class Stream:
         Args:
             complete: all that the step is to change has changed, as what is kept may say.
         """
+        self.join()
+        self._begun = False
         if not complete:
             # what cannot be now is with the next step; what went wrong has been raised already
             with suppress(Exception):
@@ -220,7 +266,6 @@ class Stream:
                 self._complete(slab, [c for c in slab.chunks if c.memory is slab.memory])
                 slab.memory, slab.stale = slab.target, True
             slab.target = None
-            slab.version = slab.memory.tensor._version
 
     def _complete(self, slab: Slab, missed: Sequence[Chunk]) -> None:
         """Bring what a step has not reached over to where the rest of the slab is now."""
@@ -260,24 +305,27 @@ class Stream:
             ],
         }
 
-    def resume(self, slabs: Sequence[tuple[Slab, Sequence[Unit], bool]]) -> None:
+    def resume(self, slabs: Sequence[tuple[Slab, Sequence[Unit], Sequence[Starts], bool]]) -> None:
         """Take over slabs that hold the state of units already, which shows it there.
 
         Args:
-            slabs: each with its units in order, and whether these are in parts.
+            slabs: each with its units in order, where their components begin, and whether they are
+                in parts.
         """
-        for slab, units, cut in slabs:
+        for slab, units, starts, cut in slabs:
             rows = [[Part(0, unit.param.numel(), None)] for unit in units]
             if cut:
                 ((_, rows),) = arrange(units, self.chunk_bytes, True)
-            for seat in seats_of(units, rows, slab):
+            for seat in seats_of(units, rows, slab, starts):
+                self._take(seat)
                 self._seats[seat.unit.index, seat.unit.offset] = seat
             self.slabs.append(slab)
         self._rebuild()
-        self.place.show(slab.memory for slab, _, _ in slabs)
+        self.place.show(slab.memory for slab, *_ in slabs)
 
     def settle(self) -> None:
         """Wait until all is stored, and make the units' state show where."""
+        self.join()
         self._swap()
         if self._pending:
             self._wait()
@@ -306,6 +354,7 @@ class Stream:
             if state.get(key) is shown.get(key):
                 state[key] = value
             shown[key] = value
+        seat.changed()
         if self.watch is not None:
             self.watch(seat.unit)
 
@@ -317,13 +366,13 @@ class Stream:
         if self.watch is not None:
             self.watch(unit)
 
-    def _look_for_changes(self) -> None:
+    def _look_for_changes(self, units: Sequence[Unit]) -> None:
         """See that what somebody has changed where it is kept is not what is on the device."""
-        changed = False
-        for slab in self.slabs:
-            version = slab.memory.tensor._version
-            changed, slab.version = changed or slab.version != version, version
-        if changed:
+        seats = [self._seats.get((unit.index, unit.offset)) for unit in units]
+        slabs = {id(seat.slab): seat.slab for seat in seats if seat is not None}
+        # every one that moves along, so that none is asked about an old change later
+        together = [seat for number in slabs for seat in self._sharing.get(number, ())]
+        if sum(seat.changed() for seat in together):
             self._wait()
             for ring in self._rings.values():
                 ring.forget()
@@ -351,6 +400,15 @@ class Stream:
         self.settle()
         for unit in units:
             self._drop((unit.index, unit.offset))
+
+    def _forget_others(self, units: Sequence[Unit]) -> None:
+        """Drop the seats of state that is no more."""
+        known = {(unit.index, unit.offset) for unit in units}
+        if gone := [key for key in self._seats if key not in known]:
+            self.settle()
+            for key in gone:
+                self._drop(key)
+            self._rebuild()
 
     def _drop(self, key: tuple[int, int]) -> None:
         seat = self._seats.pop(key, None)
@@ -381,6 +439,7 @@ class Stream:
         if seat.slab is None:
             seat.unit = unit
             self._bring(seat)
+            seat.values = dict(unit.state)
         elif not all(
             unit.state[key].data_ptr() == seat.view(key, seat.slab.memory).data_ptr()
             for key in after
@@ -413,12 +472,14 @@ class Stream:
         for unit in units:
             size = size_of(unit)
             left = self.resident_bytes - self._resident.get(device, 0)
-            if size > left:
+            # with none to stay, empty state goes too: a file's manifest counts its steps
+            if size > left or not self.resident_bytes:
                 away.append(unit)
                 continue
             self._resident[device] = self._resident.get(device, 0) + size
             part = Part(0, unit.param.numel(), None)
             seat = Seat(unit, None, {}, [part], layout(unit))
+            seat.values = dict(unit.state)
             self._seats[unit.index, unit.offset] = seat
             self._bring(seat)
         for together, rows in arrange(away, self.chunk_bytes, cut):
@@ -439,7 +500,16 @@ class Stream:
         self._wait()
         for ring in self._rings.values():
             ring.clear()
-        used = {id(seat.slab) for seat in self._seats.values()}
+        seats = self._seats.values()
+        self._parted = {}
+        for seat in seats:
+            if len(seat.parts) > 1:
+                self._parted.setdefault(id(_bank(seat.unit)), []).append(seat)
+        self._sharing = {}
+        for seat in seats:
+            if seat.slab is not None:
+                self._sharing.setdefault(id(seat.slab), []).append(seat)
+        used = {id(seat.slab) for seat in seats}
         self.slabs = [slab for slab in self.slabs if id(slab) in used]
         pairs = [(chunk, slab) for slab in self.slabs for chunk in slab.chunks]
         self._chunks = [chunk for chunk, _ in pairs]
@@ -454,15 +524,16 @@ class Stream:
                 self._rings[device] = Ring(device, nbytes, self.place)
         for number, chunk in enumerate(self._chunks):
             chunk.number = number
-        for slab in self.slabs:
-            slab.version = slab.memory.tensor._version
         for seat in self._seats.values():
             self._twin(seat)
         self._session = Session(self.backend)
 
     def _twin(self, seat: Seat) -> None:
         unit, step = seat.unit, seat.unit.state["step"]
-        counts: list[Tensor] = [step, *step.repeat(len(seat.parts) - 1).unbind()]
+        # the parts of a unit that was stepped in some of them only have counts of their own
+        counts = [part.twin.state["step"] for part in seat.parts if part.twin is not None]
+        if not counts or counts[0] is not step or seat.version != step._version:
+            counts = [step, *step.repeat(len(seat.parts) - 1).unbind()]
         for part, count in zip(seat.parts, counts, strict=True):
             if part.chunk is None:
                 part.twin = replace(unit, stage=HERE)
@@ -470,9 +541,14 @@ class Stream:
             slot = self._rings[part.chunk.device].slots[part.chunk.slot]
             whole = len(seat.parts) == 1
             part.twin = twin_of(unit, part, whole, slot, count, part.chunk.number)
-        seat.values = dict(unit.state)
         seat.address = unit.param.data_ptr()
         seat.version = step._version
+
+
+def _bank(unit: Unit) -> Tensor:
+    """What a unit's step count lies in, together with others."""
+    step: Tensor = unit.state["step"]
+    return step if step._base is None else step._base
 
 
 def _counts(steps: Sequence[Tensor]) -> Callable[[], list[float]]:

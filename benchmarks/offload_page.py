@@ -1,0 +1,259 @@
+"""The tables of offloaded state in the docs, from what `offload.py` has measured.
+
+    python benchmarks/offload_page.py
+
+Writes `docs/benchmarks.md` and `docs/concepts/offload.md` between their markers, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "offload_h200.json"
+MARKERS = ("<!-- written by benchmarks/offload_page.py -->", "<!-- end -->")
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+PLACES = {"host": "host", "device": "device", "cpu": "host, the step too"}
+
+Report = dict[str, Any]
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def name_of(row: Report, versions: dict[str, str]) -> str:
+    """An optimizer as the docs call it."""
+    name: str = row["optimizer"]
+    if name == "torch fused":
+        return "`torch.optim.AdamW(fused=True)`"
+    if name.startswith("torchao"):
+        version = versions.get("torchao", "")
+        return name.replace("torchao CPUOffload", f"torchao {version} `CPUOffloadOptimizer`")
+    return name.replace(" offloaded", ", offloaded").replace("AdamW8bit", "`AdamW8bit`")
+
+
+def number(row: Report, key: str, digits: int, unit: float = 1) -> str:
+    """A figure of a row, nothing where it has none."""
+    if "error" in row:
+        return "failed" if key == "ms" else ""
+    return f"{row[key] / unit:.{digits}f}" if row.get(key) is not None else ""
+
+
+def setup_of(part: Report) -> str:
+    """Where it ran."""
+    setup = part["setup"]
+    bus, triton = setup["bus_gb_s"], setup["versions"].get("triton", "none")
+    return (
+        f"{setup['device']}, torch {setup['torch']}, triton {triton}, chunks of "
+        f"{setup['chunk_bytes'] / 2**20:.0f} MiB. Just before, the bus carried "
+        f"{bus['to_device']:.1f} GB/s to the device, {bus['to_host']:.1f} to the host, and "
+        f"{bus['both']:.1f} each way at the same time."
+    )
+
+
+def waiting(part: Report) -> str:
+    """Which of the steps that stream wait for the device."""
+    rows = [row for row in part["result"] if row["place"] == "host"]
+    waits = [row["optimizer"] for row in rows if row.get("without_waiting") is not True]
+    which = ", ".join(dict.fromkeys(waits))
+    return f"Steps that wait for the device: {which or 'none'}."
+
+
+def text(sentences: str) -> str:
+    """A paragraph in lines."""
+    return fill(sentences, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def steps(part: Report) -> str:
+    """What a step takes, by itself."""
+    versions = part["setup"]["versions"]
+    head = ["optimizer", "parameters", "state on", "ms", "floor ms", "times the floor"]
+    head += ["returns after ms", "more on the device, MiB", "host bytes/param"]
+    return grid(
+        head,
+        [
+            [
+                name_of(row, versions),
+                DTYPES[row["dtype"]],
+                PLACES[row["place"]],
+                number(row, "ms", 1),
+                number(row, "floor_ms", 1),
+                number(row, "times_floor", 2),
+                number(row, "issued_ms", 1),
+                number(row, "extra_device_bytes", 0, 2**20),
+                number(row, "host_bytes_per_parameter", 2),
+            ]
+            for row in part["result"]
+        ],
+    )
+
+
+def streamed(part: Report) -> str:
+    """Of these, what streams, in short."""
+    return grid(
+        ["state", "parameters", "bytes/param", "floor ms", "ms", "times the floor"],
+        [
+            [
+                row["optimizer"].removesuffix(" offloaded"),
+                DTYPES[row["dtype"]],
+                number(row, "host_bytes_per_parameter", 2),
+                number(row, "floor_ms", 1),
+                number(row, "ms", 1),
+                number(row, "times_floor", 2),
+            ]
+            for row in part["result"]
+            if row["place"] == "host"
+        ],
+    )
+
+
+def training(part: Report) -> str:
+    """What a training step takes."""
+    versions = part["setup"]["versions"]
+    return grid(
+        [
+            "optimizer",
+            "tokens",
+            "ms",
+            "times `AdamW8bit`",
+            "most on the device, GB",
+            "host bytes/param",
+        ],
+        [
+            [
+                name_of(row, versions),
+                f"{row.get('tokens', 4096):,}",
+                number(row, "ms", 1),
+                number(row, "times_resident", 2),
+                number(row, "peak_bytes", 2, 1e9),
+                number(row, "host_bytes_per_parameter", 2),
+            ]
+            for row in part["result"]
+        ],
+    )
+
+
+def finetuned(part: Report) -> str:
+    """The time and the memory of the large model."""
+    return grid(
+        [
+            "gradients",
+            "ms",
+            "forward and backward alone, ms",
+            "most on the device, GB",
+            "without an optimizer, GB",
+            "state on the host, GB",
+        ],
+        [
+            [
+                "released" if row["released"] else "kept",
+                number(row, "ms", 0),
+                number(row, "ms_without_optimizer", 0),
+                number(row, "peak_bytes", 2, 1e9),
+                number(row, "peak_bytes_without_optimizer", 2, 1e9),
+                number(row, "host_bytes", 2, 1e9),
+            ]
+            for row in part["result"]
+        ],
+    )
+
+
+def on_disk(part: Report) -> str:
+    """What a step takes whose state is in a file."""
+    return grid(
+        ["`sync`", "ms", "GB/s each way", "file bytes/param"],
+        [
+            [
+                str(row["sync"]),
+                number(row, "ms", 0),
+                number(row, "gb_s_each_way", 1),
+                number(row, "file_bytes_per_parameter", 2),
+            ]
+            for row in part["result"]
+        ],
+    )
+
+
+def billions(row: Report) -> str:
+    """How many parameters."""
+    return f"{row['parameters'] / 1e9:.2f}e9 parameters"
+
+
+def sized(part: Report) -> Report:
+    """A row that says how large the model is."""
+    return next(row for row in part["result"] if "parameters" in row)
+
+
+def benchmarks(report: Report) -> str:
+    """All of it."""
+    step, train, large, disk = (report[p] for p in ("step", "train", "finetune7b", "disk"))
+    tensors = sized(step)["tensors"]
+    return "\n\n".join(
+        [
+            text(f"**A step** of {billions(sized(step))} in {tensors} tensors. {setup_of(step)}"),
+            steps(step),
+            waiting(step),
+            text(
+                f"**A training step** of {billions(sized(train))} in bf16 on "
+                f"{sized(train)['tokens']:,} tokens. {setup_of(train)}"
+            ),
+            training(train),
+            text(
+                f"**Fine-tuning** {billions(sized(large))} in bf16, with "
+                f"{sized(large)['format']} state offloaded, on {sized(large)['tokens']:,} tokens "
+                "with checkpointed activations. Parameters and gradients take "
+                f"{number(sized(large), 'parameter_and_gradient_bytes', 2, 1e9)} GB, activations "
+                f"{number(sized(large), 'activation_bytes', 2, 1e9)}."
+            ),
+            finetuned(large),
+            text(
+                f"**In a file**: int8 state of {billions(sized(disk))}. Milliseconds are those of "
+                "a step among several in a row, until the file has all of it."
+            ),
+            on_disk(disk),
+        ]
+    )
+
+
+def concepts(report: Report) -> str:
+    """What is to be seen at a glance."""
+    step = report["step"]
+    begin = text(f"A step of {billions(sized(step))}. {setup_of(step)}")
+    return "\n\n".join([begin, streamed(step), waiting(step)])
+
+
+PAGES: dict[str, Callable[[Report], str]] = {
+    "docs/benchmarks.md": benchmarks,
+    "docs/concepts/offload.md": concepts,
+}
+
+
+def written(text: str, body: str) -> str:
+    """A page with ``body`` between its markers."""
+    begin = text.index(MARKERS[0])
+    end = text.index(MARKERS[1], begin)
+    return text[:begin] + f"{MARKERS[0]}\n\n{body}\n\n" + text[end:]
+
+
+def main() -> None:
+    """Writes the pages."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder that has the pages")
+    args = parser.parse_args()
+    report = json.loads(args.results.read_text())
+    for page, make in PAGES.items():
+        path = args.root / page
+        path.write_text(written(path.read_text(), make(report)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""A process that is killed at any time leaves a whole step in its file."""
+
+import os
+import random
+import signal
+import time
+import traceback
+import warnings
+
+import pytest
+import torch
+from offloads import run
+from subjects import adam
+from torch.nn import Parameter
+
+from optstate_codecs.places import offload
+
+FORMATS = ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)")
+SHAPES = ((300, 70), (50,), (129, 140), (0,), (9, 3), ())
+KILLS = 20
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+
+def _params() -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def _make(given, **options):
+    return adam(*FORMATS, lr=0.01, backend="eager", **options)(given)
+
+
+def _step(given, optimizer, number: int) -> None:
+    """Step ``number``, whose gradients and learning rate depend on nothing else."""
+    optimizer.param_groups[0]["lr"] = 0.01 / (1 + number % 7)
+    run(given, optimizer, number)
+
+
+class Oracle:
+    """The same steps with the state beside the parameters, remembered as long as it matters."""
+
+    def __init__(self) -> None:
+        self.params = _params()
+        self.optimizer = _make(self.params)
+        self.steps: list[tuple[list[torch.Tensor], list[dict]]] = []
+        self._remember()
+
+    def _remember(self) -> None:
+        states = [
+            {key: value.clone() for key, value in self.optimizer.state.get(p, {}).items()}
+            for p in self.params
+        ]
+        self.steps.append(([p.detach().clone() for p in self.params], states))
+
+    def after(self, number: int) -> tuple[list[torch.Tensor], list[dict]]:
+        while len(self.steps) <= number:
+            _step(self.params, self.optimizer, len(self.steps) - 1)
+            self._remember()
+        return self.steps[number]
+
+
+def _slow(owner, name: str, most: float) -> None:
+    """Have a call take some time or other, so that what must wait for it shows whether it does."""
+    real = getattr(owner, name)
+
+    def call(*arguments):
+        time.sleep(random.random() ** 3 * most)
+        return real(*arguments)
+
+    setattr(owner, name, call)
+
+
+def _train(path, begin: int, given, resume: bool, said: int) -> None:
+    """Step until killed, and say after each step whose manifest is written how many there are."""
+    optimizer = offload(_make(given), "disk", path=path, resume=resume, chunk_bytes=9000)
+    for number in range(begin, 10_000):
+        _step(given, optimizer, number)
+        if number % 3 == 2:
+            # all of it is in the file then
+            optimizer.state  # noqa: B018
+            os.write(said, (number + 1).to_bytes(8, "little"))
+
+
+def _killed(after: float, *arguments) -> int:
+    """Train in a process of its own that is killed; the last number of steps that it said."""
+    reads, writes = os.pipe()
+    with warnings.catch_warnings():
+        # some versions warn of the threads that there are, which the child has no use for
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            os.close(reads)
+            torch.set_num_threads(1)
+            _slow(os, "pwrite", 0.02)
+            _slow(type(arguments[0]), "replace", 0.04)
+            _train(*arguments, writes)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(writes)
+    first = os.read(reads, 8)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    said = first
+    while more := os.read(reads, 8):
+        said = more
+    os.close(reads)
+    assert os.WIFSIGNALED(status), "the child ended by itself"
+    return int.from_bytes(said, "little")
+
+
+def test_killed_at_any_time(tmp_path):
+    path, oracle, moments = tmp_path / "state", Oracle(), random.Random(5)
+    done, exact = 0, 0
+    ended: list[int] = []
+    for kill in range(KILLS):
+        given = _params()
+        for param, value in zip(given, oracle.after(done)[0], strict=True):
+            param.data.copy_(value)
+        said = _killed(moments.uniform(0.0, 0.1), path, done, given, kill > 0)
+        again = offload(_make(_params()), "disk", path=path, resume=True)
+        states = list(again.state.items())
+        counts = [int(state["step"]) for _, state in states]
+        # a parameter misses every fifth gradient, so the counts tell the steps but for one
+        found = [
+            number
+            for number in range(max(said, done), said + 60)
+            if _same(oracle.after(number)[1], again)
+        ]
+        assert found, f"kill {kill}: counts {counts} are of no whole step from {said} on"
+        ended.append(found[0])
+        done, exact = found[0], exact + 1
+        rate = 0.01 / (1 + (done - 1) % 7)
+        assert again.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-12)
+        del again, states
+    assert exact == KILLS
+    assert ended == sorted(ended)
+    assert ended[-1] >= KILLS
+
+
+def _same(states: list[dict], optimizer) -> bool:
+    """Whether an optimizer's state is that, bit for bit."""
+    given = optimizer.param_groups[0]["params"]
+    for state, param in zip(states, given, strict=True):
+        mine = optimizer.state.get(param, {})
+        if mine.keys() != state.keys():
+            return False
+        if not all(torch.equal(value, mine[key]) for key, value in state.items()):
+            return False
+    return True
