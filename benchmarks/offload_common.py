@@ -20,6 +20,7 @@ from torch.optim import AdamW, Optimizer
 from lowbit_adam import AdamW4bit, AdamW8bit
 from optstate_codecs import Adam, CodedOptimizer, offload, state_bytes
 from optstate_codecs.places.pinned import empty_pinned
+from optstate_wrap import OffloadOptimizer, OptimizerWrapper
 
 Make = Callable[..., CodedOptimizer]
 
@@ -86,6 +87,17 @@ def torchaos(gradients: bool, params: Sequence[Parameter], sizes: Sizes) -> Opti
     return made
 
 
+def wrapped(
+    state: dict[str, str] | None, options: dict[str, bool], params: Sequence[Parameter], _: Sizes
+) -> Optimizer:
+    """torch's AdamW in an ``OffloadOptimizer``, in chunks as large as that chooses."""
+    inner = AdamW(params, lr=1e-3, fused=state is None)
+    return OffloadOptimizer(inner, state, **options)
+
+
+WRAPPED = {"exp_avg": "int8(block_size=256)", "exp_avg_sq": "oneq(bits=8,block_size=256)"}
+
+
 def contestants() -> dict[str, Contestant]:
     """Everyone, by name."""
     both = ("float32", "bfloat16")
@@ -94,6 +106,13 @@ def contestants() -> dict[str, Contestant]:
         for (name, make), dtypes in zip(FORMATS.items(), (both, *[("bfloat16",)] * 3), strict=True)
     ]
     made += [
+        Contestant("torch fused, OffloadOptimizer exact", partial(wrapped, None, {}), "host", both),
+        Contestant(
+            "AdamW int8, OffloadOptimizer",
+            partial(wrapped, WRAPPED, {"fused": True}),
+            "host",
+            both,
+        ),
         Contestant("torch fused", lambda p, _: AdamW(p, lr=1e-3, fused=True), "device", both),
         Contestant("AdamW8bit", lambda p, _: AdamW8bit(p, lr=1e-3), "device", family=True),
         Contestant("torchao CPUOffload", partial(torchaos, False), "cpu", both),
@@ -187,6 +206,9 @@ def forget_process_peak() -> None:
 
 def moved_bytes(optimizer: Optimizer) -> int:
     """Bytes of state that a step brings to the device, and back; 0 where none moves."""
+    if isinstance(optimizer, OptimizerWrapper):
+        away = optimizer.engine.store.name == "host"
+        return optimizer.memory_report().state_bytes if away else 0
     if getattr(optimizer, "offloaded", None) is None:
         return 0
     assert isinstance(optimizer, CodedOptimizer)
@@ -201,6 +223,9 @@ def host_bytes(optimizer: Optimizer) -> int:
         inner: dict[Tensor, Optimizer] = optimizer.optim_dict  # type: ignore[attr-defined]
         copies = sum(2 * host.nbytes for host in mirrors.values())
         return copies + sum(map(state_bytes, inner.values()))
+    if isinstance(optimizer, OptimizerWrapper):
+        spares = getattr(optimizer.engine.store, "spares", None)
+        return moved_bytes(optimizer) + (spares.nbytes if spares is not None else 0)
     if not moved_bytes(optimizer):
         return 0
     session: Any = optimizer._session  # type: ignore[attr-defined]

@@ -140,7 +140,7 @@ def run_step(sizes: Sizes, link: dict[str, float], only: list[str], dtypes: list
     """Every contestant with every dtype that it is measured with."""
     shapes = LAYOUTS["tiny" if sizes.small else "llama1b"]()
     rows: list[dict[str, Any]] = []
-    print(f"{'step':34}{'dtype':10}      ms  issued   floor  ratio  extra  host B/p  waits")
+    print(f"{'step':37}{'dtype':10}      ms  issued   floor  ratio  extra  host B/p  waits")
     for one in contestants().values():
         for dtype in one.dtypes:
             if (only and one.name not in only) or (dtypes and dtype not in dtypes):
@@ -158,7 +158,7 @@ def run_step(sizes: Sizes, link: dict[str, float], only: list[str], dtypes: list
 
 def line(row: dict[str, Any]) -> str:
     """A row as it is printed."""
-    begin = f"{row['optimizer']:34}{row['dtype']:10}"
+    begin = f"{row['optimizer']:37}{row['dtype']:10}"
     if "error" in row:
         return begin + row["error"][:80]
     waits = {True: "no", None: "?"}.get(row.get("without_waiting"), "yes")

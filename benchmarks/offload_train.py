@@ -128,7 +128,7 @@ def run_tokens(sizes: Sizes, only: Sequence[str], sequences: int) -> list[Any]:
     """So many sequences of 2,048 tokens a step."""
     tokens = text(sizes, CONFIGS["tiny" if sizes.small else "1b"].vocabulary, sequences, 2048)
     rows: list[dict[str, Any]] = []
-    print(f"{f'train, {tokens.numel()} tokens':34}      ms    mean  / AdamW8bit  peak GB  host B/p")
+    print(f"{f'train, {tokens.numel()} tokens':37}      ms    mean  / AdamW8bit  peak GB  host B/p")
     everyone: dict[str, Contestant | None] = {"no optimizer": None}
     resident_first = sorted(contestants().values(), key=lambda one: one.place != "device")
     everyone |= {one.name: one for one in resident_first}
@@ -144,14 +144,14 @@ def run_tokens(sizes: Sizes, only: Sequence[str], sequences: int) -> list[Any]:
                 row = {"error": repr(error)[:500]}
         rows.append({"optimizer": name, **row})
         if "error" in row:
-            print(f"{name:34}{row['error'][:90]}", flush=True)
+            print(f"{name:37}{row['error'][:90]}", flush=True)
             continue
         if name == "AdamW8bit":
             resident_ms = row["ms"]
         if resident_ms:
             rows[-1]["times_resident"] = row["ms"] / resident_ms
         print(
-            f"{name:34}{row['ms']:8.1f}{row['mean_ms']:8.1f}"
+            f"{name:37}{row['ms']:8.1f}{row['mean_ms']:8.1f}"
             f"{rows[-1].get('times_resident', 0):13.3f}{row['peak_bytes'] / 1e9:9.2f}"
             f"{row['host_bytes_per_parameter']:10.2f}",
             flush=True,

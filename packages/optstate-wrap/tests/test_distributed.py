@@ -78,7 +78,8 @@ def test_save_load_and_go_on(codecs, flatten, tmp_path) -> None:
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
 
 
-def test_sharded_parameters_are_coded_by_shard() -> None:
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_sharded_parameters_are_coded_by_shard(store) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -88,7 +89,8 @@ def test_sharded_parameters_are_coded_by_shard() -> None:
     sharded = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
     plain = nn.Parameter(whole.clone())
     optimizers = [
-        wrap(torch.optim.AdamW([p], lr=1e-2), ConfigurablePolicy(codecs)) for p in (sharded, plain)
+        wrap(torch.optim.AdamW([p], lr=1e-2), ConfigurablePolicy(codecs), store=store)
+        for p in (sharded, plain)
     ]
     for step in range(4):
         grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(step + 1))

@@ -6,20 +6,33 @@ from unittest import mock
 import pytest
 import torch
 
-from optstate_wrap import ConfigurablePolicy, StepError, engine, store, transaction, wrap
+from optstate_wrap import (
+    ConfigurablePolicy,
+    StepError,
+    engine,
+    host,
+    slabs,
+    store,
+    transaction,
+    transfers,
+    wrap,
+)
 
 SHAPES = ((20, 33), (7,), (900,), (3, 3))
 
 #: what fails, by phase: where it is, and its name
 PHASES = {
     "keep": (transaction.Transaction, "keep"),
-    "load": (store.Store, "load"),
+    "load": (store.DeviceStore, "load"),
     "decode": (engine, "decode_state"),
     "step": (engine, "own_step"),
     "encode": (engine, "encode_state"),
     "store": (store.DeviceStore, "placed"),
+    "bring": (transfers.Lane, "bring"),
+    "slab": (slabs.Spares, "take"),
+    "send": (transfers.Lane, "send"),
 }
-STORES = {"device": store.DeviceStore, "host": store.HostStore}
+STORES = {"device": store.DeviceStore, "host": host.HostStore}
 POLICIES = {
     "exact": ConfigurablePolicy({}),
     "coded": ConfigurablePolicy({"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"}),
@@ -61,8 +74,10 @@ def run_of(problem, policy, where="device"):
 def test_fault_in_every_chunk_and_phase(problem, phase, after, policy, where) -> None:
     if phase == "encode" and policy == "exact":
         pytest.skip("nothing is encoded")
+    if phase in ("bring", "slab", "send") and where == "device":
+        pytest.skip("nothing is moved")
     owner, name = PHASES[phase]
-    if phase == "store":
+    if phase in ("load", "store"):
         owner = STORES[where]
     if phase == "step":
         real = engine.own_step

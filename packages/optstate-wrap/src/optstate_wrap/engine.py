@@ -99,6 +99,8 @@ class Engine:
         try:
             with borrowed(self.inner) as before:
                 rows = self._rows(self._step_fused(plan, transaction, some is None), plan)
+                phase[0] = "load"
+                self.store.expect(rows)
                 for at, row in enumerate(rows):
                     if at:
                         restore(self.inner.param_groups, before)
@@ -117,6 +119,7 @@ class Engine:
             raise self._failed(error, plan, where, transaction.done) from error
         finally:
             self.scratch.release()
+            self.store.end(some is None)
         if some is None:
             self.fused.finish()
             self._parted = None
@@ -168,18 +171,22 @@ class Engine:
     def _step_row(
         self, row: Sequence[Piece], transaction: Transaction, phase: list[str], closure: Any
     ) -> Any:
-        inner, timer = self.inner, self.timer
+        inner, timer, store = self.inner, self.timer, self.store
+
+        def keep(value: Tensor) -> None:
+            if not store.lent(value):
+                transaction.keep(value)
+
         phase[0] = "load"
         with timer.part("materialize_ms"):
-            for piece in row:
-                transaction.keep(piece.data())
-            records = self.store.load(row)
+            transaction.keep_all(row)
+            records = store.load(row)
             phase[0] = "decode"
             stand_ins = [piece.stand_in() for piece in row]
             state: defaultdict[Any, Any] = defaultdict(dict, self.extra)
             for piece, stand_in, record in zip(row, stand_ins, records, strict=True):
                 if record:
-                    state[stand_in] = decode_state(record, piece.param, transaction.keep)
+                    state[stand_in] = decode_state(record, piece.param, keep)
         if self.chunked:
             members: list[list[Tensor]] = [[] for _ in inner.param_groups]
             for piece, stand_in in zip(row, stand_ins, strict=True):
@@ -193,10 +200,12 @@ class Engine:
             loss = step(inner, closure) if closure is not None else step(inner)
         phase[0] = "encode"
         with timer.part("commit_ms"):
-            for piece, stand_in, record in zip(row, stand_ins, records, strict=True):
-                new = self._encoded(piece, stand_in, inner.state.pop(stand_in, {}), record)
-                transaction.add(piece, new)
+            new = [
+                self._encoded(piece, stand_in, inner.state.pop(stand_in, {}), record)
+                for piece, stand_in, record in zip(row, stand_ins, records, strict=True)
+            ]
             phase[0] = "store"
+            transaction.add(row, new)
             transaction.commit(row)
         self.extra = {key: value for key, value in inner.state.items() if key not in stand_ins}
         return loss

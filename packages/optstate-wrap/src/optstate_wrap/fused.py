@@ -140,6 +140,7 @@ class Fused:
         if id(unit) in self._owners:
             ready, record = self._owners[id(unit)]
             _put_back(unit, record)
+            self.store.discard([record])
             ready.values = [value for r in ready.records for value in r.values()]
 
     def _release(self, param: Tensor) -> None:
@@ -193,6 +194,7 @@ class Fused:
         # what is not stepped here gets new records, and the old ones must not stay for this
         self._release(param)
         if units:
+            self.store.wait()
             ready = _Ready(units, records, values, param.data_ptr(), dict(formats), moments)
             self._ready[param] = ready
             self._owners |= {id(u): (ready, r) for u, r in zip(units, records, strict=True)}

@@ -8,8 +8,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from optstate_codecs import CodedOptimizer, checks
+from optstate_wrap.host import HostStore
 from optstate_wrap.policies import AnyCodec, ConfigurablePolicy, Policy
-from optstate_wrap.store import HostStore, Store
+from optstate_wrap.store import Store
 from optstate_wrap.wrapper import OptimizerWrapper
 
 __all__ = ["OffloadOptimizer"]
@@ -18,9 +19,9 @@ __all__ = ["OffloadOptimizer"]
 class OffloadOptimizer(OptimizerWrapper):
     """Keeps any optimizer's state in the host's memory; the step runs where the parameters are.
 
-    Where the inner optimizer is torch's Adam, AdamW or SGD and the engine takes it (see ``fused``
-    of ``OptimizerWrapper``), state streams: loads, steps and stores of different chunks are under
-    way at once. Others' state comes and goes chunk by chunk while the step waits.
+    State streams: on a GPU, loads, steps and stores of different chunks are under way at once, and
+    nothing waits for them. Where the inner optimizer is torch's Adam, AdamW or SGD and the engine
+    takes it (see ``fused`` of ``OptimizerWrapper``), what moves is never decoded to memory.
 
     Args:
         optimizer: the inner optimizer; what state it has is taken over.

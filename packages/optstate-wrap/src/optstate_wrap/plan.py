@@ -18,6 +18,8 @@ __all__ = ["Piece", "chunks", "default_chunk", "pieces"]
 # what a step is undone from fits into its cache
 CHUNK_CUDA = 1 << 24
 CHUNK_CPU = 1 << 21
+# of state that comes from the host, three chunks are on the GPU
+CHUNK_AWAY = 1 << 23
 LEAST = 256
 # parts begin where blocks of any size begin
 BORDER = 8192
@@ -79,9 +81,9 @@ class Piece:
         return ordered.reshape(-1)[self.start : self.stop]
 
 
-def default_chunk(device: torch.device) -> int:
-    """Parameters in a chunk where nobody says."""
-    return CHUNK_CPU if device.type == "cpu" else CHUNK_CUDA
+def default_chunk(device: torch.device, away: bool) -> int:
+    """Parameters in a chunk where nobody says, with state beside them or ``away``."""
+    return CHUNK_CPU if device.type == "cpu" else CHUNK_AWAY if away else CHUNK_CUDA
 
 
 def pieces(groups: Sequence[Mapping[str, Any]], size: int, splittable: bool) -> list[Piece]:

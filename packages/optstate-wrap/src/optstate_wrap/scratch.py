@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.layout import is_dense
+from optstate_codecs.places.pinned import empty_pinned
 
 __all__ = ["Scratch", "movable"]
 
@@ -25,14 +26,19 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[torch.device, list[Tensor]] = {}
-        self._used: dict[torch.device, tuple[int, int]] = {}
+        # None is what is away
+        self._blocks: dict[torch.device | None, list[Tensor]] = {}
+        self._used: dict[torch.device | None, tuple[int, int]] = {}
 
-    def copy_of(self, tensor: Tensor) -> Tensor:
-        """A copy, good until ``reset``."""
+    def copy_of(self, tensor: Tensor, away: bool = False) -> Tensor:
+        """A copy, good until ``reset``; ``away`` from a GPU it is in page-locked host memory.
+
+        There it is for the stream that is the current one.
+        """
         if not movable(tensor):
             return tensor.clone()
-        where = tensor.device
+        away = away and tensor.is_cuda
+        where = None if away else tensor.device
         blocks = self._blocks.setdefault(where, [])
         number, offset = self._used.get(where, (0, 0))
         size = tensor.nbytes
@@ -41,19 +47,27 @@ class Scratch:
         if number == len(blocks):
             # ever larger ones, so that there are few
             room = max(BLOCK << min(number, 8), size)
-            blocks.append(torch.empty(room, dtype=torch.uint8, device=where))
+            here = tensor.device
+            blocks.append(
+                empty_pinned(room) if away else torch.empty(room, dtype=torch.uint8, device=here)
+            )
         inside = blocks[number][offset : offset + size].view(tensor.dtype)
         self._used[where] = (number, offset + -(-size // ALIGNMENT) * ALIGNMENT)
-        return inside.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        return inside.as_strided(tensor.shape, tensor.stride()).copy_(tensor, non_blocking=away)
 
     def reset(self) -> None:
         """The room may be used again."""
         self._used.clear()
 
     def release(self) -> None:
-        """Give back what is more than ``KEPT`` on a CPU, and all on other devices."""
+        """Give back what is more than ``KEPT`` on a CPU, and all on other devices.
+
+        What is away stays: to lock pages takes longer than a step.
+        """
         self.reset()
         for where, blocks in self._blocks.items():
+            if where is None:
+                continue
             total = 0
             for number, block in enumerate(blocks):
                 total += block.numel()

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
 from optstate_codecs.engine import Session
-from optstate_codecs.places import CHUNK_BYTES, HostPlace, Stream
-from optstate_codecs.places.pinned import empty_pinned
+from optstate_codecs.places import Stream
 from optstate_wrap.plan import Piece
-from optstate_wrap.record import Coded, Record
-from optstate_wrap.scratch import movable
+from optstate_wrap.record import Record
 
-__all__ = ["DeviceStore", "Held", "HostStore", "Store", "make_store"]
+__all__ = ["DeviceStore", "Held", "Records", "Store"]
 
 Records = list[list[Record]]
 
@@ -71,7 +68,27 @@ class Store(ABC):
 
     def save(self, params: Sequence[Tensor], records: Records) -> None:
         """Store the records of whole parameters."""
-        self._kept.update(zip(params, self.placed(records), strict=True))
+        self.swap(params, self.placed(records))
+
+    def swap(self, params: Sequence[Tensor], records: Records) -> None:
+        """Keep these records of whole parameters, already ``placed``, for those that were."""
+        self._kept.update(zip(params, records, strict=True))
+
+    def discard(self, records: Sequence[Record]) -> None:  # noqa: B027
+        """Nobody keeps these records, which were ``placed``, or their tensors are others now."""
+
+    def expect(self, rows: Sequence[Sequence[Piece]]) -> None:  # noqa: B027
+        """A step is going to ``load`` these chunks, in order."""
+
+    def end(self, whole: bool) -> None:  # noqa: B027
+        """The step that expected chunks is over, or, if not ``whole``, a part of a step."""
+
+    def lent(self, tensor: Tensor) -> bool:
+        """Whether a tensor that was loaded is a copy of what is kept."""
+        return False
+
+    def wait(self) -> None:  # noqa: B027
+        """Wait until what is kept is what ``placed`` was given."""
 
     def replace(self, kept: dict[Tensor, list[Record]]) -> None:
         """Keep these, already ``placed``, and nothing else."""
@@ -114,66 +131,6 @@ class DeviceStore(Store):
         return record
 
 
-class HostStore(Store):
-    """Records in host memory, each chunk's tensors side by side in one slab.
-
-    Args:
-        pin_memory: page-locked slabs, for copies at the full speed of the bus; None: where the
-            parameters are on a GPU.
-        chunk_bytes: of what the codecs' engine steps, what moves at a time.
-        resident_bytes: of that, what stays on the device.
-    """
-
-    name = "host"
-
-    def __init__(
-        self,
-        pin_memory: bool | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
-        resident_bytes: int = 0,
-    ) -> None:
-        super().__init__()
-        self.pin_memory = pin_memory
-        self.chunk_bytes = chunk_bytes
-        self.resident_bytes = resident_bytes
-
-    def session(self) -> Stream:
-        place = HostPlace(self.pin_memory)
-        return Stream("auto", place, self.chunk_bytes, self.resident_bytes)
-
-    def placed(self, records: Records) -> Records:
-        found: list[Tensor] = []
-        for parts in records:
-            for record in parts:
-                found.extend(_movable(record))
-        pin = self.pin_memory
-        if pin is None:
-            pin = any(tensor.device.type == "cuda" for tensor in found)
-        offsets, size = [], 0
-        for tensor in found:
-            offsets.append(size)
-            # views of any dtype begin at multiples of 16 bytes
-            size += -(-tensor.nbytes // 16) * 16
-        slab = empty_pinned(size, pin)
-        moved = {}
-        for tensor, offset in zip(found, offsets, strict=True):
-            inside = slab[offset : offset + tensor.nbytes].view(tensor.dtype)
-            # in the order of its storage, so that it comes back with the strides that it had
-            moved[id(tensor)] = inside.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
-        return [[_put(record, moved) for record in parts] for parts in records]
-
-    def fetched(self, record: Record, param: Tensor) -> Record:
-        # what is not coded comes in copies, which a step may change
-        return {
-            key: value.to(param.device)
-            if isinstance(value, Coded)
-            else value.back()
-            if isinstance(value, Held)
-            else value
-            for key, value in record.items()
-        }
-
-
 @dataclass(frozen=True)
 class Held:
     """A tensor that is kept elsewhere than where it is used."""
@@ -184,35 +141,3 @@ class Held:
     def back(self) -> Tensor:
         """A copy of the tensor where it is used."""
         return self.tensor.to(self.device, copy=True)
-
-
-def _movable(record: Record) -> Iterator[Tensor]:
-    """The tensors of a record that are worth a place in a slab: not 0-d ones, nor sharded."""
-    for value in record.values():
-        if isinstance(value, Coded):
-            yield from value.parts
-        elif isinstance(value, Tensor) and value.dim() > 0 and movable(value):
-            yield value
-
-
-def _put(record: Record, moved: dict[int, Tensor]) -> Record:
-    new: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, Coded):
-            new[key] = replace(value, parts=tuple(moved[id(part)] for part in value.parts))
-        elif id(value) in moved:
-            new[key] = Held(moved[id(value)], value.device)
-        else:
-            new[key] = value
-    return new
-
-
-STORES = ("device", "host")
-
-
-def make_store(where: str | Store, pin_memory: bool | None) -> Store:
-    """The store of that name, or the one that is given."""
-    if isinstance(where, Store):
-        return where
-    checks.one_of("store", where, STORES)
-    return HostStore(pin_memory) if where == "host" else DeviceStore()

@@ -17,6 +17,8 @@ from optstate_wrap.store import Store
 
 __all__ = ["Transaction", "borrowed", "changes", "put", "restore"]
 
+# of a parameter in parts, what it was stays on the device if it is not larger
+UNDO_BYTES = 1 << 26
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -31,32 +33,46 @@ class Transaction:
         self._new: dict[Tensor, list[Record]] = {}
         self._numbers: dict[Tensor, int] = {}
 
-    def keep(self, tensor: Tensor) -> None:
-        """Note what a tensor is, before it is stepped in place."""
-        self._before.append((tensor, self.scratch.copy_of(tensor)))
+    def keep(self, tensor: Tensor, away: bool = False) -> None:
+        """Note what a tensor is, before it is stepped in place; ``away`` from the device."""
+        self._before.append((tensor, self.scratch.copy_of(tensor, away)))
 
-    def add(self, piece: Piece, record: Record) -> None:
-        """The piece is stepped, and ``record`` is its new state."""
-        self._new.setdefault(piece.param, []).append(record)
-        self._numbers[piece.param] = piece.number
+    def keep_all(self, chunk: Sequence[Piece]) -> None:
+        """Note what the parameters of a chunk are.
+
+        Where state is on the host, so is what a very large one was: until all of its parts are
+        stepped, that would take more of the device than the state that comes and goes.
+        """
+        for piece in chunk:
+            large = piece.parts > 1 and piece.param.nbytes > UNDO_BYTES
+            self.keep(piece.data(), large and self.store.name == "host")
+
+    def add(self, chunk: Sequence[Piece], records: Sequence[Record]) -> None:
+        """The pieces of a chunk are stepped, and ``records`` are their new states."""
+        placed = self.store.placed([[record] for record in records])
+        for piece, (record,) in zip(chunk, placed, strict=True):
+            self._new.setdefault(piece.param, []).append(record)
+            self._numbers[piece.param] = piece.number
 
     def commit(self, chunk: Sequence[Piece]) -> None:
-        """Store what is complete, after the last piece of a chunk."""
+        """Keep what is complete, after the last piece of a chunk."""
         if not chunk or not chunk[-1].last:
             return
         # a parameter whose optimizer keeps nothing of it has no record
-        params = [param for param, records in self._new.items() if any(records)]
-        self.store.save(params, [self._new[param] for param in params])
+        new, self._new = self._new, {}
+        params = [param for param, records in new.items() if any(records)]
+        self.store.swap(params, [new[param] for param in params])
         self.done += self._numbers.values()
         self._before.clear()
         self.scratch.reset()
-        self._new.clear()
         self._numbers.clear()
 
     def roll_back(self) -> None:
         """Undo the steps of what is not complete."""
         for data, before in self._before:
             data.copy_(before)
+        for records in self._new.values():
+            self.store.discard(records)
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from optstate_codecs import checks
 from optstate_wrap import checkpoint
 from optstate_wrap.delegate import Delegate
 from optstate_wrap.engine import Engine
+from optstate_wrap.host import make_store
 from optstate_wrap.plan import LEAST, default_chunk
 from optstate_wrap.policies import Policy, WarmupPolicy
 from optstate_wrap.probe import Findings, probe
 from optstate_wrap.report import WrapperMemoryReport, report
-from optstate_wrap.store import Store, make_store
+from optstate_wrap.store import Store
 from optstate_wrap.timing import now
 from optstate_wrap.view import StateView
 
@@ -38,7 +39,8 @@ class OptimizerWrapper(Delegate):
         policy: which codec stores which key; None: ``WarmupPolicy`` for first moments of any of the
             usual names.
         chunk_size: parameters (elements) that are decoded at a time, at least 256; larger tensors
-            are split if the optimizer allows it. None: 16 Mi on a GPU, 2 Mi on a CPU.
+            are split if the optimizer allows it. None: 16 Mi on a GPU, or 8 Mi where their state
+            is in the host's memory, and 2 Mi on a CPU.
         chunk_size_on_cuda: instead of ``chunk_size`` where the first parameter is on a GPU.
         initial_chunk_size: for the step that creates the state; 1 is one tensor at a time.
         pin_memory: of the host's slabs; None: where parameters are on a GPU.
@@ -103,12 +105,12 @@ class OptimizerWrapper(Delegate):
         first = next((p for g in optimizer.param_groups for p in g["params"]), torch.zeros(()))
         if first.device.type != "cpu" and chunk_size_on_cuda is not None:
             chunk_size = chunk_size_on_cuda
-        chunk = default_chunk(first.device) if chunk_size is None else chunk_size
+        kept = make_store(store, pin_memory)
+        away = kept.name == "host"
+        chunk = default_chunk(first.device, away) if chunk_size is None else chunk_size
         start = chunk if initial_chunk_size is None else min(initial_chunk_size, chunk)
         self.inner = optimizer
-        self.engine = Engine(
-            optimizer, policy, make_store(store, pin_memory), chunk, start, rounding_seed, fused
-        )
+        self.engine = Engine(optimizer, policy, kept, chunk, start, rounding_seed, fused)
         self.engine.timer.on = profile
         self.strict = strict
         self.last_step_timings: dict[str, float] = {}
