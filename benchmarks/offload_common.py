@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -119,6 +119,13 @@ def contestants() -> dict[str, Contestant]:
         Contestant("torchao CPUOffload, gradients too", partial(torchaos, True), "cpu"),
     ]
     return {one.name: one for one in made}
+
+
+def unhook(params: Iterable[Parameter]) -> None:
+    """Take away what optimizers have hung onto parameters, which keeps both from being freed."""
+    for param in params:
+        (param._post_accumulate_grad_hooks or {}).clear()
+        param.grad = None
 
 
 @contextmanager

@@ -59,6 +59,11 @@ def setup_of(part: Report) -> str:
     )
 
 
+def note_of(part: Report) -> str:
+    """What whoever measured it has to say of it."""
+    return f" ({part['note'][0].upper()}{part['note'][1:]}.)" if "note" in part else ""
+
+
 def waiting(part: Report) -> str:
     """Which of the steps that stream wait for the device."""
     rows = [row for row in part["result"] if row["place"] == "host"]
@@ -133,7 +138,6 @@ def training(part: Report) -> str:
                 f"{row.get('tokens', 4096):,}",
                 number(row, "ms", 1),
                 number(row, "times_resident", 2),
-                number(row, "peak_bytes", 2, 1e9),
                 number(row, "host_bytes_per_parameter", 2),
             ]
             for row in part["result"]
@@ -202,8 +206,8 @@ def benchmarks(report: Report) -> str:
             steps(step),
             waiting(step),
             text(
-                f"**A training step** of {billions(sized(train))} in bf16 on "
-                f"{sized(train)['tokens']:,} tokens. {setup_of(train)}"
+                f"**A training step** of {billions(sized(train))} in bf16. {setup_of(train)}"
+                f"{note_of(train)}"
             ),
             training(train),
             text(
@@ -211,7 +215,7 @@ def benchmarks(report: Report) -> str:
                 f"{sized(large)['format']} state offloaded, on {sized(large)['tokens']:,} tokens "
                 "with checkpointed activations. Parameters and gradients take "
                 f"{number(sized(large), 'parameter_and_gradient_bytes', 2, 1e9)} GB, activations "
-                f"{number(sized(large), 'activation_bytes', 2, 1e9)}."
+                f"{number(sized(large), 'activation_bytes', 2, 1e9)}.{note_of(large)}"
             ),
             finetuned(large),
             text(

@@ -23,6 +23,7 @@ from offload_common import (
     moved_bytes,
     process_bytes,
     reserved,
+    unhook,
 )
 from step_time import synchronize
 from torch.nn import Parameter
@@ -133,6 +134,7 @@ def measure(
         row |= {"bytes_each_way": moved, "floor_ms": floor, "times_floor": ms / floor}
     if one.place != "cpu":
         row["without_waiting"] = without_waiting(step, device)
+    unhook(params)
     return row
 
 

@@ -22,6 +22,7 @@ from offload_common import (
     host_bytes,
     reserved,
     streamed,
+    unhook,
 )
 from step_time import synchronize
 from torch import Tensor
@@ -105,6 +106,7 @@ def train_row(
         forget_peak(device)
         ms, mean = paced(model, tokens, optimizer, device, 3 if sizes.small else 10)
     numel = sum(param.numel() for param in model.parameters())
+    unhook(model.parameters())
     return {
         "ms": ms,
         "mean_ms": mean,
