@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import is_
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.engine.session import Session
-from optstate_codecs.engine.unit import Unit
+from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.layout import storage_order
 from optstate_codecs.places.base import Place
 from optstate_codecs.places.ring import SLOTS, Ring
@@ -80,6 +81,8 @@ class Seating:
         self._resident: dict[torch.device, int] = {}
         self._session = Session(backend)
         self._pending = False
+        # steps taken apart, which the current stream has not waited for
+        self._behind: deque[tuple[list[tuple[torch.device, Any]], int, tuple[Job, ...]]] = deque()
         self._begun = False
         self.about: Callable[[], dict[str, Any]] = dict
         self.watch: Callable[[Unit], None] | None = None
@@ -91,9 +94,10 @@ class Seating:
         return list(self._seats.values())
 
     def join(self) -> None:
-        """Have the current stream wait for all that has been stepped."""
+        """Have the current stream wait for all that has been stepped, apart or not."""
         for ring in self._rings.values():
             ring.join()
+        self._behind.clear()
 
     def settle(self) -> None:
         """Wait until all is stored, and make the units' state show where."""

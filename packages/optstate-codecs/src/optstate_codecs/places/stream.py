@@ -7,12 +7,10 @@ stages, one for each chunk.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +18,6 @@ from torch import Tensor
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.unit import Job
 from optstate_codecs.errors import StepError
-from optstate_codecs.places.base import Place
 from optstate_codecs.places.seating import CHUNK_BYTES, HERE, Seating, bank_of
 from optstate_codecs.places.slabs import Part, Seat, in_order
 
@@ -32,16 +29,6 @@ WAITING = 1 << 29
 
 class Stream(Seating):
     """Runs jobs whose units' state a place keeps: a ``Seating`` that steps."""
-
-    def __init__(
-        self,
-        backend: str,
-        place: Place,
-        chunk_bytes: int = CHUNK_BYTES,
-        resident_bytes: int = 0,
-    ) -> None:
-        super().__init__(backend, place, chunk_bytes, resident_bytes)
-        self._behind: deque[tuple[list[tuple[torch.device, Any]], int, tuple[Job, ...]]] = deque()
 
     def step(self, job: Job) -> None:
         """Step every unit of the job.
@@ -119,11 +106,6 @@ class Stream(Seating):
             for device, mark in self._behind.popleft()[0]:
                 if mark is not None:
                     torch.cuda.current_stream(device).wait_event(mark)
-
-    def join(self) -> None:
-        """Have the current stream wait for steps that were taken apart."""
-        super().join()
-        self._behind.clear()
 
     def _twins(self, job: Job, parts: Sequence[tuple[int, Part]]) -> Job:
         units, grads, addresses = [], [], []
