@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from optstate_codecs import GradientRelease
+from optstate_codecs.layout import laid
 from optstate_wrap import ConfigurablePolicy, slabs, transfers, wrap
 
 SHAPES = ((20, 33), (7,), (900,), (3, 3), (0, 4), (20, 33))
@@ -198,7 +199,7 @@ def test_reading_copying_and_setting_state_between_steps(problem, same, cls) -> 
 def test_runs_are_copied_at_once_and_nothing_between_them() -> None:
     device = torch.device("cpu")
     slab = slabs.Slab(torch.arange(160, dtype=torch.uint8), device)
-    inside = [slabs.laid(slab.memory, 16 * n, torch.empty(3)) for n in range(8)]
+    inside = [laid(slab.memory, 16 * n, torch.empty(3)) for n in range(8)]
     alone = torch.full((3,), 7.0)
     items = [transfers.Item(tensor, slab) for tensor in inside]
     items = [*items[:2], transfers.Item(alone, None), *items[2:4], items[6], items[5]]

@@ -26,6 +26,7 @@ __all__ = [
     "empty_state",
     "inverse_order",
     "is_dense",
+    "laid",
     "same_order",
     "slices",
     "storage_order",
@@ -168,6 +169,18 @@ def _zeros(
     # torch.zeros writes them
     room = torch.from_numpy(numpy.zeros(numel * dtype.itemsize, dtype=numpy.uint8))
     return room.view(dtype).view(torch.Size(shape))
+
+
+def laid(memory: Tensor, start: int, like: Tensor) -> Tensor:
+    """Bytes from ``start`` on as a dense tensor with the dtype, shape and strides of another.
+
+    Args:
+        memory: uint8, where ``start`` suits the dtype.
+        start: the first byte.
+        like: dense; on any device.
+    """
+    inside = memory[start : start + like.nbytes].view(like.dtype)
+    return inside.as_strided(like.shape, like.stride())
 
 
 def same_order(state: Tensor, component: Component, param: Tensor) -> bool:

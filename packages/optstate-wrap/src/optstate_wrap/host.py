@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
+from optstate_codecs.layout import laid
 from optstate_codecs.places import CHUNK_BYTES, HostPlace, Stream
 from optstate_wrap.plan import Piece
 from optstate_wrap.record import Coded, Record
 from optstate_wrap.scratch import movable
-from optstate_wrap.slabs import Slab, Spares, laid, layout
+from optstate_wrap.slabs import Slab, Spares, layout
 from optstate_wrap.store import DeviceStore, Held, Records, Store
 from optstate_wrap.transfers import SLOTS, Item, Lane, Slot
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from optstate_codecs.layout import laid
 from optstate_codecs.places.pinned import empty_pinned
 
 __all__ = ["Lanes", "pinned_like"]
@@ -20,8 +21,7 @@ WAITING = 1 << 27
 def pinned_like(tensor: Tensor) -> Tensor:
     """Host memory for a tensor's copy, page-locked where the tensor is on a GPU."""
     like = torch.empty_like(tensor, device="meta")
-    room = empty_pinned(tensor.nbytes, tensor.is_cuda).view(tensor.dtype)
-    return room.as_strided(like.shape, like.stride())
+    return laid(empty_pinned(tensor.nbytes, tensor.is_cuda), 0, like)
 
 
 class Lanes:

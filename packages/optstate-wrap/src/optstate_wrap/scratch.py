@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.layout import is_dense
+from optstate_codecs.layout import is_dense, laid
 from optstate_codecs.places.pinned import empty_pinned
 
 __all__ = ["Scratch", "movable"]
@@ -51,9 +51,8 @@ class Scratch:
             blocks.append(
                 empty_pinned(room) if away else torch.empty(room, dtype=torch.uint8, device=here)
             )
-        inside = blocks[number][offset : offset + size].view(tensor.dtype)
         self._used[where] = (number, offset + -(-size // ALIGNMENT) * ALIGNMENT)
-        return inside.as_strided(tensor.shape, tensor.stride()).copy_(tensor, non_blocking=away)
+        return laid(blocks[number], offset, tensor).copy_(tensor, non_blocking=away)
 
     def reset(self) -> None:
         """The room may be used again."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optstate_codecs.places.pinned import empty_pinned
 
-__all__ = ["ALIGNMENT", "Slab", "Spares", "laid", "layout"]
+__all__ = ["ALIGNMENT", "Slab", "Spares", "layout"]
 
 Kind = tuple[int, torch.device]
 
@@ -91,9 +91,3 @@ def layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
         offsets.append(size)
         size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return offsets, size
-
-
-def laid(memory: Tensor, offset: int, like: Tensor) -> Tensor:
-    """Bytes from ``offset`` on as a dense tensor with the dtype, shape and strides of another."""
-    inside = memory[offset : offset + like.nbytes].view(like.dtype)
-    return inside.as_strided(like.shape, like.stride())

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_wrap.slabs import ALIGNMENT, Slab, laid, layout
+from optstate_codecs.layout import laid
+from optstate_wrap.slabs import ALIGNMENT, Slab, layout
 
 __all__ = ["SLOTS", "Item", "Lane", "Slot"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Component, Format
-from optstate_codecs.layout import empty_state, is_dense, storage_order
+from optstate_codecs.layout import empty_state, is_dense, laid, storage_order
 
 __all__ = ["Chunk", "Memory", "Part", "Region", "Seat", "Slab", "Starts", "arrange"]
 
@@ -161,18 +161,12 @@ class Seat:
         return apart(memory.tensor, self.starts[key], self.like[key])
 
 
-def laid(memory: Tensor, start: int, like: Tensor) -> Tensor:
-    """Bytes from ``start`` on as a tensor of that dtype, shape and strides."""
-    inside = memory[start : start + like.nbytes].view(like.dtype)
-    return inside.as_strided(like.shape, like.stride())
-
-
 def apart(memory: Tensor, start: int, like: Tensor) -> Tensor:
     """``laid`` in host memory, as a storage of its own: savers refuse one of several dtypes."""
     if like.numel() == 0:
         return torch.empty_like(like, device="cpu")
-    inside = torch.from_numpy(memory.numpy()[start : start + like.nbytes])
-    return inside.view(like.dtype).as_strided(like.shape, like.stride())
+    # not a view of the memory, though in it
+    return laid(torch.from_numpy(memory.numpy()[start : start + like.nbytes]), 0, like)
 
 
 def components(unit: Unit) -> dict[str, Component]:
