@@ -86,18 +86,19 @@ class RowTable:
 
         ``busy`` says that copies from the host would wait for large ones.
         """
+        if self._last is not None and self._last[0] is grads and not capturing():
+            return self._last[1]
+        mine = [grads[place] for place in self._places]
         if capturing():
             # a table of the graph's own: the kept one goes when gradients move after the capture
-            return constant_table([grads[place] for place in self._places], self._device)
-        if self._last is None or self._last[0] is not grads:
-            mine = [grads[place] for place in self._places]
-            table = (
-                constant_table(mine, self._device)
-                if busy
-                else uploaded(torch.tensor(mine, dtype=torch.int64), self._device)
-            )
-            self._last = grads, table
-        return self._last[1]
+            return constant_table(mine, self._device)
+        table = (
+            constant_table(mine, self._device)
+            if busy
+            else uploaded(torch.tensor(mine, dtype=torch.int64), self._device)
+        )
+        self._last = grads, table
+        return table
 
     def values(
         self, rule: Rule, hypers: Sequence[Any], draw: int | None, busy: bool = False

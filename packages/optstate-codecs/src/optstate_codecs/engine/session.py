@@ -208,12 +208,12 @@ class Session:
             if any(table.on_host for table in plan.tables):
                 raise needs_warm_up("step counts are on the host, since capturable was False")
             self._captured.append(plan)
+        busy = job.staging is not None
         launches: dict[int, list[tuple[Bucket, tuple[Any, ...]]]] = {}
         for table in plan.tables:
             factor, found_inf = table.beside(job.factor), table.beside(job.found_inf)
             if not table.advance(found_inf):
                 continue  # nothing of it is launched
-            busy = job.staging is not None
             grads = table.addresses(plan.addresses, busy)
             rows = table.values(job.rule, job.hypers, job.draw, busy)
             for bucket, start, stop in table.buckets:

@@ -13,7 +13,7 @@ from optstate_codecs.places.base import HostPlace, Place
 from optstate_codecs.places.resume import plain, resume_from, units_of
 from optstate_codecs.places.stream import CHUNK_BYTES, Stream
 
-__all__ = ["STORES", "Offload", "make_place", "offload"]
+__all__ = ["STORES", "Offload", "offload"]
 
 STORES = ("host", "disk")
 
@@ -100,7 +100,7 @@ def offload(
     if optimizer.offloaded is not None:
         raise ValueError(f"optimizer: its state is offloaded already ({optimizer.offloaded.store})")
     how = Offload(store, None if path is None else str(path), sync, chunk_bytes, resident_bytes)
-    place: Any = make_place(store, path, resume, sync)
+    place: Any = _place_of(path, resume, sync)
     try:
         if resume:
             # parts are what they were
@@ -134,13 +134,10 @@ def _move(optimizer: CodedOptimizer) -> None:
         state.update(parts)
 
 
-def make_place(
-    store: str, path: str | Path | None = None, resume: bool = False, sync: bool = False
-) -> Place:
-    """The place of that name."""
-    if store == "host":
+def _place_of(path: str | Path | None, resume: bool, sync: bool) -> Place:
+    """The host, or the file at ``path``."""
+    if path is None:
         return HostPlace()
-    assert path is not None
     # locks and positional reads are not on every system, and only this wants them
     from optstate_codecs.places.disk import DiskPlace
 

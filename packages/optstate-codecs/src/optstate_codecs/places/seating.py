@@ -217,15 +217,15 @@ class Seating:
         same_device = unit.param.device == seat.unit.param.device
         if not alike or not same_device or not (cut or len(seat.parts) == 1):
             return False
-        if seat.slab is None:
+        slab = seat.slab
+        if slab is None:
             seat.unit = unit
             self._bring(seat)
             seat.values = dict(unit.state)
-        elif not all(
-            unit.state[key].data_ptr() == seat.view(key, seat.slab.memory).data_ptr()
-            for key in after
+            return True
+        if any(
+            unit.state[key].data_ptr() != seat.view(key, slab.memory).data_ptr() for key in after
         ):
-            slab = seat.slab
             target = self.place.target(slab)
             if target is not slab.memory:
                 target.tensor.copy_(slab.memory.tensor)
@@ -236,10 +236,9 @@ class Seating:
                 seat.view(key, target).copy_(value)
             for chunk in slab.chunks:
                 chunk.memory = target
-                self._rings[chunk.device].forget()
+            self._rings[unit.param.device].forget()
         seat.unit = unit
-        if seat.slab is not None:
-            self._take(seat)
+        self._take(seat)
         return True
 
     def _place(self, device: torch.device, units: Sequence[Unit], cut: bool) -> None:
