@@ -88,8 +88,8 @@ run = partial(twins.run, compare)
 
 def stepped_by_loops(trainer: Trainer) -> list[bool]:
     """Of each parameter that has taken a step."""
-    units = trainer.optimizer._units
-    return [compiled._standings[units[i]].loops is not None for i in sorted(units)]
+    units = trainer.optimizer.stored_units()
+    return [compiled._standings[unit].loops is not None for unit in units]
 
 
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)

@@ -105,7 +105,7 @@ def test_loops_leave_it_to_the_reference(first: str) -> None:
         for backend in ("eager", "compile")
     )
     assert torch.equal(eager[0], ours[0])
-    (unit,) = ours[1]._units.values()
+    (unit,) = ours[1].stored_units()
     assert compiled._standings[unit].loops is None
 
 

@@ -23,7 +23,7 @@ def test_predicted_is_counted_by_hand() -> None:
     formats = {"exp_avg": "int8(block_size=16)", "exp_avg_sq": "bf16"}
     optimizer = CodedOptimizer(params, Adam(), formats)
     blocks = (3300 + 15) // 16 + 1
-    expected = 3305 + 4 * blocks + 2 * 3305 + 2 * 4
+    expected = 3305 + 4 * blocks + 2 * 3305 + 2 * 4 + 8
     assert predicted_state_bytes(optimizer) == expected
     assert state_bytes(optimizer) == 0
     for param in params:
@@ -46,12 +46,13 @@ def test_small_tensors_stay_in_fp32_where_a_format_says_so() -> None:
         return optimizer
 
     some, coded = stepped(100), stepped(0)
-    assert predicted_state_bytes(some) == 4 * 100 + (100 + 4 * 7) + 2 * 200 + 3 * 4
+    assert predicted_state_bytes(some) == 4 * 100 + (100 + 4 * 7) + 2 * 200 + 3 * 4 + 8
     assert some.state[params[0]]["exp_avg"].dtype == torch.float32
     assert "exp_avg_codes" in some.state[params[1]]
     before = {key: value.clone() for key, value in some.state[params[0]].items()}
     coded.load_state_dict(some.state_dict())
-    assert state_bytes(coded) == predicted_state_bytes(coded) == 200 + 4 * (7 + 7 + 1) + 400 + 12
+    expected = 200 + 4 * (7 + 7 + 1) + 400 + 12 + 8
+    assert state_bytes(coded) == predicted_state_bytes(coded) == expected
     some.load_state_dict(some.state_dict())
     assert all(torch.equal(value, before[key]) for key, value in some.state[params[0]].items())
     some.load_state_dict(coded.state_dict())

@@ -8,7 +8,7 @@ from subjects import EXACT, SECOND
 from torch.nn import Parameter
 
 from optstate_codecs import Adam, CodedOptimizer, Dynamic8, decode_state
-from optstate_codecs.optimizer import _check_grad
+from optstate_codecs.parameters import check_grad
 
 CODED = {"exp_avg": "dynamic8", "exp_avg_sq": SECOND}
 
@@ -231,7 +231,7 @@ def test_bad_hyper_parameters_at_a_step_change_nothing() -> None:
 )
 def test_bad_gradients_are_named(grad, error, words) -> None:
     with pytest.raises(error, match=f"gradient of parameter 3: {words}"):
-        _check_grad(3, torch.zeros(4), grad)
+        check_grad(3, torch.zeros(4), grad)
 
 
 def test_meta_parameters_give_the_state_that_real_ones_would() -> None:

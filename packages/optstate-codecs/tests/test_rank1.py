@@ -87,7 +87,7 @@ def test_bytes_and_names() -> None:
         for moment in ("exp_avg_sq", "max_exp_avg_sq")
         for axis, size in ((0, 4), (2, 6), (3, 5))
     }
-    assert predicted_state_bytes(optimizer) == state_bytes(optimizer) == 4 + 480 + 2 * (60 + 60)
+    assert predicted_state_bytes(optimizer) == state_bytes(optimizer) == 12 + 480 + 2 * (60 + 60)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (300,), (0,), (0, 5), (1, 300), (300, 1)], ids=str)
@@ -195,7 +195,7 @@ def test_compiled_loops_leave_it_to_the_reference() -> None:
 def test_kernels_leave_it_to_the_reference(shape) -> None:
     param, optimizer = stepped(gradient(shape))
     hyper = optimizer.rule.hyper(optimizer.param_groups[0])
-    job = Job(optimizer.rule, list(optimizer._units.values()), [param.grad], [hyper])
+    job = Job(optimizer.rule, optimizer.stored_units(), [param.grad], [hyper])
     assert build_buckets(job) == ([], [0])
 
 

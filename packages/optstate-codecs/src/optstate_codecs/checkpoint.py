@@ -1,9 +1,12 @@
 """Packed and full state dicts, and loading either, or one of ``torch.optim``'s.
 
 A packed state dict is ``torch.optim``'s layout (``state`` by parameter number, ``param_groups``)
-holding the stored components, with ``formats`` added to each group: {moment: text of its format},
-and ``orders`` where codes share bytes and so cannot show in which order of dimensions they lie:
-{parameter number: that order}, of parameters that are not contiguous.
+holding the stored components, with ``formats`` added to each group: {moment: text of its format}.
+It describes itself when parameters are renamed and when it is flattened, which keeps the keys that
+a group has while it is used and no others: the options that decide its formats are among those, and
+the order of dimensions that blocks follow is an entry of the state (``dim_order``). Checkpoints of
+versions before that entry have ``orders`` in a group where codes share bytes: {parameter number:
+that order}.
 """
 
 from __future__ import annotations
@@ -11,59 +14,111 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from optstate_codecs.conform import own_keys
+from optstate_codecs.dim_order import DIM_ORDER, assumed_order, follows_order, order_entry, order_of
 from optstate_codecs.formats import FP32, Format, parse_format
-from optstate_codecs.layout import bound, empty_state, inverse_order, same_order, storage_order
+from optstate_codecs.layout import bound, empty_state, storage_order
+from optstate_codecs.parameters import ParameterTable
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import (
     counts_on_device,
-    decode_moments,
     decode_state,
+    decode_stored,
     encode_state,
     share_steps,
 )
-from optstate_codecs.writes import CORRECTION, SplitMaster, Write, parameter_write
+from optstate_codecs.writes import CORRECTION, MASTER, SplitMaster, Write, parameter_write
 
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
 
-__all__ = ["full", "load", "packed"]
+__all__ = ["Lent", "full", "load", "packed", "take_back"]
 
 StateDict = dict[str, Any]
 
 
-def packed(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
-    """``plain``, as ``torch.optim`` gives it, with every group's formats named."""
+@dataclass(frozen=True)
+class Lent:
+    """A step count that a state dict has a copy of.
+
+    Counts lie side by side in one storage, which some savers refuse and ``torch.save`` writes
+    whole, so a state dict has copies of them. Loaders that write in place change the copies.
+
+    Attributes:
+        param: that it belongs to.
+        state: of the parameter.
+        step: the copy.
+        version: of the copy as it was handed out.
+        order: the entry for the order of dimensions, which is not a copy, or None.
+        order_version: of that.
+    """
+
+    param: Tensor
+    state: dict[str, Any]
+    step: Tensor
+    version: int
+    order: Tensor | None
+    order_version: int
+
+    @classmethod
+    def of(cls, param: Tensor, state: dict[str, Any], step: Tensor) -> Lent:
+        """What was handed out, as it is now."""
+        order = state.get(DIM_ORDER)
+        return cls(param, state, step, step._version, order, 0 if order is None else order._version)
+
+
+def take_back(table: ParameterTable, lent: Sequence[Lent]) -> None:
+    """Take over what was loaded in place into a state dict since it was handed out."""
+    for entry in lent:
+        if entry.step._version != entry.version and "step" in entry.state:
+            entry.state["step"].copy_(entry.step)
+        if entry.order is not None and entry.order._version != entry.order_version:
+            # codes are those of another layout in memory now
+            table.forget(entry.param)
+
+
+def packed(optimizer: CodedOptimizer, plain: StateDict) -> tuple[StateDict, list[Lent]]:
+    """``plain``, as ``torch.optim`` gives it, with every group's formats named.
+
+    Returns:
+        The state dict, and what of the state it has copies of.
+    """
+    params: dict[Any, Tensor] = {}
     for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):
         formats = optimizer.group_formats(group)
         saved["formats"] = {moment: format.spec for moment, format in formats.items()}
-        if any(format.components[0].span > 1 for format in formats.values()):
-            places = zip(saved["params"], group["params"], strict=True)
-            orders = {number: list(storage_order(param)) for number, param in places}
-            saved["orders"] = {n: order for n, order in orders.items() if order != sorted(order)}
-    # counts lie side by side in one storage, which some savers refuse and torch.save writes whole
-    plain["state"] = {
-        number: {**state, "step": state["step"].clone()} if "step" in state else state
-        for number, state in plain["state"].items()
-    }
-    return plain
+        params |= dict(zip(saved["params"], group["params"], strict=True))
+    lent = []
+    for number, state in plain["state"].items():
+        if number in params and isinstance(state, dict) and "step" in state:
+            step = state["step"].clone()
+            plain["state"][number] = {**state, "step": step}
+            lent.append(Lent.of(params[number], state, step))
+    return plain, lent
 
 
 def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
     """``plain`` with decoded moments, without what ``torch.optim`` does not know."""
-    state = {}
+    state = dict(plain["state"])
     for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):
         moments = optimizer.rule.moments(optimizer.rule.hyper(group))
         plainly = {moment.name: moment.plain or moment.name for moment in moments}
         for number, param in zip(saved["params"], group["params"], strict=True):
-            if plain["state"].get(number):
+            if state.get(number):
                 decoded = decode_state(optimizer, param)
-                state[number] = {plainly.get(key, key): part for key, part in decoded.items()}
+                write = parameter_write(optimizer.write, param.dtype)
+                formats = bound(optimizer.group_formats(group), param)
+                own = own_keys(moments, {**formats, MASTER: write})
+                foreign = {key: value for key, value in state[number].items() if key not in own}
+                named = {plainly.get(key, key): part for key, part in decoded.items()}
+                state[number] = {**named, **foreign}
     own = {*optimizer.storage_options, "formats", "orders", "rounding_seed"}
     groups = [
         {key: value for key, value in group.items() if key not in own}
@@ -82,12 +137,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
             raise KeyError(f"state_dict: missing key {key!r}")
 
     groups = _merged_groups(optimizer, state_dict["param_groups"])
-    numbers = [n for saved in state_dict["param_groups"] for n in saved["params"]]
-    foreign = [n for n in state_dict["state"] if n not in numbers]
-    if foreign:
-        raise KeyError(f"state_dict['state']: unknown parameter {foreign[0]!r}")
-
-    state: dict[Tensor, dict[str, Any]] = {}
+    state: dict[Any, Any] = _of_others(state_dict)
     loaded = []
     index = rounded = 0
     for (group, saved_formats), saved in zip(groups, state_dict["param_groups"], strict=True):
@@ -104,17 +154,19 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                 _check_state(where, param, stored, source, formats)
                 step = _loaded_step(where, stored["step"])
                 counter = Counter(group["rounding_seed"], int(step), index)
-                order = saved.get("orders", {}).get(number, range(param.dim()))
+                order = _saved_order(where, param, stored, source, saved.get("orders", {}), number)
                 moved = _moved(param, stored, source, formats, order)
                 if moved is None:
-                    decoded = _decoded(param, stored, source, moments, order)
+                    decoded = decode_stored(param, stored, moments, source, order)
                     moved = encode_state(param, decoded, moments, formats, counter)
                 write = parameter_write(optimizer.write, param.dtype)
+                own = own_keys(moments, {**bound(source, param), MASTER: write}) | {CORRECTION}
+                others = {k: _copied(v, param) for k, v in stored.items() if k not in own}
                 moved |= _correction(write, param, stored)
                 if optimizer.home is not None:
                     # one parameter after the other: there may be no room for all beside them
                     moved = {key: part.to(optimizer.home) for key, part in moved.items()}
-                state[param] = {"step": step, **moved}
+                state[param] = {"step": step, **moved, **others}
                 rounded += CORRECTION in stored and not write.components
                 loaded.append((param, state[param], counts_on_device(group)))
             index += 1
@@ -135,6 +187,49 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
     optimizer.state.update(state)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _of_others(state_dict: StateDict) -> dict[Any, Any]:
+    """The entries of ``state`` that are no parameter's, which ``torch.optim`` keeps as they are.
+
+    Raises:
+        KeyError: one looks like the state of a parameter that is in no group.
+    """
+    numbers = {n for saved in state_dict["param_groups"] for n in saved["params"]}
+    kinds = {type(number) for number in numbers}
+    found = {}
+    for key, value in state_dict["state"].items():
+        if key in numbers:
+            continue
+        counted = isinstance(value, Mapping) and "step" in value
+        if type(key) is int or (type(key) in kinds and counted):
+            raise KeyError(f"state_dict['state']: unknown parameter {key!r}")
+        found[key] = deepcopy(value)
+    return found
+
+
+def _copied(value: Any, param: Tensor) -> Any:
+    """A copy of somebody else's entry; tensors with dimensions beside the parameter."""
+    if not isinstance(value, Tensor):
+        return deepcopy(value)
+    return value.detach().to(param.device if value.dim() else value.device, copy=True)
+
+
+def _saved_order(
+    where: str,
+    param: Tensor,
+    stored: Mapping[str, Any],
+    source: Mapping[str, Format],
+    orders: Mapping[Any, Sequence[int]],
+    number: Any,
+) -> tuple[int, ...]:
+    """The order of dimensions that blocks had when they were saved."""
+    if DIM_ORDER in stored:
+        return order_of(where, stored[DIM_ORDER], param.dim())
+    if number in orders:
+        return tuple(orders[number])
+    parts = [c.key(n) for n, f in bound(source, param).items() for c in f.components if c.suffix]
+    return assumed_order(param, [stored[key] for key in parts]) or tuple(range(param.dim()))
 
 
 def _merged_groups(
@@ -166,11 +261,25 @@ def _merged_groups(
         new = {**kept, **new}
         try:
             optimizer._check_group(new)
+            merged.append((new, _saved_formats(optimizer, new, saved)))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
-        specs = saved.get("formats")
-        merged.append((new, specs and {k: parse_format(text) for k, text in specs.items()}))
     return merged
+
+
+def _saved_formats(
+    optimizer: CodedOptimizer, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Format] | None:
+    """The formats of a saved group's state, or None where it is plain.
+
+    They are not among the keys that flattening keeps, but what decides them is.
+    """
+    if specs := saved.get("formats"):
+        return {moment: parse_format(text) for moment, text in specs.items()}
+    options = optimizer.storage_options
+    if not options or not all(key in saved for key in options):
+        return None
+    return optimizer.group_formats({**group, **{key: saved[key] for key in options}})
 
 
 def _renamed(stored: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Any]:
@@ -194,7 +303,10 @@ def _check_state(
         raise KeyError(f"{where}: moment {different[0]!r} is not in both checkpoint and optimizer")
     source = bound(source, param)
     keys = ["step", *(c.key(name) for name, f in source.items() for c in f.components)]
-    if unknown := [key for key in stored if key not in (*keys, CORRECTION)]:
+    others = [key for key in stored if key not in (*keys, CORRECTION, DIM_ORDER)]
+    # what others keep there is kept; a component of another format would be taken for that
+    names = tuple(name for moment in source for name in (moment, f"{moment}_"))
+    if unknown := [k for k in others if k in names or str(k).startswith(names[1::2])]:
         raise KeyError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(keys)}")
     if missing := [key for key in keys if key not in stored]:
         raise KeyError(f"{where}: missing key {missing[0]!r}")
@@ -238,7 +350,7 @@ def _loaded_step(where: str, step: Any) -> Tensor:
     count = float(step) if isinstance(step, (int, float, Tensor)) else -1.0
     if not (count >= 0 and count == int(count)):
         raise ValueError(f"{where}['step']={step!r}: must be a whole number of at least 0")
-    return torch.tensor(count, dtype=torch.float32)
+    return torch.tensor(count, dtype=torch.float32, device="cpu")
 
 
 def _moved(
@@ -251,36 +363,10 @@ def _moved(
     """Copies of ``stored`` beside ``param``, or None where they are not stored as wanted."""
     if source != formats:
         return None
-    parts = {c.key(name): c for name, f in bound(formats, param).items() for c in f.components}
-    if not all(same_order(stored[key], c, param) for key, c in parts.items()):
+    bounds = bound(formats, param)
+    follows = follows_order(param, bounds.values())
+    if follows and tuple(order) != storage_order(param):
         return None
-    packed = any(format.components[0].span > 1 for format in formats.values())
-    if packed and tuple(order) != storage_order(param):
-        return None
-    return {
-        key: stored[key].detach().to(param.device, c.dtype, copy=True) for key, c in parts.items()
-    }
-
-
-def _decoded(
-    param: Tensor,
-    stored: Mapping[str, Tensor],
-    source: Mapping[str, Format],
-    moments: Sequence[Moment],
-    order: Sequence[int],
-) -> dict[str, Tensor]:
-    """The moments of a checkpoint, whatever order in memory it was saved in.
-
-    Blocks follow the order that the codes had when they were saved, so that order decides; it is
-    ``order`` where codes share bytes.
-    """
-    parts = [(c.key(n), c) for n, f in bound(source, param).items() for c in f.components]
-    ordered = torch.empty([param.shape[d] for d in order]).permute(inverse_order(order))
-    like = next((stored[key] for key, c in parts if c.per_element and c.suffix), ordered)
-    local = {
-        key: torch.empty_like(like, dtype=c.dtype, device=param.device).copy_(stored[key])
-        if c.per_element
-        else stored[key].to(param.device)
-        for key, c in parts
-    }
-    return decode_moments(like, local, moments, source)
+    parts = {c.key(name): c for name, f in bounds.items() for c in f.components}
+    moved = {key: empty_state(param, c).copy_(stored[key]) for key, c in parts.items()}
+    return {**moved, DIM_ORDER: order_entry(param)} if follows else moved

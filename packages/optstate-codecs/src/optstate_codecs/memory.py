@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate_codecs.dim_order import follows_order
 from optstate_codecs.layout import Declaration, bound
 from optstate_codecs.writes import parameter_write
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryReport", "memory_report", "predicted_state_bytes", "state_bytes"]
 
 STEP_BYTES = 4
+ORDER_BYTES = 8
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -54,8 +56,8 @@ def state_bytes(optimizer: Optimizer) -> int:
 def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
     """Bytes that the state will take once every parameter has been stepped.
 
-    Exact: it adds up what the formats and the write declare, and 4 bytes of step count per
-    parameter.
+    Exact: it adds up what the formats and the write declare, 4 bytes of step count per parameter,
+    and 8 for the order of dimensions (``dim_order``) where there are several and blocks follow it.
     """
     total = 0
     for group in optimizer.param_groups:
@@ -65,6 +67,7 @@ def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
             stored: list[Declaration] = [*bound(formats, param).values(), write]
             parts = [component for declared in stored for component in declared.components]
             total += STEP_BYTES + sum(part.nbytes(param.numel()) for part in parts)
+            total += ORDER_BYTES * follows_order(param, stored)
     return total
 
 

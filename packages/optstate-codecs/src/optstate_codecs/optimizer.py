@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,15 +10,17 @@ from torch import Tensor
 
 from optstate_codecs import checkpoint, checks, engine
 from optstate_codecs.centring import find_centres
-from optstate_codecs.engine.capture import capturing, needs_warm_up
+from optstate_codecs.checkpoint import Lent
+from optstate_codecs.conform import has_state
+from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
-from optstate_codecs.layout import Declaration, bound, empty_state
 from optstate_codecs.operation import new_handle, step_as_operation
+from optstate_codecs.parameters import Entry, GroupSpec, ParameterTable, StateSpec
 from optstate_codecs.rules import Rule
 from optstate_codecs.scaling import gradient_factor, nonfinite
-from optstate_codecs.state import counts_on_device, initial_state, share_steps
-from optstate_codecs.writes import MASTER, WRITES, parameter_write
+from optstate_codecs.state import counts_on_device
+from optstate_codecs.writes import WRITES
 
 if TYPE_CHECKING:
     from optstate_codecs.places.offload import Offload
@@ -37,9 +39,6 @@ TORCH_FLAGS: dict[str, Any] = {
 
 # what the base takes for every rule
 OWN_OPTIONS: dict[str, Any] = {"centralization": 0.0}
-
-# place in the optimizer, number of the group, parameter, gradient, the gradient's address
-Place = tuple[int, int, Tensor, Tensor, int]
 
 
 class CodedOptimizer(torch.optim.Optimizer):
@@ -133,8 +132,13 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """By parameter, its state as plain tensors; all of it has been stored when this returns."""
+        """By parameter, its state as plain tensors; all of it has been stored when this returns.
+
+        It may be edited: a moment may be put there in plain numbers, under its own name, and is
+        encoded at the next step or save. Entries of others stay as they are and are saved too.
+        """
         self._session.settle()
+        self._take_back()
         return self.__dict__["state"]
 
     @state.setter
@@ -150,10 +154,14 @@ class CodedOptimizer(torch.optim.Optimizer):
         """Drop what is kept from step to step."""
         self.grad_norm: Tensor | None = None
         self._handle = new_handle(self)
-        self._units: dict[int, Unit] = {}
-        self._groups: dict[int, tuple[Any, ...]] = {}
-        self._checked: dict[int, Any] = {}
-        self._places: dict[Tensor, tuple[int, int, int]] = {}
+        self._table = ParameterTable()
+        self._lent: list[Lent] = []
+
+    def _take_back(self) -> None:
+        """Take what was loaded in place into the last state dict; see ``checkpoint.take_back``."""
+        if self._lent:
+            lent, self._lent = self._lent, []
+            checkpoint.take_back(self._table, lent)
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         """The format of each moment that ``group`` keeps, in the rule's order."""
@@ -265,19 +273,9 @@ class CodedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
         """Step these parameters, with their gradients multiplied with ``factor``."""
-        given = {self._number(param): param.grad for param in params if param.grad is not None}
-        self._step(given, factor, last=False)
-
-    def _number(self, param: Tensor) -> int:
-        """The place of a parameter, counted over all groups; looked up where it was last time."""
-        number, place, index = self._places.get(param, (0, 0, 0))
         groups = self.param_groups
-        here = groups[number]["params"] if number < len(groups) else []
-        if place < len(here) and here[place] is param:
-            return index
-        every = [(n, k, p) for n, group in enumerate(groups) for k, p in enumerate(group["params"])]
-        self._places = {p: (n, k, index) for index, (n, k, p) in enumerate(every)}
-        return self._places[param][2]
+        given = {self._table.number(groups, p): p.grad for p in params if p.grad is not None}
+        self._step(given, factor, last=False)
 
     def _join_parts(self) -> None:
         """Have the current stream wait for the parts that were stepped."""
@@ -308,106 +306,87 @@ class CodedOptimizer(torch.optim.Optimizer):
         self._traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable=False: must be True for steps in a CUDA graph")
+        self._take_back()
         hypers = [self.rule.hyper(group) for group in self.param_groups]
-        kept = [self._kept(number, hyper) for number, hyper in enumerate(hypers)]
-        places = self._gradients(given)
-        if not places:
+        entries = self._table.gradients(self.param_groups, given)
+        if not entries:
             return
-        grads = [place[3] for place in places]
-        addresses = [place[4] for place in places]
+        grads = [entry.grad for entry in entries if entry.grad is not None]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self.skip_nonfinite:
             bad = nonfinite(grads)
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
             if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
                 return
+        units = self._units(entries, hypers)
         if factor is None:
             factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
-        units = self._current_units(places, kept)
         centres, shares = None, [group["centralization"] for group in self.param_groups]
         if any(shares):
-            centres = find_centres(grads, [shares[place[1]] for place in places])
-        job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf, centres)
+            centres = find_centres(grads, [shares[entry.group] for entry in entries])
+        job = engine.Job(
+            self.rule,
+            units,
+            grads,
+            hypers,
+            [entry.address for entry in entries],
+            [entry.layout for entry in entries],
+            factor,
+            found_inf,
+            centres,
+        )
         if not units[0].param.is_cuda:  # where there is nothing to choose
             job.total = engine.trainable(self.param_groups)
         job.apart = not last
         self._session.step(job)
 
-    def _gradients(self, given: Mapping[int, Tensor] | None) -> list[Place]:
-        """Where there are gradients; raises if one of them is unusable."""
-        found = []
-        index = 0
-        checked = self._checked
-        for number, group in enumerate(self.param_groups):
-            params = group["params"]
-            if given is None:
-                numbered: Iterable[tuple[int, Tensor | None]] = enumerate(p.grad for p in params)
-            else:
-                inside = [place for place in given if index <= place < index + len(params)]
-                numbered = [(place - index, given[place]) for place in sorted(inside)]
-            for place, grad in numbered:
-                if grad is not None:
-                    at, param = index + place, params[place]
-                    address = grad.data_ptr() if grad.layout is torch.strided else -1
-                    # where a good gradient of this dtype lay last time, another one lies now
-                    if checked.get(at) != (address, grad.dtype):
-                        _check_grad(at, param, grad)
-                        checked[at] = (address, grad.dtype)
-                    found.append((at, number, param, grad, address))
-            index += len(params)
-        return found
-
-    def _kept(self, number: int, hyper: Any) -> tuple[Any, ...]:
-        """A group's moments, formats and seed: the same object until one of them changes."""
-        group = self.param_groups[number]
-        new = (self.rule.moments(hyper), self.group_formats(group), group["rounding_seed"])
-        if self._groups.get(number) != new:
-            self._groups[number] = new
-        return self._groups[number]
-
-    def _current_units(
-        self, places: Sequence[Place], kept: Sequence[tuple[Any, ...]]
-    ) -> list[Unit]:
-        """A unit for each place, last time's where nothing has changed; starts missing state."""
+    def _units(self, entries: Sequence[Entry], hypers: Sequence[Any]) -> list[Unit]:
+        """The units of some parameters, whose state is then as a step takes it."""
+        specs = []
+        for number, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
+            moments, formats = self.rule.moments(hyper), self.group_formats(group)
+            spec = GroupSpec(moments, formats, group["rounding_seed"])
+            specs.append(self._table.spec(number, spec))
         # not through the property, which would wait for what is still being stored
-        units, fresh, states = self._units, [], self.__dict__["state"]
-        for index, number, param, _, _ in places:
-            unit = units.get(index)
-            moments, formats, seed = kept[number]
-            state = states.get(param)
-            if (
-                unit is None
-                or unit.param is not param
-                or unit.state is not state
-                or unit.formats is not formats
-                or unit.seed != seed
-                or unit.group != number
-                or unit.write.dtype is not param.dtype
-            ):
-                write = parameter_write(self.write, param.dtype)
-                stored: dict[str, Declaration] = {**bound(formats, param), MASTER: write}
-                if not state:
-                    if capturing():
-                        raise needs_warm_up(f"parameter {index} has no state")
-                    state = states[param] = initial_state(param, stored, self.home)
-                    fresh.append((param, state, counts_on_device(self.param_groups[number])))
-                _complete(state, param, stored, self.home)
-                units[index] = Unit(param, state, moments, formats, write, seed, index, number)
-        share_steps(fresh)
-        return [units[index] for index, *_ in places]
+        states = self.__dict__["state"]
+        kept = StateSpec(self.write, self.home, self.rule.counted)
+        return self._table.units(self.param_groups, entries, specs, states, kept)
+
+    def stored_units(self, params: Collection[Tensor] | None = None) -> list[Unit]:
+        """The units of all parameters that have state, or of those of ``params``, in order.
+
+        State that was put there by hand is in the optimizer's formats afterwards.
+
+        Raises:
+            TypeError, ValueError, RuntimeError, KeyError: state that cannot be, by name.
+        """
+        states = self.__dict__["state"]
+        hypers = [self.rule.hyper(group) for group in self.param_groups]
+        every = [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"]]
+        entries = [
+            Entry(index, number, param)
+            for index, (number, param) in enumerate(every)
+            if (params is None or param in params)
+            and has_state(states.get(param), self.rule.moments(hypers[number]))
+        ]
+        return self._units(entries, hypers)
 
     def state_dict(self) -> dict[str, Any]:
         """The packed state: tensors and plain Python values, about as large as the state.
 
         It is ``torch.optim``'s layout with each group's formats added, and loads with
-        ``torch.load(weights_only=True)``.
+        ``torch.load(weights_only=True)``. Tensors may be loaded in place
+        (``torch.distributed.checkpoint.load``) until the next step.
         """
-        return checkpoint.packed(self, super().state_dict())
+        self.stored_units()
+        saved, self._lent = checkpoint.packed(self, super().state_dict())
+        return saved
 
     def full_state_dict(self) -> dict[str, Any]:
         """The state decoded to float32 in the plain layout that ``torch.optim`` loads."""
         return checkpoint.full(self, super().state_dict())
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a packed state dict, a full one, or that of the plain ``torch.optim`` class.
@@ -425,17 +404,18 @@ class CodedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.write = "nearest"
-        self.skip_nonfinite = False
-        self.max_grad_norm = None
-        self.backend = "auto"
-        self.offloaded = None
-        self._session = engine.Session(self.backend)
+        options = {"write": "nearest", "skip_nonfinite": False, "max_grad_norm": None}
+        for name, value in {**options, "backend": "auto", "offloaded": None}.items():
+            self.__dict__.setdefault(name, value)
+        alive = "_session" in self.__dict__
+        if alive:
+            self._session.settle()
         super().__setstate__(state)
-        self._session = engine.Session(self.backend)
-        offloaded: Offload | None = self.__dict__["offloaded"]
-        if offloaded is not None:
-            offloaded.again(self)
+        if not alive:
+            self._session = engine.Session(self.backend)
+            offloaded: Offload | None = self.__dict__["offloaded"]
+            if offloaded is not None:
+                offloaded.again(self)
         self._forget()
         self._traced_groups = self.param_groups
         for group in self.param_groups:
@@ -446,30 +426,3 @@ class CodedOptimizer(torch.optim.Optimizer):
 # A learning rate scheduler wraps ``step`` to note that it was called, which breaks a compiler's
 # graph; ``_step`` notes it itself, and this says so.
 CodedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-
-
-def _complete(
-    state: dict[str, Any],
-    param: Tensor,
-    stored: Mapping[str, Declaration],
-    device: torch.device | None,
-) -> None:
-    """Begin with zeros what a changed hyper-parameter, or dtype of the parameter, has brought."""
-    for name, declared in stored.items():
-        for component in declared.components:
-            if component.key(name) not in state:
-                state[component.key(name)] = empty_state(param, component, device)
-
-
-def _check_grad(index: int, param: Tensor, grad: Tensor) -> None:
-    name = f"gradient of parameter {index}"
-    if grad.layout != torch.strided:
-        raise TypeError(f"{name}: layout {grad.layout}, must be dense; use .to_dense()")
-    if grad.is_complex():
-        raise TypeError(f"{name}: dtype {grad.dtype}, must be real")
-    if grad.device != param.device:
-        raise ValueError(f"{name}: on {grad.device}, must be on {param.device}")
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"{name}: shape {tuple(grad.shape)}, must be {tuple(param.shape)} as the parameter's"
-        )

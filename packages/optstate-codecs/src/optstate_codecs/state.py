@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from optstate_codecs.dim_order import DIM_ORDER, follows_order, order_entry
 from optstate_codecs.formats import Format
 from optstate_codecs.layout import (
     Declaration,
@@ -31,6 +32,7 @@ __all__ = [
     "counts_on_device",
     "decode_moments",
     "decode_state",
+    "decode_stored",
     "encode_state",
     "initial_state",
     "master_weights",
@@ -75,10 +77,12 @@ def initial_state(
             the parameter's write.
         device: where it is to be, if not beside the parameter.
     """
-    state = {"step": torch.zeros((), dtype=torch.float32)}
+    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for name, declared in stored.items():
         for component in declared.components:
             state[component.key(name)] = empty_state(param, component, device)
+    if follows_order(param, stored.values()):
+        state[DIM_ORDER] = order_entry(param)
     return state
 
 
@@ -136,7 +140,9 @@ def decode_moments(
     order = storage_order(shape_as)
     ordered = [shape_as.shape[d] for d in order]
     device = next(iter(state.values())).device if state else shape_as.device
-    flat = {m.name: torch.empty(shape_as.numel(), device=device) for m in moments}
+    flat = {
+        m.name: torch.empty(shape_as.numel(), dtype=torch.float32, device=device) for m in moments
+    }
     formats = bound(formats, shape_as)
     stored = FlatState(state, formats, order)
     for start, stop in slices(shape_as, formats.values()):
@@ -145,6 +151,37 @@ def decode_moments(
         for name, value in decoded.items():
             flat[name][start:stop] = value
     return {name: value.view(ordered).permute(inverse_order(order)) for name, value in flat.items()}
+
+
+def decode_stored(
+    param: Tensor,
+    stored: Mapping[str, Tensor],
+    moments: Sequence[Moment],
+    formats: Mapping[str, Format],
+    order: Sequence[int],
+) -> dict[str, Tensor]:
+    """Decode whole moments whose blocks follow another order than the parameter's, or the same.
+
+    Args:
+        param: gives shape and device.
+        stored: components by state key, each in any layout in memory and on any device.
+        moments: what to decode.
+        formats: how each is stored, as a group has them.
+        order: of the dimensions, from the slowest to the fastest, when it was encoded.
+
+    Returns:
+        Each moment: float32, beside the parameter, in that order in memory; copies.
+    """
+    shape = [param.shape[d] for d in order]
+    like = torch.empty(shape, dtype=torch.uint8, device="meta").permute(inverse_order(order))
+    parts = {c.key(n): c for n, f in bound(formats, like).items() for c in f.components}
+    local = {
+        key: torch.empty_like(like, dtype=c.dtype, device=param.device).copy_(stored[key])
+        if c.per_element
+        else stored[key].to(param.device)
+        for key, c in parts.items()
+    }
+    return decode_moments(like, local, moments, formats)
 
 
 def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
@@ -164,14 +201,14 @@ def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
     Example:
         >>> decode_state(optimizer, model.weight)["exp_avg"].norm()
     """
-    group = optimizer.group_of(param)
-    state = optimizer.state.get(param)
-    if not state:
+    optimizer.group_of(param)
+    found = optimizer.stored_units({param}) if optimizer.state.get(param) else []
+    if not found:
         return {}
-    moments = optimizer.rule.moments(optimizer.rule.hyper(group))
-    stored = {key: value for key, value in state.items() if key != "step"}
-    decoded = decode_moments(param, stored, moments, optimizer.group_formats(group))
-    return {"step": state["step"].clone(), **decoded}
+    (unit,) = found
+    stored = {key: unit.state[key] for key in unit.keys[1:]}
+    decoded = decode_moments(param, stored, unit.moments, unit.formats)
+    return {"step": unit.state["step"].clone(), **decoded}
 
 
 def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -63,7 +62,7 @@ def step(job: Job) -> None:
         if job.centres is not None and job.centres.places[place] >= 0:
             left.append(place)
             continue
-        if standing is None or not standing.holds(unit, grad, variants[unit.group]):
+        if standing is None or not standing.holds(grad, variants[unit.group]):
             standing = _standings[unit] = _stand(job, unit, grad, variants[unit.group])
         if standing.loops is None:
             left.append(place)
@@ -84,7 +83,6 @@ class _Standing:
     Attributes:
         loops: or None, where the reference steps it.
         variant, grad: what it was chosen for.
-        parts: the state's tensors.
         addresses: of the parameter and of what ``loops`` want of the state.
         keys: of the random numbers.
     """
@@ -92,18 +90,12 @@ class _Standing:
     loops: Loops | None
     variant: Hashable
     grad: tuple[torch.dtype, tuple[int, ...]]
-    parts: list[Tensor]
     addresses: list[int]
     keys: list[int]
 
-    def holds(self, unit: Unit, grad: Tensor, variant: Hashable) -> bool:
-        """Whether all is where it was."""
-        return (
-            unit.param.data_ptr() == self.addresses[0]
-            and all(map(is_, unit.state.values(), self.parts))
-            and self.variant == variant
-            and self.grad == (grad.dtype, grad.stride())
-        )
+    def holds(self, grad: Tensor, variant: Hashable) -> bool:
+        """Whether it is right for this step of its unit, which has not moved."""
+        return self.variant == variant and self.grad == (grad.dtype, grad.stride())
 
 
 _standings: WeakKeyDictionary[Unit, _Standing] = WeakKeyDictionary()
@@ -122,8 +114,7 @@ def _stand(job: Job, unit: Unit, grad: Tensor, variant: Hashable) -> _Standing:
     if built is not None:
         addresses += [unit.state[key].data_ptr() for key in built.keys]
         keys = [k for s in built.streams for k in stream_key(unit.seed, unit.index, s // 2)]
-    parts = list(unit.state.values())
-    return _Standing(built, variant, (grad.dtype, grad.stride()), parts, addresses, keys)
+    return _Standing(built, variant, (grad.dtype, grad.stride()), addresses, keys)
 
 
 def _fits(unit: Unit, grad: Tensor) -> bool:

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
-from torch import Tensor
-
 from optstate_codecs.device import HAS_TRITON, INTERPRETED, VARIABLE
 from optstate_codecs.engine import compiled, eager
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.cpu.build import CannotBuild, compiler
 from optstate_codecs.engine.plan import Bucket, build_buckets
 from optstate_codecs.engine.rows import RowTable
-from optstate_codecs.engine.unit import Job, Unit
+from optstate_codecs.engine.unit import Job, Unit, layout_of
 
 __all__ = ["BACKENDS", "Session"]
 
@@ -34,9 +32,8 @@ class Plan:
     """What is kept for one set of units: its buckets, and what they were built from."""
 
     units: list[Unit]
-    params: list[int]
-    seen: list[Any]
-    parts: list[list[Tensor]]
+    layouts: list[Any]
+    aligned: list[bool]
     addresses: list[int]
     functions: list[Any]
     buckets: list[Bucket]
@@ -51,25 +48,23 @@ class Plan:
             return False
         if self.centred != (job.centres.places if job.centres else ()):
             return False
-        for unit, address, parts in zip(self.units, self.params, self.parts, strict=True):
-            if unit.param.data_ptr() != address:
-                return False
-            if not all(map(is_, unit.state.values(), parts)):
-                return False
-        # gradients that lie where they lay are what they were
+        if self.layouts != _layouts(job):
+            return False
         if self.addresses != job.addresses:
-            if self.seen != _layouts(job):
+            if self.aligned != _aligned(job):
                 return False
             self.addresses = list(job.addresses)
         return True
 
 
 def _layouts(job: Job) -> list[Any]:
-    """What a plan depends on in the gradients, besides where they lie."""
-    return [
-        (grad.dtype, grad.stride(), address % 16)
-        for grad, address in zip(job.grads, job.addresses, strict=True)
-    ]
+    """What a plan depends on in the gradients, besides where they are in memory."""
+    return list(job.layouts or map(layout_of, job.grads))
+
+
+def _aligned(job: Job) -> list[bool]:
+    """Which gradients begin where a thread may access 16 bytes at once."""
+    return [address % 16 == 0 for address in job.addresses]
 
 
 class Session:
@@ -183,9 +178,8 @@ class Session:
             buckets, left = build_buckets(job)
             plan = self._plans[key] = Plan(
                 units=list(job.units),
-                params=[unit.param.data_ptr() for unit in job.units],
-                seen=_layouts(job),
-                parts=[list(unit.state.values()) for unit in job.units],
+                layouts=_layouts(job),
+                aligned=_aligned(job),
                 addresses=list(job.addresses),
                 functions=functions,
                 buckets=buckets,

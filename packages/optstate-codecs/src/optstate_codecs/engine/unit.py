@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +16,15 @@ from optstate_codecs.layout import Declaration, bound, is_dense, same_order
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["Job", "Unit", "trainable"]
+__all__ = ["Job", "Unit", "layout_of", "trainable"]
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
     """One parameter, and everything about its step that stays the same from step to step.
+
+    Loops and kernels read and write memory at addresses that were noted once for each unit. So
+    whoever keeps a unit between steps asks whether it has ``moved``, and makes another one if so.
 
     Attributes:
         param: the parameter, any real floating dtype and layout.
@@ -48,6 +52,35 @@ class Unit:
     group: int = 0
     offset: int = 0
     stage: int = 0
+    _noted: list[Any] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.note()
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the state that a step uses: the count, then the components in order."""
+        stored = self.stored.items()
+        return ("step", *(c.key(name) for name, declared in stored for c in declared.components))
+
+    def note(self) -> None:
+        """Take where parameter and state are now for where they belong."""
+        self._noted[:] = self._where()
+
+    def moved(self) -> bool:
+        """Whether parameter or state are elsewhere in memory, or of another shape, than noted.
+
+        That is so too where entries were added to the state, or taken from it.
+        """
+        try:
+            return self._noted != self._where()
+        except (KeyError, AttributeError):
+            return True
+
+    def _where(self) -> list[Any]:
+        param, state = self.param, self.state
+        own = (len(state), param.data_ptr(), param.shape, param.stride())
+        return [*own, *[state[key].data_ptr() for key in self.keys]]
 
     @property
     def bound(self) -> dict[str, Format]:
@@ -87,6 +120,8 @@ class Job:
         grads: the gradient of each: same shape and device, any real floating dtype.
         hypers: each group's validated hyper-parameters, as ``rule.hyper`` returns them.
         addresses: of the gradients' first elements.
+        layouts: ``layout_of`` each gradient, the same object where it is the same; empty where
+            they are to be found out.
         factor: what gradients are multiplied with, 0-d, or None; read on its device.
         centres: what is subtracted from gradients before that, or None.
         draw: what keys random numbers in place of the step counts, or None.
@@ -105,6 +140,7 @@ class Job:
     grads: Sequence[Tensor]
     hypers: Sequence[Any]
     addresses: Sequence[int] = ()
+    layouts: Sequence[Any] = ()
     factor: Tensor | None = None
     found_inf: Tensor | None = None
     centres: Centres | None = None
@@ -144,8 +180,14 @@ class Job:
             units=[self.units[place] for place in places],
             grads=[self.grads[place] for place in places],
             addresses=[self.addresses[place] for place in places] if self.addresses else (),
+            layouts=[self.layouts[place] for place in places] if self.layouts else (),
             centres=centres and replace(centres, places=[centres.places[p] for p in places]),
         )
+
+
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What decides, besides its address, which memory a tensor's elements have."""
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def trainable(groups: Sequence[Mapping[str, Any]]) -> int:

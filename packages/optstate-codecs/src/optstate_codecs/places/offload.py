@@ -8,9 +8,10 @@ from typing import Any
 from weakref import ref
 
 from optstate_codecs import checks
+from optstate_codecs.engine.unit import Unit
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.places.base import HostPlace, Place
-from optstate_codecs.places.resume import plain, resume_from, units_of
+from optstate_codecs.places.resume import plain, resume_from
 from optstate_codecs.places.stream import CHUNK_BYTES, Stream
 
 __all__ = ["STORES", "Offload", "offload"]
@@ -111,7 +112,7 @@ def offload(
         stream.about = lambda: {"param_groups": [plain(group) for group in groups]}
         if store == "disk":
             this = ref(optimizer)
-            stream.every = lambda: units_of(this())
+            stream.every = lambda: _stored_units(this())
         if resume:
             resume_from(optimizer, stream, place)
         else:
@@ -124,11 +125,16 @@ def offload(
     return optimizer
 
 
+def _stored_units(optimizer: CodedOptimizer | None) -> list[Unit]:
+    assert optimizer is not None
+    return optimizer.stored_units()
+
+
 def _move(optimizer: CodedOptimizer) -> None:
     """Bring what state there is to the host."""
     moved = [
-        (state, {key: value.to("cpu") for key, value in state.items() if key != "step"})
-        for state in optimizer.state.values()
+        (unit.state, {key: unit.state[key].to("cpu") for key in unit.keys[1:]})
+        for unit in optimizer.stored_units()
     ]
     for state, parts in moved:
         state.update(parts)

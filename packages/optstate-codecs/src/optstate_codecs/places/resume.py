@@ -20,7 +20,7 @@ from optstate_codecs.writes import MASTER, parameter_write
 if TYPE_CHECKING:
     from optstate_codecs.places.disk import DiskPlace
 
-__all__ = ["plain", "resume_from", "units_of"]
+__all__ = ["plain", "resume_from"]
 
 Group = dict[str, Any]
 
@@ -180,7 +180,7 @@ def _by_slab(
 ) -> list[tuple[Slab, list[Unit], list[Starts], bool]]:
     """Each slab with the units of its parameters, their places, and whether they are in parts."""
     entries = manifest["parameters"]
-    units = {unit.index: unit for unit in units_of(optimizer)}
+    units = {unit.index: unit for unit in optimizer.stored_units()}
     members: list[list[Unit]] = [[] for _ in slabs]
     starts: list[list[Starts]] = [[] for _ in slabs]
     cut = [False] * len(slabs)
@@ -193,15 +193,3 @@ def _by_slab(
         for slab, mine, begins, parted in zip(slabs, members, starts, cut, strict=True)
         if mine
     ]
-
-
-def units_of(optimizer: CodedOptimizer | None) -> list[Unit]:
-    """The units of all parameters that have state, in order."""
-    assert optimizer is not None
-    groups = optimizer.param_groups
-    kept = [optimizer._kept(n, optimizer.rule.hyper(group)) for n, group in enumerate(groups)]
-    every = [(n, param) for n, group in enumerate(groups) for param in group["params"]]
-    # not through the property, which would wait for what is still being stored
-    states = optimizer.__dict__["state"]
-    places = [(i, n, p, p, 0) for i, (n, p) in enumerate(every) if states.get(p)]
-    return optimizer._current_units(places, kept)

@@ -145,11 +145,14 @@ class Seating:
         """Make a unit's state the tensors in its slab, where nobody has put others."""
         assert seat.slab is not None
         state, shown = seat.unit.state, seat.values
+        untouched = not seat.unit.moved()
         for key in seat.starts:
             value = seat.view(key, seat.slab.memory)
             if state.get(key) is shown.get(key):
                 state[key] = value
             shown[key] = value
+        if untouched:
+            seat.unit.note()
         seat.changed()
         if self.watch is not None:
             self.watch(seat.unit)
@@ -159,6 +162,7 @@ class Seating:
         unit = seat.unit
         for key in components(unit):
             unit.state[key] = unit.state[key].to(unit.param.device)
+        unit.note()
         if self.watch is not None:
             self.watch(unit)
 
@@ -200,7 +204,6 @@ class Seating:
     def _holds(seat: Seat, unit: Unit, cut: bool) -> bool:
         return (
             seat.unit is unit
-            and unit.param.data_ptr() == seat.address
             and (cut or len(seat.parts) == 1)
             and len(unit.state) == len(seat.values)
             and all(map(is_, unit.state.values(), seat.values.values()))
@@ -336,7 +339,6 @@ class Seating:
             slot = self._rings[part.chunk.device].slots[part.chunk.slot]
             whole = len(seat.parts) == 1
             part.twin = twin_of(unit, part, whole, slot, count, part.chunk.number)
-        seat.address = unit.param.data_ptr()
         seat.version = step._version
 
     def describe(self) -> dict[str, Any]:

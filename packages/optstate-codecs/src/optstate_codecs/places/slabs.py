@@ -136,7 +136,6 @@ class Seat:
         parts: in order.
         like: the components as they lie there, on no device.
         values: the unit's state as it was shown, to see whether somebody else has changed it.
-        address: of the parameter, likewise.
         version: of its step count, likewise.
         versions: of the other values, likewise.
     """
@@ -147,7 +146,6 @@ class Seat:
     parts: list[Part]
     like: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    address: int = 0
     version: int = -1
     versions: list[int] = field(default_factory=list)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.engine.capture import capturing
-from optstate_codecs.engine.unit import Job
+from optstate_codecs.engine.unit import Job, layout_of
 from optstate_codecs.errors import StepError
 from optstate_codecs.places.seating import CHUNK_BYTES, HERE, Seating, bank_of
 from optstate_codecs.places.slabs import Part, Seat, in_order
@@ -108,7 +108,7 @@ class Stream(Seating):
                     torch.cuda.current_stream(device).wait_event(mark)
 
     def _twins(self, job: Job, parts: Sequence[tuple[int, Part]]) -> Job:
-        units, grads, addresses = [], [], []
+        units, grads, addresses, layouts = [], [], [], []
         flat: dict[int, Tensor] = {}
         for place, part in parts:
             unit, grad = job.units[place], job.grads[place]
@@ -120,8 +120,10 @@ class Stream(Seating):
                     flat[place] = in_order(grad, unit.param)
                 grad = flat[place][part.start : part.stop]
                 addresses.append(grad.data_ptr())
+                layouts.append((grad.dtype, part.stop - part.start))
             else:
                 addresses.append(job.addresses[place])
+                layouts.append(job.layouts[place] if job.layouts else layout_of(grad))
             units.append(twin)
             grads.append(grad)
         centres = job.centres
@@ -132,6 +134,7 @@ class Stream(Seating):
             units=units,
             grads=grads,
             addresses=addresses,
+            layouts=layouts,
             centres=centres,
             done=[],
             counted=[],
