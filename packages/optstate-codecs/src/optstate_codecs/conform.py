@@ -190,7 +190,7 @@ def _kept_entry(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
     return old if (old.dtype, old.shape, int(old)) == (new.dtype, new.shape, int(new)) else new
 
 
-def _check_tensor(name: str, value: Any, shape: Sequence[int]) -> None:
+def _check_tensor(name: str, value: Any, shape: Sequence[int]) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}={value!r}: must be a tensor, got {type(value).__name__}")
     if tuple(value.shape) != tuple(shape):
@@ -198,13 +198,14 @@ def _check_tensor(name: str, value: Any, shape: Sequence[int]) -> None:
             f"{name}: size mismatch: shape {tuple(value.shape)}, must be {tuple(shape)}; a "
             "parameter that has changed its shape needs its state removed: optimizer.state.pop(p)"
         )
+    return value
 
 
 def _placed(wanted: Wanted, key: str, component: Component, value: Any) -> Tensor:
     """A component as it is to lie in memory; the very tensor where it does."""
     param = wanted.param
     name = f"{wanted.where}: state[{key!r}]"
-    _check_tensor(name, value, component.shape(param.shape))
+    value = _check_tensor(name, value, component.shape(param.shape))
     if value.dtype != component.dtype and not (
         value.is_floating_point() and component.dtype.is_floating_point and component.per_element
     ):

@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     """A parameter, and its gradient where a step is to take one.
 
     Attributes:
-        index: its place in the optimizer, counted over all groups.
+        number: its place in the optimizer, counted over all groups.
         group: the number of its group.
         param: the parameter.
         grad: the gradient, or None.
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
         layout: ``layout_of`` the gradient.
     """
 
-    index: int
+    number: int
     group: int
     param: Tensor
     grad: Tensor | None = None
@@ -148,8 +148,8 @@ class ParameterTable:
         """
         units, anew = self._units, []
         for entry in entries:
-            index, number, param = entry[:3]
-            spec = specs[number]
+            index, group, param = entry[:3]
+            spec = specs[group]
             unit = units.get(index)
             if (
                 unit is None
@@ -157,14 +157,14 @@ class ParameterTable:
                 or unit.state is not states.get(param)
                 or unit.formats is not spec.formats
                 or unit.seed != spec.seed
-                or unit.group != number
+                or unit.group != group
                 or unit.write.dtype is not param.dtype
                 or unit.moved()
             ):
                 anew.append(entry)
         if anew:
             self._renew(groups, anew, specs, states, kept)
-        return [units[entry.index] for entry in entries]
+        return [units[entry.number] for entry in entries]
 
     def _renew(
         self,
