@@ -201,11 +201,11 @@ def _check_tensor(name: str, value: Any, shape: Sequence[int]) -> Tensor:
     return value
 
 
-def _placed(wanted: Wanted, key: str, component: Component, value: Any) -> Tensor:
+def _placed(wanted: Wanted, key: str, component: Component, given: Any) -> Tensor:
     """A component as it is to lie in memory; the very tensor where it does."""
     param = wanted.param
     name = f"{wanted.where}: state[{key!r}]"
-    value = _check_tensor(name, value, component.shape(param.shape))
+    value = _check_tensor(name, given, component.shape(param.shape))
     if value.dtype != component.dtype and not (
         value.is_floating_point() and component.dtype.is_floating_point and component.per_element
     ):
