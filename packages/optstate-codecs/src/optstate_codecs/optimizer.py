@@ -15,6 +15,7 @@ from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.layout import Declaration, bound, empty_state
 from optstate_codecs.operation import new_handle, step_as_operation
+from optstate_codecs.param_checks import check_kind, check_steppable
 from optstate_codecs.rules import Rule
 from optstate_codecs.scaling import gradient_factor, nonfinite
 from optstate_codecs.state import counts_on_device, initial_state, share_steps
@@ -205,6 +206,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         if group["differentiable"]:
             raise ValueError("differentiable=True: not supported; leave it False")
         for i, param in enumerate(group["params"]):
+            check_kind(f"params[{i}]", param)
             if param.dtype not in PARAM_DTYPES:
                 allowed = ", ".join(str(d).removeprefix("torch.") for d in PARAM_DTYPES)
                 raise TypeError(f"params[{i}]: dtype {param.dtype}, must be one of {allowed}")
@@ -463,6 +465,8 @@ def _complete(
 
 def _check_grad(index: int, param: Tensor, grad: Tensor) -> None:
     name = f"gradient of parameter {index}"
+    check_steppable(index, param)
+    check_kind(name, grad)
     if grad.layout != torch.strided:
         raise TypeError(f"{name}: layout {grad.layout}, must be dense; use .to_dense()")
     if grad.is_complex():

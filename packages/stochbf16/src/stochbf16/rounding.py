@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.engine.capture import capturing
+from optstate_codecs.param_checks import check_kind
 from optstate_codecs.stochastic import SOURCES, round_
 
 __all__ = ["stochastic_round", "stochastic_round_"]
+
+# each worker rounds what it has
+LOCAL = "round its .to_local()"
 
 
 def stochastic_round_(
@@ -39,6 +43,7 @@ def stochastic_round_(
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"target: must be a tensor, got {type(target).__name__}")
+    check_kind("target", target, LOCAL)
     _check(source)
     if target.dtype != torch.bfloat16:
         raise TypeError(f"target: must be torch.bfloat16, got {target.dtype}")
@@ -67,6 +72,7 @@ def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None
 def _check(source: Tensor) -> None:
     if not isinstance(source, Tensor):
         raise TypeError(f"source: must be a tensor, got {type(source).__name__}")
+    check_kind("source", source, LOCAL)
     if source.dtype not in SOURCES or source.layout != torch.strided:
         allowed = ", ".join(map(str, SOURCES))
         raise TypeError(

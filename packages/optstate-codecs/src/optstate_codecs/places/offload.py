@@ -9,6 +9,7 @@ from weakref import ref
 
 from optstate_codecs import checks
 from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.param_checks import check_params
 from optstate_codecs.places.base import HostPlace, Place
 from optstate_codecs.places.resume import plain, resume_from, units_of
 from optstate_codecs.places.stream import CHUNK_BYTES, Stream
@@ -97,6 +98,7 @@ def offload(
         )
     if (resume or sync) and store != "disk":
         raise ValueError("resume, sync: only with store='disk'")
+    _check_params(optimizer)
     if optimizer.offloaded is not None:
         raise ValueError(f"optimizer: its state is offloaded already ({optimizer.offloaded.store})")
     how = Offload(store, None if path is None else str(path), sync, chunk_bytes, resident_bytes)
@@ -122,6 +124,17 @@ def offload(
     optimizer.offloaded = how
     optimizer._session = stream
     return optimizer
+
+
+def _check_params(optimizer: CodedOptimizer) -> None:
+    """Raise unless state can come to every parameter, by name."""
+    check_params(optimizer)
+    for index, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if param.is_meta:
+            raise ValueError(
+                f"parameter {index}: on meta, must be on a device; to count bytes on meta, take a "
+                "step without offload"
+            )
 
 
 def _move(optimizer: CodedOptimizer) -> None:
