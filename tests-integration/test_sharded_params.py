@@ -103,16 +103,18 @@ def test_gradient_release_of_a_wrapped_optimizer_takes_them() -> None:
         for _ in range(3):
             (param * 3).sum().backward()
             if released:
-                with pytest.raises(RuntimeError, match="GradientRelease: .*max_grad_norm="):
+                with pytest.raises(RuntimeError, match=r"GradientRelease: .*max_grad_norm="):
                     clip_grad_norm_([param], 1.0)
             optimizer.step()
             optimizer.zero_grad()
         results.append(param.full_tensor())
     assert torch.equal(*results)
-    with GradientRelease(optimizer, max_grad_norm=1.0) as release:
-        with pytest.raises(RuntimeError, match="max_grad_norm: gradient 0 is a DTensor"):
-            with release.measure():
-                param.sum().backward()
+    with (
+        GradientRelease(optimizer, max_grad_norm=1.0) as release,
+        release.measure(),
+        pytest.raises(RuntimeError, match="max_grad_norm: gradient 0 is a DTensor"),
+    ):
+        param.sum().backward()
 
 
 def test_memory_is_counted_by_shard() -> None:

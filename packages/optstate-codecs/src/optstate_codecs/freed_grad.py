@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from weakref import ref
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.engine.capture import capturing
+from optstate_codecs.operation import define
 from optstate_codecs.param_checks import check_kind
 from optstate_codecs.stochastic import SOURCES, round_
 
@@ -41,6 +42,15 @@ def stochastic_round_(
         >>> weight = torch.ones(3, dtype=torch.bfloat16)
         >>> weight = stochastic_round_(weight, weight.float() - 1e-3)  # 0.99609375 or 1.0
     """
+    if torch.compiler.is_compiling():
+        # not in no_grad, which an error in a compiled graph leaves switched on
+        torch.ops.optstate.stochastic_round_(target.detach(), source.detach(), generator)
+    else:
+        _round(target, source, generator)
+    return target
+
+
+def _round(target: Tensor, source: Tensor, generator: torch.Generator | None) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: must be a tensor, got {type(target).__name__}")
     check_kind("target", target, LOCAL)
@@ -54,7 +64,6 @@ def stochastic_round_(
         devices = f"target {target.device}, source {source.device}"
         raise ValueError(f"source: must be on the device of target, got {devices}")
     round_([target], [source], _seed(generator), [0], [0])
-    return target
 
 
 def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -64,7 +73,8 @@ def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None
         >>> stochastic_round(torch.full((2,), 0.5)).tolist()
         [0.5, 0.5]
     """
-    _check(source)
+    if not torch.compiler.is_compiling():
+        _check(source)
     target = torch.empty_like(source, dtype=torch.bfloat16, requires_grad=False)
     return stochastic_round_(target, source, generator=generator)
 
@@ -89,3 +99,7 @@ def _seed(generator: torch.Generator | None) -> int:
         )
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+# the draw too: inductor's random numbers are not torch's
+define("stochastic_round_(Tensor(a!) target, Tensor source, Generator? generator) -> ()", _round)
