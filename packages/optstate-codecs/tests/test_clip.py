@@ -153,7 +153,7 @@ def test_sharded_gradients_are_refused_before_anything_changes() -> None:
     param = Parameter(torch.ones(3))
     param.grad = torch.ones(3).as_subclass(Sharded)
     optimizer = make([param], max_grad_norm=1.0)
-    with pytest.raises(TypeError, match=r"gradient 0 is a DTensor.*clip_grad_norm_"):
+    with pytest.raises(TypeError, match="gradient of parameter 0: is a DTensor"):
         optimizer.step()
     assert not optimizer.state
 

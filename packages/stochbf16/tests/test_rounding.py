@@ -127,3 +127,79 @@ def test_refuses_to_be_captured() -> None:
         torch.cuda.graph(graph),
     ):
         stochastic_round_(target, x.add_(1))
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def rounds_twice(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    weight = torch.ones_like(x, dtype=torch.bfloat16)
+    stochastic_round_(weight, weight.float() - 1e-3 * x.detach())
+    return stochastic_round(x), stochastic_round(x), weight
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiled_it_is_one_graph_and_gives_the_same_bits(layout, backend) -> None:
+    """Draws included: a compiler must not take two for one, nor one of its own."""
+    compiled = torch.compile(rounds_twice, fullgraph=True, backend=backend)
+    x = torch.randn(4, 3, 5, 6, generator=seeded()).to(memory_format=layout).requires_grad_()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        ours = [*compiled(x), *compiled(x)]
+        after = torch.rand(())
+        torch.manual_seed(5)
+        theirs = [*rounds_twice(x), *rounds_twice(x)]
+        assert torch.equal(after, torch.rand(()))
+    assert all(map(torch.equal, ours, theirs))
+    assert not torch.equal(ours[0], ours[1])
+    assert not any(t.requires_grad for t in ours)
+    assert ours[0].stride() == x.stride()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_it_changes_what_is_outside_the_graph() -> None:
+    ours = torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16))
+    theirs = torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16))
+    step = torch.compile(
+        lambda: stochastic_round_(ours, ours.float() - 1e-3), fullgraph=True, backend="aot_eager"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        for _ in range(20):
+            step()
+        torch.manual_seed(5)
+        for _ in range(20):
+            stochastic_round_(theirs, theirs.float() - 1e-3)
+    assert torch.equal(ours, theirs)
+    assert ours.is_leaf
+    assert (ours != 1).any()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+# torch has a generator break the graph, whatever takes it
+@pytest.mark.filterwarnings("ignore:Graph break")
+def test_compiled_with_a_generator_the_graph_breaks() -> None:
+    generator, x = seeded(), torch.randn(300, generator=seeded(1))
+    compiled = torch.compile(
+        lambda x: stochastic_round(x * 2, generator=generator) + 1, backend="eager"
+    )
+    got = [compiled(x), compiled(x)]
+    generator = seeded()
+    expected = [stochastic_round(x * 2, generator=generator) + 1 for _ in range(2)]
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_it_says_what_is_wrong() -> None:
+    compiled = torch.compile(stochastic_round_, fullgraph=True, backend="eager")
+    with pytest.raises(TypeError, match="target: must be torch.bfloat16"):
+        compiled(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="source: must have the shape of target"):
+        compiled(BF16.clone(), torch.zeros(1))
+    assert torch.is_grad_enabled()

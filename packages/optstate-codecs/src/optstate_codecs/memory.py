@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,20 @@ from torch.optim import Optimizer
 
 from optstate_codecs.dim_order import follows_order
 from optstate_codecs.layout import Declaration, bound
+from optstate_codecs.param_checks import check_params, is_distributed
 from optstate_codecs.writes import parameter_write
 
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
 
-__all__ = ["MemoryReport", "memory_report", "predicted_state_bytes", "state_bytes"]
+__all__ = [
+    "MemoryReport",
+    "local_elements",
+    "memory_report",
+    "predicted_state_bytes",
+    "state_bytes",
+    "storage_bytes",
+]
 
 STEP_BYTES = 4
 ORDER_BYTES = 8
@@ -37,11 +45,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+def storage_bytes(values: Any) -> int:
+    """Bytes of the storages of tensors, each counted once and whole.
+
+    Args:
+        values: tensors, in lists, tuples and dicts; of a ``DTensor`` its shard counts.
+    """
     storages = {}
-    for tensor in tensors:
+    for tensor in _tensors(values):
         storage = tensor.untyped_storage()
-        storages[(tensor.device, storage.data_ptr() or id(tensor))] = storage.nbytes()
+        if storage.nbytes():
+            storages[(tensor.device, storage.data_ptr() or id(tensor))] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -50,7 +64,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
     Works for any ``torch.optim.Optimizer``.
     """
-    return _storage_bytes(_tensors(dict(optimizer.state)))
+    return storage_bytes(dict(optimizer.state))
 
 
 def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
@@ -58,7 +72,11 @@ def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
 
     Exact: it adds up what the formats and the write declare, 4 bytes of step count per parameter,
     and 8 for the order of dimensions (``dim_order``) where there are several and blocks follow it.
+
+    Raises:
+        TypeError: a parameter has become a ``DTensor``, which the optimizer does not step.
     """
+    check_params(optimizer)
     total = 0
     for group in optimizer.param_groups:
         formats = optimizer.group_formats(group)
@@ -76,7 +94,7 @@ class MemoryReport:
     """Bytes that training holds between steps.
 
     Attributes:
-        parameters: elements in all parameters.
+        parameters: elements in all parameters; of a ``DTensor``, those of its shard here.
         parameter_bytes: their storage.
         gradient_bytes: storage of the gradients that exist now.
         state_bytes: storage of the optimizer's state.
@@ -93,12 +111,20 @@ class MemoryReport:
         return 8 * self.state_bytes / max(self.parameters, 1)
 
 
+def local_elements(tensor: Tensor) -> int:
+    """How many elements this process holds: of a ``DTensor`` those of its shard."""
+    if is_distributed(tensor):
+        local: Any = tensor
+        tensor = local.detach().to_local()
+    return tensor.numel()
+
+
 def memory_report(optimizer: Optimizer) -> MemoryReport:
     """Count what any optimizer's parameters, gradients and state take now, in bytes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return MemoryReport(
-        parameters=sum(p.numel() for p in params),
-        parameter_bytes=_storage_bytes(params),
-        gradient_bytes=_storage_bytes(p.grad for p in params if p.grad is not None),
+        parameters=sum(map(local_elements, params)),
+        parameter_bytes=storage_bytes(params),
+        gradient_bytes=storage_bytes([p.grad for p in params if p.grad is not None]),
         state_bytes=state_bytes(optimizer),
     )

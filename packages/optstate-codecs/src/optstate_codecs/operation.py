@@ -1,4 +1,4 @@
-"""The step as one operation of ``torch.library``, which a compiler calls and does not look into.
+"""Operations of ``torch.library``, which a compiler calls and does not look into: the step is one.
 
 ``torch.compile`` would otherwise trace the host's side of a step: hyper-parameters would become
 constants of the graph, and a new learning rate a new compilation. Through the operation they are
@@ -7,9 +7,9 @@ read when the graph runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
 
-__all__ = ["new_handle", "step_as_operation"]
+__all__ = ["define", "new_handle", "step_as_operation"]
 
 # an operation takes tensors and numbers only, so an optimizer goes by a number
 SCHEMA = "step(int handle, int[] places, Tensor(a!)[] params, Tensor[] grads) -> ()"
+# where this torch has them: a compiler must not record one into a CUDA graph of its own, since the
+# host has a part in each, and must hand tensors over laid out as they are
+TAGS = ("cudagraph_unsafe", "needs_exact_strides")
 _optimizers: WeakValueDictionary[int, CodedOptimizer] = WeakValueDictionary()
 _handles = count()
 
@@ -71,13 +74,37 @@ def _run(handle: int, places: list[int], params: list[Tensor], grads: list[Tenso
         given.copy_(mine)
 
 
-def _pretend(handle: int, places: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
-    """The operation on tensors without data: it returns nothing."""
+def define(schema: str, run: Callable[..., None]) -> None:
+    """Make an operation ``optstate::...`` that changes what its schema says, and returns nothing.
+
+    Args:
+        schema: its name, arguments and what it changes.
+        run: what it does.
+    """
+    name = schema.partition("(")[0]
+    tags = [getattr(torch.Tag, tag) for tag in TAGS if hasattr(torch.Tag, tag)]
+    library: Any = _library
+    library.define(schema, tags=tags)
+    library.impl(name, _untraced(torch.no_grad()(run)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"optstate::{name}", _pretend, lib=_library)
+
+
+def _untraced(run: Callable[..., None]) -> Callable[..., None]:
+    """``run``, into which a compiler does not look where a graph breaks at the operation either."""
+    disabled: list[Callable[..., None]] = []
+
+    def call(*args: Any) -> None:
+        if not disabled:
+            # not before: it loads the compiler
+            disabled.append(torch.compiler.disable(run))
+        disabled[0](*args)
+
+    return call
+
+
+def _pretend(*args: object, **kwargs: object) -> None:
+    """An operation on tensors without data: it returns nothing."""
 
 
 _library = torch.library.Library("optstate", "FRAGMENT")  # type: ignore[no-untyped-call]
-# a compiler must not record it into a CUDA graph of its own: the host has a part in every step
-_tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
-_library.define(SCHEMA, tags=_tags)  # type: ignore[no-untyped-call]
-_library.impl("step", torch.no_grad()(_run), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("optstate::step", _pretend, lib=_library)
+define(SCHEMA, _run)

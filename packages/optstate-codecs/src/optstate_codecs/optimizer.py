@@ -16,6 +16,7 @@ from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.operation import new_handle, step_as_operation
+from optstate_codecs.param_checks import check_kind
 from optstate_codecs.parameters import Entry, GroupSpec, ParameterTable, StateSpec
 from optstate_codecs.rules import Rule
 from optstate_codecs.scaling import gradient_factor, nonfinite
@@ -213,6 +214,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         if group["differentiable"]:
             raise ValueError("differentiable=True: not supported; leave it False")
         for i, param in enumerate(group["params"]):
+            check_kind(f"params[{i}]", param)
             if param.dtype not in PARAM_DTYPES:
                 allowed = ", ".join(str(d).removeprefix("torch.") for d in PARAM_DTYPES)
                 raise TypeError(f"params[{i}]: dtype {param.dtype}, must be one of {allowed}")

@@ -17,6 +17,7 @@ from optstate_codecs.conform import Wanted, conformed, own_keys
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.unit import Unit, layout_of
 from optstate_codecs.formats import Format
+from optstate_codecs.param_checks import check_kind, check_steppable
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import counts_on_device, share_steps
 from optstate_codecs.writes import parameter_write
@@ -232,9 +233,11 @@ def check_grad(index: int, param: Tensor, grad: Tensor) -> None:
     """Raise unless a gradient can be used.
 
     Raises:
-        TypeError, ValueError: what is wrong with it, by name.
+        TypeError, ValueError, RuntimeError: what is wrong with it or its parameter, by name.
     """
     name = f"gradient of parameter {index}"
+    check_steppable(index, param)
+    check_kind(name, grad)
     if grad.layout != torch.strided:
         raise TypeError(f"{name}: layout {grad.layout}, must be dense; use .to_dense()")
     if grad.is_complex():

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Values", "refuse_changed", "refuse_step", "refuse_unreduced", "values_of"]
+from optstate_codecs.param_checks import is_distributed
+
+__all__ = [
+    "Values",
+    "refuse_changed",
+    "refuse_step",
+    "refuse_unreduced",
+    "scaler_refused",
+    "values_of",
+]
 
 # what groups hold besides parameters, by group and key; of tensors, which one and when
 Values = dict[tuple[int, str], Any]
@@ -20,7 +29,7 @@ def refuse_unreduced(params: Sequence[Tensor]) -> None:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    if distributed.get_world_size() > 1 and not all(hasattr(p, "placements") for p in params):
+    if distributed.get_world_size() > 1 and not all(map(is_distributed, params)):
         raise ValueError(
             "allow_distributed=False: torch.distributed has several workers, and unsharded "
             "parameters would be stepped before their gradients are reduced; pass True only where "
@@ -33,12 +42,17 @@ def refuse_step(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, 
     # taken away, since the scaler leaves them there after an exception
     scaled = [vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf")]
     if any(value is not None for value in scaled):
-        raise RuntimeError(
-            "GradScaler: cannot be combined with GradientRelease, which has stepped with scaled "
-            "gradients; train in bfloat16 or float32 without a scaler"
-        )
+        raise scaler_refused()
     if any(value is not None for value in (*args, *kwargs.values())):
         raise ValueError("closure: must be None under GradientRelease; call backward before")
+
+
+def scaler_refused() -> RuntimeError:
+    """The error for gradients that are still scaled when they are stepped."""
+    return RuntimeError(
+        "GradScaler: cannot be combined with GradientRelease, which has stepped with scaled "
+        "gradients; train in bfloat16 or float32 without a scaler"
+    )
 
 
 def values_of(optimizer: Optimizer) -> Values:

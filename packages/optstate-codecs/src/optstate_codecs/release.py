@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from threading import RLock
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ from torch.optim import Optimizer
 from optstate_codecs import checks
 from optstate_codecs.arrivals import Bucket, in_buckets, weakly
 from optstate_codecs.engine.capture import capturing
+from optstate_codecs.freed_grad import (
+    FreedGradient,
+    has_gradient,
+    remove_before_backward,
+    remove_freed,
+)
+from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.param_checks import check_steppable
 from optstate_codecs.refusals import (
     Values,
     refuse_changed,
@@ -38,7 +47,9 @@ class GradientRelease:
 
     Groups' values (the learning rate) must not change between backward and ``step()``, and there
     is one backward a step for each parameter: gradients cannot be accumulated, looked at, clipped
-    or unscaled in between.
+    or unscaled in between. Until ``step()`` or ``zero_grad()``, ``param.grad`` is a tensor without
+    memory where a gradient was freed. Every operation on it raises, those of
+    ``torch.nn.utils.clip_grad_norm_`` and of whatever calls that included.
 
     With ``max_grad_norm``, the global norm has to be known before the first bucket is stepped: a
     first forward and backward inside ``measure()`` find it and free each gradient, and a second
@@ -90,6 +101,9 @@ class GradientRelease:
         self.grad_norm: Tensor | None = None
         self._hooks: list[Any] = []
         self._buckets: list[Bucket] = []
+        # what gradients have left behind, by parameter: made once
+        self._freed: dict[Tensor, FreedGradient] = {}
+        self._second = weakly(self._accumulated)
         # gradients of several devices come in threads of their own
         self._lock = RLock()
         # while measuring, the place of each parameter, and whether any is float64
@@ -99,6 +113,10 @@ class GradientRelease:
 
     def _refuse(self) -> None:
         self.optimizer._refuse_parts()
+        if isinstance(self.optimizer, CodedOptimizer):
+            for number, param in enumerate(self._params()):
+                if param.requires_grad:
+                    check_steppable(number, param)
         if not self.allow_distributed:
             refuse_unreduced(self._params())
 
@@ -113,10 +131,16 @@ class GradientRelease:
         if self.optimizer._in_parts:
             raise RuntimeError("optimizer: another GradientRelease is attached; detach that first")
         self._buckets = in_buckets(self._params(), self.bucket_bytes)
-        for bucket in self._buckets:
-            hook = partial(weakly(self._arrived), bucket)
+        for number, bucket in enumerate(self._buckets):
+            # not the bucket: parameters that hold themselves are never collected
+            hook = partial(weakly(self._arrived), number)
             for param in bucket.params:
                 self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+                if self.max_grad_norm is not None:
+                    # the second backward must find nothing of the first
+                    self._hooks.append(
+                        param.register_hook(partial(remove_before_backward, ref(param)))
+                    )
         # by these the optimizer keeps this alive
         self._hooks.append(self.optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
@@ -128,6 +152,7 @@ class GradientRelease:
         """Leave gradients alone from now on; ``step()`` completes a step that has begun."""
         if self._hooks:
             self.optimizer._in_parts = False
+            self._remove_freed()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -148,6 +173,11 @@ class GradientRelease:
         What has been stepped stays so; call ``zero_grad()`` too. An error that this has raised
         itself needs only that.
         """
+        self._remove_freed()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Be as before the first gradient of a step."""
         self._stepped: set[Tensor] = set()
         self._shares: dict[Tensor, Share] = {}
         self._factor: Tensor | None = None
@@ -156,6 +186,14 @@ class GradientRelease:
         self._joining = False
         for bucket in self._buckets:
             bucket.here.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_freed"):
+            self._remove_freed()
+
+    def _remove_freed(self) -> None:
+        for param in self._freed:
+            remove_freed(param)
 
     @contextmanager
     def measure(self) -> Iterator[None]:
@@ -167,7 +205,7 @@ class GradientRelease:
         if self.max_grad_norm is None:
             raise ValueError("max_grad_norm=None: must be above 0 for measure()")
         params = self._params()
-        if not self._hooks or self._stepped or any(p.grad is not None for p in params):
+        if not self._hooks or self._stepped or any(map(has_gradient, params)):
             raise RuntimeError(
                 "measure(): must be attached, with no gradients there; call step() or zero_grad()"
             )
@@ -184,8 +222,9 @@ class GradientRelease:
             self.grad_norm = norm_of(self._shares[p] for p in params if p in self._shares)
             self._factor = clip_factor(self.grad_norm, self.max_grad_norm)
 
-    def _arrived(self, bucket: Bucket, param: Tensor) -> None:
-        """A parameter has its gradient."""
+    def _arrived(self, number: int, param: Tensor) -> None:
+        """A parameter of bucket ``number`` has its gradient."""
+        bucket = self._buckets[number]
         with self._lock:
             task = torch._C._current_graph_task_id()
             if param.grad is None or (task == self._failed and task >= 0):
@@ -199,7 +238,7 @@ class GradientRelease:
                 if self._measuring:
                     place, double = self._measuring[param]
                     self._shares[param] = share(place, param.grad, double)
-                    param.grad = None
+                    self._free(param, param.grad)
                     return
                 bucket.here.add(param)
                 if len(bucket.here) == len(bucket.params):
@@ -207,14 +246,42 @@ class GradientRelease:
                     self._step(stepping)
                     self._join_at_the_end()
             except Exception as error:
-                before, now = self._numbers(self._stepped), self._numbers(stepping)
-                self.abandon()
-                self._failed = task
-                raise RuntimeError(
-                    f"GradientRelease: {type(error).__name__}: {error}; of this step, parameters "
-                    f"{before} had been stepped, and {now} were about to be; call zero_grad() and "
-                    "run backward again"
-                ) from error
+                self._fail(error, stepping)
+
+    def _accumulated(self, freed: FreedGradient) -> None:
+        """A backward is about to add to what the gradient of this step has left behind."""
+        with self._lock:
+            try:
+                for param, left in self._freed.items():
+                    if left is freed:
+                        self._expect(param)
+            except RuntimeError as error:
+                self._fail(error, [])
+
+    def _fail(self, error: Exception, stepping: Sequence[Tensor]) -> NoReturn:
+        """Raise, in a backward, what says how far the step came; the next one begins anew."""
+        before, now = self._numbers(self._stepped), self._numbers(stepping)
+        self.abandon()
+        self._failed = torch._C._current_graph_task_id()
+        raise RuntimeError(
+            f"GradientRelease: {type(error).__name__}: {error}; of this step, parameters "
+            f"{before} had been stepped, and {now} were about to be; call zero_grad() and "
+            "run backward again"
+        ) from error
+
+    def _free(self, param: Tensor, grad: Tensor) -> None:
+        """Leave nothing of a gradient but what notices who looks for it."""
+        freed = self._freed.get(param)
+        if freed is None or not freed.stands_for(grad):
+            freed = self._freed[param] = FreedGradient(grad, self._advice(), self._second)
+        param.grad = freed
+
+    def _advice(self) -> str:
+        if self.max_grad_norm is None:
+            how = "to clip, use GradientRelease(optimizer, max_grad_norm=...) with measure()"
+        else:
+            how = f"max_grad_norm={self.max_grad_norm} has clipped it, see grad_norm"
+        return f"{how}, and no other clipping (max_grad_norm=0 for transformers.Trainer)"
 
     def _join_at_the_end(self) -> None:
         """Have what follows this backward wait for steps that are taken beside it."""
@@ -260,7 +327,7 @@ class GradientRelease:
         for param in given:
             # kernels write where autograd does not see it: what still needs the old value must fail
             torch.autograd.graph.increment_version(param)
-            param.grad = None
+            self._free(param, param.grad)
         self._stepped.update(given)
         self._values = values_of(self.optimizer)
 
@@ -269,10 +336,14 @@ class GradientRelease:
         refuse_step(optimizer, args[1:], kwargs)
         if self._failed is not None:
             raise RuntimeError("step(): backward has failed; call zero_grad() and run it again")
+        # the optimizer and the hooks that follow are to find no gradients
+        self._remove_freed()
         left = [param for param in self._params() if param.grad is not None]
         for param in left:
             self._expect(param)
         self._step(left)
+        for param in left:
+            param.grad = None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.abandon()
+        self._begin()

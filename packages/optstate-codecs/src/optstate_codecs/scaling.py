@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from optstate_codecs.param_checks import is_distributed
+
 __all__ = [
     "Share",
     "clip_factor",
@@ -61,12 +63,7 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all of ``grads`` together, 0-d, on the device of the first.
 
     As ``torch.nn.utils.get_total_norm``, but float32 where that would be narrower.
-
-    Raises:
-        TypeError: one is a DTensor, of which only a shard is here.
     """
-    for place, grad in enumerate(grads):
-        _refuse_sharded(place, grad)
     norm: Tensor = torch.linalg.vector_norm(_norms(grads, 2.0), 2.0)
     return norm
 
@@ -82,7 +79,11 @@ def share(place: int, grad: Tensor, double: bool) -> Share:
     Raises:
         TypeError: it is a DTensor, of which only a shard is here.
     """
-    _refuse_sharded(place, grad)
+    if is_distributed(grad):
+        raise TypeError(
+            f"max_grad_norm: gradient {place} is a DTensor, whose norm needs all its shards; "
+            "step without GradientRelease, after torch.nn.utils.clip_grad_norm_"
+        )
     return (grad.device, grad.dtype), _norms([grad], 2.0, double)
 
 
@@ -97,19 +98,16 @@ def norm_of(shares: Iterable[Share]) -> Tensor:
     return total
 
 
-def _refuse_sharded(place: int, grad: Tensor) -> None:
-    if type(grad) is not Tensor and hasattr(grad, "placements"):
-        raise TypeError(
-            f"max_grad_norm: gradient {place} is a DTensor, whose norm needs all its shards; "
-            "leave max_grad_norm=None and call torch.nn.utils.clip_grad_norm_"
-        )
-
-
 def nonfinite(grads: Sequence[Tensor]) -> Tensor:
-    """1.0 where any element of ``grads`` is NaN or infinite, else 0.0; 0-d float32."""
-    some = [grad for grad in grads if grad.numel()]  # there is no maximum over nothing
+    """1.0 where any element of ``grads`` is NaN or infinite, else 0.0; 0-d float32.
+
+    Elements on meta, which have no values, are neither.
+    """
+    # there is no maximum over nothing
+    some = [grad for grad in grads if grad.numel() and not grad.is_meta]
     if not some:
-        return torch.zeros((), device=grads[0].device)
+        device = "cpu" if grads[0].is_meta else grads[0].device
+        return torch.zeros((), device=device)
     return (~torch.isfinite(_norms(some, math.inf)).all()).to(torch.float32)
 
 

@@ -57,7 +57,9 @@ def share_steps(states: Sequence[tuple[Tensor, dict[str, Tensor], bool]]) -> Non
     """
     members: dict[torch.device, list[dict[str, Tensor]]] = {}
     for param, state, on_device in states:
-        where = param.device if on_device else torch.device("cpu")
+        # counts on meta could not be read, and what follows from them is the host's to work out
+        beside = on_device and not param.is_meta
+        where = param.device if beside else torch.device("cpu")
         members.setdefault(where, []).append(state)
     for device, together in members.items():
         values = [float(state["step"]) for state in together]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from optstate_codecs.memory import MemoryReport
+from optstate_codecs.memory import MemoryReport, local_elements, storage_bytes
 from optstate_wrap.record import Coded, Record, tensors_of
 from optstate_wrap.store import Store
 
@@ -39,12 +38,12 @@ def report(optimizer: Optimizer, store: Store) -> WrapperMemoryReport:
     tensors = [t for record in _records_of(store) for t in tensors_of(record)]
     away = any(param.device.type != "cpu" for param in params)
     return WrapperMemoryReport(
-        parameters=sum(p.numel() for p in params),
-        parameter_bytes=_kept_bytes(params),
-        gradient_bytes=_kept_bytes(p.grad for p in params if p.grad is not None),
-        state_bytes=_kept_bytes(tensors),
+        parameters=sum(map(local_elements, params)),
+        parameter_bytes=storage_bytes(params),
+        gradient_bytes=storage_bytes([p.grad for p in params if p.grad is not None]),
+        state_bytes=storage_bytes(tensors),
         plain_state_bytes=_plain_bytes(store),
-        host_bytes=_kept_bytes(t for t in tensors if away and t.device.type == "cpu"),
+        host_bytes=storage_bytes([t for t in tensors if away and t.device.type == "cpu"]),
     )
 
 
@@ -52,15 +51,6 @@ def _records_of(store: Store) -> Iterable[Record]:
     """Every record as it is kept."""
     for param in store:
         yield from store.kept(param)
-
-
-def _kept_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of storages, each counted once and whole."""
-    storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[tensor.device, storage.data_ptr() or id(tensor)] = storage.nbytes()
-    return sum(storages.values())
 
 
 def _plain_bytes(store: Store) -> int:

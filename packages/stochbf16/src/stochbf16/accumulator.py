@@ -22,10 +22,14 @@ from torch.utils.hooks import RemovableHandle
 from optstate_codecs import checks
 from optstate_codecs.arrivals import weakly
 from optstate_codecs.engine.capture import capturing
+from optstate_codecs.param_checks import check_kind, is_distributed
 from optstate_codecs.stochastic import SOURCES
 from stochbf16.pending import Addition, Pending
 
 __all__ = ["HookHandle", "StochasticAccumulator"]
+
+# what to do with parameters whose gradients autograd never adds
+SHARDED = "let FSDP2 add in float32: MixedPrecisionPolicy(reduce_dtype=torch.float32)"
 
 _attached: WeakSet[StochasticAccumulator] = WeakSet()
 
@@ -84,8 +88,15 @@ class StochasticAccumulator:
         self._accumulates = self._at_once = False
 
     def attach(self) -> StochasticAccumulator:
-        """Begin to add stochastically; nothing changes where it is attached already."""
+        """Begin to add stochastically; nothing changes where it is attached already.
+
+        Raises:
+            TypeError: a parameter is a ``DTensor``; nothing has changed.
+        """
         with self._lock:
+            for number, param in enumerate(self._params):
+                if is_distributed(param):
+                    check_kind(f"params[{number}]", param, SHARDED)
             for number, param in enumerate(self._params):
                 if param.requires_grad and number not in self._hooks:
                     self._hooks[number] = self._add_hooks(param, number)

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.engine.capture import capturing
+from optstate_codecs.operation import define
+from optstate_codecs.param_checks import check_kind
 from optstate_codecs.stochastic import SOURCES, round_
 
 __all__ = ["stochastic_round", "stochastic_round_"]
+
+# each worker rounds what it has
+LOCAL = "round its .to_local()"
 
 
 def stochastic_round_(
@@ -37,8 +42,18 @@ def stochastic_round_(
         >>> weight = torch.ones(3, dtype=torch.bfloat16)
         >>> weight = stochastic_round_(weight, weight.float() - 1e-3)  # 0.99609375 or 1.0
     """
+    if torch.compiler.is_compiling():
+        # not in no_grad, which an error in a compiled graph leaves switched on
+        torch.ops.optstate.stochastic_round_(target.detach(), source.detach(), generator)
+    else:
+        _round(target, source, generator)
+    return target
+
+
+def _round(target: Tensor, source: Tensor, generator: torch.Generator | None) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: must be a tensor, got {type(target).__name__}")
+    check_kind("target", target, LOCAL)
     _check(source)
     if target.dtype != torch.bfloat16:
         raise TypeError(f"target: must be torch.bfloat16, got {target.dtype}")
@@ -49,7 +64,6 @@ def stochastic_round_(
         devices = f"target {target.device}, source {source.device}"
         raise ValueError(f"source: must be on the device of target, got {devices}")
     round_([target], [source], _seed(generator), [0], [0])
-    return target
 
 
 def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -59,7 +73,8 @@ def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None
         >>> stochastic_round(torch.full((2,), 0.5)).tolist()
         [0.5, 0.5]
     """
-    _check(source)
+    if not torch.compiler.is_compiling():
+        _check(source)
     target = torch.empty_like(source, dtype=torch.bfloat16, requires_grad=False)
     return stochastic_round_(target, source, generator=generator)
 
@@ -67,6 +82,7 @@ def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None
 def _check(source: Tensor) -> None:
     if not isinstance(source, Tensor):
         raise TypeError(f"source: must be a tensor, got {type(source).__name__}")
+    check_kind("source", source, LOCAL)
     if source.dtype not in SOURCES or source.layout != torch.strided:
         allowed = ", ".join(map(str, SOURCES))
         raise TypeError(
@@ -83,3 +99,7 @@ def _seed(generator: torch.Generator | None) -> int:
         )
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+# the draw too: inductor's random numbers are not torch's
+define("stochastic_round_(Tensor(a!) target, Tensor source, Generator? generator) -> ()", _round)

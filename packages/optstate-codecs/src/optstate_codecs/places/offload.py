@@ -10,6 +10,7 @@ from weakref import ref
 from optstate_codecs import checks
 from optstate_codecs.engine.unit import Unit
 from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.param_checks import check_params
 from optstate_codecs.places.base import HostPlace, Place
 from optstate_codecs.places.resume import plain, resume_from
 from optstate_codecs.places.stream import CHUNK_BYTES, Stream
@@ -98,6 +99,7 @@ def offload(
         )
     if (resume or sync) and store != "disk":
         raise ValueError("resume, sync: only with store='disk'")
+    _check_params(optimizer)
     if optimizer.offloaded is not None:
         raise ValueError(f"optimizer: its state is offloaded already ({optimizer.offloaded.store})")
     how = Offload(store, None if path is None else str(path), sync, chunk_bytes, resident_bytes)
@@ -128,6 +130,17 @@ def offload(
 def _stored_units(optimizer: CodedOptimizer | None) -> list[Unit]:
     assert optimizer is not None
     return optimizer.stored_units()
+
+
+def _check_params(optimizer: CodedOptimizer) -> None:
+    """Raise unless state can come to every parameter, by name."""
+    check_params(optimizer)
+    for index, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if param.is_meta:
+            raise ValueError(
+                f"parameter {index}: on meta, must be on a device; to count bytes on meta, take a "
+                "step without offload"
+            )
 
 
 def _move(optimizer: CodedOptimizer) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.param_checks import check_params
 from optstate_codecs.places.slabs import Memory
 from optstate_codecs.places.stream import Stream
 
@@ -93,7 +94,7 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
         A context manager; there may be several at once.
 
     Raises:
-        TypeError: the optimizer is not of the family.
+        TypeError: the optimizer is not of the family, or a parameter is a DTensor.
 
     Example:
         >>> with snapshot(optimizer) as taken:
@@ -108,6 +109,7 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
             f"optimizer: {type(given).__name__}, must be an optimizer of the family; of one that "
             "optstate_wrap has wrapped, packed_state_dict() is a copy"
         )
+    check_params(optimizer)
     saved = optimizer.state_dict()
     stream = optimizer._session
     kept: dict[int, Memory] = {}

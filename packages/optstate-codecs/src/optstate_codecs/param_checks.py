@@ -1,0 +1,93 @@
+"""Which tensors the engine can step, checked by name before anything changes.
+
+Kernels and compiled loops read and write a tensor at its address, so it has to have plain memory of
+its own. Tensor subclasses that handle torch's operations themselves do not: ``DTensor`` (FSDP2,
+tensor parallelism), quantized weights of other libraries, ``MaskedTensor``, ``FakeTensor``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+__all__ = ["check_kind", "check_params", "check_steppable", "is_distributed"]
+
+_PLAIN = (Tensor, Parameter)
+# what steps parameters of any kind, since torch's own operations do the arithmetic
+WRAP = "use optstate_wrap.wrap(torch.optim.AdamW(...)), which works with FSDP2"
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``, of which only a shard is here."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
+
+
+def check_kind(name: str, tensor: Tensor, instead: str = WRAP) -> None:
+    """Raise unless a tensor has plain memory.
+
+    Args:
+        name: what the message calls it.
+        tensor: of any class.
+        instead: what a user of a ``DTensor`` is told to do.
+
+    Raises:
+        TypeError: it has not.
+    """
+    kind = type(tensor)
+    if kind in _PLAIN:
+        if tensor.is_nested:
+            raise TypeError(f"{name}: is a nested tensor, must be dense")
+        return
+    if is_distributed(tensor):
+        placements = ", ".join(map(str, getattr(tensor, "placements", ())))
+        raise TypeError(
+            f"{name}: is a DTensor with placements ({placements}), must be a plain tensor; "
+            f"{instead}"
+        )
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        advice = WRAP if not hasattr(tensor, "fake_mode") else "use device='meta'"
+        raise TypeError(
+            f"{name}: is a {kind.__name__}, a subclass of Tensor that handles operations itself, "
+            f"must be a plain tensor; {advice}"
+        )
+
+
+def check_steppable(index: int, param: Tensor) -> None:
+    """Raise unless a step can write parameter number ``index``, counted over all groups.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: what is wrong with it, by name.
+    """
+    name = f"parameter {index}"
+    check_kind(name, param)
+    # the commonest layout first
+    if not param.is_contiguous() and _overlaps(param):
+        raise ValueError(
+            f"{name}: shape {tuple(param.shape)} with strides {param.stride()}, so that several "
+            "elements share one place in memory; each must have its own, as after .clone()"
+        )
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: was made under torch.inference_mode(), so it cannot be changed outside; "
+            "make it outside, or a .clone() of it"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory as after ``expand``, which is what torch looks for."""
+    return any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def check_params(optimizer: Optimizer) -> None:
+    """Raise unless every parameter of an optimizer has plain memory.
+
+    They were checked when their groups were added. Somebody may have put others in their place
+    since, as trainers do when they shard a model after its optimizer was made.
+    """
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    for index, param in enumerate(params):
+        check_kind(f"parameter {index}", param)
