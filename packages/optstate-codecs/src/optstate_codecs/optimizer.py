@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checkpoint, checks, engine
+from optstate_codecs.arguments import arguments_of, unknown_argument
 from optstate_codecs.centring import find_centres
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.unit import Unit
@@ -82,6 +83,10 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     #: group keys that decide how state is stored; a checkpoint never overrides them
     storage_options: ClassVar[tuple[str, ...]] = ("formats",)
+    #: what ``**options`` takes besides the rule's hyper-parameters, with the defaults
+    shared_options: ClassVar[Mapping[str, Any]] = {**OWN_OPTIONS, **TORCH_FLAGS}
+    #: of the rule, which decides the hyper-parameters
+    rule_type: ClassVar[type[Rule]] = Rule
     #: set while a ``GradientRelease`` steps parameters before ``step`` does
     _in_parts = False
 
@@ -90,16 +95,17 @@ class CodedOptimizer(torch.optim.Optimizer):
         params: Iterable[Any],
         rule: Rule,
         formats: Mapping[str, Format | str] | None = None,
-        *,
         write: str = "nearest",
+        *,
         backend: str = "auto",
         rounding_seed: int = 0,
         skip_nonfinite: bool = False,
         max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule={rule!r}: must be a Rule, got {type(rule).__name__}")
+        if not isinstance(rule, self.rule_type):
+            wanted, got = self.rule_type.__name__, type(rule).__name__
+            raise TypeError(f"rule={rule!r}: must be an instance of {wanted}, got {got}")
         checks.one_of("write", write, WRITES)
         checks.one_of("backend", backend, engine.BACKENDS)
         checks.whole_number("rounding_seed", rounding_seed)
@@ -114,14 +120,15 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.offloaded: Offload | None = None
         self._session: engine.Session | Stream = engine.Session(backend)
         self._forget()
-        known = {**rule.defaults(), **OWN_OPTIONS, **TORCH_FLAGS, "rounding_seed": rounding_seed}
+        known = {**rule.defaults(), **self.shared_options, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:
             options["formats"] = formats
         elif formats is not None:
             known["formats"] = {k: as_format(f).spec for k, f in formats.items()}
         storage = {key: options.pop(key) for key in self.storage_options if key in options}
         if unknown := sorted(set(options) - set(known)):
-            raise TypeError(f"{unknown[0]}: unknown argument; known are {', '.join(known)}")
+            every = arguments_of(type(self), type(rule))
+            raise unknown_argument(type(self), unknown[0], every)
         super().__init__(params, {**known, **storage, **options})
         # by its own name, torch.compile would guard on every value in it
         self._traced_groups = self.param_groups
@@ -439,7 +446,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self._forget()
         self._traced_groups = self.param_groups
         for group in self.param_groups:
-            for key, value in {**OWN_OPTIONS, **TORCH_FLAGS}.items():
+            for key, value in self.shared_options.items():
                 group.setdefault(key, value)
 
 

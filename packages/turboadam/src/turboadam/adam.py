@@ -66,6 +66,7 @@ class TurboAdam(CodedOptimizer):
         >>> optimizer = TurboAdam(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
 
+    rule_type = Adam
     storage_options = (
         "block_size",
         "v_bits",
