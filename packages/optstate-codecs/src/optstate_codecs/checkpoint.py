@@ -18,6 +18,7 @@ from torch import Tensor
 
 from optstate_codecs.formats import FP32, Format, parse_format
 from optstate_codecs.layout import bound, empty_state, inverse_order, same_order, storage_order
+from optstate_codecs.plain import plain_value
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import (
@@ -46,6 +47,7 @@ def packed(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
             places = zip(saved["params"], group["params"], strict=True)
             orders = {number: list(storage_order(param)) for number, param in places}
             saved["orders"] = {n: order for n, order in orders.items() if order != sorted(order)}
+    plain["param_groups"] = plain_value(plain["param_groups"])
     # counts lie side by side in one storage, which some savers refuse and torch.save writes whole
     plain["state"] = {
         number: {**state, "step": state["step"].clone()} if "step" in state else state
@@ -66,7 +68,7 @@ def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
                 state[number] = {plainly.get(key, key): part for key, part in decoded.items()}
     own = {*optimizer.storage_options, "formats", "orders", "rounding_seed"}
     groups = [
-        {key: value for key, value in group.items() if key not in own}
+        {key: plain_value(value) for key, value in group.items() if key not in own}
         for group in plain["param_groups"]
     ]
     return {"state": state, "param_groups": groups}
@@ -159,7 +161,7 @@ def _merged_groups(
                 f"must be {len(group['params'])}"
             )
         own = {*optimizer.storage_options, "formats", "orders", "params", "decoupled_weight_decay"}
-        new = {k: deepcopy(v) for k, v in saved.items() if k not in own}
+        new = {k: deepcopy(plain_value(v)) for k, v in saved.items() if k not in own}
         if "betas" in new:
             new["betas"] = tuple(new["betas"])
         kept = {k: v for k, v in group.items() if k in own or k not in new}
@@ -235,6 +237,7 @@ def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> di
 
 
 def _loaded_step(where: str, step: Any) -> Tensor:
+    step = plain_value(step)
     count = float(step) if isinstance(step, (int, float, Tensor)) else -1.0
     if not (count >= 0 and count == int(count)):
         raise ValueError(f"{where}['step']={step!r}: must be a whole number of at least 0")

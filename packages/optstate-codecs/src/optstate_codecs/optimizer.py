@@ -16,6 +16,7 @@ from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.layout import Declaration, bound, empty_state
 from optstate_codecs.operation import new_handle, step_as_operation
+from optstate_codecs.plain import plain_value
 from optstate_codecs.rules import Rule
 from optstate_codecs.scaling import gradient_factor, nonfinite
 from optstate_codecs.state import counts_on_device, initial_state, share_steps
@@ -67,6 +68,9 @@ class CodedOptimizer(torch.optim.Optimizer):
             0 to 1 (Yong et al., arXiv:2004.01461); and the flags ``foreach``, ``fused``,
             ``capturable``, ``differentiable`` of ``torch.optim``.
 
+    Numbers may be those of other libraries, such as numpy scalars; they are kept and saved as plain
+    Python ones. 0-d tensors stay tensors.
+
     Attributes:
         max_grad_norm: as given; may be changed between steps.
         offloaded: how its state is kept elsewhere, see ``optstate_codecs.offload``; or None.
@@ -108,10 +112,10 @@ class CodedOptimizer(torch.optim.Optimizer):
             raise TypeError(f"rule={rule!r}: must be an instance of {wanted}, got {got}")
         checks.one_of("write", write, WRITES)
         checks.one_of("backend", backend, engine.BACKENDS)
-        checks.whole_number("rounding_seed", rounding_seed)
-        checks.flag("skip_nonfinite", skip_nonfinite)
+        rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
+        skip_nonfinite = checks.flag("skip_nonfinite", skip_nonfinite)
         if max_grad_norm is not None:
-            checks.positive("max_grad_norm", max_grad_norm)
+            max_grad_norm = checks.positive("max_grad_norm", max_grad_norm)
         self.rule = rule
         self.write = write
         self.skip_nonfinite = skip_nonfinite
@@ -129,7 +133,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         if unknown := sorted(set(options) - set(known)):
             every = arguments_of(type(self), type(rule))
             raise unknown_argument(type(self), unknown[0], every)
-        super().__init__(params, {**known, **storage, **options})
+        super().__init__(params, plain_value({**known, **storage, **options}))
         # by its own name, torch.compile would guard on every value in it
         self._traced_groups = self.param_groups
 
@@ -192,6 +196,8 @@ class CodedOptimizer(torch.optim.Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise unless the group is as it has to be; its hyper-parameters become plain values."""
+        group.update({key: plain_value(group[key]) for key in self.defaults if key in group})
         hyper = self.rule.hyper(group)
         checks.whole_number("rounding_seed", group["rounding_seed"])
         checks.share("centralization", group["centralization"])
@@ -331,7 +337,8 @@ class CodedOptimizer(torch.optim.Optimizer):
         if factor is None:
             factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
         units = self._current_units(places, kept)
-        centres, shares = None, [group["centralization"] for group in self.param_groups]
+        centres = None
+        shares = [plain_value(group["centralization"]) for group in self.param_groups]
         if any(shares):
             centres = find_centres(grads, [shares[place[1]] for place in places])
         job = engine.Job(self.rule, units, grads, hypers, addresses, factor, found_inf, centres)
@@ -367,7 +374,8 @@ class CodedOptimizer(torch.optim.Optimizer):
     def _kept(self, number: int, hyper: Any) -> tuple[Any, ...]:
         """A group's moments, formats and seed: the same object until one of them changes."""
         group = self.param_groups[number]
-        new = (self.rule.moments(hyper), self.group_formats(group), group["rounding_seed"])
+        seed = plain_value(group["rounding_seed"])
+        new = (self.rule.moments(hyper), self.group_formats(group), seed)
         if self._groups.get(number) != new:
             self._groups[number] = new
         return self._groups[number]

@@ -102,8 +102,8 @@ class TurboAdam(CodedOptimizer):
         master_weight_bits: int | None = None,
         **options: Any,
     ) -> None:
-        checks.flag("error_feedback", error_feedback)
-        if error_feedback and compress_m is False:
+        error_feedback = checks.flag("error_feedback", error_feedback)
+        if error_feedback and not checks.flag("compress_m", compress_m):
             raise ValueError(
                 "error_feedback=True: must be False with compress_m=False, since nothing is "
                 "rounded off"
@@ -168,9 +168,8 @@ def _second_moment(group: Mapping[str, Any]) -> Format:
 
 def _check_stored(group: Mapping[str, Any], moment: str, allowed: tuple[int, ...]) -> None:
     """Raise unless what says how ``moment``, "m" or "v", is stored is as it has to be."""
-    name, bits = f"{moment}_bits", group[f"{moment}_bits"]
-    if type(bits) is not int:
-        raise TypeError(f"{name}={bits!r}: must be an int, got {type(bits).__name__}")
+    name = f"{moment}_bits"
+    bits = checks.whole_number(name, group[name])
     if bits not in allowed:
         raise ValueError(f"{name}={bits}: must be one of {', '.join(map(str, allowed))}")
     checks.flag(f"compress_{moment}", group[f"compress_{moment}"])
