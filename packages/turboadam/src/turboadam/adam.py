@@ -46,9 +46,12 @@ class TurboAdam(CodedOptimizer):
             ``m_bits=1``.
         error_feedback: deliver at once what rounding takes from the first moment, so that all
             that was ever subtracted from a parameter is what AdamW would have. It stores nothing.
+            It helps where ``m_bits`` is 1 or 2, and did harm where it was 3.
         capturable: let a CUDA graph record steps.
         min_m_compress_elements: tensors with fewer elements keep the first moment in float32.
-        m_bits: for an element of the first moment: 1, 2, 3, 4 or 6.
+        m_bits: for an element of the first moment: 1, 2, 3, 4 or 6. With 2 and large vocabularies
+            the loss ends higher, since rows of an embedding get gradients rarely; give the
+            embedding's group 4.
         min_v_compress_elements: tensors with fewer keep the second moment in float32.
         bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
             their precision are kept in the mean.
