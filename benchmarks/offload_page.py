@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -21,12 +21,16 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 PLACES = {"host": "host", "device": "device", "cpu": "host, the step too"}
 
 Report = dict[str, Any]
+# of a table: what heads each column, and what it has of a row
+Columns = dict[str, Callable[[Report], str]]
 
 
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+def grid(columns: Columns, rows: Sequence[Report]) -> str:
+    """A table in Markdown, without the columns in which no row has anything."""
+    cells = [(head, [cell(row) for row in rows]) for head, cell in columns.items()]
+    kept = [(head, *column) for head, column in cells if any(column)]
+    lines = [f"| {' | '.join(line)} |" for line in zip(*kept, strict=True)]
+    return "\n".join([lines[0], "|---" * len(kept) + "|", *lines[1:]])
 
 
 def name_of(row: Report, versions: dict[str, str]) -> str:
@@ -45,6 +49,11 @@ def number(row: Report, key: str, digits: int, unit: float = 1) -> str:
     if "error" in row:
         return "failed" if key == "ms" else ""
     return f"{row[key] / unit:.{digits}f}" if row.get(key) is not None else ""
+
+
+def figure(key: str, digits: int, unit: float = 1) -> Callable[[Report], str]:
+    """A column of figures."""
+    return lambda row: number(row, key, digits, unit)
 
 
 def setup_of(part: Report) -> str:
@@ -80,110 +89,69 @@ def text(sentences: str) -> str:
 def steps(part: Report) -> str:
     """What a step takes, by itself."""
     versions = part["setup"]["versions"]
-    head = ["optimizer", "parameters", "state on", "ms", "floor ms", "times the floor"]
-    head += ["returns after ms", "more on the device, MiB", "host bytes/param"]
-    return grid(
-        head,
-        [
-            [
-                name_of(row, versions),
-                DTYPES[row["dtype"]],
-                PLACES[row["place"]],
-                number(row, "ms", 1),
-                number(row, "floor_ms", 1),
-                number(row, "times_floor", 2),
-                number(row, "issued_ms", 1),
-                number(row, "extra_device_bytes", 0, 2**20),
-                number(row, "host_bytes_per_parameter", 2),
-            ]
-            for row in part["result"]
-        ],
-    )
+    columns: Columns = {
+        "optimizer": lambda row: name_of(row, versions),
+        "parameters": lambda row: DTYPES[row["dtype"]],
+        "state on": lambda row: PLACES[row["place"]],
+        "ms": figure("ms", 1),
+        "floor ms": figure("floor_ms", 1),
+        "times the floor": figure("times_floor", 2),
+        "returns after ms": figure("issued_ms", 1),
+        "more on the device, MiB": figure("extra_device_bytes", 0, 2**20),
+        "host bytes/param": figure("host_bytes_per_parameter", 2),
+    }
+    return grid(columns, part["result"])
 
 
 def streamed(part: Report) -> str:
     """Of these, what streams, in short."""
-    return grid(
-        ["state", "parameters", "bytes/param", "floor ms", "ms", "times the floor"],
-        [
-            [
-                row["optimizer"].removesuffix(" offloaded"),
-                DTYPES[row["dtype"]],
-                number(row, "host_bytes_per_parameter", 2),
-                number(row, "floor_ms", 1),
-                number(row, "ms", 1),
-                number(row, "times_floor", 2),
-            ]
-            for row in part["result"]
-            if row["place"] == "host"
-        ],
-    )
+    columns: Columns = {
+        "state": lambda row: row["optimizer"].removesuffix(" offloaded"),
+        "parameters": lambda row: DTYPES[row["dtype"]],
+        "bytes/param": figure("host_bytes_per_parameter", 2),
+        "floor ms": figure("floor_ms", 1),
+        "ms": figure("ms", 1),
+        "times the floor": figure("times_floor", 2),
+    }
+    return grid(columns, [row for row in part["result"] if row["place"] == "host"])
 
 
 def training(part: Report) -> str:
     """What a training step takes."""
     versions = part["setup"]["versions"]
-    return grid(
-        [
-            "optimizer",
-            "tokens",
-            "ms",
-            "times `AdamW8bit`",
-            "most on the device, GB",
-            "host bytes/param",
-        ],
-        [
-            [
-                name_of(row, versions),
-                f"{row.get('tokens', 4096):,}",
-                number(row, "ms", 1),
-                number(row, "times_resident", 2),
-                number(row, "host_bytes_per_parameter", 2),
-            ]
-            for row in part["result"]
-        ],
-    )
+    columns: Columns = {
+        "optimizer": lambda row: name_of(row, versions),
+        "tokens": lambda row: f"{row.get('tokens', 4096):,}",
+        "ms": figure("ms", 1),
+        "times `AdamW8bit`": figure("times_resident", 2),
+        "most on the device, GB": figure("peak_bytes", 2, 1e9),
+        "host bytes/param": figure("host_bytes_per_parameter", 2),
+    }
+    return grid(columns, part["result"])
 
 
 def finetuned(part: Report) -> str:
     """The time and the memory of the large model."""
-    return grid(
-        [
-            "gradients",
-            "ms",
-            "forward and backward alone, ms",
-            "most on the device, GB",
-            "without an optimizer, GB",
-            "state on the host, GB",
-        ],
-        [
-            [
-                "released" if row["released"] else "kept",
-                number(row, "ms", 0),
-                number(row, "ms_without_optimizer", 0),
-                number(row, "peak_bytes", 2, 1e9),
-                number(row, "peak_bytes_without_optimizer", 2, 1e9),
-                number(row, "host_bytes", 2, 1e9),
-            ]
-            for row in part["result"]
-        ],
-    )
+    columns: Columns = {
+        "gradients": lambda row: "released" if row["released"] else "kept",
+        "ms": figure("ms", 0),
+        "forward and backward alone, ms": figure("ms_without_optimizer", 0),
+        "most on the device, GB": figure("peak_bytes", 2, 1e9),
+        "without an optimizer, GB": figure("peak_bytes_without_optimizer", 2, 1e9),
+        "state on the host, GB": figure("host_bytes", 2, 1e9),
+    }
+    return grid(columns, part["result"])
 
 
 def on_disk(part: Report) -> str:
     """What a step takes whose state is in a file."""
-    return grid(
-        ["`sync`", "ms", "GB/s each way", "file bytes/param"],
-        [
-            [
-                str(row["sync"]),
-                number(row, "ms", 0),
-                number(row, "gb_s_each_way", 1),
-                number(row, "file_bytes_per_parameter", 2),
-            ]
-            for row in part["result"]
-        ],
-    )
+    columns: Columns = {
+        "`sync`": lambda row: str(row["sync"]),
+        "ms": figure("ms", 0),
+        "GB/s each way": figure("gb_s_each_way", 1),
+        "file bytes/param": figure("file_bytes_per_parameter", 2),
+    }
+    return grid(columns, part["result"])
 
 
 def billions(row: Report) -> str:

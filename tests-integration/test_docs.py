@@ -88,6 +88,26 @@ def test_every_option_of_the_command_is_in_the_reference() -> None:
                 assert f"`{option}`" in page
 
 
+def test_every_short_name_of_an_optimizer_is_in_the_reference() -> None:
+    from optstate.demo.names import SHORT_NAMES
+
+    page = (ROOT / "docs" / "reference" / "optstate.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| `--optimizer` |"))
+    assert SHORT_NAMES
+    for full in SHORT_NAMES.values():
+        assert f"`{full.rpartition('.')[2]}`" in row
+
+
+def test_every_name_of_another_library_in_the_how_to_is_in_the_error() -> None:
+    from optstate_codecs.arguments import ELSEWHERE
+
+    page = (ROOT / "docs" / "how-to" / "arguments.md").read_text()
+    table = page.partition("| elsewhere |")[2].partition("\n\n")[0]
+    names = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert len(names) == 6
+    assert set(names) <= set(ELSEWHERE)
+
+
 def test_defaults_in_the_reference_are_those_of_the_command() -> None:
     from optstate.demo.settings import Settings
 

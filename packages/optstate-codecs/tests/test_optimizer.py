@@ -169,7 +169,11 @@ def test_deepcopy_shares_nothing() -> None:
         ({"max_grad_norm": float("inf")}, ValueError, "max_grad_norm=inf: must be finite"),
         ({"max_grad_norm": "1"}, TypeError, "max_grad_norm='1': must be a number, got str"),
         ({"max_grad_norm": torch.ones(())}, TypeError, "max_grad_norm: must be a number, got"),
-        ({"momentum": 0.9}, TypeError, "momentum: unknown argument; known are lr, betas"),
+        (
+            {"momentum": 0.9},
+            TypeError,
+            "momentum: unknown argument of CodedOptimizer; known are rule",
+        ),
         ({"differentiable": True}, ValueError, "differentiable=True: not supported"),
         ({"formats": {"exp_avg": "fp32"}}, ValueError, "formats: needs one for 'exp_avg_sq'"),
         ({"amsgrad": True}, ValueError, "formats: needs one for 'max_exp_avg_sq'"),
@@ -195,7 +199,7 @@ def test_bad_parameters() -> None:
     for bad in (torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.int32)):
         with pytest.raises(TypeError, match=r"params\[0\]: dtype .*must be one of float16"):
             make([bad])
-    with pytest.raises(TypeError, match="rule=None: must be a Rule"):
+    with pytest.raises(TypeError, match="rule=None: must be an instance of Rule"):
         CodedOptimizer([a_param()], None, CODED)
     with pytest.raises(ValueError, match="empty parameter list"):
         make([])

@@ -1,15 +1,19 @@
 """The wrapper is an optimizer: groups, hooks, closures, the scaler, copies."""
 
 import copy
+import io
 import pickle
 
+import numpy
 import pytest
 import torch
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from optstate_wrap import (
+    AdaptiveWarmupPolicy,
     ConfigurablePolicy,
+    CPUOffloadOptimizer,
     Int8MomentumCodec,
     OptimizerWrapper,
     WarmupPolicy,
@@ -211,3 +215,40 @@ def test_sparse_gradients_of_split_tensors_are_refused(problem) -> None:
     ours.params[0].grad = torch.ones(600).to_sparse()
     with pytest.raises(RuntimeError, match="must be dense, or chunk_size at least 600"):
         ours.optimizer.step()
+
+
+def test_numpy_numbers_are_kept_and_saved_as_plain_ones() -> None:
+    param = Parameter(torch.ones(4, 4))
+    inner = torch.optim.AdamW([param], lr=numpy.float64(0.125), weight_decay=numpy.float64(0.5))
+    policy = WarmupPolicy(numpy.int64(1), min_int8_elements=numpy.int32(0))
+    wrapped = wrap(inner, policy, chunk_size=numpy.int64(256), initial_chunk_size=numpy.uint8(1))
+    param.grad = torch.ones(4, 4)
+    wrapped.step()
+    wrapped.step()
+    saved = wrapped.packed_state_dict()
+    assert type(saved["param_groups"][0]["lr"]) is float
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["param_groups"] == saved["param_groups"]
+    assert (type(policy.warmup_steps), type(policy.min_int8_elements)) == (int, int)
+
+    adaptive = AdaptiveWarmupPolicy(patience=numpy.int64(2), tol=numpy.float32(0.5))
+    assert (type(adaptive.patience), adaptive.tol, type(adaptive.tol)) == (int, 0.5, float)
+    with pytest.raises(ValueError, match="chunk_size=0: must be at least"):
+        wrap(torch.optim.SGD([param]), chunk_size=numpy.int64(0))
+
+
+def test_a_numpy_flag_asks_for_the_host() -> None:
+    param = Parameter(torch.ones(4, 4))
+    policy = WarmupPolicy(device_resident=numpy.bool_(False))
+    assert wrap(torch.optim.SGD([param], momentum=0.5), policy).engine.store.name == "host"
+
+
+def test_cpu_offload_takes_numpy_numbers() -> None:
+    param = Parameter(torch.ones(4, 4))
+    optimizer = CPUOffloadOptimizer(
+        [param], minimal_size=numpy.int64(8), offload_gradients=numpy.bool_(False)
+    )
+    assert (type(optimizer.minimal_size), optimizer.offload_gradients) == (int, False)
+    assert type(optimizer.offload_gradients) is bool

@@ -1,6 +1,7 @@
 """The command as a user meets it: exit codes, messages, and the files it leaves."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 import optstate
 from optstate.cli import app
 from optstate.demo import data
-from optstate.demo.optimizers import SHORT_NAMES, resolve
+from optstate.demo.names import SHORT_NAMES
+from optstate.demo.optimizers import resolve
 
 
 def run(*args: str) -> tuple[int, str]:
@@ -30,8 +32,31 @@ def test_version() -> None:
 def test_help_names_every_option() -> None:
     code, output = run("demo", "--help")
     assert code == 0
-    for option in ("optimizer", "steps", "device", "seed", "lr", "out", "text", "json"):
+    names = ("optimizer", "optim-args", "steps", "device", "seed", "lr", "out", "text", "json")
+    for option in names:
         assert f"--{option}" in output
+
+
+def test_help_names_every_optimizer_that_has_a_short_name() -> None:
+    _, output = run("demo", "--help")
+    _, complaint = run("demo", "--optimizer", "Adamant")
+    assert len(SHORT_NAMES) == 10
+    for full in SHORT_NAMES.values():
+        name = full.rpartition(".")[2]
+        assert f" {name}," in output
+        assert f" {name}," in complaint
+        assert resolve(name) is resolve(full)
+
+
+def test_help_does_not_load_torch() -> None:
+    program = """if True:
+        import sys
+        import typer
+        from optstate.cli import app
+        typer.main.get_group(app).commands["demo"]
+        assert not {"torch", "numpy", "matplotlib"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +72,13 @@ def test_help_names_every_option() -> None:
         (["--device", "toaster"], "'toaster': must be cpu, cuda or cuda:N"),
         (["--device", "mps"], "'mps': must be cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "this machine has"),
-        (["--optimizer", "Adamant"], "'Adamant': no such optimizer; use one of adam, adamw"),
+        (["--optimizer", "Adamant"], "'Adamant': no such optimizer; use one of Adam, AdamW"),
+        (["--optim-args", "foo=1"], "foo: unknown argument of AdamW8bit; known are lr"),
+        (["--optim-args", "block_sise=64"], "did you mean block_size?"),
+        (["--optim-args", "block_size=many"], "block_size='many': must be an int"),
+        (["--optim-args", "block_size=100"], "block_size=100: must be a power of two"),
+        (["--optim-args", "lr=0.1"], "lr: must be given as --lr"),
+        (["--optimizer", "AdamW", "--optim-args", "eps=1"], "'eps=1': for none"),
         (["--optimizer", "nowhere.Adam"], "cannot import 'nowhere'"),
         (["--optimizer", "lowbit_adam.Adam"], "not a torch.optim.Optimizer class"),
         (["--optimizer", "os.path"], "not a torch.optim.Optimizer class"),
@@ -125,8 +156,36 @@ def test_demo_writes_picture_and_numbers(tmp_path: Path, text: Path) -> None:
 def test_json_is_all_of_standard_output(tmp_path: Path, text: Path) -> None:
     command = [sys.executable, "-m", "optstate", "demo", "--json", "--steps", "1"]
     options = ["--optimizer", "SGD", "--text", str(text), "--out", str(tmp_path / "sgd.png")]
+    options += ["--optim-args", "momentum=0.5,nesterov=yes"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     printed = json.loads(done.stdout)
     assert printed == json.loads((tmp_path / "sgd.json").read_text())
     assert printed["runs"][1]["optimizer"] == "torch.optim.SGD"
+    assert printed["settings"]["optim_args"] == "momentum=0.5,nesterov=yes"
+    assert printed["runs"][1]["state_bytes_per_parameter"] == 4  # none without momentum
     assert "step 1" in done.stderr
+
+
+def test_interrupted_it_leaves_nothing_behind(tmp_path: Path, text: Path) -> None:
+    """A real Ctrl-C in the middle of training."""
+    out = tmp_path / "new" / "folder"
+    command = [sys.executable, "-u", "-m", "optstate", "demo", "--steps", "24"]
+    process = subprocess.Popen(
+        [*command, "--text", str(text), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell may have it ignored in what it starts in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    lines = []
+    with process:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("AdamW: step 4,"):
+                process.send_signal(signal.SIGINT)
+    assert any(line.startswith("AdamW: step 4,") for line in lines)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in "".join(lines)
+    assert list(tmp_path.iterdir()) == []

@@ -4,8 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
+from lowbit_adam import AdamW8bit
+from optstate.demo.compare import compare
 from optstate.demo.data import Corpus
+from optstate.demo.optimizers import with_arguments
 from optstate.demo.record import Run
 from optstate.demo.settings import Settings
 from optstate.demo.train import FLOOR, build_model, evaluation_steps, schedule, train
@@ -69,3 +73,15 @@ def test_schedule_rises_then_falls(steps: int) -> None:
 )
 def test_last_step_is_always_validated(steps: int, evaluations: int, expected: set[int]) -> None:
     assert evaluation_steps(steps, evaluations) == expected
+
+
+def test_arguments_reach_what_is_compared(corpus: Corpus, settings: Settings) -> None:
+    given = [
+        (text, with_arguments(AdamW8bit, text)) for text in ("", "block_size=64,betas=(0.9,0.95)")
+    ]
+    usual, smaller = compare(given, corpus, settings, Console(quiet=True)).runs
+    # two float32 scales for 64 elements in place of 2,048
+    difference = smaller.state_bytes_per_parameter - usual.state_bytes_per_parameter
+    assert difference == pytest.approx(8 / 64 - 8 / 2048, rel=0.1)
+    assert smaller.train[0] == usual.train[0]
+    assert smaller.train[-1] != usual.train[-1]

@@ -34,6 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 class _CodedAdam(CodedOptimizer):
     """Adam's arguments; subclasses say how the moments are stored."""
 
+    rule_type = Adam
     storage_options = ("block_size", "formats")
     decoupled: ClassVar[bool] = False
     default_block_size: ClassVar[int] = 2048

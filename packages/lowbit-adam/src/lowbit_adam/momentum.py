@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from optstate_codecs import CodedOptimizer, Dynamic8, Format, Rule
+from optstate_codecs import CodedOptimizer, Dynamic8, Format
 from optstate_codecs.rules import SGD, Lion
 from optstate_codecs.writes import write_named
 
@@ -18,7 +18,6 @@ class _Momentum8(CodedOptimizer):
     """One signed moment in its own units: there is no second one to take update units from."""
 
     storage_options = ("block_size",)
-    update: ClassVar[Rule]
 
     def __init__(
         self,
@@ -31,7 +30,7 @@ class _Momentum8(CodedOptimizer):
     ) -> None:
         super().__init__(
             params,
-            self.update,
+            self.rule_type(),
             block_size=block_size,
             write=write_named(bf16_stochastic_round, master_weight_bits),
             **options,
@@ -53,7 +52,7 @@ class Lion8bit(_Momentum8):
         >>> optimizer = Lion8bit(model.parameters(), lr=1e-4, weight_decay=0.1)
     """
 
-    update = Lion()
+    rule_type = Lion
 
     def __init__(
         self,
@@ -76,7 +75,7 @@ class SGD8bit(_Momentum8):
         >>> optimizer = SGD8bit(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     """
 
-    update = SGD()
+    rule_type = SGD
 
     def __init__(
         self,

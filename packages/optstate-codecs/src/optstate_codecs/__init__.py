@@ -29,6 +29,7 @@ from optstate_codecs.release import GradientRelease
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
 from optstate_codecs.state import decode_state, master_weights
+from optstate_codecs.typed import typed_arguments
 
 __version__ = "0.1.0"
 
@@ -58,4 +59,5 @@ __all__ = [
     "snapshot",
     "state_bytes",
     "stochastic_round_bf16",
+    "typed_arguments",
 ]

@@ -25,6 +25,7 @@ from optstate_codecs.dim_order import DIM_ORDER, assumed_order, follows_order, o
 from optstate_codecs.formats import FP32, Format, parse_format
 from optstate_codecs.layout import bound, empty_state, storage_order
 from optstate_codecs.parameters import ParameterTable
+from optstate_codecs.plain import plain_value
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import (
@@ -95,6 +96,7 @@ def packed(optimizer: CodedOptimizer, plain: StateDict) -> tuple[StateDict, list
         formats = optimizer.group_formats(group)
         saved["formats"] = {moment: format.spec for moment, format in formats.items()}
         params |= dict(zip(saved["params"], group["params"], strict=True))
+    plain["param_groups"] = plain_value(plain["param_groups"])
     lent = []
     for number, state in plain["state"].items():
         if number in params and isinstance(state, dict) and "step" in state:
@@ -121,7 +123,7 @@ def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
                 state[number] = {**named, **foreign}
     own = {*optimizer.storage_options, "formats", "orders", "rounding_seed"}
     groups = [
-        {key: value for key, value in group.items() if key not in own}
+        {key: plain_value(value) for key, value in group.items() if key not in own}
         for group in plain["param_groups"]
     ]
     return {"state": state, "param_groups": groups}
@@ -254,7 +256,7 @@ def _merged_groups(
                 f"must be {len(group['params'])}"
             )
         own = {*optimizer.storage_options, "formats", "orders", "params", "decoupled_weight_decay"}
-        new = {k: deepcopy(v) for k, v in saved.items() if k not in own}
+        new = {k: deepcopy(plain_value(v)) for k, v in saved.items() if k not in own}
         if "betas" in new:
             new["betas"] = tuple(new["betas"])
         kept = {k: v for k, v in group.items() if k in own or k not in new}
@@ -347,6 +349,7 @@ def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> di
 
 
 def _loaded_step(where: str, step: Any) -> Tensor:
+    step = plain_value(step)
     count = float(step) if isinstance(step, (int, float, Tensor)) else -1.0
     if not (count >= 0 and count == int(count)):
         raise ValueError(f"{where}['step']={step!r}: must be a whole number of at least 0")

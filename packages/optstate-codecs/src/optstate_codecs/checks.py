@@ -1,4 +1,8 @@
-"""Validation of user arguments: every message names the argument, its value and what is allowed."""
+"""Validation of user arguments: every message names the argument, its value and what is allowed.
+
+Numbers of other libraries are taken, numpy's among them. Checks of values that are no tensors
+return them as plain Python ones (see ``optstate_codecs.plain``), to be kept in place of the given.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from optstate_codecs.plain import plain_value
 
 __all__ = [
     "betas",
@@ -22,7 +28,9 @@ __all__ = [
 
 
 def _number(name: str, value: Any) -> float | None:
-    """The value as a float, or None for a tensor whose value only the device knows."""
+    """The value as a number, or None for a tensor whose value only the device knows."""
+    if type(value) is float or type(value) is int:
+        return value
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(
@@ -32,9 +40,10 @@ def _number(name: str, value: Any) -> float | None:
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = plain_value(value)
+    if type(number) is not float and type(number) is not int:
         raise TypeError(f"{name}={value!r}: must be a number, got {type(value).__name__}")
-    return float(value)
+    return number
 
 
 def nonnegative(name: str, value: Any) -> None:
@@ -44,13 +53,14 @@ def nonnegative(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: must be finite and at least 0")
 
 
-def positive(name: str, value: Any) -> None:
+def positive(name: str, value: Any) -> float:
     """Raise unless ``value`` is a finite number above zero; no tensor."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: must be a number, got Tensor")
     number = _number(name, value)
     if number is None or not (math.isfinite(number) and number > 0.0):
         raise ValueError(f"{name}={value!r}: must be finite and above 0")
+    return number
 
 
 def unit_interval(name: str, value: Any) -> None:
@@ -60,44 +70,55 @@ def unit_interval(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: must be in [0, 1)")
 
 
-def share(name: str, value: Any) -> None:
+def share(name: str, value: Any) -> float:
     """Raise unless ``value`` is a number from 0 to 1; no tensor."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: must be a number, got Tensor")
     number = _number(name, value)
     if number is None or not 0.0 <= number <= 1.0:
         raise ValueError(f"{name}={value!r}: must be from 0 to 1")
+    return number
 
 
 def betas(value: Any, count: int) -> None:
-    """Raise unless ``value`` is a tuple of ``count`` decay rates, each in [0, 1)."""
-    if not isinstance(value, (tuple, list)) or len(value) != count:
+    """Raise unless ``value`` is a sequence of ``count`` decay rates, each in [0, 1)."""
+    rates = value if type(value) is tuple else plain_value(value)
+    if not isinstance(rates, (tuple, list)) or len(rates) != count:
         words = {2: "two", 3: "three"}
         raise ValueError(f"betas={value!r}: must be {words[count]} numbers in [0, 1)")
-    for i, beta in enumerate(value):
+    for i, beta in enumerate(rates):
         unit_interval(f"betas[{i}]", beta)
 
 
-def flag(name: str, value: Any) -> None:
+def flag(name: str, value: Any) -> bool:
     """Raise unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+    given = value if type(value) is bool else plain_value(value)
+    if type(given) is not bool:
         raise TypeError(f"{name}={value!r}: must be True or False, got {type(value).__name__}")
+    return given
 
 
-def whole_number(name: str, value: Any) -> None:
+def whole_number(name: str, value: Any) -> int:
     """Raise unless ``value`` is an int from 0 to 2^63 - 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: must be an int, got {type(value).__name__}")
-    if not 0 <= value < 2**63:
+    number = _int(name, value)
+    if not 0 <= number < 2**63:
         raise ValueError(f"{name}={value!r}: must be from 0 to 2**63 - 1")
+    return number
 
 
-def block_size(value: Any, name: str = "block_size") -> None:
+def block_size(value: Any, name: str = "block_size") -> int:
     """Raise unless ``value`` is a power of two from 16 to 8192 (elements)."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: must be an int, got {type(value).__name__}")
-    if not 16 <= value <= 8192 or value & (value - 1):
+    size = _int(name, value)
+    if not 16 <= size <= 8192 or size & (size - 1):
         raise ValueError(f"{name}={value}: must be a power of two from 16 to 8192")
+    return size
+
+
+def _int(name: str, value: Any) -> int:
+    number = value if type(value) is int else plain_value(value)
+    if type(number) is not int:
+        raise TypeError(f"{name}={value!r}: must be an int, got {type(value).__name__}")
+    return number
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checkpoint, checks, engine
+from optstate_codecs.arguments import arguments_of, unknown_argument
 from optstate_codecs.centring import find_centres
 from optstate_codecs.checkpoint import Lent
 from optstate_codecs.conform import has_state
@@ -18,6 +19,7 @@ from optstate_codecs.formats import Format, as_format
 from optstate_codecs.operation import new_handle, step_as_operation
 from optstate_codecs.param_checks import check_kind
 from optstate_codecs.parameters import Entry, GroupSpec, ParameterTable, StateSpec
+from optstate_codecs.plain import plain_value
 from optstate_codecs.rules import Rule
 from optstate_codecs.scaling import gradient_factor, nonfinite
 from optstate_codecs.state import counts_on_device
@@ -66,6 +68,9 @@ class CodedOptimizer(torch.optim.Optimizer):
             0 to 1 (Yong et al., arXiv:2004.01461); and the flags ``foreach``, ``fused``,
             ``capturable``, ``differentiable`` of ``torch.optim``.
 
+    Numbers may be those of other libraries, such as numpy scalars; they are kept and saved as plain
+    Python ones. 0-d tensors stay tensors.
+
     Attributes:
         max_grad_norm: as given; may be changed between steps.
         offloaded: how its state is kept elsewhere, see ``optstate_codecs.offload``; or None.
@@ -82,6 +87,10 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     #: group keys that decide how state is stored; a checkpoint never overrides them
     storage_options: ClassVar[tuple[str, ...]] = ("formats",)
+    #: what ``**options`` takes besides the rule's hyper-parameters, with the defaults
+    shared_options: ClassVar[Mapping[str, Any]] = {**OWN_OPTIONS, **TORCH_FLAGS}
+    #: of the rule, which decides the hyper-parameters
+    rule_type: ClassVar[type[Rule]] = Rule
     #: set while a ``GradientRelease`` steps parameters before ``step`` does
     _in_parts = False
 
@@ -90,22 +99,23 @@ class CodedOptimizer(torch.optim.Optimizer):
         params: Iterable[Any],
         rule: Rule,
         formats: Mapping[str, Format | str] | None = None,
-        *,
         write: str = "nearest",
+        *,
         backend: str = "auto",
         rounding_seed: int = 0,
         skip_nonfinite: bool = False,
         max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"rule={rule!r}: must be a Rule, got {type(rule).__name__}")
+        if not isinstance(rule, self.rule_type):
+            wanted, got = self.rule_type.__name__, type(rule).__name__
+            raise TypeError(f"rule={rule!r}: must be an instance of {wanted}, got {got}")
         checks.one_of("write", write, WRITES)
         checks.one_of("backend", backend, engine.BACKENDS)
-        checks.whole_number("rounding_seed", rounding_seed)
-        checks.flag("skip_nonfinite", skip_nonfinite)
+        rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
+        skip_nonfinite = checks.flag("skip_nonfinite", skip_nonfinite)
         if max_grad_norm is not None:
-            checks.positive("max_grad_norm", max_grad_norm)
+            max_grad_norm = checks.positive("max_grad_norm", max_grad_norm)
         self.rule = rule
         self.write = write
         self.skip_nonfinite = skip_nonfinite
@@ -114,15 +124,16 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.offloaded: Offload | None = None
         self._session: engine.Session | Stream = engine.Session(backend)
         self._forget()
-        known = {**rule.defaults(), **OWN_OPTIONS, **TORCH_FLAGS, "rounding_seed": rounding_seed}
+        known = {**rule.defaults(), **self.shared_options, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:
             options["formats"] = formats
         elif formats is not None:
             known["formats"] = {k: as_format(f).spec for k, f in formats.items()}
         storage = {key: options.pop(key) for key in self.storage_options if key in options}
         if unknown := sorted(set(options) - set(known)):
-            raise TypeError(f"{unknown[0]}: unknown argument; known are {', '.join(known)}")
-        super().__init__(params, {**known, **storage, **options})
+            every = arguments_of(type(self), type(rule))
+            raise unknown_argument(type(self), unknown[0], every)
+        super().__init__(params, plain_value({**known, **storage, **options}))
         # by its own name, torch.compile would guard on every value in it
         self._traced_groups = self.param_groups
 
@@ -194,6 +205,8 @@ class CodedOptimizer(torch.optim.Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise unless the group is as it has to be; its hyper-parameters become plain values."""
+        group.update({key: plain_value(group[key]) for key in self.defaults if key in group})
         hyper = self.rule.hyper(group)
         checks.whole_number("rounding_seed", group["rounding_seed"])
         checks.share("centralization", group["centralization"])
@@ -323,7 +336,8 @@ class CodedOptimizer(torch.optim.Optimizer):
         units = self._units(entries, hypers)
         if factor is None:
             factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
-        centres, shares = None, [group["centralization"] for group in self.param_groups]
+        centres = None
+        shares = [plain_value(group["centralization"]) for group in self.param_groups]
         if any(shares):
             centres = find_centres(grads, [shares[entry.group] for entry in entries])
         job = engine.Job(
@@ -347,7 +361,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         specs = []
         for number, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             moments, formats = self.rule.moments(hyper), self.group_formats(group)
-            spec = GroupSpec(moments, formats, group["rounding_seed"])
+            spec = GroupSpec(moments, formats, plain_value(group["rounding_seed"]))
             specs.append(self._table.spec(number, spec))
         # not through the property, which would wait for what is still being stored
         states = self.__dict__["state"]
@@ -421,7 +435,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self._forget()
         self._traced_groups = self.param_groups
         for group in self.param_groups:
-            for key, value in {**OWN_OPTIONS, **TORCH_FLAGS}.items():
+            for key, value in self.shared_options.items():
                 group.setdefault(key, value)
 
 

@@ -90,10 +90,10 @@ class GradientRelease:
                 f"optimizer={type(optimizer).__name__}: must be one of this family, or wrapped: "
                 "optstate_wrap.wrap(optimizer)"
             )
-        checks.whole_number("bucket_bytes", bucket_bytes)
+        bucket_bytes = checks.whole_number("bucket_bytes", bucket_bytes)
         if max_grad_norm is not None:
-            checks.positive("max_grad_norm", max_grad_norm)
-        checks.flag("allow_distributed", allow_distributed)
+            max_grad_norm = checks.positive("max_grad_norm", max_grad_norm)
+        allow_distributed = checks.flag("allow_distributed", allow_distributed)
         self.optimizer: Any = optimizer
         self.bucket_bytes = bucket_bytes
         self.max_grad_norm = max_grad_norm

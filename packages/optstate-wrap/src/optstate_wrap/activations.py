@@ -23,7 +23,7 @@ def enable_gradient_checkpointing(model: nn.Module, use_reentrant: bool = False)
     Returns:
         Whether the model had the method.
     """
-    checks.flag("use_reentrant", use_reentrant)
+    use_reentrant = checks.flag("use_reentrant", use_reentrant)
     enable: Any = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         return False
@@ -52,7 +52,7 @@ def checkpoint_sequential_modules(
     Returns:
         What comes out of the last.
     """
-    checks.whole_number("segments", segments)
+    segments = checks.whole_number("segments", segments)
     if not 1 <= segments <= len(modules):
         raise ValueError(f"segments={segments}: must be from 1 to {len(modules)}")
     steps = list(modules)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.formats import as_format
+from optstate_codecs.plain import plain_value
 from optstate_wrap.engine import Engine, length, pieces_like
 from optstate_wrap.parts import cut, joined
 from optstate_wrap.plan import Piece
@@ -68,7 +69,9 @@ def packed(wrapper: OptimizerWrapper) -> StateDict:
         if param in engine.store:
             records = engine.store.kept(param)
             state[number] = {"parts": [_packed_record(record) for record in records]}
-    return {**saved, "state": state, KEY: {**_progress(engine), "packed": True}}
+    groups = plain_value(saved["param_groups"])
+    progress = {**_progress(engine), "packed": True}
+    return {**saved, "state": state, "param_groups": groups, KEY: progress}
 
 
 class _Hollow(Optimizer):

@@ -63,8 +63,8 @@ class CPUOffloadOptimizer(Delegate):
         minimal_size: int = 4096,
         **kwargs: Any,
     ) -> None:
-        checks.flag("offload_gradients", offload_gradients)
-        checks.whole_number("minimal_size", minimal_size)
+        offload_gradients = checks.flag("offload_gradients", offload_gradients)
+        minimal_size = checks.whole_number("minimal_size", minimal_size)
         if optimizer_class in FUSED_ON_HOST and not {"foreach", "differentiable"} & set(kwargs):
             kwargs.setdefault("fused", True)
         self.offload_gradients = offload_gradients

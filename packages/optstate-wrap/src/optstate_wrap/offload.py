@@ -42,7 +42,7 @@ class OffloadOptimizer(OptimizerWrapper):
         resident_bytes: int = 0,
         **options: Any,
     ) -> None:
-        checks.whole_number("resident_bytes", resident_bytes)
+        resident_bytes = checks.whole_number("resident_bytes", resident_bytes)
         if isinstance(optimizer, CodedOptimizer):
             raise TypeError(
                 f"optimizer: {type(optimizer).__name__} keeps coded state itself; use "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.formats import Format
+from optstate_codecs.plain import plain_value
 from optstate_wrap.codecs import Codec, IdentityCodec, Int8MomentumCodec, as_codec
 
 __all__ = ["AdaptiveWarmupPolicy", "ConfigurablePolicy", "Policy", "WarmupPolicy"]
@@ -93,15 +94,13 @@ class WarmupPolicy(Policy):
         *,
         momentum_codec: AnyCodec = None,
     ) -> None:
-        checks.whole_number("warmup_steps", warmup_steps)
-        checks.whole_number("min_int8_elements", min_int8_elements)
-        self.warmup_steps = warmup_steps
+        self.warmup_steps = checks.whole_number("warmup_steps", warmup_steps)
         self.momentum_keys = (momentum_key,) if isinstance(momentum_key, str) else momentum_key
         self.variance_key = variance_key
         momentum = Int8MomentumCodec() if momentum_codec is None else as_codec(momentum_codec)
         variance = _variance(as_codec(variance_codec))
-        self.min_int8_elements = min_int8_elements
-        self.device_resident = device_resident
+        self.min_int8_elements = checks.whole_number("min_int8_elements", min_int8_elements)
+        self.device_resident = plain_value(device_resident)
         small = as_codec(small_tensor_codec)
         self._large = self._codecs(momentum, variance)
         self._small = self._codecs(small, _variance(small))
@@ -143,10 +142,9 @@ class AdaptiveWarmupPolicy(WarmupPolicy):
         **options: Any,
     ) -> None:
         super().__init__(warmup_steps, *args, **options)
-        checks.whole_number("patience", patience)
         checks.nonnegative("tol", tol)
-        self.patience = patience
-        self.tol = tol
+        self.patience = checks.whole_number("patience", patience)
+        self.tol = plain_value(tol)
         self.active = False
         self._best = float("inf")
         self._waited = 0
@@ -194,8 +192,7 @@ class ConfigurablePolicy(Policy):
         default_codec: AnyCodec = None,
         warmup_steps: int = 0,
     ) -> None:
-        checks.whole_number("warmup_steps", warmup_steps)
-        self.warmup_steps = warmup_steps
+        self.warmup_steps = checks.whole_number("warmup_steps", warmup_steps)
         self._codecs = {key: as_codec(codec) for key, codec in codecs_map.items()}
         for key, codec in self._codecs.items():
             checked(key, codec)

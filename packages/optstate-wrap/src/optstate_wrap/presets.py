@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from optstate_codecs import checks
 from optstate_codecs.formats import Int4, Minifloat
+from optstate_codecs.plain import plain_value
 from optstate_wrap.codecs import BF16Codec, Codec, Int8MomentumCodec
 from optstate_wrap.policies import AnyCodec, ConfigurablePolicy, Policy, WarmupPolicy
 from optstate_wrap.wrapper import OptimizerWrapper
@@ -147,7 +148,7 @@ class MaxCompressionPolicy(ConfigurablePolicy):
     """4 bits for each moment of large tensors; small ones stay exact."""
 
     def __init__(self, device_resident: bool | None = None, min_elements: int = 4096) -> None:
-        checks.whole_number("min_elements", min_elements)
+        min_elements = checks.whole_number("min_elements", min_elements)
         super().__init__(
             {
                 "exp_avg": Int4.first_moment(),
@@ -155,7 +156,7 @@ class MaxCompressionPolicy(ConfigurablePolicy):
                 "max_exp_avg_sq": Minifloat.second_moment4(),
             }
         )
-        self.device_resident = device_resident
+        self.device_resident = plain_value(device_resident)
         self.min_elements = min_elements
 
     def get_codecs(self, param: torch.Tensor, state: Any, step: int) -> Any:

@@ -83,20 +83,14 @@ class OptimizerWrapper(Delegate):
             raise TypeError(f"optimizer: must be a torch.optim.Optimizer, not wrapped, got {got}")
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"policy={policy!r}: must be a Policy, got {type(policy).__name__}")
-        for name, size, least in (
-            ("chunk_size", chunk_size, LEAST),
-            ("chunk_size_on_cuda", chunk_size_on_cuda, LEAST),
-            ("initial_chunk_size", initial_chunk_size, 1),
-        ):
-            if size is not None:
-                checks.whole_number(name, size)
-                if size < least:
-                    raise ValueError(f"{name}={size}: must be at least {least} parameters")
-        checks.whole_number("rounding_seed", rounding_seed)
-        checks.flag("profile", profile)
-        checks.flag("strict", strict)
+        chunk_size = _chunk_size("chunk_size", chunk_size, LEAST)
+        chunk_size_on_cuda = _chunk_size("chunk_size_on_cuda", chunk_size_on_cuda, LEAST)
+        initial_chunk_size = _chunk_size("initial_chunk_size", initial_chunk_size, 1)
+        rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
+        profile = checks.flag("profile", profile)
+        strict = checks.flag("strict", strict)
         if fused is not None:
-            checks.flag("fused", fused)
+            fused = checks.flag("fused", fused)
         policy = (
             WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer")) if policy is None else policy
         )
@@ -289,3 +283,12 @@ class OptimizerWrapper(Delegate):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r})"
+
+
+def _chunk_size(name: str, value: int | None, least: int) -> int | None:
+    if value is None:
+        return None
+    size = checks.whole_number(name, value)
+    if size < least:
+        raise ValueError(f"{name}={size}: must be at least {least} parameters")
+    return size

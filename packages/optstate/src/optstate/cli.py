@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from optstate import __version__
+from optstate.demo.names import CHOICES
 
 app = typer.Typer(
     name="optstate",
@@ -38,11 +39,18 @@ def demo(
     optimizer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Optimizer to compare with torch.optim.AdamW: AdamW8bit, Adam8bit, Adam, SGD, or"
-            " module.Class. Repeat for several. (default: AdamW8bit)",
+            help=f"Optimizer to compare with torch.optim.AdamW: {CHOICES}, or module.Class."
+            " Repeat for several. (default: AdamW8bit)",
             show_default=False,
         ),
     ] = None,
+    optim_args: Annotated[
+        str,
+        typer.Option(
+            help='Arguments of every --optimizer, such as "block_size=256,betas=(0.9,0.95)".',
+            show_default=False,
+        ),
+    ] = "",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 300,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Seeds weights and data order.")] = 0,
@@ -76,6 +84,7 @@ def demo(
             seed=seed,
             lr=lr,
             text=text,
+            optim_args=optim_args,
         )
         picture = picture_path(out)
     except ValueError as error:

@@ -72,8 +72,8 @@ class StochasticAccumulator:
         bucket_bytes: int = 64 * 2**20,
         rounding_seed: int = 0,
     ) -> None:
-        checks.whole_number("bucket_bytes", bucket_bytes)
-        checks.whole_number("rounding_seed", rounding_seed)
+        bucket_bytes = checks.whole_number("bucket_bytes", bucket_bytes)
+        rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
         self._params = _parameters(params)
         self._limit = bucket_bytes
         self._seed = rounding_seed
@@ -138,10 +138,11 @@ class StochasticAccumulator:
         if set(state_dict) != {"rounding_seed", "additions"}:
             keys = ", ".join(map(repr, state_dict))
             raise KeyError(f"state_dict: must have 'rounding_seed' and 'additions', has {keys}")
-        seed, counts = state_dict["rounding_seed"], list(state_dict["additions"])
-        checks.whole_number("rounding_seed", seed)
-        for place, count in enumerate(counts):
+        seed = checks.whole_number("rounding_seed", state_dict["rounding_seed"])
+        counts = [
             checks.whole_number(f"additions[{place}]", count)
+            for place, count in enumerate(state_dict["additions"])
+        ]
         if len(counts) != len(self._params):
             raise ValueError(
                 f"additions: must be {len(self._params)}, one a parameter, got {len(counts)}"

@@ -69,6 +69,8 @@ class AdamW(_PureBF16):
         >>> optimizer = AdamW(model.to(torch.bfloat16).parameters(), lr=3e-4, weight_decay=0.1)
     """
 
+    rule_type = rules.Adam
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -104,6 +106,8 @@ class Adam(_PureBF16):
     Example:
         >>> optimizer = Adam(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
+
+    rule_type = rules.Adam
 
     def __init__(
         self,
@@ -144,6 +148,8 @@ class Compass(_PureBF16):
     Example:
         >>> optimizer = Compass(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
+
+    rule_type = rules.Compass
 
     def __init__(
         self,
@@ -187,6 +193,8 @@ class LPFAdamW(_PureBF16):
         >>> optimizer = LPFAdamW(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
+    rule_type = rules.LPFAdamW
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -228,6 +236,8 @@ class RMSProp(_PureBF16):
         >>> optimizer = RMSProp(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
+    rule_type = rules.RMSProp
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -259,6 +269,8 @@ class SGD(_PureBF16):
     Example:
         >>> optimizer = SGD(model.to(torch.bfloat16).parameters(), lr=0.1, momentum=0.9)
     """
+
+    rule_type = rules.SGD
 
     def __init__(
         self,
@@ -294,6 +306,8 @@ class Lion(_PureBF16):
     Example:
         >>> optimizer = Lion(model.to(torch.bfloat16).parameters(), lr=1e-4, weight_decay=0.1)
     """
+
+    rule_type = rules.Lion
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optstate_codecs.plain import PlainFields
 from optstate_codecs.rounding import Draw
 
 __all__ = [
@@ -109,7 +110,7 @@ class DeviceFunctions:
 
 
 @dataclass(frozen=True)
-class Format(ABC):
+class Format(PlainFields, ABC):
     """How a moment is stored.
 
     A format is a small frozen dataclass: its fields are its options, and two equal formats store

@@ -61,6 +61,7 @@ class BF16(Format):
     rounding: str = "stochastic"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.one_of("rounding", self.rounding, ("stochastic", "nearest"))
 
     @property

@@ -107,6 +107,7 @@ class CoState(Format):
     null_pct: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
         checks.one_of("bits", self.bits, (1, 2, 3, 4, 6))
         if self.amp_pct is not None:

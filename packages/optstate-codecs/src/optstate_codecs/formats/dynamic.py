@@ -121,6 +121,7 @@ class Dynamic8(Format):
     units: str = "value"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
         checks.flag("signed", self.signed)
         if self.base not in BASES:

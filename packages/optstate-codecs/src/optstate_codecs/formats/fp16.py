@@ -43,6 +43,7 @@ class FP16(Format):
     block_size: int = 2048
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
 
     @property

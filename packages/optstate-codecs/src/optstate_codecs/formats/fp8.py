@@ -81,6 +81,7 @@ class FP8(Format):
     units: str = "value"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
         checks.flag("signed", self.signed)
         checks.one_of("rounding", self.rounding, ("nearest", "stochastic", "paired"))

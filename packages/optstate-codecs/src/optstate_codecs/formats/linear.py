@@ -85,6 +85,7 @@ class Int8(Format):
     units: str = "value"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
         checks.one_of("rounding", self.rounding, ("nearest", "stochastic"))
         checks.one_of("units", self.units, ("value", "update"))
@@ -139,6 +140,7 @@ class Int4(Format):
     units: str = "value"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
         checks.one_of("rounding", self.rounding, ("nearest", "stochastic", "paired"))
         checks.one_of("units", self.units, ("value", "update"))

@@ -110,6 +110,7 @@ class Minifloat(Format):
     units: str = "value"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
         checks.flag("signed", self.signed)
         checks.one_of("domain", self.domain, ("linear", "sqrt"))

@@ -98,6 +98,7 @@ class OneQ(Format):
     block_size: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
         checks.one_of("bits", self.bits, tuple(MANTISSA_BITS))
 

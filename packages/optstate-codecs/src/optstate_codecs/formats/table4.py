@@ -77,6 +77,7 @@ class Dynamic4(Format):
     block_size: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
 
     @property
@@ -132,6 +133,7 @@ class Linear4(Format):
     normalization: str = "block"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.block_size(self.block_size)
         checks.one_of("normalization", self.normalization, ("block", "rank1"))
 

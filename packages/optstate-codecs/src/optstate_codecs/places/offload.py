@@ -85,10 +85,10 @@ def offload(
             "optstate_wrap.OffloadOptimizer takes any other"
         )
     checks.one_of("store", store, STORES)
-    checks.flag("resume", resume)
-    checks.flag("sync", sync)
-    checks.whole_number("chunk_bytes", chunk_bytes)
-    checks.whole_number("resident_bytes", resident_bytes)
+    resume = checks.flag("resume", resume)
+    sync = checks.flag("sync", sync)
+    chunk_bytes = checks.whole_number("chunk_bytes", chunk_bytes)
+    resident_bytes = checks.whole_number("resident_bytes", resident_bytes)
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes={chunk_bytes!r}: must be at least 1")
     if (store == "disk") != (path is not None):

@@ -14,6 +14,7 @@ from optstate_codecs.layout import Declaration, bound, empty_state, storage_orde
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.places.slabs import ALIGNMENT, Slab, Starts, apart
 from optstate_codecs.places.stream import Stream
+from optstate_codecs.plain import plain_value
 from optstate_codecs.state import counts_on_device, share_steps
 from optstate_codecs.writes import MASTER, parameter_write
 
@@ -38,6 +39,7 @@ _unknown = object()
 
 
 def _plain(value: Any) -> Any:
+    value = plain_value(value)
     if isinstance(value, Format):
         return value.spec
     if isinstance(value, dict):
@@ -48,8 +50,7 @@ def _plain(value: Any) -> Any:
         return _unknown if _unknown in items else items
     if value is None or isinstance(value, (str, int, float)):
         return value
-    # tensors, and numbers of other libraries
-    found = value.item() if getattr(value, "shape", None) in ((), (1,)) else value
+    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     return found if isinstance(found, (int, float)) else _unknown
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, maximum
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, lerp, reciprocal, sqrt, tl
+from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_quotient, average_square_, decayed, far
 from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
 
@@ -60,7 +61,7 @@ def _named(names: tuple[str, str, str]) -> tuple[Moment, ...]:
 
 
 @dataclass(frozen=True)
-class AdamHyper:
+class AdamHyper(PlainFields):
     """Adam's hyper-parameters; creating one validates them.
 
     Attributes:
@@ -80,6 +81,7 @@ class AdamHyper:
     maximize: bool
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.nonnegative("lr", self.lr)
         checks.betas(self.betas, 2)
         checks.nonnegative("eps", self.eps)

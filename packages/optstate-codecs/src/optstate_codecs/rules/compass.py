@@ -20,6 +20,7 @@ from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, lerp, reciprocal, sqrt, tl
+from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import (
     add_quotient,
     add_scaled,
@@ -38,7 +39,7 @@ EMA_SQUARED = Moment("ema_squared", signed=False, stream=3)
 
 
 @dataclass(frozen=True)
-class CompassHyper:
+class CompassHyper(PlainFields):
     """Compass's hyper-parameters; creating one validates them.
 
     Attributes:
@@ -58,6 +59,7 @@ class CompassHyper:
     maximize: bool
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lr", "amp_fac", "eps", "weight_decay"):
             checks.nonnegative(name, getattr(self, name))
         checks.betas(self.betas, 2)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, lerp, tl
+from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_scaled_, decayed, far
 from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
 
@@ -29,7 +30,7 @@ EXP_AVG = Moment("exp_avg", signed=True, stream=1)
 
 
 @dataclass(frozen=True)
-class LionHyper:
+class LionHyper(PlainFields):
     """Lion's hyper-parameters; creating one validates them.
 
     Attributes:
@@ -45,6 +46,7 @@ class LionHyper:
     maximize: bool
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.nonnegative("lr", self.lr)
         checks.betas(self.betas, 2)
         checks.nonnegative("weight_decay", self.weight_decay)

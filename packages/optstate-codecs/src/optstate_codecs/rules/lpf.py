@@ -20,6 +20,7 @@ from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, lerp, reciprocal, sqrt, tl
+from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import (
     add_quotient,
     add_scaled,
@@ -39,7 +40,7 @@ SMOOTHING = Moment("smoothing", signed=True, stream=1)
 
 
 @dataclass(frozen=True)
-class LPFAdamWHyper:
+class LPFAdamWHyper(PlainFields):
     """LPFAdamW's hyper-parameters; creating one validates them.
 
     Attributes:
@@ -59,6 +60,7 @@ class LPFAdamWHyper:
     maximize: bool
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lr", "amp_fac", "eps", "weight_decay"):
             checks.nonnegative(name, getattr(self, name))
         checks.betas(self.betas, 3)

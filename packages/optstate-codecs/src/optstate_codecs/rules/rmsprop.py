@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, reciprocal, sqrt, tl
+from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_quotient, average_square_, decayed, root_folded
 from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
 
@@ -27,7 +28,7 @@ EMA_SQUARED = Moment("ema_squared", signed=False, stream=1)
 
 
 @dataclass(frozen=True)
-class RMSPropHyper:
+class RMSPropHyper(PlainFields):
     """RMSProp's hyper-parameters; creating one validates them.
 
     Attributes:
@@ -45,6 +46,7 @@ class RMSPropHyper:
     maximize: bool
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checks.nonnegative("lr", self.lr)
         checks.unit_interval("beta", self.beta)
         checks.nonnegative("eps", self.eps)

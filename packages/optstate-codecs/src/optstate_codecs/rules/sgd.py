@@ -22,6 +22,7 @@ from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, tl
+from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_scaled, add_scaled_, decayed
 from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
 
@@ -32,7 +33,7 @@ MOMENTUM_BUFFER = Moment("momentum_buffer", signed=True, stream=1)
 
 
 @dataclass(frozen=True)
-class SGDHyper:
+class SGDHyper(PlainFields):
     """SGD's hyper-parameters; creating one validates them.
 
     Attributes:
@@ -52,6 +53,7 @@ class SGDHyper:
     maximize: bool
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lr", "momentum", "dampening", "weight_decay"):
             checks.nonnegative(name, getattr(self, name))
         checks.flag("nesterov", self.nesterov)

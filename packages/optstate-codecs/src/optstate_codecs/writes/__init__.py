@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from optstate_codecs import checks
+from optstate_codecs.plain import plain_value
 from optstate_codecs.writes.base import MASTER, Nearest, Stochastic, Write
 from optstate_codecs.writes.split import CORRECTION, SplitMaster
 
@@ -60,7 +61,8 @@ def write_named(bf16_stochastic_round: bool, master_weight_bits: int | None) -> 
         >>> write_named(bf16_stochastic_round=False, master_weight_bits=24)
         'split24'
     """
-    checks.flag("bf16_stochastic_round", bf16_stochastic_round)
+    bf16_stochastic_round = checks.flag("bf16_stochastic_round", bf16_stochastic_round)
+    master_weight_bits = plain_value(master_weight_bits)
     if master_weight_bits is None:
         return "stochastic" if bf16_stochastic_round else "nearest"
     if type(master_weight_bits) is not int or master_weight_bits not in (24, 32):

@@ -15,9 +15,13 @@ from optstate.demo.settings import BASELINE, Settings
 from optstate.siblings import MissingExtra, require
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.optim import Optimizer
 
     from optstate.demo.data import Corpus
+
+    Make = Callable[..., Optimizer]
 
 NARROWEST = 100
 """Columns for the table where the output is not a terminal and so has no width of its own."""
@@ -46,7 +50,7 @@ def run(settings: Settings, picture: Path, as_json: bool) -> None:
         corpus = _corpus(settings)
     except (MissingExtra, MissingText) as error:
         raise _missing(error) from error
-    _make_folder(picture.parent)
+    _check_folder(picture.parent)
     _train_and_show(optimizers, corpus, settings, picture, as_json)
 
 
@@ -56,21 +60,31 @@ def _missing(error: Exception) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _optimizers(settings: Settings) -> list[tuple[str, "type[Optimizer]"]]:
+def _optimizers(settings: Settings) -> "list[tuple[str, Make]]":
     from optstate.demo.device import check_device
-    from optstate.demo.optimizers import check_usable, in_order, resolve
+    from optstate.demo.optimizers import check_usable, in_order, resolve, with_arguments
 
     try:
         check_device(settings.device)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from error
     try:
-        chosen = [(name, resolve(name)) for name in in_order(BASELINE, settings.optimizers)]
-        for name, optimizer_class in chosen:
-            check_usable(name, optimizer_class, settings.lr)
+        classes = [(name, resolve(name)) for name in in_order(BASELINE, settings.optimizers)]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--optimizer") from error
-    return chosen
+    (baseline, *others), chosen = classes, list["tuple[str, Make]"]()
+    try:
+        if settings.optim_args and not others:
+            raise ValueError(f"{settings.optim_args!r}: for none; they are not the baseline's")
+        chosen = [(name, with_arguments(cls, settings.optim_args)) for name, cls in others]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--optim-args") from error
+    try:
+        for name, make in (baseline, *chosen):
+            check_usable(name, make, settings.lr)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--optimizer") from error
+    return [baseline, *chosen]
 
 
 def _corpus(settings: Settings) -> "Corpus":
@@ -84,24 +98,27 @@ def _corpus(settings: Settings) -> "Corpus":
         raise typer.BadParameter(str(error), param_hint="--text") from error
 
 
-def _make_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """Now rather than after training, so that a folder that cannot be made costs no time."""
+    from optstate.demo.output import check_folder
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder)
     except OSError as error:
         problem = f"{folder}: {error.strerror or error}"
         raise typer.BadParameter(problem, param_hint="--out") from error
 
 
 def _train_and_show(
-    optimizers: list[tuple[str, "type[Optimizer]"]],
+    optimizers: "list[tuple[str, Make]]",
     corpus: "Corpus",
     settings: Settings,
     picture: Path,
     as_json: bool,
 ) -> None:
     from optstate.demo.compare import compare
-    from optstate.demo.plot import write_png
+    from optstate.demo.output import write_files
+    from optstate.demo.plot import png
     from optstate.demo.report import table, to_json
 
     console = Console(stderr=as_json)
@@ -111,8 +128,7 @@ def _train_and_show(
 
     results = picture.with_suffix(".json")
     text = to_json(comparison)
-    results.write_text(text + "\n")
-    write_png(comparison, picture)
+    write_files({results: f"{text}\n".encode(), picture: png(comparison)})
     if as_json:
         typer.echo(text)
     else:

@@ -1,6 +1,6 @@
 """All runs of one comparison, with a line of progress for each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ class Comparison:
 
 
 def compare(
-    optimizers: Sequence[tuple[str, type[torch.optim.Optimizer]]],
+    optimizers: Sequence[tuple[str, Callable[..., torch.optim.Optimizer]]],
     corpus: Corpus,
     settings: Settings,
     console: Console,
@@ -53,7 +53,7 @@ def compare(
     """Trains with every optimizer in turn.
 
     Args:
-        optimizers: Full names and classes, the baseline first.
+        optimizers: Full names and what is called with parameters and ``lr``, the baseline first.
         corpus: The text.
         settings: What all runs share.
         console: Where progress goes: a live bar in a terminal, a line at every validation where
@@ -70,10 +70,10 @@ def compare(
     )
     runs = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for name, optimizer_class in optimizers:
+        for name, make in optimizers:
             task = progress.add_task(short(name), total=settings.steps, figures="")
             watcher = _Watcher(progress, task, settings)
-            runs.append(train(name, optimizer_class, corpus, settings, watcher))
+            runs.append(train(name, make, corpus, settings, watcher))
     return Comparison(settings, tuple(runs))
 
 

@@ -1,27 +1,15 @@
 """From an optimizer's name on the command line to its class."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 
 import torch
 
+from optstate.demo.names import CHOICES, SHORT_NAMES
 from optstate.siblings import EXTRA_OF, require
 
-SHORT_NAMES = {
-    "adam": "torch.optim.Adam",
-    "adamw": "torch.optim.AdamW",
-    "sgd": "torch.optim.SGD",
-    "adam8bit": "lowbit_adam.Adam8bit",
-    "adam4bit": "lowbit_adam.Adam4bit",
-    "adamfp8": "lowbit_adam.AdamFp8",
-    "adamw8bit": "lowbit_adam.AdamW8bit",
-    "adamw4bit": "lowbit_adam.AdamW4bit",
-    "adamwfp8": "lowbit_adam.AdamWFp8",
-    "turboadam": "turboadam.TurboAdam",
-}
-"""Names that need no module, in lower case; any other optimizer is named module.Class."""
-
-HINT = f"use one of {', '.join(SHORT_NAMES)}, or module.Class"
+HINT = f"use one of {CHOICES}, or module.Class"
 
 
 def full_name(name: str) -> str:
@@ -56,6 +44,23 @@ def resolve(name: str) -> type[torch.optim.Optimizer]:
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise ValueError(f"{name!r}: not a torch.optim.Optimizer class; {HINT}")
     return found
+
+
+def with_arguments(
+    optimizer_class: type[torch.optim.Optimizer], text: str
+) -> Callable[..., torch.optim.Optimizer]:
+    """The class with arguments that come as ``name=value, ...``; itself without any.
+
+    Raises:
+        ValueError: An argument that the class does not take, or a value of another type; by name.
+    """
+    try:
+        arguments = require("optstate_codecs").typed_arguments(optimizer_class, text)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if "lr" in arguments:
+        raise ValueError("lr: must be given as --lr, the same for all")
+    return partial(optimizer_class, **arguments) if arguments else optimizer_class
 
 
 def check_usable(

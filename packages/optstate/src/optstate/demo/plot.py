@@ -1,6 +1,6 @@
 """The picture of a comparison: loss curves on the left, memory bars on the right."""
 
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 from optstate.demo.compare import Comparison, short
@@ -11,12 +11,11 @@ COLOURS = ("#4c566a", "#d0622b", "#2b7fb8", "#4f9d58", "#8e5ea2")
 PARTS = {"parameters": "#c9ced6", "gradients": "#9aa3b0", "state": "#d0622b"}
 
 
-def write_png(comparison: Comparison, path: Path) -> None:
-    """Draws without a display.
+def png(comparison: Comparison) -> bytes:
+    """The picture as a PNG, drawn without a display.
 
     Args:
         comparison: Finished runs.
-        path: The PNG to write; its folder exists.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -31,7 +30,9 @@ def write_png(comparison: Comparison, path: Path) -> None:
         f"A {comparison.baseline.parameters:,}-parameter byte GPT, seed {settings.seed},"
         f" {settings.device}"
     )
-    figure.savefig(path, dpi=130)
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    return file.getvalue()
 
 
 def _draw_curves(axes: Any, comparison: Comparison) -> None:

@@ -25,6 +25,7 @@ class Settings:
         evaluations: How often each run is validated, at least 1 (the last is at the end).
         validation_batches: Batches that a validation averages over, at least 1.
         text: A file to learn instead of Shakespeare's plays.
+        optim_args: Arguments of the optimizers that are compared, as ``name=value, ...``.
 
     Raises:
         ValueError: A number outside its range; the message names it.
@@ -42,6 +43,7 @@ class Settings:
     evaluations: int = 6
     validation_batches: int = 12
     text: Path | None = None
+    optim_args: str = ""
 
     def __post_init__(self) -> None:
         at_least = {

@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all, wherever the command is stopped."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+
+def check_folder(folder: Path) -> None:
+    """Finds out whether a folder can be made and written to, and leaves nothing behind.
+
+    Raises:
+        OSError: It cannot.
+    """
+    made, probe = _make(folder), _beside(folder / "optstate")
+    try:
+        probe.touch()
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        _remove(made)
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Writes all of them, with the folders that they need; an interruption leaves whole files."""
+    made: list[Path] = []
+    parts = {path: _beside(path) for path in files}
+    try:
+        for path in files:
+            made += _make(path.parent)
+        for path, content in files.items():
+            parts[path].write_bytes(content)
+        for path, part in parts.items():
+            part.replace(path)
+    except BaseException:
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        _remove(made)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes a folder; those that were not there, the outermost first."""
+    missing = [at for at in (folder, *folder.parents) if not at.exists()][::-1]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except BaseException:
+        _remove(missing)
+        raise
+    return missing
+
+
+def _remove(made: list[Path]) -> None:
+    """Takes away folders that are empty, the innermost first."""
+    for folder in reversed(made):
+        with suppress(OSError):
+            folder.rmdir()
