@@ -238,7 +238,7 @@ def _loaded_step(where: str, step: Any) -> Tensor:
     count = float(step) if isinstance(step, (int, float, Tensor)) else -1.0
     if not (count >= 0 and count == int(count)):
         raise ValueError(f"{where}['step']={step!r}: must be a whole number of at least 0")
-    return torch.tensor(count, dtype=torch.float32)
+    return torch.tensor(count, dtype=torch.float32, device="cpu")
 
 
 def _moved(
@@ -275,7 +275,8 @@ def _decoded(
     ``order`` where codes share bytes.
     """
     parts = [(c.key(n), c) for n, f in bound(source, param).items() for c in f.components]
-    ordered = torch.empty([param.shape[d] for d in order]).permute(inverse_order(order))
+    shape = [param.shape[d] for d in order]
+    ordered = torch.empty(shape, dtype=torch.float32, device="cpu").permute(inverse_order(order))
     like = next((stored[key] for key, c in parts if c.per_element and c.suffix), ordered)
     local = {
         key: torch.empty_like(like, dtype=c.dtype, device=param.device).copy_(stored[key])

@@ -109,7 +109,7 @@ def nonfinite(grads: Sequence[Tensor]) -> Tensor:
     """1.0 where any element of ``grads`` is NaN or infinite, else 0.0; 0-d float32."""
     some = [grad for grad in grads if grad.numel()]  # there is no maximum over nothing
     if not some:
-        return torch.zeros((), device=grads[0].device)
+        return torch.zeros((), dtype=torch.float32, device=grads[0].device)
     return (~torch.isfinite(_norms(some, math.inf)).all()).to(torch.float32)
 
 

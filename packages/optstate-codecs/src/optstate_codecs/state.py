@@ -75,7 +75,7 @@ def initial_state(
             the parameter's write.
         device: where it is to be, if not beside the parameter.
     """
-    state = {"step": torch.zeros((), dtype=torch.float32)}
+    state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for name, declared in stored.items():
         for component in declared.components:
             state[component.key(name)] = empty_state(param, component, device)
@@ -136,7 +136,8 @@ def decode_moments(
     order = storage_order(shape_as)
     ordered = [shape_as.shape[d] for d in order]
     device = next(iter(state.values())).device if state else shape_as.device
-    flat = {m.name: torch.empty(shape_as.numel(), device=device) for m in moments}
+    numel, exact = shape_as.numel(), torch.float32
+    flat = {m.name: torch.empty(numel, dtype=exact, device=device) for m in moments}
     formats = bound(formats, shape_as)
     stored = FlatState(state, formats, order)
     for start, stop in slices(shape_as, formats.values()):
