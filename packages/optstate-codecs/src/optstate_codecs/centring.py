@@ -50,7 +50,9 @@ def find_centres(grads: Sequence[Tensor], shares: Sequence[float]) -> Centres | 
             ends[grad.device] = places[-1] + grad.shape[0]
     if not ends:
         return None
-    values = {device: torch.empty(end, device=device) for device, end in ends.items()}
+    values = {
+        device: torch.empty(end, dtype=torch.float32, device=device) for device, end in ends.items()
+    }
     launches: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for number, (grad, place) in enumerate(zip(grads, places, strict=True)):
         if place >= 0 and _kernel_takes(grad):

@@ -44,7 +44,8 @@ def adam_state_dict(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, 
         moments = dict(decode(number, stored, group_of[number]))
         first, second = moments["exp_avg"], moments["exp_avg_sq"]
         moments["exp_avg_sq"] = torch.where((second == 0) & (first != 0), first.square(), second)
-        state[number] = {"step": torch.tensor(float(stored["step"])), **moments}
+        step = torch.tensor(float(stored["step"]), dtype=torch.float32, device="cpu")
+        state[number] = {"step": step, **moments}
     groups = []
     for group in state_dict["param_groups"]:
         kept = {key: group[key] for key in GROUP_KEYS if key in group}

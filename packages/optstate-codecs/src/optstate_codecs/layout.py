@@ -102,7 +102,7 @@ class FlatView:
             self._dense[start:stop].copy_(values)
 
     def _places(self, start: int, stop: int) -> Tensor:
-        return torch.arange(start, stop, device=self._ordered.device)
+        return torch.arange(start, stop, dtype=torch.int64, device=self._ordered.device)
 
 
 class Declaration(Protocol):

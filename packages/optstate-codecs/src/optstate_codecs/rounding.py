@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from optstate_codecs.tables import cached_table, in_mode
+
 __all__ = ["Counter", "Draw", "stochastic_round_bf16"]
 
 MASK = 0xFFFFFFFF
@@ -86,14 +88,14 @@ def hash_words(
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
-@lru_cache(maxsize=4)
+@cached_table(maxsize=4)
 def _cpu_counting(limit: int) -> Tensor:
-    return torch.arange(limit, dtype=torch.int32)
+    return torch.arange(limit, dtype=torch.int32, device="cpu")
 
 
 def _counting(count: int, device: torch.device) -> Tensor:
     """0, 1, ... count - 1 as int32, to be read only; cached where it is small and wanted often."""
-    if device.type == "cpu" and count <= 1 << 16 and not torch.compiler.is_compiling():
+    if device.type == "cpu" and count <= 1 << 16 and not in_mode():
         return _cpu_counting(1 << 16)[:count]
     return torch.arange(count, dtype=torch.int32, device=device)
 

@@ -107,7 +107,7 @@ def nonfinite(grads: Sequence[Tensor]) -> Tensor:
     some = [grad for grad in grads if grad.numel() and not grad.is_meta]
     if not some:
         device = "cpu" if grads[0].is_meta else grads[0].device
-        return torch.zeros((), device=device)
+        return torch.zeros((), dtype=torch.float32, device=device)
     return (~torch.isfinite(_norms(some, math.inf)).all()).to(torch.float32)
 
 

@@ -315,7 +315,7 @@ def _placed(
     """A saved value where and in the dtype in which the optimizer would have it; a copy."""
     if not isinstance(value, Tensor):
         if key == "step" and key in findings.keys and findings.counts_in_tensors:
-            value = torch.tensor(float(value), dtype=torch.float32)
+            value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         else:
             return copy.deepcopy(value)
     if key == "step":

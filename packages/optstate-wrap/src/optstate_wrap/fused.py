@@ -232,7 +232,7 @@ class Fused:
         # where it is not kept, only whether a step is the first one counts: one made the record
         state: dict[str, Any] = {"step": record.get("step", None)}
         if state["step"] is None:
-            state["step"] = torch.ones(())
+            state["step"] = torch.ones((), dtype=torch.float32, device="cpu")
         for name in stored:
             value = record[name]
             if isinstance(value, Coded):

@@ -11,7 +11,8 @@ import copy
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from optstate_codecs.tables import in_mode
 from optstate_wrap.engine import Engine
 from optstate_wrap.policies import ConfigurablePolicy
 from optstate_wrap.store import DeviceStore
 
-__all__ = ["Findings", "probe"]
+__all__ = ["Findings", "first_of", "probe"]
 
 # one group's tensors: odd, of one row, and of three dimensions
 _log = logging.getLogger(__name__)
@@ -69,31 +71,48 @@ def probe(inner: Optimizer) -> Findings:
 
     Neither ``inner`` nor torch's random numbers change.
     """
-    key = _key(inner)
-    if key not in _found:
-        if len(_found) == REMEMBERED:
-            # a schedule of betas makes ever new ones
-            _found.clear()
-        _found[key] = _probe(inner)
-    return _found[key]
+    with torch.inference_mode(False), torch.no_grad():
+        if in_mode():
+            # what fails on fake tensors may do on others
+            return _probe(inner)
+        key = _key(inner)
+        if key not in _found:
+            if len(_found) == REMEMBERED:
+                # a schedule of betas makes ever new ones
+                _found.clear()
+            _found[key] = _probe(inner)
+        return _found[key]
 
 
 def _key(inner: Optimizer) -> Any:
-    first = _first(inner)
+    first = first_of(inner)
     return (
         type(inner),
         (first.device.type, first.dtype),
+        # what an optimizer makes may depend on torch's defaults
+        (torch.get_default_dtype(), _with_numbers(torch.get_default_device())),
         tuple(_hyper(group) for group in _distinct(inner)),
     )
 
 
-def _first(inner: Optimizer) -> Tensor:
-    return next((p for group in inner.param_groups for p in group["params"]), torch.zeros(()))
+def first_of(inner: Optimizer) -> Tensor:
+    """The first parameter; a number on the host where there is none."""
+    params = [param for group in inner.param_groups for param in group["params"][:1]]
+    return params[0] if params else torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def _device(inner: Optimizer) -> torch.device:
     """Where to try it: beside the first parameter, but where numbers are."""
-    device = _first(inner).device
+    return _with_numbers(first_of(inner).device)
+
+
+def _on_real_device() -> AbstractContextManager[object]:
+    """Inside, what is made without a device has numbers: models are often built on "meta"."""
+    without = torch.get_default_device().type == "meta"
+    return torch.device("cpu") if without else nullcontext()
+
+
+def _with_numbers(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -109,7 +128,7 @@ def _distinct(inner: Optimizer) -> list[dict[str, Any]]:
 
 def _probe(inner: Optimizer) -> Findings:
     devices = [device] if (device := _device(inner)).type == "cuda" else []
-    with warnings.catch_warnings(), torch.random.fork_rng(devices):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices), _on_real_device():
         warnings.simplefilter("ignore")
         shapes, whole = SHAPES, _tried(inner, SHAPES, chunked=False, chunk=1 << 30)
         if whole is None:
@@ -155,6 +174,10 @@ def _tried(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: b
         return None
 
 
+def _noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _seed(device: torch.device) -> None:
     """Seed the generators that a step may draw from, and no other device's."""
     torch.default_generator.manual_seed(0)
@@ -172,7 +195,7 @@ def _run(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: boo
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         for number, param in enumerate(params):
-            noise = torch.randn(param.shape, generator=generator) * 10.0 ** (number % 3 - 1)
+            noise = _noise(param.shape, generator) * 10.0 ** (number % 3 - 1)
             # gradients come and go
             param.grad = None if (step, number % 3) == (2, 1) else noise.to(param)
         with torch.no_grad():
@@ -185,16 +208,13 @@ def _run(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: boo
 
 def _twin(inner: Optimizer, shapes: Shapes) -> tuple[Optimizer, list[Parameter]]:
     """An optimizer of the same class and attributes for tiny parameters, with no state."""
-    like = _first(inner)
+    like = first_of(inner)
     dtype = like.dtype if like.dtype.is_floating_point else torch.float32
     memo: dict[int, Any] = {}
     groups, params = [], []
     generator = torch.Generator().manual_seed(2)
     for group in _distinct(inner):
-        tiny = [
-            Parameter(torch.randn(shape, generator=generator).to(_device(inner), dtype))
-            for shape in shapes
-        ]
+        tiny = [Parameter(_noise(shape, generator).to(_device(inner), dtype)) for shape in shapes]
         groups.append({"params": tiny, **_values(group)})
         params += tiny
         memo[id(group["params"])] = tiny

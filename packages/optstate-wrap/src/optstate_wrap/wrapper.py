@@ -17,7 +17,7 @@ from optstate_wrap.engine import Engine
 from optstate_wrap.host import make_store
 from optstate_wrap.plan import LEAST, default_chunk
 from optstate_wrap.policies import Policy, WarmupPolicy
-from optstate_wrap.probe import Findings, probe
+from optstate_wrap.probe import Findings, first_of, probe
 from optstate_wrap.report import WrapperMemoryReport, report
 from optstate_wrap.store import Store
 from optstate_wrap.timing import now
@@ -96,12 +96,12 @@ class OptimizerWrapper(Delegate):
         )
         if store is None:
             store = "host" if policy.device_resident is False else "device"
-        first = next((p for g in optimizer.param_groups for p in g["params"]), torch.zeros(()))
-        if first.device.type != "cpu" and chunk_size_on_cuda is not None:
+        device = first_of(optimizer).device
+        if device.type != "cpu" and chunk_size_on_cuda is not None:
             chunk_size = chunk_size_on_cuda
         kept = make_store(store, pin_memory)
         away = kept.name == "host"
-        chunk = default_chunk(first.device, away) if chunk_size is None else chunk_size
+        chunk = default_chunk(device, away) if chunk_size is None else chunk_size
         start = chunk if initial_chunk_size is None else min(initial_chunk_size, chunk)
         self.inner = optimizer
         self.engine = Engine(optimizer, policy, kept, chunk, start, rounding_seed, fused)

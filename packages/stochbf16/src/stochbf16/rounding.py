@@ -98,7 +98,8 @@ def _seed(generator: torch.Generator | None) -> int:
             "round outside the graph"
         )
     device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    bound, dtype = 2**63 - 1, torch.int64
+    return int(torch.randint(bound, (), generator=generator, dtype=dtype, device=device))
 
 
 # the draw too: inductor's random numbers are not torch's

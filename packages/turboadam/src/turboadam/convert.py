@@ -72,8 +72,9 @@ def _decoded(number: Any, state: Mapping[str, Any], group: Mapping[str, Any]) ->
 
 def _codes(packed: Tensor, bits: int) -> Tensor:
     """Codes of ``bits`` bits, float32, and what fills up the last block."""
-    stream = (packed.reshape(-1, 1) >> torch.arange(8, device=packed.device)) & 1
-    weights = 1 << torch.arange(bits, device=packed.device)
+    kind: dict[str, Any] = {"dtype": torch.int64, "device": packed.device}
+    stream = (packed.reshape(-1, 1) >> torch.arange(8, **kind)) & 1
+    weights = 1 << torch.arange(bits, **kind)
     codes: Tensor = (stream.view(-1, bits) * weights).sum(1)
     return codes.to(torch.float32)
 
@@ -90,7 +91,8 @@ def _update_units(state: Mapping[str, Any]) -> Tensor:
     numel, size = int(state["original_numel"]), int(state["mean_block_size"])
     means = state["means"].float().reshape(-1, 1)
     levels = (_codes(state["codes"], 2) - 1.5) * state["decode_step"].float()
-    there = (torch.arange(means.numel() * size, device=means.device) < numel).view(-1, size)
+    places = torch.arange(means.numel() * size, dtype=torch.int64, device=means.device)
+    there = (places < numel).view(-1, size)
     levels = levels[: there.numel()].view_as(there) * there
     levels = levels - levels.sum(1, keepdim=True) / there.sum(1, keepdim=True)
     update: Tensor = (means + levels).view(-1)[:numel]

@@ -152,9 +152,9 @@ def _run(job: Job, built: Loops, members: list[tuple[int, _Standing]]) -> None:
         keys += standing.keys
         rows += -(-numel // built.block)
     tables = (
-        torch.tensor(table, dtype=torch.int64),
-        torch.tensor(scalars, dtype=torch.float32),
-        torch.tensor(keys, dtype=torch.int64).to(torch.int32),
+        torch.tensor(table, dtype=torch.int64, device="cpu"),
+        torch.tensor(scalars, dtype=torch.float32, device="cpu"),
+        torch.tensor(keys, dtype=torch.int64, device="cpu").to(torch.int32),
     )
     addresses = [tensor.data_ptr() for tensor in tables]
     built.run(len(units), rows, *addresses, torch.get_num_threads())

@@ -176,4 +176,5 @@ def _tables(
         row.append(unit.offset)
         table.append(row)
         tiles.append(-(-unit.param.numel() // tile))
-    return torch.tensor(table, dtype=torch.int64).to(device), work_table(tiles, device)
+    tensors = torch.tensor(table, dtype=torch.int64, device="cpu").to(device)
+    return tensors, work_table(tiles, device)

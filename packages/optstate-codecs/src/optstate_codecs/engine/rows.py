@@ -56,7 +56,8 @@ class RowTable:
             first.setdefault(key, place)
         order = {key: row for row, key in enumerate(first)}
         self._rows = [(group, self._steps[place]) for (group, _), place in first.items()]
-        return torch.tensor([order[key] for key in keys], dtype=torch.int32).to(self._device)
+        rows = torch.tensor([order[key] for key in keys], dtype=torch.int32, device="cpu")
+        return rows.to(self._device)
 
     def beside(self, scalar: Tensor | None) -> Tensor | None:
         """``scalar`` as the kernel reads it: float32, on the device of the parameters."""
@@ -95,7 +96,7 @@ class RowTable:
         table = (
             constant_table(mine, self._device)
             if busy
-            else uploaded(torch.tensor(mine, dtype=torch.int64), self._device)
+            else uploaded(torch.tensor(mine, dtype=torch.int64, device="cpu"), self._device)
         )
         self._last = grads, table
         return table
@@ -110,7 +111,7 @@ class RowTable:
         groups = sorted(dict.fromkeys(group for group, _ in self._rows))
         folded = [self._fold(rule, hypers[group], group, draw) for group in groups]
         if all(isinstance(rows, list) for rows in folded):
-            flat = torch.tensor([row for rows in folded for row in rows], dtype=torch.float32)
+            flat = _on_host([row for rows in folded for row in rows])
             if busy:
                 bits = flat.view(torch.int32).flatten().tolist()
                 filled = constant_table(bits, self._device, torch.int32)
@@ -118,7 +119,7 @@ class RowTable:
             return uploaded(flat, self._device)
         return torch.cat(
             [
-                rows if isinstance(rows, Tensor) else uploaded(torch.tensor(rows), self._device)
+                rows if isinstance(rows, Tensor) else uploaded(_on_host(rows), self._device)
                 for rows in folded
             ]
         )
@@ -135,7 +136,7 @@ class RowTable:
             ]
             if not any(isinstance(value, Tensor) for row in rows for value in row):
                 return rows
-            vector = torch.tensor(counts, dtype=torch.float64).to(self._device)
+            vector = torch.tensor(counts, dtype=torch.float64, device="cpu").to(self._device)
         else:
             vector = torch.stack(steps).to(torch.float64)
         columns = [
@@ -145,6 +146,10 @@ class RowTable:
             for value in (vector if draw is None else draw, *rule.device_row(hyper, vector))
         ]
         return torch.stack(columns, 1)
+
+
+def _on_host(rows: list[list[float]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
 def _counters(steps: Sequence[Tensor]) -> list[Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from optstate_codecs.tables import cached_table
 
 __all__ = ["kept_work_table", "on", "uploaded", "work_table"]
 
@@ -19,13 +20,15 @@ def work_table(tiles: Sequence[int], device: torch.device) -> Tensor:
         tiles: how many each tensor has.
         device: where the kernel runs.
     """
-    counts = torch.tensor(tiles)
-    tensor = torch.repeat_interleave(torch.arange(len(tiles)), counts)
-    place = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    counts = torch.tensor(tiles, dtype=torch.int64, device="cpu")
+    numbers = torch.arange(len(tiles), dtype=torch.int64, device="cpu")
+    tensor = torch.repeat_interleave(numbers, counts)
+    every = torch.arange(len(tensor), dtype=torch.int64, device="cpu")
+    place = every - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return torch.stack([tensor, place], 1).to(torch.int32).to(device)
 
 
-@lru_cache(maxsize=256)
+@cached_table(maxsize=256)
 def kept_work_table(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     """``work_table``, the same one as long as it is wanted often; there when it is returned."""
     return work_table(tiles, device)

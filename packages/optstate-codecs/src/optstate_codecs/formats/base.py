@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -20,8 +21,10 @@ __all__ = [
     "Format",
     "block_amax",
     "blocked",
+    "float32_bits",
     "mark_nonfinite",
     "recorded",
+    "rounded",
     "scaled",
     "surely",
 ]
@@ -232,6 +235,18 @@ class Format(PlainFields, ABC):
         if draw is None:
             raise ValueError(f"draw=None: {self.spec} rounds stochastically and needs a Draw")
         return draw
+
+
+def rounded(value: float) -> float:
+    """``value`` as float32 holds it."""
+    (number,) = struct.unpack("<f", struct.pack("<f", value))
+    return float(number)
+
+
+def float32_bits(value: float) -> int:
+    """The bits of ``value`` as a float32, as an int32 has them."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", value))
+    return int(bits)
 
 
 def blocked(x: Tensor, block_size: int) -> Tensor:

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -68,6 +67,7 @@ from optstate_codecs.formats.base import (
     Format,
     block_amax,
     recorded,
+    rounded,
     scaled,
 )
 from optstate_codecs.formats.blocks import (
@@ -80,6 +80,7 @@ from optstate_codecs.formats.blocks import (
     store_scale,
 )
 from optstate_codecs.rounding import Draw
+from optstate_codecs.tables import cached_table
 
 __all__ = ["Dynamic8"]
 
@@ -231,29 +232,34 @@ def position_of(units: Tensor, base: int) -> Tensor:
         bits = units.view(torch.int32)
         ranges = ((bits >> 23) * 43 - 127 * 43) >> 7
         inside = (bits - ranges * (3 << 23)).view(torch.float32)
-        line = torch.add(torch.full((), 6 / 7, device=units.device), inside, alpha=1 / 7)
+        line = torch.add(_number(6 / 7, units), inside, alpha=1 / 7)
         return (line.view(torch.int32) + ranges * (1 << 23)).view(torch.float32)
     (slope, offset), *rest = lines(base)
     # add with alpha rounds once, as the kernels' fused multiply-add does
-    position = torch.add(torch.full((), offset, device=units.device), units, alpha=slope)
+    position = torch.add(_number(offset, units), units, alpha=slope)
     line = torch.empty_like(units)
     for slope, offset in rest:
-        torch.add(torch.full((), offset, device=units.device), units, alpha=slope, out=line)
+        torch.add(_number(offset, units), units, alpha=slope, out=line)
         torch.minimum(position, line, out=position)
     return position
 
 
-@cache
+def _number(value: float, like: Tensor) -> Tensor:
+    return torch.full((), value, dtype=torch.float32, device=like.device)
+
+
+@cached_table()
 def value_table(signed: bool, base: int, device: torch.device) -> Tensor:
     """What each of the 256 codes stands for under a scale of 1, float32; one per device."""
-    unit = torch.tensor(float(base) ** -RANGES, dtype=torch.float32)
+    unit = rounded(float(base) ** -RANGES)
     magnitudes = []
     for t in range(1, 129) if signed else range(2, 257):
         top = t if signed else t / 2
         d = int(top).bit_length() - 1
-        # an integer below 2^24 (in halves when unsigned): one rounding, in the product
+        # below 2^24, and in halves when unsigned; float32 arithmetic, since the product of two
+        # float32 is exact here until the table rounds it
         whole = (base / 2) ** d * ((base - 1) * top - (base - 2) * 2**d) - 1
-        magnitudes.append(float(whole * unit))
+        magnitudes.append(rounded(whole) * unit)
     values = [*magnitudes, *(-m for m in magnitudes)] if signed else [*magnitudes, 0.0]
     return torch.tensor(values, dtype=torch.float32, device=device)
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -50,6 +49,7 @@ from optstate_codecs.formats.blocks import (
     store_scale,
 )
 from optstate_codecs.rounding import Draw
+from optstate_codecs.tables import cached_table
 
 __all__ = ["FP8"]
 
@@ -148,7 +148,7 @@ def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
     return scale * some, scale.reciprocal() * some
 
 
-@cache
+@cached_table()
 def value_table(device: torch.device) -> Tensor:
     """What each of the 256 codes stands for under a scale of 1, float32; one per device."""
     subnormal = [n / 8 * 2.0**-6 for n in range(8)]

@@ -33,6 +33,7 @@ raises the probability f of rounding up to f + c f (1 - f), to even that out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -56,7 +57,15 @@ from optstate_codecs.device import (
     tl,
     widened,
 )
-from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
+from optstate_codecs.formats.base import (
+    Component,
+    DeviceFunctions,
+    Format,
+    block_amax,
+    float32_bits,
+    rounded,
+    scaled,
+)
 from optstate_codecs.formats.blocks import (
     fill_marked,
     finite_amax,
@@ -204,12 +213,13 @@ class Minifloat(Format):
 
     def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor]:
         """Each block's scale and its reciprocal; 0 and 0 for blocks of zeros."""
-        top = float(self._values(torch.tensor([self._last], dtype=torch.int32)))
+        whole, part = divmod(self._last, 1 << self.mantissa_bits)
+        top = rounded(math.ldexp(1 + part / (1 << self.mantissa_bits), whole) - 1)
         if self.signed:
             bits = (amax * (1 / top)).view(torch.int32)
             bits = (bits + 0xFFFF) & ~0xFFFF
         else:
-            high, mantissa = divmod(int(torch.tensor(top).view(torch.int32)), 1 << 23)
+            high, mantissa = divmod(float32_bits(top), 1 << 23)
             bits = ((amax.view(torch.int32) + (MANTISSA - mantissa)) & ~MANTISSA) - (
                 (high - 127) << 23
             )

@@ -143,8 +143,8 @@ class OneQ(Format):
 
     def _scale(self, amax: Tensor) -> Tensor:
         """Each block's scale; 0 for blocks of zeros."""
-        top = self._levels(torch.tensor([self._last], dtype=torch.int32))
-        high, mantissa = divmod(int(top.view(torch.int32)), 1 << 23)
+        top = (self._last - 1 << 23 - MANTISSA_BITS[self.bits]) + ONE
+        high, mantissa = divmod(top, 1 << 23)
         bits = ((amax.view(torch.int32) + (MANTISSA - mantissa)) & ~MANTISSA) - (high - 127 << 23)
         return bits.clamp_(SCALE_MIN, SCALE_MAX).view(torch.float32) * (amax > 0)
 

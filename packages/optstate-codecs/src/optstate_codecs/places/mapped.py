@@ -33,7 +33,7 @@ def mapped(file: int, offset: int, nbytes: int) -> Tensor:
         OSError: the system does not map them.
     """
     if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     libc = ctypes.CDLL(None, use_errno=True)
     size, protection = ctypes.c_size_t(nbytes), mmap.PROT_READ | mmap.PROT_WRITE
     libc.mmap.restype = ctypes.c_void_p

@@ -41,7 +41,7 @@ def empty_pinned(nbytes: int, pin: bool = True) -> Tensor:
         MemoryError: the system does not give or lock that much.
     """
     if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     try:
         region = _Region(-1, nbytes)
     except OSError as error:

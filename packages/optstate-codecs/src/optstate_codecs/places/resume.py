@@ -164,7 +164,8 @@ def _shown(
             f"{name}: stored as {', '.join(entry['starts'])}, must be {', '.join(parts)}"
         )
     memory = slab.memory.tensor
-    state: dict[str, Any] = {"step": torch.tensor(float(entry["step"]))}
+    step = torch.tensor(float(entry["step"]), dtype=torch.float32, device="cpu")
+    state: dict[str, Any] = {"step": step}
     for key, component in parts.items():
         like = empty_state(param, component, torch.device("meta"))
         start = entry["starts"][key]

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 __all__ = ["Moment", "Rule", "host_scalar"]
@@ -135,5 +136,6 @@ class Rule(ABC):
 def host_scalar(value: Scalar) -> Scalar:
     """A hyper-parameter as a float where the host can read it without waiting for a device."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
-        return value.squeeze()
+        # an integer times a number would be of torch's default dtype
+        return value.squeeze() if value.is_floating_point() else value.squeeze().to(torch.float32)
     return float(value)

@@ -108,9 +108,11 @@ class SGD(Rule):
 
     def scalars(self, hyper: SGDHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
+        # a flag times a number would be of torch's default dtype
+        later = (step > 1).to(step.dtype) if isinstance(step, Tensor) else step > 1
         return [
             host_scalar(hyper.momentum),
-            1 - host_scalar(hyper.dampening) * (step > 1),
+            1 - host_scalar(hyper.dampening) * later,
             1 - lr * decay if self.decoupled else decay,
             -lr,
         ]

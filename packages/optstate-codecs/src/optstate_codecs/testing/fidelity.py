@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.state import decode_state
+from optstate_codecs.testing.subject import normal
 
 __all__ = ["GRADIENTS", "Fidelity", "Stops", "compare", "gradients", "stops"]
 
@@ -91,13 +92,13 @@ def gradients(
     With ``rows``, an element's own number is the sum of its row's and its column's, over sqrt(2).
     """
     generator = torch.Generator().manual_seed(seed)
-    own = torch.randn(numel, generator=generator)
+    own = normal(numel, generator)
     if rows > 1:
         by_row, by_column = own[:rows].view(-1, 1), own[rows : rows + numel // rows]
         own = ((by_row + by_column) / math.sqrt(2)).view(-1)
     for step in range(steps):
-        noise = torch.randn(numel, generator=generator)
-        chance = torch.rand(numel, generator=generator)
+        noise = normal(numel, generator)
+        chance = torch.rand(numel, generator=generator, dtype=torch.float32, device="cpu")
         yield torch.cat([GRADIENTS[kind](noise, own, chance, step) for kind in kinds])
 
 
@@ -107,7 +108,7 @@ class _Exact:
     def __init__(self, beta2: float) -> None:
         self.beta2 = beta2
         self.step = 0
-        self.m = self.v = torch.zeros((), dtype=torch.float64)
+        self.m = self.v = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def update(self, grad: Tensor) -> Tensor:
         self.step += 1
@@ -127,11 +128,12 @@ class _Coded:
         self.shape = shape
         # stretches of one vector, or a matrix for each kind
         sizes = [(shape[0] * shape[1],)] if rows == 1 else [(rows, shape[1] // rows)] * shape[0]
-        self.params = [Parameter(torch.zeros(size, device=device)) for size in sizes]
+        zeros = [torch.zeros(size, dtype=torch.float32, device=device) for size in sizes]
+        self.params = [Parameter(zero) for zero in zeros]
         self.optimizer = make(self.params, lr=1.0, betas=(BETA1, beta2), eps=EPS, weight_decay=0.0)
-        self.sums = torch.zeros(4, shape[0], dtype=torch.float64)
-        self.path = torch.zeros(shape, dtype=torch.float64)
-        self.longest = torch.zeros(shape[0], dtype=torch.float64)
+        self.sums = torch.zeros(4, shape[0], dtype=torch.float64, device="cpu")
+        self.path = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        self.longest = torch.zeros(shape[0], dtype=torch.float64, device="cpu")
 
     def update(self, grad: Tensor) -> Tensor:
         for param, part in zip(self.params, grad.chunk(len(self.params)), strict=True):
@@ -211,7 +213,7 @@ def compare(
     shape = (len(kinds), numel)
     exact = _Exact(beta2)
     coded = {name: _Coded(make, beta2, shape, device, rows) for name, make in makes.items()}
-    path = torch.zeros(shape, dtype=torch.float64)
+    path = torch.zeros(shape, dtype=torch.float64, device="cpu")
     for step, grad in enumerate(gradients(kinds, steps, numel, seed, rows)):
         update = exact.update(grad).view(shape)
         path += update
@@ -240,8 +242,8 @@ class Stops:
 def stops(make: Make, beta2: float = 0.999, steps: int = 1200, numel: int = 4096) -> Stops:
     """Of each four elements one never has a gradient, and one none after a sixth of the steps."""
     exact, coded = _Exact(beta2), _Coded(make, beta2, (1, numel), "cpu")
-    moved = torch.zeros(2, numel, dtype=torch.float64)
-    place = torch.arange(numel) % 4
+    moved = torch.zeros(2, numel, dtype=torch.float64, device="cpu")
+    place = torch.arange(numel, dtype=torch.int64, device="cpu") % 4
     for step, grad in enumerate(gradients(["dense"], steps, numel)):
         late = step >= steps // 6
         grad = grad * ((place > 1) | ((place == 1) & (not late)))

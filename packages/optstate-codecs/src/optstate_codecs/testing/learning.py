@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from statistics import mean
 
 import torch
@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 __all__ = ["loss_apart"]
 
 Make = Callable[..., Optimizer]
+
+linear = partial(nn.Linear, dtype=torch.float32, device="cpu")
 
 
 def loss_apart(
@@ -53,9 +55,9 @@ def loss_apart(
 def _held_out_loss(make: Make, seed: int, lr: float, dtype: torch.dtype) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        teacher = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8))
-        student = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 8))
-        questions = torch.randn(101, 64, 32)
+        teacher = nn.Sequential(linear(32, 32), nn.Tanh(), linear(32, 8))
+        student = nn.Sequential(linear(32, 128), nn.GELU(), linear(128, 8))
+        questions = torch.randn(101, 64, 32, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         answers = teacher(questions)
     student.to(dtype)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.state import decode_state
 from optstate_codecs.testing.fidelity import compare
-from optstate_codecs.testing.subject import Subject, Trainer, assert_same
+from optstate_codecs.testing.subject import Subject, Trainer, assert_same, normal
 
 __all__ = [
     "exactness",
@@ -72,8 +72,8 @@ def zero_stays(subject: Subject) -> None:
     its own, within ``subject.drift`` lr.
     """
     numel, lr = 6000, 1e-3
-    start = subject.shaped(torch.randn(numel, generator=_generator()))
-    still = subject.shaped(torch.arange(numel) % 2 == 0)
+    start = subject.shaped(normal(numel, _generator()))
+    still = subject.shaped(torch.arange(numel, dtype=torch.int64, device="cpu") % 2 == 0)
     param, exact = Parameter(start.clone()), Parameter(start.double())
     ours = subject.make([param], lr=lr, weight_decay=0.0)
     reference = subject.near([exact], lr=lr)
@@ -82,7 +82,7 @@ def zero_stays(subject: Subject) -> None:
     for step in range(1050):
         if step == 50:
             stopped = param.detach().clone(), exact.detach().clone()
-        grad = subject.shaped(torch.randn(numel, generator=noise)) * (step < 50) * ~still
+        grad = subject.shaped(normal(numel, noise)) * (step < 50) * ~still
         param.grad, exact.grad = grad, grad.double()
         ours.step()
         reference.step()
@@ -100,14 +100,14 @@ def positive_stays_positive(subject: Subject) -> None:
     Gradients whose second moments spread log-normally, sigma 2, inside each block; 200 steps.
     """
     numel = 8192
-    spread = torch.exp(torch.randn(numel, generator=_generator()))
+    spread = torch.exp(normal(numel, _generator()))
     noise = _generator(1)
-    param = Parameter(subject.shaped(torch.zeros(numel)))
+    param = Parameter(subject.shaped(torch.zeros_like(spread)))
     optimizer = subject.make([param], lr=LR, weight_decay=0.0)
     longest = 0.0
     for _ in range(200):
         before = param.detach().clone()
-        _follow(optimizer, param, [torch.randn(numel, generator=noise) * spread])
+        _follow(optimizer, param, [normal(numel, noise) * spread])
         longest = max(longest, float((param.detach() - before).abs().max()) / LR)
     for moment in optimizer.rule.moments(optimizer.rule.hyper(optimizer.param_groups[0])):
         if not moment.signed and not (decode_state(optimizer, param)[moment.name] > 0).all():
@@ -147,10 +147,10 @@ def scale_equivariance(subject: Subject) -> None:
     For rules whose steps do not depend on the scale of gradients: not for SGD.
     """
     numel, eps = 5000, 1e-8
-    grads = [torch.randn(numel, generator=_generator(t)) for t in range(8)]
+    grads = [normal(numel, _generator(t)) for t in range(8)]
 
     def codes(k: int) -> tuple[Tensor, dict[str, Tensor]]:
-        param = Parameter(subject.shaped(torch.ones(numel)))
+        param = Parameter(subject.shaped(torch.ones_like(grads[0])))
         optimizer = subject.make([param], lr=LR, weight_decay=0.0)
         if "eps" in optimizer.defaults:
             optimizer.param_groups[0]["eps"] = math.ldexp(eps, k)
@@ -170,13 +170,14 @@ def locality(subject: Subject) -> None:
 
     With ``skip_nonfinite=True`` the step is skipped: nothing changes at all.
     """
-    numel, places = 3000, torch.tensor([0, 17, 2049])
-    others = subject.shaped(torch.ones(numel, dtype=torch.bool).index_fill(0, places, False))
-    grads = [torch.randn(numel, generator=_generator(t)) for t in range(6)]
+    numel, places = 3000, torch.tensor([0, 17, 2049], dtype=torch.int64, device="cpu")
+    every = torch.ones(numel, dtype=torch.bool, device="cpu")
+    others = subject.shaped(every.index_fill(0, places, False))
+    grads = [normal(numel, _generator(t)) for t in range(6)]
     small = [grad.index_fill(0, places, 0.0) for grad in grads]
     for poison in (float("nan"), float("inf"), -float("inf")):
         bad = [g.index_fill(0, places, poison) if t == 2 else g for t, g in enumerate(small)]
-        clean_param = Parameter(subject.shaped(torch.ones(numel)))
+        clean_param = Parameter(subject.shaped(torch.ones_like(grads[0])))
         bad_param = Parameter(clean_param.detach().clone())
         clean = subject.make([clean_param], lr=LR)
         poisoned = subject.make([bad_param], lr=LR)

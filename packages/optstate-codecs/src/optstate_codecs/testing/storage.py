@@ -13,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optstate_codecs.layout import bound, slices
 from optstate_codecs.memory import predicted_state_bytes, state_bytes
-from optstate_codecs.testing.subject import SHAPES, Subject, Trainer, assert_close, assert_same
+from optstate_codecs.testing.subject import (
+    SHAPES,
+    Subject,
+    Trainer,
+    assert_close,
+    assert_same,
+    normal,
+)
 
 __all__ = ["bytes_are_said", "no_surprises"]
 
@@ -54,7 +61,7 @@ def bytes_are_said(subject: Subject) -> None:
 
 
 def _layouts(device: str) -> dict[str, Tensor]:
-    base = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)).to(device)
+    base = normal((4, 6, 5, 7), torch.Generator().manual_seed(0)).to(device)
     return {
         "contiguous": base.clone(),
         "channels last": base.to(memory_format=torch.channels_last),
@@ -74,7 +81,7 @@ def _layouts_agree(subject: Subject) -> None:
             reference = subject.near([exact], lr=1e-2)
             for t in range(3):
                 noise = torch.Generator().manual_seed(t)
-                grad = torch.randn(data.shape, generator=noise).double()
+                grad = normal(data.shape, noise).double()
                 exact.grad = grad
                 param.grad = grad.to(param.device, param.dtype)
                 if grad_layout == "same":
@@ -125,7 +132,7 @@ def no_surprises(subject: Subject) -> None:
     ):
         if key not in optimizer.defaults:
             continue
-        extra = {"params": [Parameter(torch.ones(3, device=subject.device))], key: bad}
+        extra = {"params": [Parameter(first.detach().clone())], key: bad}
         _refused(subject, trainer, partial(optimizer.add_param_group, extra), key)
         _refused(subject, trainer, partial(subject.make, [first], **{key: bad}), key)
 

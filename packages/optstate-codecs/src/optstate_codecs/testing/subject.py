@@ -57,6 +57,12 @@ class Subject:
         return flat if self.rows == 1 else flat.view(self.rows, -1)
 
 
+def normal(shape: int | Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers on the host, float32 whatever torch's defaults are."""
+    size = (shape,) if isinstance(shape, int) else tuple(shape)
+    return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+
+
 class Trainer:
     """Parameters, an optimizer over them, and a reproducible stream of gradients.
 
@@ -86,7 +92,7 @@ class Trainer:
     @staticmethod
     def _normal(seed: int, shape: Sequence[int]) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
 
     def gradient(self, index: int) -> Tensor | None:
         """This step's gradient of one parameter; every fifth one is missing."""

@@ -100,9 +100,11 @@ def validation_batches(corpus: Corpus, settings: Settings) -> Tensor:
 def _starts(text: Tensor, settings: Settings, batches: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     high = text.numel() - settings.context
-    return torch.randint(high, (batches, settings.batch), generator=generator)
+    shape = (batches, settings.batch)
+    return torch.randint(high, shape, generator=generator, dtype=torch.int64, device="cpu")
 
 
 def cut(text: Tensor, starts: Tensor, context: int) -> Tensor:
     """The sequences of one batch: int64 of shape (batch, context + 1), inputs and targets."""
-    return text[starts[:, None] + torch.arange(context + 1)].long()
+    places = torch.arange(context + 1, dtype=torch.int64, device="cpu")
+    return text[starts[:, None] + places].long()

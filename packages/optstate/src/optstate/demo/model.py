@@ -4,18 +4,22 @@ Pre-norm blocks, rotary positions, causal attention with heads of 32, tied embed
 the next byte, so there is no tokenizer and no vocabulary file.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 BYTES = 256
 HEAD = 32
+FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Named for every weight, so that a run does not depend on torch's defaults."""
 
 
 def rotary_table(context: int) -> Tensor:
     """Cosines and sines of the rotary positions, shape (2, context, HEAD / 2)."""
-    frequency = 10_000.0 ** (-torch.arange(0, HEAD, 2) / HEAD)
-    angle = torch.arange(context)[:, None] * frequency
+    frequency = 10_000.0 ** (-torch.arange(0, HEAD, 2, **FLOAT32) / HEAD)
+    angle = torch.arange(context, **FLOAT32)[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -31,8 +35,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False, **FLOAT32)
+        self.out = nn.Linear(width, width, bias=False, **FLOAT32)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         """Each position's mixture of itself and what came before."""
@@ -50,11 +54,13 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm_attention = nn.LayerNorm(width)
+        self.norm_attention = nn.LayerNorm(width, **FLOAT32)
         self.attention = Attention(width)
-        self.norm_mlp = nn.LayerNorm(width)
+        self.norm_mlp = nn.LayerNorm(width, **FLOAT32)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            nn.Linear(width, 4 * width, **FLOAT32),
+            nn.GELU(),
+            nn.Linear(4 * width, width, **FLOAT32),
         )
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
@@ -77,9 +83,9 @@ class ByteGPT(nn.Module):
 
     def __init__(self, width: int, depth: int, context: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(BYTES, width)
+        self.embedding = nn.Embedding(BYTES, width, **FLOAT32)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, **FLOAT32)
         self.register_buffer("rotary", rotary_table(context), persistent=False)
         self.apply(self._initialise)
 

@@ -71,8 +71,8 @@ def check_usable(
     Raises:
         ValueError: It needs other arguments than ``lr``, or a closure, or rejects dense gradients.
     """
-    number = torch.nn.Parameter(torch.ones(1))
-    number.grad = torch.ones(1)
+    number = torch.nn.Parameter(torch.ones(1, dtype=torch.float32, device="cpu"))
+    number.grad = torch.ones_like(number)
     try:
         optimizer_class([number], lr=lr).step()
     except (TypeError, ValueError, RuntimeError) as error:

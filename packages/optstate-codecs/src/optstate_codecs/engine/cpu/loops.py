@@ -156,11 +156,15 @@ def source(kind: Kind) -> str:
     def lowered(fast: bool) -> Lowered:
         count = ROWS * given.block
         inputs = {
-            name: torch.zeros(count // span, dtype=dtype)
+            name: torch.zeros(count // span, dtype=dtype, device="cpu")
             for name, (dtype, span) in given.tensors.items()
         }
-        inputs |= {name: torch.ones(()) for name in given.scalars}
-        inputs |= {name: torch.zeros(count, dtype=torch.int32) for name in given.draws}
+        inputs |= {
+            name: torch.ones((), dtype=torch.float32, device="cpu") for name in given.scalars
+        }
+        inputs |= {
+            name: torch.zeros(count, dtype=torch.int32, device="cpu") for name in given.draws
+        }
         return lower(record(step, inputs, assume=fast), ROWS, given.block, fast=fast)
 
     return emit(lowered(True), lowered(False), given)

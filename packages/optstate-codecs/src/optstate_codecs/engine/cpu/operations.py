@@ -89,7 +89,7 @@ def literal(value: Any, dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         whole = int(value)
         return f"((int32_t){whole & 0xFFFFFFFF}u)" if abs(whole) > 2**30 else f"({whole})"
-    number = float(torch.tensor(float(value), dtype=torch.float32))
+    number = float(torch.tensor(float(value), dtype=torch.float32, device="cpu"))
     if math.isnan(number):
         return '__builtin_nanf("")'
     if math.isinf(number):

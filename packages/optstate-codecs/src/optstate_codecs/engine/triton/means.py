@@ -7,7 +7,6 @@ float32 that its means are multiplied with.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from optstate_codecs.engine.capture import capturing, constant_table
 from optstate_codecs.engine.triton.kernel import _load_real
 from optstate_codecs.engine.triton.launch import _type
 from optstate_codecs.engine.work import kept_work_table, on, uploaded
+from optstate_codecs.formats.base import float32_bits
 
 __all__ = ["launch", "means_kernel"]
 
@@ -66,13 +66,12 @@ def launch(
     device, dtype = grads[0].device, grads[0].dtype
     lines = []
     for grad, place, share in zip(grads, places, shares, strict=True):
-        (bits,) = struct.unpack("<i", struct.pack("<f", share))
-        lines += [grad.data_ptr(), grad.numel() // grad.shape[0], place, bits]
+        lines += [grad.data_ptr(), grad.numel() // grad.shape[0], place, float32_bits(share)]
     work = kept_work_table(tuple([grad.shape[0] for grad in grads]), device)
     if capturing():
         table = constant_table(lines, device)
     else:
-        table = uploaded(torch.tensor(lines, dtype=torch.int64), device)
+        table = uploaded(torch.tensor(lines, dtype=torch.int64, device="cpu"), device)
     with on(device):
         means_kernel[(work.shape[0],)](
             work,

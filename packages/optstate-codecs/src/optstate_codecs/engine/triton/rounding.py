@@ -96,7 +96,7 @@ def launch(
     work = kept_work_table(tuple([-(-size // TILE) for size in sizes]), device)
     if not work.shape[0]:
         return  # tensors without elements
-    table = uploaded(torch.tensor(rows, dtype=torch.int64), device)
+    table = uploaded(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
     with on(device):
         round_kernel[(work.shape[0],)](
             work,

@@ -1,0 +1,58 @@
+"""Constant tables: made once and kept, but never as a tensor of somebody's mode.
+
+A mode (``torch.inference_mode``, a ``FakeTensorMode``, a compiler that traces) decides which kind
+of tensor is made in it. A table that was kept from there would be wrong in every later step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+__all__ = ["cached_table", "in_mode"]
+
+P = ParamSpec("P")
+
+
+def in_mode() -> bool:
+    """Whether what is made now may be another kind of tensor than usual."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def cached_table(
+    maxsize: int | None = None,
+) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """``functools.lru_cache`` for functions that make a constant tensor.
+
+    Inside a mode the table is made anew for each call, and not kept. The function has to name
+    dtype and device of what it makes, so that neither depends on the defaults of the first call.
+
+    Args:
+        maxsize: how many tables are kept; None: all.
+
+    Example:
+        >>> @cached_table()
+        ... def levels(device: torch.device) -> Tensor:
+        ...     return torch.tensor([0.5, 1.5], dtype=torch.float32, device=device)
+    """
+
+    def decorate(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        kept = lru_cache(maxsize)(make)
+
+        @wraps(make)
+        def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            if in_mode():
+                return make(*args, **kwargs)
+            return kept(*args, **kwargs)  # type: ignore[arg-type]
+
+        return table
+
+    return decorate
