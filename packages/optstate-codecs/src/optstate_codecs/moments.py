@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from optstate_codecs import exact
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
@@ -47,7 +48,7 @@ def decode_slice(
     decoded = {m.name: formats[m.name].decode(parts[m.name])[:count].to(dtype) for m in moments}
     for moment in moments:
         if formats[moment.name].in_update_units:
-            decoded[moment.name] *= decoded[_divisor(moment)].sqrt()
+            decoded[moment.name] *= exact.sqrt(decoded[_divisor(moment)])
     return decoded
 
 
@@ -82,7 +83,7 @@ def left_out(
 
 
 def _root(moment: Moment, decoded: Mapping[str, Tensor]) -> Tensor:
-    return decoded[_divisor(moment)].sqrt().clamp_(min=SMALLEST_ROOT)
+    return exact.sqrt(decoded[_divisor(moment)]).clamp_(min=SMALLEST_ROOT)
 
 
 def _divisor(moment: Moment) -> str:
