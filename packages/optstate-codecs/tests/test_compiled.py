@@ -1,9 +1,7 @@
-"""Law 7 on a CPU: compiled loops give the reference's codes; and what happens without a compiler.
-
-Both sides take each step from the same state, so that one different rounding is counted once.
-"""
+"""Law 7 on a CPU: compiled loops give the reference's bits; and what happens without a compiler."""
 
 import ctypes
+import shlex
 import shutil
 import warnings
 from functools import partial
@@ -18,6 +16,7 @@ from optstate_codecs.engine import compiled
 from optstate_codecs.engine.cpu import build, loops
 from optstate_codecs.engine.cpu.operations import PRELUDE
 from optstate_codecs.engine.cpu.record import Unrecordable, record
+from optstate_codecs.exact import TAIL, rounds_once, sqrt_is_exact
 from optstate_codecs.formats.dynamic import value_table, values_of
 from optstate_codecs.rules import SGD, Compass, Lion, LPFAdamW, RMSProp
 from optstate_codecs.testing import Trainer
@@ -66,24 +65,28 @@ def pair(formats: tuple[str, str], shapes=SHAPES, dtype=torch.float32, **options
     return twins.pair("compile", (*formats, formats[0]), shapes, dtype, **options)
 
 
-def compare(reference: Trainer, ours: Trainer) -> tuple[int, int]:
-    """Elements and differing codes; asserts that none differs by more than a level."""
-    total = different = 0
+def compare(reference: Trainer, ours: Trainer) -> None:
+    """Parameters, codes, scales and whatever else there is are the same numbers."""
     for theirs, mine in zip(reference.params, ours.params, strict=True):
         state = ours.optimizer.state.get(mine, {})
         for key, expected in reference.optimizer.state.get(theirs, {}).items():
-            got = state[key]
-            wrong = ~torch.isclose(got, expected, rtol=0, atol=0, equal_nan=True)
-            total, different = total + expected.numel(), different + int(wrong.sum())
-            if expected.is_floating_point():
-                torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-30, equal_nan=True)
-            elif key.endswith("_codes"):
-                assert ((got.int() - expected.int())[wrong].abs() <= 1).all()
-        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-7, equal_nan=True)
-    return total, different
+            torch.testing.assert_close(state[key], expected, msg=key, **tolerance(expected))
+        torch.testing.assert_close(mine, theirs, **tolerance(theirs))
 
 
-run = partial(twins.run, compare)
+def tolerance(like: torch.Tensor) -> dict:
+    """None; but where torch rounds the ends of tensors otherwise than the rest, loops do not."""
+    operations = ("add", "addcmul", "lerp")
+    if all(rounds_once(name) is rounds_once(name, TAIL) for name in operations):
+        return {"rtol": 0, "atol": 0, "equal_nan": True}
+    return {"rtol": 1e-2, "atol": 1e-7 if like.is_floating_point() else 1, "equal_nan": True}
+
+
+def run(reference: Trainer, ours: Trainer, steps: int = 4) -> None:
+    for _ in range(steps):
+        reference.run(1)
+        ours.run(1)
+        compare(reference, ours)
 
 
 def stepped_by_loops(trainer: Trainer) -> list[bool]:
@@ -95,10 +98,27 @@ def stepped_by_loops(trainer: Trainer) -> list[bool]:
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
 def test_same_codes_for_every_format(formats) -> None:
     reference, ours = pair(formats)
-    ours.run(1)
-    assert all(stepped_by_loops(ours))
-    reference.run(1)
-    run(reference, ours)
+    run(reference, ours, steps=6)
+    # torch.optim's roots, which fp32 formats take, have no form in C where they are not exact
+    assert set(stepped_by_loops(ours)) == {formats != FORMATS["fp32"] or sqrt_is_exact()}
+
+
+@pytest.mark.parametrize(
+    ("rule", "theirs"),
+    [(Adam(decoupled=True), torch.optim.AdamW), (SGD(), torch.optim.SGD)],
+    ids=["adamw", "sgd"],
+)
+def test_float32_moments_give_the_bits_of_torch(rule, theirs) -> None:
+    """Law 1, whoever takes the step."""
+    options = {"lr": 0.03, "weight_decay": 0.1}
+    options |= {"momentum": 0.9} if isinstance(rule, SGD) else {"betas": (0.8, 0.99)}
+    chosen = dict.fromkeys(("exp_avg", "exp_avg_sq", "momentum_buffer"), "fp32")
+    shapes = ((3000,), (61, 83), (7,))
+    expected = Trainer(lambda params: theirs(params, **options), shapes).run(20)
+    make = partial(CodedOptimizer, rule=rule, formats=chosen, backend="compile", **options)
+    ours = Trainer(make, shapes).run(20)
+    for mine, due in zip(ours.params, expected.params, strict=True):
+        assert torch.equal(mine, due)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +169,7 @@ def test_rows_that_are_not_finite_or_out_of_range(name) -> None:
                 param.grad = torch.full_like(param, 1e-3)
                 param.grad.view(-1)[1025] = value
             trainer.optimizer.step()
-        assert compare(reference, ours)[1] <= 1
-        twins.synchronise(reference, ours)
+        compare(reference, ours)
     bad = (~torch.isfinite(ours.params[0])).nonzero().tolist()
     assert bad == [[1, 1]]
 
@@ -174,7 +193,7 @@ def test_layouts_and_what_is_left_to_the_reference() -> None:
                 grad = torch.randn(4, 8, 6, 6, generator=generator)
                 param.grad = torch.empty_like(param).copy_(grad)
             trainer.optimizer.step()
-    assert compare(reference, ours)[1] <= 1
+    compare(reference, ours)
     assert stepped_by_loops(ours) == [True, True, False, False, False]
 
 
@@ -206,7 +225,7 @@ def test_groups_counts_and_late_starters() -> None:
         trainer.params.append(late)
         trainer.run(4)
     assert len({float(s["step"]) for s in ours.optimizer.state.values()}) > 1
-    assert compare(reference, ours)[1] <= 1
+    compare(reference, ours)
 
 
 def test_scaling_and_skipping_are_part_of_the_step() -> None:
@@ -276,7 +295,7 @@ def test_auto_falls_back_with_one_warning(monkeypatch) -> None:
     monkeypatch.delenv("OPTSTATE_BACKEND", raising=False)
 
     def trainer(backend):
-        chosen = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+        chosen = {"exp_avg": "bf16", "exp_avg_sq": "bf16"}
         return Trainer(lambda ps: CodedOptimizer(ps, Adam(), chosen, backend=backend), ((64,),))
 
     expected, ours = trainer("eager").run(3), trainer("auto")
@@ -291,7 +310,7 @@ def test_auto_falls_back_with_one_warning(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("no_compiler")
 def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch) -> None:
-    formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
+    formats = {"exp_avg": "bf16", "exp_avg_sq": "bf16"}
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     optimizer = CodedOptimizer([param], Adam(), formats, backend="compile")
@@ -316,6 +335,27 @@ def test_parameters_elsewhere_are_refused() -> None:
     formats = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
     with pytest.raises(RuntimeError, match="parameters must be on the CPU"):
         CodedOptimizer([param], Adam(), formats, backend="compile").step()
+
+
+def test_options_in_cxx_win(monkeypatch) -> None:
+    """``-O0`` leaves undefined what our ``-O3`` defines."""
+    text = """
+        #include <stdint.h>
+        extern "C" void run(int64_t, int64_t, float *x, void *, void *, int) {
+        #ifdef __OPTIMIZE__
+            *x = 1;
+        #else
+            *x = 2;
+        #endif
+        }"""
+    compiler = shlex.join(build.compiler())
+    found = []
+    for command in (compiler, f"{compiler} -O0"):
+        monkeypatch.setenv("CXX", command)
+        x = torch.zeros(1)
+        build.build(text)(0, 0, x.data_ptr(), None, None, 1)
+        found.append(float(x))
+    assert found == [1.0, 2.0]
 
 
 def test_only_flags_may_be_asked_for() -> None:

@@ -252,3 +252,26 @@ def test_cpu_offload_takes_numpy_numbers() -> None:
     )
     assert (type(optimizer.minimal_size), optimizer.offload_gradients) == (int, False)
     assert type(optimizer.offload_gradients) is bool
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_second_moment_that_underflows_costs_its_block_nothing(fused) -> None:
+    """In float16 a gradient of 1e-4 has a second moment of zero, beside a first that is not."""
+    codecs = {
+        "exp_avg": "dynamic8(block_size=256, units=update)",
+        "exp_avg_sq": "dynamic8(block_size=256, signed=False, domain=sqrt)",
+    }
+    found = []
+    for policy in (EXACT, ConfigurablePolicy(codecs)):
+        param = Parameter(torch.zeros(256, dtype=torch.float16))
+        inner = torch.optim.AdamW([param], lr=1e-2, eps=1e-3, weight_decay=0)
+        optimizer = wrap(inner, policy, fused=fused)
+        for _ in range(3):
+            param.grad = torch.linspace(0.5, 1, 256).to(torch.float16)
+            param.grad[7] = 1e-4
+            optimizer.step()
+        found.append((optimizer.state[param]["exp_avg"].float(), param.detach().float()))
+    (exact, due), (coded, got) = found
+    assert exact[7] != 0
+    assert (coded - exact).norm() <= 0.02 * exact.norm()
+    assert (got - due).norm() <= 0.02 * due.norm()

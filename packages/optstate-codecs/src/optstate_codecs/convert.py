@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate_codecs.moments import without_underflow
+
 __all__ = ["adam_state_dict"]
 
 GROUP_KEYS = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
@@ -26,7 +28,7 @@ def adam_state_dict(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, 
 
     Returns:
         A new state dict. Where a second moment is zero beside a first moment that is not, it is
-        the square of that: codes lose small ones, and dividing by zero would be a long step.
+        the square of that, see ``moments.without_underflow``.
 
     Raises:
         KeyError: an entry is missing; the message names it.
@@ -42,8 +44,8 @@ def adam_state_dict(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, 
         if "step" not in stored:
             raise KeyError(f"state_dict['state'][{number!r}]: missing key 'step'")
         moments = dict(decode(number, stored, group_of[number]))
-        first, second = moments["exp_avg"], moments["exp_avg_sq"]
-        moments["exp_avg_sq"] = torch.where((second == 0) & (first != 0), first.square(), second)
+        # codes lose small ones, and dividing by zero would be a long step
+        moments["exp_avg_sq"] = without_underflow(moments["exp_avg_sq"], moments["exp_avg"])
         step = torch.tensor(float(stored["step"]), dtype=torch.float32, device="cpu")
         state[number] = {"step": step, **moments}
     groups = []

@@ -13,11 +13,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from optstate_codecs import exact
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 
-__all__ = ["SMALLEST_ROOT", "decode_slice", "encode_slice", "left_out"]
+__all__ = [
+    "SMALLEST_ROOT",
+    "decode_slice",
+    "encode_foreign",
+    "encode_slice",
+    "left_out",
+    "without_underflow",
+]
 
 # the root of float32's smallest normal number, in place of the roots of what underflowed
 SMALLEST_ROOT = 2.0**-63
@@ -47,7 +55,7 @@ def decode_slice(
     decoded = {m.name: formats[m.name].decode(parts[m.name])[:count].to(dtype) for m in moments}
     for moment in moments:
         if formats[moment.name].in_update_units:
-            decoded[moment.name] *= decoded[_divisor(moment)].sqrt()
+            decoded[moment.name] *= exact.sqrt(decoded[_divisor(moment)])
     return decoded
 
 
@@ -69,6 +77,47 @@ def encode_slice(
         format.encode(value.to(torch.float32), parts[moment.name], draw)
 
 
+def encode_foreign(
+    moments: Sequence[Moment],
+    formats: Mapping[str, Format],
+    decoded: Mapping[str, Tensor],
+    parts: Parts,
+    counter: Counter,
+    start: int,
+) -> None:
+    """``encode_slice`` for moments that no step here has made: of ``torch.optim``, other formats.
+
+    Second moments are stored without underflow where a first moment is held in units of them.
+    """
+    decoded = dict(decoded)
+    for moment in moments:
+        if formats[moment.name].in_update_units:
+            name = _divisor(moment)
+            decoded[name] = without_underflow(decoded[name], decoded[moment.name])
+    encode_slice(moments, formats, decoded, parts, counter, start)
+
+
+def without_underflow(second: Tensor, first: Tensor) -> Tensor:
+    """Second moments, those below float32's normal numbers raised to the first moment's square.
+
+    One that has underflowed, as 3e-8 does in float16, says nothing of the gradients any more. To
+    divide by its root would be a step of any length, and in update units the largest number of a
+    block, beside which all others are zero. With its square in place the step is the learning
+    rate's length at most. Steps need none of this: what underflows in float32 has a first moment
+    that is as small.
+
+    Args:
+        second: float32.
+        first: float32, the same shape.
+
+    Returns:
+        A new tensor: NaN where the first moment is not finite, as it is after a step that made it
+        so.
+    """
+    floor = torch.maximum(second, first.square())
+    return torch.where(second < SMALLEST_ROOT**2, floor, second).add_(first - first)
+
+
 def left_out(
     moment: Moment, formats: Mapping[str, Format], decoded: Mapping[str, Tensor], parts: Parts
 ) -> Tensor:
@@ -82,7 +131,7 @@ def left_out(
 
 
 def _root(moment: Moment, decoded: Mapping[str, Tensor]) -> Tensor:
-    return decoded[_divisor(moment)].sqrt().clamp_(min=SMALLEST_ROOT)
+    return exact.sqrt(decoded[_divisor(moment)]).clamp_(min=SMALLEST_ROOT)
 
 
 def _divisor(moment: Moment) -> str:

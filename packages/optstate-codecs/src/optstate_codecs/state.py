@@ -20,7 +20,7 @@ from optstate_codecs.layout import (
     slices,
     storage_order,
 )
-from optstate_codecs.moments import decode_slice, encode_slice
+from optstate_codecs.moments import decode_slice, encode_foreign
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.writes import MASTER, parameter_write
@@ -105,7 +105,8 @@ def encode_state(
         counter: random numbers, for formats that round stochastically.
 
     Returns:
-        The state by key, without ``step``.
+        The state by key, without ``step``. Second moments that have underflowed are larger than
+        given, see ``moments.without_underflow``.
     """
     formats = bound(formats, param)
     state = initial_state(param, formats)
@@ -118,7 +119,7 @@ def encode_state(
             name: view.read(start, stop).to(param.device, torch.float32)
             for name, view in views.items()
         }
-        encode_slice(moments, formats, decoded, stored.slice(start, stop), counter, start)
+        encode_foreign(moments, formats, decoded, stored.slice(start, stop), counter, start)
     return state
 
 

@@ -107,9 +107,8 @@ def _stand(job: Job, unit: Unit, grad: Tensor, variant: Hashable) -> _Standing:
         stored = unit.bound
         formats = tuple(stored[moment.name] for moment in unit.moments)
         scalars = len(job.rule.scalars(job.hypers[unit.group], 1.0))
-        built = loops(
-            Kind(job.rule, variant, unit.moments, formats, unit.write, grad.dtype, scalars)
-        )
+        what = unit.moments, formats, unit.write, unit.plain
+        built = loops(Kind(job.rule, variant, *what, grad.dtype, scalars))
     addresses, keys = [unit.param.data_ptr()], list[int]()
     if built is not None:
         addresses += [unit.state[key].data_ptr() for key in built.keys]

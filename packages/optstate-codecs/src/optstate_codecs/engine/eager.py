@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate_codecs import exact
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.formats import Format
@@ -19,7 +20,7 @@ from optstate_codecs.layout import FlatState, FlatView, slices, storage_order
 from optstate_codecs.moments import decode_slice, encode_slice, left_out
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment, Rule
-from optstate_codecs.rules.base import Scalar
+from optstate_codecs.rules.base import Scalar, SquareRoot
 from optstate_codecs.writes import MASTER, Write
 
 __all__ = ["How", "step", "step_slice"]
@@ -67,7 +68,7 @@ def _step_unit(
     counter = Counter(unit.seed, int(count) if draw is None else draw, unit.index, unit.offset)
     compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
 
-    how = How(rule, rule.variant(hyper), unit.moments, formats, unit.write)
+    how = How(rule, rule.variant(hyper), unit.moments, formats, unit.write, unit.plain)
     scalars = rule.scalars(hyper, count)
 
     for start, stop in slices(unit.param, formats.values()):
@@ -86,7 +87,7 @@ class How:
 
     Attributes:
         rule, variant: the mathematics, and what of the hyper-parameters picks its operations.
-        moments, formats, write: as in a ``Unit``.
+        moments, formats, write, plain: as in a ``Unit``.
     """
 
     rule: Rule
@@ -94,6 +95,12 @@ class How:
     moments: tuple[Moment, ...]
     formats: Mapping[str, Format]
     write: Write
+    plain: bool
+
+    @property
+    def square_root(self) -> SquareRoot:
+        """What takes roots: with the bits of ``torch.optim`` where it takes this step too."""
+        return torch.sqrt if self.plain and self.rule.in_torch else exact.sqrt
 
 
 def step_slice(
@@ -122,9 +129,9 @@ def step_slice(
     compute = slope.dtype
     value = how.write.read(old, parts[MASTER]).to(compute)
     decoded = decode_slice(how.moments, how.formats, parts, compute, slope.numel())
-    how.rule.apply(value, slope, decoded, scalars, how.variant)
+    how.rule.apply(value, slope, decoded, scalars, how.variant, how.square_root)
     encode_slice(how.moments, how.formats, decoded, parts, counter, start)
     if how.rule.delivers:
         residual = left_out(how.moments[0], how.formats, decoded, parts)
-        how.rule.deliver(value, residual, decoded, scalars, how.variant)
+        how.rule.deliver(value, residual, decoded, scalars, how.variant, how.square_root)
     return how.write.write(value, parts[MASTER], counter.stream(0).at(start))

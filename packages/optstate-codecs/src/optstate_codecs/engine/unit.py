@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from optstate_codecs.centring import Centres
-from optstate_codecs.formats import Format
+from optstate_codecs.formats import FP32, Format
 from optstate_codecs.layout import Declaration, bound, is_dense, same_order
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.writes import MASTER, Write
@@ -86,6 +86,12 @@ class Unit:
     def bound(self) -> dict[str, Format]:
         """The format of each moment as it stores one of the parameter's shape."""
         return bound(self.formats, self.param)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all moments are meant to be in float32, and nothing is rounded at random."""
+        chosen = self.formats.values()
+        return all(isinstance(f, FP32) for f in chosen) and not self.write.uses_random
 
     @property
     def stored(self) -> dict[str, Declaration]:

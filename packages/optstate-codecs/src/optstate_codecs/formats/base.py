@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -23,7 +22,6 @@ __all__ = [
     "blocked",
     "float32_bits",
     "mark_nonfinite",
-    "recorded",
     "rounded",
     "scaled",
     "surely",
@@ -275,10 +273,6 @@ def surely(flags: Tensor) -> bool:
     if flags.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return bool(flags.all())
-
-
-#: whether operations are recorded, to be repeated on other numbers
-recorded: ContextVar[bool] = ContextVar("recorded", default=False)
 
 
 def mark_nonfinite(code: Tensor, x: Tensor, nan_code: float) -> Tensor:

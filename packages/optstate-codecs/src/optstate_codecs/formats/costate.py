@@ -40,7 +40,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
+from optstate_codecs import checks, exact
 from optstate_codecs.device import (
     INF_BITS,
     as_bits,
@@ -212,7 +212,7 @@ class CoState(Format):
         counts = torch.full_like(finite[:, :1], min(self.block_size, x.numel()))
         if tail := x.numel() % self.block_size:
             counts[-1] = tail
-        return finite.abs().sum(1, keepdim=True) / counts
+        return exact.row_sums(finite.abs()) / counts
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts

@@ -45,7 +45,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
+from optstate_codecs import checks, exact
 from optstate_codecs.device import (
     INF_BITS,
     as_bits,
@@ -66,7 +66,6 @@ from optstate_codecs.formats.base import (
     DeviceFunctions,
     Format,
     block_amax,
-    recorded,
     rounded,
     scaled,
 )
@@ -170,7 +169,7 @@ class Dynamic8(Format):
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
         if self.domain == "sqrt":
-            x = x.sqrt()
+            x = exact.sqrt(x)
         step, inverse = power_of_two_scale(block_amax(x, self.block_size))
         units = scaled(x, inverse * float(self.base) ** RANGES, self.block_size).abs_().add_(1)
         position = position_of(units, self.base).clamp_(max=128)
@@ -197,7 +196,7 @@ class Dynamic8(Format):
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
-        if self.base == 8 and recorded.get():
+        if self.base == 8 and exact.recorded.get():
             x = values_of(codes.to(torch.int32), self.signed)
         else:
             values = value_table(self.signed, self.base, codes.device)
@@ -227,25 +226,21 @@ def lines(base: int) -> list[tuple[float, float]]:
 
 def position_of(units: Tensor, base: int) -> Tensor:
     """The signed map's position t for ``units`` = b^7 z + 1; a new tensor."""
-    if base == 8 and recorded.get():
+    if base == 8 and exact.recorded.get():
         # as in ``store``: binades in threes are the ranges
         bits = units.view(torch.int32)
         ranges = ((bits >> 23) * 43 - 127 * 43) >> 7
         inside = (bits - ranges * (3 << 23)).view(torch.float32)
-        line = torch.add(_number(6 / 7, units), inside, alpha=1 / 7)
+        line = exact.multiply_add(inside, 1 / 7, 6 / 7)
         return (line.view(torch.int32) + ranges * (1 << 23)).view(torch.float32)
     (slope, offset), *rest = lines(base)
-    # add with alpha rounds once, as the kernels' fused multiply-add does
-    position = torch.add(_number(offset, units), units, alpha=slope)
+    # rounded once, as by the kernels' fused multiply-add
+    position = exact.multiply_add(units, slope, offset)
     line = torch.empty_like(units)
     for slope, offset in rest:
-        torch.add(_number(offset, units), units, alpha=slope, out=line)
+        exact.multiply_add(units, slope, offset, out=line)
         torch.minimum(position, line, out=position)
     return position
-
-
-def _number(value: float, like: Tensor) -> Tensor:
-    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 @cached_table()

@@ -41,7 +41,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
+from optstate_codecs import checks, exact
 from optstate_codecs.device import (
     INF_BITS,
     as_bits,
@@ -193,7 +193,7 @@ class Minifloat(Format):
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
         if self.domain == "sqrt":
-            x = x.sqrt()
+            x = exact.sqrt(x)
         step, inverse = self._scales(block_amax(x, self.block_size))
         position = scaled(x.abs(), inverse, self.block_size).add_(1).view(torch.int32).sub_(ONE)
         # in units of 2^-16 codes

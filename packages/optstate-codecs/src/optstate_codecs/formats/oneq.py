@@ -37,7 +37,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
+from optstate_codecs import checks, exact
 from optstate_codecs.device import (
     INF_BITS,
     as_bits,
@@ -121,7 +121,7 @@ class OneQ(Format):
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
-        x = x.sqrt()
+        x = exact.sqrt(x)
         step = self._scale(block_amax(x, self.block_size))
         mantissa_bits = MANTISSA_BITS[self.bits]
         # in units of 2^-16 codes

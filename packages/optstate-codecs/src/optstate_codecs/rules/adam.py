@@ -28,13 +28,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from torch import Tensor, maximum
+import torch
+from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, lerp, reciprocal, sqrt, tl
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_quotient, average_square_, decayed, far
-from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
 
 __all__ = ["Adam", "AdamHyper"]
 
@@ -102,6 +103,7 @@ class Adam(Rule):
     """
 
     name: ClassVar[str] = "adam"
+    in_torch: ClassVar[bool] = True
     decoupled: bool = False
     error_feedback: bool = False
     corrected_decay: bool = False
@@ -183,6 +185,7 @@ class Adam(Rule):
         moments: Mapping[str, Tensor],
         scalars: Sequence[Scalar],
         variant: tuple[bool, bool],
+        square_root: SquareRoot = torch.sqrt,
     ) -> None:
         other1, beta2, other2, decay, length, root, eps = scalars[:7]
         amsgrad, maximize = variant
@@ -195,9 +198,9 @@ class Adam(Rule):
         average_square_(exp_avg_sq, grad, beta2, other2)
         if amsgrad:
             largest = moments[self.names[2]]
-            exp_avg_sq = maximum(largest, exp_avg_sq, out=largest)
+            exp_avg_sq = torch.maximum(largest, exp_avg_sq, out=largest)
 
-        denominator = (exp_avg_sq.sqrt() / root).add_(eps)
+        denominator = (square_root(exp_avg_sq) / root).add_(eps)
         add_quotient(param, exp_avg, denominator, length)
 
     def deliver(
@@ -207,10 +210,11 @@ class Adam(Rule):
         moments: Mapping[str, Tensor],
         scalars: Sequence[Scalar],
         variant: tuple[bool, bool],
+        square_root: SquareRoot = torch.sqrt,
     ) -> None:
         root, eps, length = scalars[5:]
         divisor = moments[self.names[2 if variant[0] else 1]]
-        add_quotient(param, residual, (divisor.sqrt() / root).add_(eps), length)
+        add_quotient(param, residual, (square_root(divisor) / root).add_(eps), length)
 
 
 DECOUPLED, AMSGRAD, MAXIMIZE, FAR = 1, 2, 4, 8

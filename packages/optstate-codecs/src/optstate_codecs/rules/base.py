@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["Moment", "Rule", "host_scalar"]
 
 Scalar = float | Tensor
+SquareRoot = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Rule(ABC):
     #: whether ``torch.optim``'s class of the rule counts its steps; a plain checkpoint of one that
     #: does not is taken to be past the first
     counted: ClassVar[bool] = True
+    #: whether ``torch.optim`` has a class of the rule, whose bits float32 moments are to give
+    in_torch: ClassVar[bool] = False
 
     @property
     def delivers(self) -> bool:
@@ -111,11 +114,13 @@ class Rule(ABC):
         moments: Mapping[str, Tensor],
         scalars: Sequence[Scalar],
         variant: Any,
+        square_root: SquareRoot = torch.sqrt,
     ) -> None:
         """Take one step, in place on ``param`` and ``moments``; ``grad`` is only read.
 
         All tensors are flat slices of the same elements. ``scalars`` and ``variant`` are what the
-        methods of these names gave.
+        methods of these names gave. ``square_root`` takes all roots, ``torch.optim``'s own or
+        ``exact.sqrt``.
         """
 
     def deliver(
@@ -125,6 +130,7 @@ class Rule(ABC):
         moments: Mapping[str, Tensor],
         scalars: Sequence[Scalar],
         variant: Any,
+        square_root: SquareRoot = torch.sqrt,
     ) -> None:
         """Step ``param`` by what storing the first moment has left out, ``residual``; in place.
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from optstate_codecs import checks
@@ -29,7 +30,7 @@ from optstate_codecs.rules.arithmetic import (
     far,
     root_folded,
 )
-from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
 
 __all__ = ["Compass", "CompassHyper"]
 
@@ -124,6 +125,7 @@ class Compass(Rule):
         moments: Mapping[str, Tensor],
         scalars: Sequence[Scalar],
         variant: bool,
+        square_root: SquareRoot = torch.sqrt,
     ) -> None:
         other1, amplify, beta2, other2, decay, length, root, eps = scalars
         if variant:
@@ -133,7 +135,7 @@ class Compass(Rule):
         mean.lerp_(grad, other1)
         along = add_scaled(grad, mean, amplify)
         average_square_(squared, along, beta2, other2)
-        add_quotient(param, along, (squared.sqrt() / root).add_(eps), length)
+        add_quotient(param, along, (square_root(squared) / root).add_(eps), length)
 
 
 MAXIMIZE, FAR = 1, 2

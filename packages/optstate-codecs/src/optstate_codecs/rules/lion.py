@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, lerp, tl
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_scaled_, decayed, far
-from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
 
 __all__ = ["Lion", "LionHyper"]
 
@@ -90,6 +91,7 @@ class Lion(Rule):
         moments: Mapping[str, Tensor],
         scalars: Sequence[Scalar],
         variant: bool,
+        square_root: SquareRoot = torch.sqrt,
     ) -> None:
         other1, other2, decay, length = scalars
         if variant:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from optstate_codecs import checks
@@ -29,7 +30,7 @@ from optstate_codecs.rules.arithmetic import (
     far,
     root_folded,
 )
-from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
 
 __all__ = ["LPFAdamW", "LPFAdamWHyper"]
 
@@ -127,6 +128,7 @@ class LPFAdamW(Rule):
         moments: Mapping[str, Tensor],
         scalars: Sequence[Scalar],
         variant: bool,
+        square_root: SquareRoot = torch.sqrt,
     ) -> None:
         other1, amplify, other2, beta3, other3, decay, length, root, eps = scalars
         if variant:
@@ -137,7 +139,7 @@ class LPFAdamW(Rule):
         slope = add_scaled(grad, smooth, amplify)
         mean.lerp_(slope, other2)
         average_square_(squared, slope, beta3, other3)
-        add_quotient(param, mean, (squared.sqrt() / root).add_(eps), length)
+        add_quotient(param, mean, (square_root(squared) / root).add_(eps), length)
 
 
 MAXIMIZE, FAR1, FAR2 = 1, 2, 4

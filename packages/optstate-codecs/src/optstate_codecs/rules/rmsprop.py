@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, reciprocal, sqrt, tl
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_quotient, average_square_, decayed, root_folded
-from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
 
 __all__ = ["RMSProp", "RMSPropHyper"]
 
@@ -90,6 +91,7 @@ class RMSProp(Rule):
         moments: Mapping[str, Tensor],
         scalars: Sequence[Scalar],
         variant: bool,
+        square_root: SquareRoot = torch.sqrt,
     ) -> None:
         beta, other, decay, length, root, eps = scalars
         if variant:
@@ -97,7 +99,7 @@ class RMSProp(Rule):
         decayed(param, grad, decay, True)
         squared = moments["ema_squared"]
         average_square_(squared, grad, beta, other)
-        add_quotient(param, grad, (squared.sqrt() / root).add_(eps), length)
+        add_quotient(param, grad, (square_root(squared) / root).add_(eps), length)
 
 
 MAXIMIZE = 1

@@ -18,13 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.device import constant, fma, jit, tl
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_scaled, add_scaled_, decayed
-from optstate_codecs.rules.base import Moment, Rule, Scalar, host_scalar
+from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
 
 __all__ = ["SGD", "SGDHyper"]
 
@@ -77,6 +78,7 @@ class SGD(Rule):
     """
 
     name: ClassVar[str] = "sgd"
+    in_torch: ClassVar[bool] = True
     counted: ClassVar[bool] = False
     decoupled: bool = False
 
@@ -124,6 +126,7 @@ class SGD(Rule):
         moments: Mapping[str, Tensor],
         scalars: Sequence[Scalar],
         variant: tuple[bool, bool],
+        square_root: SquareRoot = torch.sqrt,
     ) -> None:
         momentum, weight, decay, length = scalars
         nesterov, maximize = variant

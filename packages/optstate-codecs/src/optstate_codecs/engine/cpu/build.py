@@ -30,6 +30,9 @@ class CannotBuild(Exception):
 def compiler() -> list[str]:
     """The command of a C++ compiler: what CXX says, or the first of g++, clang++ and c++.
 
+    Options after the program win over those given here: CXX="g++ -march=x86-64" builds for every
+    x86 processor of 64 bits.
+
     Raises:
         CannotBuild: there is none.
     """
@@ -84,13 +87,19 @@ def build(source: str) -> Any:
     return run
 
 
+def _with_flags(command: list[str]) -> list[str]:
+    """``command`` with our flags before its own, which so win over them."""
+    own = next((place for place, part in enumerate(command) if part[:1] == "-"), len(command))
+    return [*command[:own], *FLAGS, *command[own:]]
+
+
 def _compile(command: list[str], source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         text, made = Path(folder, "step.cpp"), Path(folder, "step.so")
         text.write_text(source)
         # where there is no OpenMP, one thread steps
         for threads in (["-fopenmp"], []):
-            whole = [*command, *FLAGS, *threads, str(text), "-o", str(made)]
+            whole = [*_with_flags(command), *threads, str(text), "-o", str(made)]
             done = subprocess.run(whole, capture_output=True, text=True)
             if done.returncode == 0:
                 break

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate_codecs import exact
 from optstate_codecs.engine.cpu.build import build
 from optstate_codecs.engine.cpu.emit import emit
 from optstate_codecs.engine.cpu.lower import lower
@@ -40,6 +41,7 @@ class Kind:
         moments: of the rule.
         formats: one for each.
         write: of the parameter; it knows the dtype.
+        plain: as in a ``Unit``.
         grad: the gradient's dtype.
         scalars: how many numbers the rule folds for a step.
     """
@@ -49,6 +51,7 @@ class Kind:
     moments: tuple[Moment, ...]
     formats: tuple[Format, ...]
     write: Write
+    plain: bool
     grad: torch.dtype
     scalars: int
 
@@ -57,7 +60,7 @@ class Kind:
         """The operations, as the reference takes them."""
         names = [moment.name for moment in self.moments]
         formats = dict(zip(names, self.formats, strict=True))
-        return How(self.rule, self.variant, self.moments, formats, self.write)
+        return How(self.rule, self.variant, self.moments, formats, self.write, self.plain)
 
     @property
     def components(self) -> dict[str, list[tuple[str, Component]]]:
@@ -165,7 +168,11 @@ def source(kind: Kind) -> str:
         inputs |= {
             name: torch.zeros(count, dtype=torch.int32, device="cpu") for name in given.draws
         }
-        return lower(record(step, inputs, assume=fast), ROWS, given.block, fast=fast)
+        found = record(step, inputs, assume=fast)
+        exactly = kind.how.square_root is exact.sqrt or exact.sqrt_is_exact()
+        if not exactly and any(call.name == "sqrt" for call in found.calls):
+            raise Unrecordable("torch.sqrt, which is not rounded correctly here")
+        return lower(found, ROWS, given.block, fast=fast)
 
     return emit(lowered(True), lowered(False), given)
 

@@ -233,6 +233,8 @@ class _Lowering:
                 return shorter
         if space == ELEMENT and any(value.space == PAIR for value in needs):
             raise Unrecordable("elements and pairs of them together")
+        if name == "addcmul" and any(need.space == ONE for need in needs[1:]):
+            name = "add_scaled"
         text = OPERATIONS[name](texts, call.kwargs, computed)
         result = torch.bool if dtype == torch.bool else computed
         return self._convert(self._make(space, result, text, needs), dtype)

@@ -1,8 +1,9 @@
 """What each torch operation is in C, on one element.
 
 Numbers are float, or int32_t whatever the width of the integers: a uint8 is kept within 0 to 255.
-A bfloat16 is an int32_t that holds its 16 bits. Where torch's vectorised loops on a CPU round once,
-a fused multiply-add does here.
+A bfloat16 is an int32_t that holds its 16 bits. Where torch's vectorised loops round a product and
+a sum once on this processor, a fused multiply-add does here; where they round both, both are
+rounded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from optstate_codecs.engine.cpu.record import Unrecordable
+from optstate_codecs.exact import rounds_once
 
 __all__ = ["C_TYPES", "OPERATIONS", "PRELUDE", "STORED", "bits_type", "convert", "literal"]
 
@@ -54,9 +56,13 @@ INLINE int32_t least_int(int32_t a, int32_t b) { return b < a ? b : a; }
 INLINE int32_t most_int(int32_t a, int32_t b) { return b > a ? b : a; }
 INLINE float at_least(float x, float low) { return low > x ? low : x; }
 INLINE float at_most(float x, float high) { return high < x ? high : x; }
-INLINE float lerp(float a, float b, float w) {
+INLINE float lerp_once(float a, float b, float w) {
     bool near = __builtin_fabsf(w) < 0.5f;
     return __builtin_fmaf(near ? w : w - 1.0f, b - a, near ? a : b);
+}
+INLINE float lerp_twice(float a, float b, float w) {
+    bool near = __builtin_fabsf(w) < 0.5f;
+    return (near ? a : b) + (near ? w : w - 1.0f) * (b - a);
 }
 INLINE float finite_or(float x, float nan, float high, float low) {
     if (nan == high && nan == low)
@@ -143,6 +149,7 @@ def _add(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str
     if alpha == 1:
         return f"({args[0]} + {args[1]})"
     if dtype == torch.float32:
+        # exact.multiply_add; rules have it as addcmul, with a number that is a tensor here
         return f"__builtin_fmaf({args[1]}, {literal(alpha, dtype)}, {args[0]})"
     return f"({args[0]} + {args[1]} * {literal(alpha, dtype)})"
 
@@ -183,11 +190,34 @@ def _nan_to_num(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype)
     return f"finite_or({args[0]}, {', '.join(texts)})"
 
 
-def _addcmul(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
-    first = args[1]
-    if kwargs.get("value", 1) != 1:
-        first = f"({first} * {literal(kwargs['value'], dtype)})"
-    return f"__builtin_fmaf({first}, {args[2]}, {args[0]})"
+def _sub(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
+    if kwargs.get("alpha", 1) != 1:
+        raise Unrecordable("sub with alpha")
+    return f"({args[0]} - {args[1]})"
+
+
+def _once(operation: str) -> bool:
+    """Whether torch rounds ``operation`` once here."""
+    once = rounds_once(operation)
+    if once is None:
+        raise Unrecordable(f"torch's {operation}, which is rounded in an unknown way here")
+    return once
+
+
+def _addcmul(operation: str) -> Callable[..., str]:
+    def text(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
+        first = args[1]
+        if kwargs.get("value", 1) != 1:
+            first = f"({first} * {literal(kwargs['value'], dtype)})"
+        if _once(operation):
+            return f"__builtin_fmaf({first}, {args[2]}, {args[0]})"
+        return f"({args[0]} + {first} * {args[2]})"
+
+    return text
+
+
+def _lerp(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
+    return f"lerp_{'once' if _once('lerp') else 'twice'}({', '.join(args)})"
 
 
 def _addcdiv(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
@@ -200,7 +230,7 @@ def _addcdiv(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) ->
 # each takes the arguments, converted to the dtype that torch computes in, keywords and that dtype
 OPERATIONS: dict[str, Callable[..., str]] = {
     "add": _add,
-    "sub": _infix("-"),
+    "sub": _sub,
     "rsub": _plain(lambda a, b: f"({b} - {a})"),
     "mul": lambda args, kwargs, dtype: (
         f"({args[0]} & {args[1]})" if dtype == torch.bool else f"({args[0]} * {args[1]})"
@@ -238,7 +268,9 @@ OPERATIONS: dict[str, Callable[..., str]] = {
     "clamp": _clamp,
     "clamp_min": _clamp,
     "nan_to_num": _nan_to_num,
-    "lerp": _plain(lambda a, b, w: f"lerp({a}, {b}, {w})"),
-    "addcmul": _addcmul,
+    "lerp": _lerp,
+    "addcmul": _addcmul("addcmul"),
+    # addcmul with a number of the call: what rules do, with a number of Python's, by add's alpha
+    "add_scaled": _addcmul("add"),
     "addcdiv": _addcdiv,
 }

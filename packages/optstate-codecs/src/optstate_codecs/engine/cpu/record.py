@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optstate_codecs.formats.base import recorded
+from optstate_codecs.exact import recorded
 
 __all__ = ["Call", "Node", "Record", "Unrecordable", "record"]
 
