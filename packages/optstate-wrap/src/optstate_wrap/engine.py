@@ -16,6 +16,7 @@ from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_wrap.codecs import as_codec
 from optstate_wrap.delegate import own_step
+from optstate_wrap.dense import dense_for_fused
 from optstate_wrap.fused import Fused, Looked, Undecoded
 from optstate_wrap.parts import cut, joined
 from optstate_wrap.plan import Piece, chunks, pieces
@@ -195,7 +196,7 @@ class Engine:
                 group["params"] = params
         inner.state = state
         phase[0] = "step"
-        with timer.part("inner_step_ms"):
+        with timer.part("inner_step_ms"), dense_for_fused(inner):
             step = own_step(inner)
             loss = step(inner, closure) if closure is not None else step(inner)
         phase[0] = "encode"

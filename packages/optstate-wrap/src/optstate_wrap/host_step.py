@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from optstate_codecs import CodedOptimizer
 from optstate_wrap.delegate import own_step
+from optstate_wrap.dense import dense_for_fused
 from optstate_wrap.host_copy import HostCopy
 from optstate_wrap.plan import Piece, chunks, pieces
 from optstate_wrap.probe import probe
@@ -79,7 +80,8 @@ def _step_row(
         copy.wait()
     for piece in row:
         piece.param.grad = grads.get(piece.param)
-    own_step(inner)(inner)
+    with dense_for_fused(inner):
+        own_step(inner)(inner)
     for piece in row:
         piece.param.grad = None
     for copy in on_host:
