@@ -61,17 +61,17 @@ OURS: dict[str, Callable[[list[Parameter]], torch.optim.Optimizer]] = {
 
 def outside(param: Tensor) -> Tensor:
     """The memory of a parameter's storage that is no element of it."""
-    room = torch.empty(0).set_(param.untyped_storage()).clone()
+    room = torch.empty(0, device=param.device).set_(param.untyped_storage()).clone()
     torch.as_strided(room, param.shape, param.stride(), param.storage_offset()).fill_(GUARD)
     return room
 
 
-def stepped(make, param: Callable, grad: Callable, steps: int = STEPS) -> Parameter:
+def stepped(make, param: Callable, grad: Callable, steps: int = STEPS, device="cpu") -> Parameter:
     generator = torch.Generator().manual_seed(0)
-    left = Parameter(param(torch.randn(SHAPE, generator=generator)))
+    left = Parameter(param(torch.randn(SHAPE, generator=generator).to(device)))
     optimizer = make([left])
     for _ in range(steps):
-        slope = grad(torch.randn(SHAPE, generator=generator))
+        slope = grad(torch.randn(SHAPE, generator=generator).to(device))
         left.grad = slope
         before = slope.clone()
         optimizer.step()
@@ -128,3 +128,17 @@ def test_state_of_other_strides_is_loaded(make) -> None:
         optimizer.step()
         ends.append(param)
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("make", [*OURS.values()], ids=[*OURS])
+@pytest.mark.parametrize("param", PARAMS)
+@pytest.mark.parametrize("grad", GRADS)
+def test_on_a_gpu(make, param, grad) -> None:
+    """Small ones are stepped there, by torch's fused kernel, which would raise."""
+    torch_s = lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=False)  # noqa: E731
+    expected = stepped(torch_s, param, grad, device="cuda")
+    got = stepped(make, param, grad, device="cuda")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert got.stride() == expected.stride()
+    assert (outside(got) == GUARD).all()

@@ -75,8 +75,7 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _lay_state(inner: Optimizer, param: Tensor, like: Tensor) -> None:
-    # one that has no state must not get an empty one: that would not be its first step
-    state = inner.state[param] if param in inner.state else {}
+    state = inner.state.get(param, {})
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == like.shape and _plain(value):
             state[key] = laid_like(value, like)

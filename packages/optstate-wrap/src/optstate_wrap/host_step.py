@@ -46,12 +46,26 @@ def step_rows(inner: Optimizer, copied: Mapping[Tensor, HostCopy]) -> None:
         borrowed(inner) as before,
         _without_gradients(inner) as grads,
     ):
+        if not isinstance(inner, CodedOptimizer):
+            _bring_state(inner, copies)
         every = pieces(inner.param_groups, CHUNK, splittable=False)
         rows = _rows([p for p in every if p.param in grads], copies) if apart else [every]
         for number, row in enumerate(rows):
             if number:
                 restore(inner.param_groups, before)
             _step_row(inner, row, copies, grads)
+
+
+def _bring_state(inner: Optimizer, copies: Mapping[Tensor, HostCopy]) -> None:
+    """Have on the host what somebody has put into the state that is elsewhere."""
+    known = probe(inner).known
+    for param in copies:
+        state = inner.state.get(param, {})
+        for key, value in state.items():
+            moved = isinstance(value, Tensor) and value.dim() and value.device != param.device
+            # of what is not the optimizer's, whoever put it there decides
+            if moved and (known is None or key in known):
+                state[key] = value.to(param.device)
 
 
 def _rows(ready: list[Piece], copies: Mapping[Tensor, HostCopy]) -> list[list[Piece]]:
