@@ -160,7 +160,12 @@ PLAIN_FAULTS = {
     "1 groups, must be 2": lambda s: s["param_groups"].pop(),
     "1 parameters, must be": lambda s: s["param_groups"][0].update(params=[0]),
     "missing key 'exp_avg'": lambda s: s["state"][0].pop("exp_avg"),
-    "unknown key 'x'": lambda s: s["state"][0].update(x=torch.ones(())),
+    "missing key 'exp_avg'; it has 'exp_avgs'": lambda s: s["state"][0].update(
+        exp_avgs=s["state"][0].pop("exp_avg")
+    ),
+    "missing key 'exp_avg'; it has 'momentum_buffer'": lambda s: s["state"].update(
+        {number: {"momentum_buffer": torch.ones(())} for number in s["state"]}
+    ),
     r"\['exp_avg'\]: shape \(3,\)": lambda s: s["state"][6].update(exp_avg=torch.ones(3)),
 }
 PACKED_FAULTS = {
@@ -171,6 +176,15 @@ PACKED_FAULTS = {
         0, torch.ones(3)
     ),
     "must be one of": lambda s: s["state"][6]["parts"][0]["exp_avg"].update(format="int99"),
+    r"\['exp_avg'\]: shape \(256,\), must be \(16, 16\)": lambda s: s["state"][6]["parts"][0][
+        "exp_avg"
+    ].update(shape=[256], order=[0]),
+    r"\['exp_avg_sq'\]: shape \(8, 32\), must be \(16, 16\)": lambda s: s["state"][6]["parts"][
+        0
+    ].update(exp_avg_sq=torch.ones(8, 32)),
+    r"\['order'\]=\[0, 0\]: must have each of the 2 dimensions": lambda s: s["state"][0].update(
+        order=[0, 0]
+    ),
 }
 
 

@@ -96,3 +96,21 @@ def test_on_a_gpu_loading_needs_no_room(offload) -> None:
     assert equal_states(copy.deepcopy(optimizer), optimizer)
     train(net, optimizer)
     assert optimizer.state[net[0].weight]["exp_avg"].device.type == "cpu"
+
+
+def test_on_a_gpu_state_may_be_written() -> None:
+    """What is put there beside the parameter goes to the host; foreign entries stay."""
+    twin = Parameter(torch.randn(700, 130))
+    ours = Parameter(twin.detach().cuda())
+    sides = (twin, plain([twin])), (ours, CPUOffloadOptimizer([ours], lr=1e-2))
+    for step in range(4):
+        for param, optimizer in sides:
+            if step == 2:
+                optimizer.state[param]["exp_avg"] = torch.zeros_like(param)
+                optimizer.state[param]["slow"] = torch.ones_like(param)
+            param.grad = torch.full_like(param, 0.5 + step)
+            optimizer.step()
+    assert torch.equal(ours.cpu(), twin)
+    state = sides[1][1].state[ours]
+    assert state["exp_avg"].device.type == "cpu"
+    assert state["slow"].is_cuda

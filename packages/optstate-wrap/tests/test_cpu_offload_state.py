@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import weakref
+from collections import defaultdict
 
 import pytest
 import torch
@@ -163,3 +164,21 @@ def test_a_step_that_fails_leaves_the_optimizer_usable(monkeypatch, problem, sam
     assert all(a is b for a, b in zip(params, run.params, strict=True))
     assert {id(p) for p in run.optimizer.state} <= {id(p) for p in params}
     same(copy.deepcopy(run).run(1), run.run(1))
+
+
+def test_state_may_be_written_and_replaced(problem, same) -> None:
+    runs = problem(plain).run(3), problem(pretends).run(3)
+    for run in runs:
+        state = run.optimizer.state[run.params[0]]
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"] = torch.ones_like(run.params[0])
+        state["slow"] = run.params[0].detach().clone()
+        assert run.optimizer.state[run.params[0]]["slow"] is state["slow"]
+    same(*[run.run(2) for run in runs])
+    for run in runs:
+        run.optimizer.__setstate__({"state": defaultdict(dict)})
+        assert not run.optimizer.state
+    same(*[run.run(2) for run in runs])
+    groups = [{**group, "lr": 0.5} for group in runs[1].optimizer.param_groups]
+    runs[1].optimizer.__setstate__({"param_groups": groups})
+    assert runs[1].optimizer.param_groups is groups is runs[1].optimizer.inner.param_groups

@@ -9,6 +9,7 @@ import torch
 from optstate_wrap import (
     ConfigurablePolicy,
     StepError,
+    encoder,
     engine,
     host,
     slabs,
@@ -26,7 +27,7 @@ PHASES = {
     "load": (store.DeviceStore, "load"),
     "decode": (engine, "decode_state"),
     "step": (engine, "own_step"),
-    "encode": (engine, "encode_state"),
+    "encode": (encoder, "encode_state"),
     "store": (store.DeviceStore, "placed"),
     "bring": (transfers.Lane, "bring"),
     "slab": (slabs.Spares, "take"),

@@ -6,7 +6,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from optstate_codecs import GradientRelease
-from optstate_wrap import ConfigurablePolicy, OptimizerWrapper, WarmupPolicy, engine, wrap
+from optstate_wrap import ConfigurablePolicy, OptimizerWrapper, WarmupPolicy, encoder, engine, wrap
 
 #: bytes: every parameter alone, some together, all together
 BUCKETS = [0, 3000, 1 << 30]
@@ -200,15 +200,19 @@ def test_what_cannot_be_stepped_in_parts_is_refused() -> None:
     assert not plain._step_supports_amp_scaling
 
 
-@pytest.mark.parametrize("phase", ["decode_state", "own_step", "encode_state"])
-def test_an_error_in_a_part_leaves_all_usable(phase, problem, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "phase"),
+    [(engine, "decode_state"), (engine, "own_step"), (encoder, "encode_state")],
+    ids=["decode", "step", "encode"],
+)
+def test_an_error_in_a_part_leaves_all_usable(module, phase, problem, monkeypatch) -> None:
     ours = problem(
         lambda g: wrap(torch.optim.AdamW(g), ConfigurablePolicy(CODED), fused=False),
         shapes=[(300,)] * 5,
     )
     run(ours, 1)
     ours.step = 0
-    calls, real = iter(range(100)), getattr(engine, phase)
+    calls, real = iter(range(100)), getattr(module, phase)
     before = [param.detach().clone() for param in ours.params]
 
     def failing(*args, **kwargs):
@@ -218,7 +222,7 @@ def test_an_error_in_a_part_leaves_all_usable(phase, problem, monkeypatch) -> No
 
     with GradientRelease(ours.optimizer, bucket_bytes=0):
         with monkeypatch.context() as patch:
-            patch.setattr(engine, phase, failing)
+            patch.setattr(module, phase, failing)
             with pytest.raises(RuntimeError, match="boom") as caught:
                 backward(ours)
         changed = [

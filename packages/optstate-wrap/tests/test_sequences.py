@@ -74,6 +74,25 @@ class Sequences(RuleBasedStateMachine):
             optimizer.add_param_group({"params": params[-1:], "lr": 3e-3})
         self.saved = None
 
+    @rule(number=st.integers(0, 4), key=st.integers(0, 5), how=st.integers(0, 3))
+    def write_state(self, number, key, how) -> None:
+        """Somebody changes a value of a parameter's state, or puts one there."""
+        for optimizer, params in zip((self.ours, self.plain), self.params, strict=True):
+            param = params[number % len(params)]
+            state = optimizer.state.get(param, {})
+            keys = sorted(k for k, v in state.items() if torch.is_tensor(v))
+            if not keys:
+                return
+            name = keys[key % len(keys)]
+            if how == 0:
+                state[name].mul_(0.5)
+            elif how == 1:
+                state[name] = state[name] * 0.25
+            elif how == 2:
+                state.setdefault("slow", torch.zeros_like(param)).add_(param.detach())
+            else:
+                del optimizer.state[param]
+
     @rule()
     def save(self) -> None:
         packed = self.is_wrapped and self.count % 2

@@ -79,7 +79,7 @@ class CPUOffloadOptimizer(Delegate):
     def _begin(self) -> None:
         self._copies = HostCopies()
         self._heard: dict[Tensor, Any] = {}
-        self._share()
+        super()._begin()
         self._examine()
 
     def _examine(self) -> None:
@@ -232,6 +232,6 @@ class CPUOffloadOptimizer(Delegate):
         names = ("inner", "offload_gradients", "minimal_size")
         return {name: getattr(self, name) for name in names}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
+    def _given(self, values: dict[str, Any]) -> None:
+        super()._given(values)
+        self._examine()

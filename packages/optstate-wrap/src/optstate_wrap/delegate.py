@@ -12,6 +12,8 @@ __all__ = ["Delegate", "load_into", "own_step"]
 
 #: group options that say how a step is computed here, not what it computes
 FLAGS = ("capturable", "foreach", "fused")
+#: what torch's optimizers are pickled as
+TORCH = ("state", "param_groups", "defaults")
 # both have the very same dicts, so that a hook fires once, whichever it was given to
 HOOKS = tuple(
     f"_optimizer_{name}_hooks"
@@ -41,6 +43,23 @@ class Delegate(Optimizer):
         for name in HOOKS:
             setattr(self, name, getattr(self.inner, name))
         self._patch_step_function()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become what was copied, or take new ``state``, groups or defaults, as torch's do."""
+        values = {key: value for key, value in state.items() if key in TORCH}
+        vars(self).update({key: value for key, value in state.items() if key not in TORCH})
+        if "inner" in state:
+            self._begin()
+        if values:
+            self._given(values)
+
+    def _begin(self) -> None:
+        """Take up what this has in common with the inner optimizer."""
+        self._share()
+
+    def _given(self, values: dict[str, Any]) -> None:
+        """Take new ``state``, ``param_groups`` or ``defaults``."""
+        self.inner.__setstate__(values)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

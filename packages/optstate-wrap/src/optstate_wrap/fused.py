@@ -143,8 +143,8 @@ class Fused:
             self.store.discard([record])
             ready.values = [value for r in ready.records for value in r.values()]
 
-    def _release(self, param: Tensor) -> None:
-        """The engine is not to step a parameter any more; its records show its state."""
+    def release(self, param: Tensor) -> None:
+        """Have the engine step a parameter no more; its records show its state."""
         ready = self._ready.pop(param, None)
         if ready is not None:
             if isinstance(self._session, Stream):
@@ -163,7 +163,7 @@ class Fused:
             except (TypeError, ValueError):
                 pass  # what is no hyper-parameter here may be one there
         for param in list(self._ready):
-            self._release(param)
+            self.release(param)
         return False
 
     def takes(
@@ -192,7 +192,7 @@ class Fused:
             return ready.units
         units = self._units(pieces, records, formats, moments)
         # what is not stepped here gets new records, and the old ones must not stay for this
-        self._release(param)
+        self.release(param)
         if units:
             self.store.wait()
             ready = _Ready(units, records, values, param.data_ptr(), dict(formats), moments)

@@ -215,7 +215,7 @@ class HostStore(Store):
     def __getstate__(self) -> dict[str, Any]:
         self.wait()
         state = super().__getstate__()
-        names = ("name", "pin_memory", "chunk_bytes", "resident_bytes", "_kept", "settle")
+        names = ("pin_memory", "chunk_bytes", "resident_bytes", "_kept", "_layouts", "settle")
         return {name: state[name] for name in names if name in state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from optstate_wrap.dense import laid_like
 from optstate_wrap.lanes import Lanes, pinned_like
 
 __all__ = ["HostCopies", "HostCopy"]
@@ -45,10 +46,8 @@ class HostCopy:
         """
         if grad.layout is not torch.strided:
             raise TypeError(f"gradient: layout {grad.layout}, must be dense; use .to_dense()")
-        grad = grad.detach()
-        if grad.stride() != self.host.stride():
-            # torch's fused steps walk both as they lie in memory
-            grad = torch.empty_like(self.host, dtype=grad.dtype, device=grad.device).copy_(grad)
+        # so that it moves as one row of bytes
+        grad = laid_like(grad.detach(), self.host)
         old = self.host.grad
         if self._buffer is None or self._buffer.dtype != grad.dtype:
             self._buffer = pinned_like(grad)

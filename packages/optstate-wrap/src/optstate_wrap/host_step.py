@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from optstate_codecs import CodedOptimizer
 from optstate_wrap.delegate import own_step
+from optstate_wrap.dense import dense_for_fused
 from optstate_wrap.host_copy import HostCopy
 from optstate_wrap.plan import Piece, chunks, pieces
 from optstate_wrap.probe import probe
@@ -45,12 +46,26 @@ def step_rows(inner: Optimizer, copied: Mapping[Tensor, HostCopy]) -> None:
         borrowed(inner) as before,
         _without_gradients(inner) as grads,
     ):
+        if not isinstance(inner, CodedOptimizer):
+            _bring_state(inner, copies)
         every = pieces(inner.param_groups, CHUNK, splittable=False)
         rows = _rows([p for p in every if p.param in grads], copies) if apart else [every]
         for number, row in enumerate(rows):
             if number:
                 restore(inner.param_groups, before)
             _step_row(inner, row, copies, grads)
+
+
+def _bring_state(inner: Optimizer, copies: Mapping[Tensor, HostCopy]) -> None:
+    """Have on the host what somebody has put into the state that is elsewhere."""
+    known = probe(inner).known
+    for param in copies:
+        state = inner.state.get(param, {})
+        for key, value in state.items():
+            moved = isinstance(value, Tensor) and value.dim() and value.device != param.device
+            # of what is not the optimizer's, whoever put it there decides
+            if moved and (known is None or key in known):
+                state[key] = value.to(param.device)
 
 
 def _rows(ready: list[Piece], copies: Mapping[Tensor, HostCopy]) -> list[list[Piece]]:
@@ -79,7 +94,8 @@ def _step_row(
         copy.wait()
     for piece in row:
         piece.param.grad = grads.get(piece.param)
-    own_step(inner)(inner)
+    with dense_for_fused(inner):
+        own_step(inner)(inner)
     for piece in row:
         piece.param.grad = None
     for copy in on_host:

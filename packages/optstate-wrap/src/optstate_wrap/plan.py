@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from optstate_codecs.layout import is_dense, storage_order
 
-__all__ = ["Piece", "chunks", "default_chunk", "pieces"]
+__all__ = ["Layout", "Piece", "chunks", "default_chunk", "pieces"]
 
 # parameters in a chunk: on a GPU so many that launches do not count; on a CPU so few that
 # what a step is undone from fits into its cache
@@ -23,6 +23,19 @@ CHUNK_AWAY = 1 << 23
 LEAST = 256
 # parts begin where blocks of any size begin
 BORDER = 8192
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a parameter, and the order of its dimensions in memory, slowest first."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, param: Tensor) -> Layout:
+        """The layout that a parameter has now."""
+        return cls(tuple(param.shape), storage_order(param))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +88,13 @@ class Piece:
         """The elements that the piece's step writes."""
         data = self.param.detach()
         return data if self.parts == 1 else self._view(data)
+
+    def like(self) -> Tensor:
+        """A tensor of the piece's shape, in its order, whose numbers nobody may read."""
+        if self.parts == 1:
+            return self.param.detach()
+        # of the parameter as it was cut, which it need not be any more
+        return torch.empty(self.stop - self.start, device="meta")
 
     def _view(self, tensor: Tensor) -> Tensor:
         ordered = tensor.permute(storage_order(self.param))

@@ -53,6 +53,7 @@ class Findings:
         optional: state keys that only some had, or only at times.
         elementwise: keys whose values have the parameter's shape.
         counts_in_tensors: whether ``step`` is a tensor.
+        tried: whether it could be tried at all; otherwise, nothing is known of its keys.
     """
 
     chunked: bool
@@ -61,6 +62,12 @@ class Findings:
     optional: frozenset[str] = frozenset()
     elementwise: frozenset[str] = frozenset()
     counts_in_tensors: bool = False
+    tried: bool = True
+
+    @property
+    def known(self) -> frozenset[str] | None:
+        """The state keys that the optimizer makes; None: nobody knows."""
+        return frozenset(self.keys) | self.optional if self.tried else None
 
 
 _found: dict[Any, Findings] = {}
@@ -136,7 +143,7 @@ def _probe(inner: Optimizer) -> Findings:
             shapes, whole = MATRICES, _tried(inner, MATRICES, chunked=False, chunk=1 << 30)
         if whole is None:
             # it does not take four ordinary steps, so nothing is known about it
-            return Findings(False, False, {})
+            return Findings(False, False, {}, tried=False)
         in_chunks = _tried(inner, shapes, chunked=True, chunk=1)
         chunked = in_chunks is not None and _equal(whole, in_chunks)
         in_parts = _tried(inner, shapes, True, PART, split=True) if chunked else None
@@ -191,7 +198,7 @@ def _run(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: boo
     _seed(_device(inner))
     twin, params = _twin(inner, shapes)
     engine = Engine(twin, ConfigurablePolicy({}), DeviceStore(), chunk, chunk, 0)
-    engine.chunked, engine.splittable = chunked, split
+    engine.encoder.chunked, engine.encoder.splittable = chunked, split
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         for number, param in enumerate(params):
@@ -200,10 +207,10 @@ def _run(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: boo
             param.grad = None if (step, number % 3) == (2, 1) else noise.to(param)
         with torch.no_grad():
             engine.step()
-    states = [engine.states(p, engine.kept_pieces(p)) for p in params if p in engine.store]
+    states = [engine.states.copy(p) for p in params if p in engine.store]
     groups = [{k: v for k, v in g.items() if k != "params"} for g in twin.param_groups]
     counters = {key: value for key, value in vars(twin).items() if isinstance(value, (int, float))}
-    return [p.detach() for p in params], states, groups, engine.extra, counters
+    return [p.detach() for p in params], states, groups, engine.states.extra, counters
 
 
 def _twin(inner: Optimizer, shapes: Shapes) -> tuple[Optimizer, list[Parameter]]:

@@ -7,7 +7,7 @@ tensors are never changed: a step makes new ones. Others are stepped in place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,16 @@ from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_wrap.sharding import local_of, rewrapped
 
-__all__ = ["Coded", "Record", "codable", "decode_state", "encode_state", "select", "tensors_of"]
+__all__ = [
+    "Coded",
+    "Record",
+    "codable",
+    "decode_state",
+    "encode_state",
+    "reencode",
+    "select",
+    "tensors_of",
+]
 
 Record = dict[str, Any]
 
@@ -104,10 +113,10 @@ def encode_state(
     }
     if not chosen:
         return dict(state)
-    like = local_of(like)
-    order = storage_order(like)
     chosen = {key: replace(format, min_elements=0) for key, format in chosen.items()}
     roots = {key: _root_key(key, state, like) for key, f in chosen.items() if f.in_update_units}
+    like = local_of(like)
+    order = storage_order(like)
     for root in roots.values():
         # a moment that another is held in units of is read with it, and is coded along
         chosen.setdefault(root, FP32())
@@ -123,14 +132,63 @@ def encode_state(
     return record
 
 
+def reencode(
+    old: Mapping[str, Any],
+    state: Mapping[str, Any],
+    changed: Collection[str],
+    like: Tensor,
+    formats: Mapping[str, Format],
+    counter: Counter,
+) -> Record:
+    """The record of a state that was decoded and then changed; what was not keeps its codes.
+
+    Args:
+        old: the record that was decoded.
+        state: what has become of it.
+        changed: keys whose values have changed.
+        like: as for ``encode_state``.
+        formats: of keys that ``old`` has not; the others keep the format that they have there.
+        counter: as for ``encode_state``.
+    """
+    stored = {key: value for key, value in old.items() if isinstance(value, Coded)}
+    lies = tuple(local_of(like).shape), storage_order(local_of(like))
+    if any((value.shape, value.order) != lies for value in stored.values()):
+        changed = set(state)
+    wanted: dict[str, Format] = {}
+    unchanged = []
+    for key in state:
+        root = stored[key].root if key in stored else ""
+        if key in old and key not in changed and not (root and _loses(root, state, changed)):
+            unchanged.append(key)
+            continue
+        format = stored[key].format if key in stored else None if key in old else formats.get(key)
+        # without what it would be divided by, it stays exact
+        if format is not None and not (format.in_update_units and not _roots(key, state, like)):
+            wanted[key] = format
+    record = encode_state(state, like, wanted, counter)
+    for key in unchanged:
+        # what is exact may now be coded, exactly, along with what is held in units of it
+        if key in stored or not isinstance(record[key], Coded):
+            record[key] = old[key]
+    return record
+
+
+def _loses(root: str, state: Mapping[str, Any], changed: Collection[str]) -> bool:
+    return root in changed or root not in state
+
+
 def _exact(format: Format, dtype: torch.dtype) -> bool:
     return format.name == FP32.name and dtype != torch.float64
 
 
+def _roots(key: str, state: Mapping[str, Any], like: Tensor) -> list[str]:
+    """The keys of second moments that ``key`` may be held in units of."""
+    return [n for n in SECOND_MOMENTS if n in state and n != key and codable(state[n], like)]
+
+
 def _root_key(key: str, state: Mapping[str, Any], like: Tensor) -> str:
-    for name in SECOND_MOMENTS:
-        if name in state and name != key and codable(state[name], like):
-            return name
+    for name in _roots(key, state, like):
+        return name
     raise ValueError(
         f"codec of {key!r}: units='update' needs a second moment in the state, one of "
         f"{', '.join(SECOND_MOMENTS)}; use units='value'"

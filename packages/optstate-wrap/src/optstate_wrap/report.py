@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from optstate_codecs.memory import MemoryReport, local_elements, storage_bytes
 from optstate_wrap.record import Coded, Record, tensors_of
+from optstate_wrap.states import States
 from optstate_wrap.store import Store
 
 __all__ = ["WrapperMemoryReport", "report"]
@@ -32,17 +33,19 @@ class WrapperMemoryReport(MemoryReport):
         return 1 - self.state_bytes / max(self.plain_state_bytes, 1)
 
 
-def report(optimizer: Optimizer, store: Store) -> WrapperMemoryReport:
-    """Count what an optimizer whose state is in ``store`` holds."""
+def report(optimizer: Optimizer, store: Store, states: States) -> WrapperMemoryReport:
+    """Count what an optimizer whose state is in ``store``, and is read in ``states``, holds."""
+    states.write_back()
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = [t for record in _records_of(store) for t in tensors_of(record)]
+    foreign = list(tensors_of([states.foreign, states.extra]))
+    tensors = [t for record in _records_of(store) for t in tensors_of(record)] + foreign
     away = any(param.device.type != "cpu" for param in params)
     return WrapperMemoryReport(
         parameters=sum(map(local_elements, params)),
         parameter_bytes=storage_bytes(params),
         gradient_bytes=storage_bytes([p.grad for p in params if p.grad is not None]),
         state_bytes=storage_bytes(tensors),
-        plain_state_bytes=_plain_bytes(store),
+        plain_state_bytes=_plain_bytes(store) + sum(tensor.nbytes for tensor in foreign),
         host_bytes=storage_bytes([t for t in tensors if away and t.device.type == "cpu"]),
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optstate_codecs.engine import Session
 from optstate_codecs.places import Stream
-from optstate_wrap.plan import Piece
+from optstate_wrap.plan import Layout, Piece
 from optstate_wrap.record import Record
 
 __all__ = ["DeviceStore", "Held", "Records", "Store"]
@@ -34,6 +34,8 @@ class Store(ABC):
 
     def __init__(self) -> None:
         self._kept: dict[Tensor, list[Record]] = {}
+        # of parameters in parts, the layout by which they were cut
+        self._layouts: dict[Tensor, Layout] = {}
         #: has all that a session still stores where the records show it
         self.settle: Callable[[], None] | None = None
 
@@ -66,13 +68,26 @@ class Store(ABC):
             for piece in chunk
         ]
 
-    def save(self, params: Sequence[Tensor], records: Records) -> None:
-        """Store the records of whole parameters."""
-        self.swap(params, self.placed(records))
+    def save(self, param: Tensor, records: list[Record], layout: Layout | None = None) -> None:
+        """Store the records of a whole parameter, cut by ``layout``, None: that which it has."""
+        self.swap([param], self.placed([records]))
+        self._lay(param, records, layout)
 
     def swap(self, params: Sequence[Tensor], records: Records) -> None:
         """Keep these records of whole parameters, already ``placed``, for those that were."""
         self._kept.update(zip(params, records, strict=True))
+        for param, parts in zip(params, records, strict=True):
+            self._lay(param, parts, None)
+
+    def layout(self, param: Tensor) -> Layout:
+        """The layout by which the records of a parameter were cut."""
+        return self._layouts.get(param) or Layout.of(param)
+
+    def _lay(self, param: Tensor, parts: Sequence[Record], layout: Layout | None) -> None:
+        if len(parts) > 1:
+            self._layouts[param] = layout or Layout.of(param)
+        elif self._layouts:
+            self._layouts.pop(param, None)
 
     def discard(self, records: Sequence[Record]) -> None:  # noqa: B027
         """Nobody keeps these records, which were ``placed``, or their tensors are others now."""
@@ -93,14 +108,17 @@ class Store(ABC):
     def replace(self, kept: dict[Tensor, list[Record]]) -> None:
         """Keep these, already ``placed``, and nothing else."""
         self._kept = kept
+        self._layouts = {param: Layout.of(param) for param, r in kept.items() if len(r) > 1}
 
     def drop(self, param: Tensor) -> None:
         """Forget a parameter's records."""
         del self._kept[param]
+        self._layouts.pop(param, None)
 
     def clear(self) -> None:
         """Forget everything."""
         self._kept.clear()
+        self._layouts.clear()
 
     def session(self) -> Session | Stream:
         """What steps units whose state is kept here."""
@@ -108,6 +126,8 @@ class Store(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has a session of its own
+        if self.settle is not None:
+            self.settle()
         return {**self.__dict__, "settle": None}
 
     @abstractmethod

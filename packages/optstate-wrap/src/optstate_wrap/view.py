@@ -7,52 +7,71 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate_wrap.engine import Engine
+from optstate_wrap.states import States
 
 __all__ = ["StateView"]
 
 
 class StateView(MutableMapping[Any, dict[str, Any]]):
-    """By parameter, its state as the inner optimizer keeps it: decoded, in copies.
+    """By parameter, its state as the inner optimizer keeps it; see ``OptimizerWrapper.state``.
 
-    Changing what it returns changes nothing; assigning a whole state does. A parameter without
-    state has an empty one, as in ``torch.optim``.
+    A parameter without state has an empty one.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, states: States) -> None:
+        self._states = states
 
     def __getitem__(self, key: Any) -> dict[str, Any]:
-        engine = self._engine
-        if not isinstance(key, Tensor):
-            value: dict[str, Any] = engine.extra[key]
-            return value
-        if key not in engine.store:
-            return {}
-        return engine.states(key, engine.kept_pieces(key))
+        if isinstance(key, Tensor):
+            return self._states.read(key)
+        value: dict[str, Any] = self._states.extra[key]
+        return value
 
     def __setitem__(self, key: Any, value: Mapping[str, Any]) -> None:
-        engine = self._engine
         if isinstance(key, Tensor):
-            engine.put(key, engine.pieces_of(key), value)
+            self._states.write(key, value if isinstance(value, dict) else dict(value))
         else:
-            engine.extra[key] = value
+            self._states.extra[key] = value
 
     def __delitem__(self, key: Any) -> None:
         if isinstance(key, Tensor):
-            self._engine.store.drop(key)
+            self._states.drop(key)
         else:
-            del self._engine.extra[key]
+            del self._states.extra[key]
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._engine.store
-        yield from self._engine.extra
+        yield from self._states
+        yield from self._states.extra
 
     def __len__(self) -> int:
-        return len(self._engine.store) + len(self._engine.extra)
+        return len(self._states) + len(self._states.extra)
 
     def __contains__(self, key: object) -> bool:
-        return (key in self._engine.store) if isinstance(key, Tensor) else key in self._engine.extra
+        return key in (self._states if isinstance(key, Tensor) else self._states.extra)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The state of a parameter, or ``default`` where there is none."""
+        if key in self:
+            return self[key]
+        return default
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """The state of a parameter, which is ``default`` from now on where there is none."""
+        if key not in self:
+            self[key] = {} if default is None else default
+        return self[key]
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        """Forget the state of a parameter and return it, or ``default`` where there is none."""
+        if key not in self and default:
+            return default[0]
+        value = self[key]
+        del self[key]
+        return value
+
+    def clear(self) -> None:
+        """Forget every state."""
+        self._states.clear()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} parameters)"

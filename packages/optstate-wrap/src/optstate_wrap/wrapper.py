@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
-from optstate_wrap import checkpoint
+from optstate_wrap import checkpoint, loading
 from optstate_wrap.delegate import Delegate
 from optstate_wrap.engine import Engine
 from optstate_wrap.host import make_store
@@ -112,8 +112,8 @@ class OptimizerWrapper(Delegate):
         self._share()
         self.examine()
         existing, optimizer.state = optimizer.state, type(optimizer.state)(dict)
-        for param, state in existing.items():
-            self.state[param] = state
+        self.state.update(existing)
+        self.engine.states.forget()
 
     def examine(self) -> None:
         """Find out what the inner optimizer allows with the hyper-parameters that it has now.
@@ -133,26 +133,40 @@ class OptimizerWrapper(Delegate):
                     "is decoded at once for each step",
                     stacklevel=3,
                 )
-        self.engine.chunked = self.findings.chunked
-        self.engine.splittable = self.findings.splittable
+        self.engine.encoder.chunked = self.findings.chunked
+        self.engine.encoder.splittable = self.findings.splittable
+        self.engine.states.known = self.findings.known
 
     @property
     def state(self) -> Any:
-        """By parameter, its state as the inner optimizer keeps it: decoded, in copies."""
-        return StateView(self.engine)
+        """By parameter, its state as the inner optimizer keeps it: decoded.
+
+        It may be read and changed as in ``torch.optim``: entries assigned and deleted, tensors
+        changed in place. Before the next use of the state, a tensor that has changed is stored in
+        the format that it had; all others keep their bits. Entries under keys that the optimizer
+        does not make are kept as they are.
+
+        Reading the state of a parameter keeps it decoded until the next step, and gives the same
+        object until then. After a step, read it again: what was read before shows nothing of the
+        step, and changing it has no effect. Changes that a tensor's version counter does not see,
+        through ``.data`` or ``.numpy()``, are found only where the tensor is not coded; assign the
+        tensor instead.
+        """
+        return StateView(self.engine.states)
 
     @state.setter
     def state(self, value: Mapping[Any, dict[str, Any]]) -> None:
         new = dict(value)
-        self.engine.store.clear()
-        self.engine.fused.forget()
-        self.engine.extra = {}
+        for param, state in new.items():
+            if isinstance(param, Tensor) and not isinstance(state, Mapping):
+                raise TypeError(f"state: of a parameter must be a dict, got {type(state).__name__}")
+        self.engine.states.clear()
         self.state.update(new)
 
     @property
     def policy(self) -> Policy:
         """What decides how state is stored."""
-        return self.engine.policy
+        return self.engine.encoder.policy
 
     @property
     def compression_active(self) -> bool:
@@ -213,7 +227,7 @@ class OptimizerWrapper(Delegate):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("CUDA graph: a wrapped step makes new state and cannot be recorded")
         engine, loss = self.engine, None
-        if closure is not None and engine.chunked:
+        if closure is not None and engine.encoder.chunked:
             with torch.enable_grad():
                 loss = closure()
             closure = None
@@ -228,7 +242,7 @@ class OptimizerWrapper(Delegate):
                 delattr(self.inner, name)
         if engine.timer.on:
             self.last_step_timings = engine.timer.report(now() - began)
-        return loss if engine.chunked else returned
+        return loss if engine.encoder.chunked else returned
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict, decoded: ``torch.optim`` loads it.
@@ -253,11 +267,11 @@ class OptimizerWrapper(Delegate):
         Raises:
             TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
         """
-        checkpoint.load(self, state_dict)
+        loading.load(self, state_dict)
 
     def memory_report(self) -> WrapperMemoryReport:
         """Count what parameters, gradients and state take now, in bytes."""
-        return report(self, self.engine.store)
+        return report(self, self.engine.store, self.engine.states)
 
     def unwrap(self) -> Optimizer:
         """The inner optimizer with its state decoded; this wrapper has none left.
@@ -265,21 +279,26 @@ class OptimizerWrapper(Delegate):
         Example:
             >>> optimizer = optimizer.unwrap()
         """
-        state = type(self.inner.state)(dict)
-        state.update({param: self.state[param] for param in self.state})
+        states, state = self.engine.states, type(self.inner.state)(dict)
+        state.update({param: states.copy(param) for param in states})
+        state.update(states.extra)
         self.inner.state = state
-        self.engine.store.clear()
-        self.engine.fused.forget()
-        self.engine.extra = {}
+        states.clear()
         return self.inner
 
     def __getstate__(self) -> dict[str, Any]:
+        # before the records are asked for
+        self.engine.states.write_back()
         names = ("inner", "engine", "strict", "findings", "_warned", "last_step_timings")
         return {name: getattr(self, name) for name in names}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._share()
+    def _given(self, values: dict[str, Any]) -> None:
+        inner, empty = self.inner, self.inner.state
+        inner.__setstate__(values)
+        state, inner.state = inner.state, empty
+        self.examine()
+        if "state" in values:
+            self.state = state
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r})"
