@@ -345,11 +345,11 @@ class CodedOptimizer(torch.optim.Optimizer):
             units,
             grads,
             hypers,
-            [entry.address for entry in entries],
-            [entry.layout for entry in entries],
-            factor,
-            found_inf,
-            centres,
+            addresses=[entry.address for entry in entries],
+            layouts=[entry.layout for entry in entries],
+            factor=factor,
+            found_inf=found_inf,
+            centres=centres,
         )
         if not units[0].param.is_cuda:  # where there is nothing to choose
             job.total = engine.trainable(self.param_groups)

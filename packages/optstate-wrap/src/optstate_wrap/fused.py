@@ -188,6 +188,7 @@ class Fused:
             and all(map(is_, ready.values, values))
             and ready.formats == formats
             and ready.moments == moments
+            and not any(unit.moved() for unit in ready.units)
         ):
             return ready.units
         units = self._units(pieces, records, formats, moments)
@@ -266,9 +267,9 @@ class Fused:
             units,
             grads,
             self._hypers,
-            [grad.data_ptr() for grad in grads],
-            gradient_factor(grads, scale, None)[0],
-            getattr(inner, "found_inf", None),
+            addresses=[grad.data_ptr() for grad in grads],
+            factor=gradient_factor(grads, scale, None)[0],
+            found_inf=getattr(inner, "found_inf", None),
             draw=draw,
             total=trainable(inner.param_groups),
         )
