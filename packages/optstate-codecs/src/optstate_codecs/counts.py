@@ -28,7 +28,12 @@ TO_NEXT = 1.25 * 2.0**-24
 
 
 def taken(step: float) -> int:
-    """How many steps the count ``step`` stands for."""
+    """How many steps the count ``step``, as ``state["step"]`` has it, stands for.
+
+    Example:
+        >>> taken(2.0**24 + 4)
+        16777218
+    """
     if step < END:
         return int(step)
     bits: int = struct.unpack("<i", struct.pack("<f", step))[0]
