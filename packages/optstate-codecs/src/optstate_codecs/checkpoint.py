@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.conform import own_keys
+from optstate_codecs.counts import taken
 from optstate_codecs.dim_order import DIM_ORDER, assumed_order, follows_order, order_entry, order_of
 from optstate_codecs.formats import FP32, Format, parse_format
 from optstate_codecs.layout import bound, empty_state, storage_order
@@ -155,7 +156,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                 source = saved_formats or dict.fromkeys(formats, FP32())
                 _check_state(where, param, stored, source, formats)
                 step = _loaded_step(where, stored["step"])
-                counter = Counter(group["rounding_seed"], int(step), index)
+                counter = Counter(group["rounding_seed"], taken(float(step)), index)
                 order = _saved_order(where, param, stored, source, saved.get("orders", {}), number)
                 moved = _moved(param, stored, source, formats, order)
                 if moved is None:
@@ -351,7 +352,7 @@ def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> di
 def _loaded_step(where: str, step: Any) -> Tensor:
     step = plain_value(step)
     count = float(step) if isinstance(step, (int, float, Tensor)) else -1.0
-    if not (count >= 0 and count == int(count)):
+    if not (0 <= count < float("inf") and count == int(count)):
         raise ValueError(f"{where}['step']={step!r}: must be a whole number of at least 0")
     return torch.tensor(count, dtype=torch.float32, device="cpu")
 

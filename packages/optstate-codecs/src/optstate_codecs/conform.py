@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate_codecs.counts import taken
 from optstate_codecs.dim_order import DIM_ORDER, assumed_order, follows_order, order_entry, order_of
 from optstate_codecs.formats import Component, Format
 from optstate_codecs.layout import Declaration, bound, empty_state, same_order, storage_order
@@ -161,7 +162,7 @@ def _encoded(wanted: Wanted, entries: Mapping[str, Any], step: Tensor) -> dict[s
     )
     zeros = {m.name: torch.zeros_like(param, dtype=torch.float32) for m in wanted.moments}
     values = {**zeros, **values, **plain}
-    counter = Counter(wanted.seed, int(step), wanted.index)
+    counter = Counter(wanted.seed, taken(float(step)), wanted.index)
     encoded = encode_state(param, values, wanted.moments, wanted.formats, counter)
     changed = {
         m.name for m in wanted.moments if turned or m.name in plain or _divisor(m, formats) in plain

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from optstate_codecs.counts import counted, taken
 from optstate_codecs.engine import eager
 from optstate_codecs.engine.cpu.build import CannotBuild
 from optstate_codecs.engine.cpu.loops import Kind, Loops, loops
@@ -131,7 +132,7 @@ def _fits(unit: Unit, grad: Tensor) -> bool:
 def _run(job: Job, built: Loops, members: list[tuple[int, _Standing]]) -> None:
     """Step units of the same loops in one call."""
     units = [job.units[place] for place, _ in members]
-    torch._foreach_add_([unit.state["step"] for unit in units], 1.0)
+    counts = counted([unit.state["step"] for unit in units], job.draw is not None)
     job.counted += units
     factor = 1.0 if job.factor is None else float(job.factor)
     table: list[int] = []
@@ -139,10 +140,10 @@ def _run(job: Job, built: Loops, members: list[tuple[int, _Standing]]) -> None:
     keys: list[int] = []
     folded: dict[tuple[int, float], list[Any]] = {}
     rows = 0
-    for unit, (place, standing) in zip(units, members, strict=True):
-        count, numel = float(unit.state["step"]), unit.param.numel()
+    for unit, count, (place, standing) in zip(units, counts, members, strict=True):
+        numel = unit.param.numel()
         param, *parts = standing.addresses
-        draw = int(count) if job.draw is None else job.draw
+        draw = taken(count) if job.draw is None else job.draw
         table += [numel, rows, draw, unit.offset, param, job.grads[place].data_ptr(), *parts]
         which = (unit.group, count)
         if which not in folded:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from optstate_codecs import exact
+from optstate_codecs.counts import counted, taken
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.unit import Job, Unit
 from optstate_codecs.formats import Format
@@ -43,29 +43,22 @@ def step(job: Job) -> None:
     if job.found_inf is not None and bool(job.found_inf):
         return
     for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
-        unit.state["step"] += 1
+        (count,) = counted([unit.state["step"]], job.draw is not None)
         job.counted.append(unit)
         centre = None if job.centres is None else job.centres.of(place, grad)
-        _step_unit(unit, grad, job.rule, job.hypers[unit.group], job.factor, centre, job.draw)
+        _step_unit(unit, count, grad, job, centre)
         job.done.append(unit)
 
 
-def _step_unit(
-    unit: Unit,
-    grads: Tensor,
-    rule: Rule,
-    hyper: Any,
-    factor: Tensor | None,
-    centre: Tensor | None,
-    draw: int | None,
-) -> None:
-    count = float(unit.state["step"])
+def _step_unit(unit: Unit, count: float, grads: Tensor, job: Job, centre: Tensor | None) -> None:
+    rule, hyper, factor = job.rule, job.hypers[unit.group], job.factor
     order = storage_order(unit.param)
     param, grad = FlatView(unit.param, order), FlatView(grads, order)
     formats = unit.bound
     centres = None if centre is None else FlatView(centre, order)
     state = FlatState(unit.state, {**formats, MASTER: unit.write}, order)
-    counter = Counter(unit.seed, int(count) if draw is None else draw, unit.index, unit.offset)
+    draw = taken(count) if job.draw is None else job.draw
+    counter = Counter(unit.seed, draw, unit.index, unit.offset)
     compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
 
     how = How(rule, rule.variant(hyper), unit.moments, formats, unit.write, unit.plain)

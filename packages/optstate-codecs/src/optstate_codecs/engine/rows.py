@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optstate_codecs.counts import advance, as_step
 from optstate_codecs.engine.capture import capturing, constant_table
 from optstate_codecs.engine.plan import Bucket
 from optstate_codecs.engine.work import uploaded
@@ -42,6 +43,7 @@ class RowTable:
         self.on_host = self._steps[0].device.type == "cpu"
         self._last: tuple[list[int], Tensor] | None = None
         self._counters = _counters(self._steps)
+        self._largest = 0.0
         self._versions: list[int] = []
         self.row_of = self._sort()
 
@@ -51,6 +53,8 @@ class RowTable:
             (group, float(step) if self.on_host else float(place))
             for place, (group, step) in enumerate(zip(self._groups, self._steps, strict=True))
         ]
+        if self.on_host:
+            self._largest = max(step for _, step in keys)
         first: dict[Any, int] = {}
         for place, key in sorted(enumerate(keys), key=lambda item: item[1]):
             first.setdefault(key, place)
@@ -63,20 +67,23 @@ class RowTable:
         """``scalar`` as the kernel reads it: float32, on the device of the parameters."""
         return None if scalar is None else scalar.to(self._device, torch.float32)
 
-    def advance(self, found_inf: Tensor | None) -> bool:
+    def advance(self, found_inf: Tensor | None, plainly: bool) -> bool:
         """Count a step, on the device without waiting for it where the counts are there.
+
+        ``plainly`` is as for ``counts.advance``.
 
         Returns:
             False where the host knows that the step is to be skipped.
         """
         if self.on_host and self._versions != [c._version for c in self._counters]:
             self.row_of = self._sort()  # somebody else has stepped or loaded some of the units
-        if found_inf is not None and not self.on_host:
-            # a list, since a single tensor would be read by the host
-            one = (found_inf == 0).to(torch.float32).reshape(())
-            torch._foreach_add_(self._counters, [one] * len(self._counters))
+        if not self.on_host:
+            # nobody knows how often a graph has been replayed, and so how large counts are
+            one = None if found_inf is None else (found_inf == 0).to(torch.float32).reshape(())
+            advance(self._counters, plainly, one=one)
         elif found_inf is None or not bool(found_inf):
-            torch._foreach_add_(self._counters, 1.0)
+            advance(self._counters, plainly, self._largest)
+            self._largest += 1
         else:
             return False
         self._versions = [c._version for c in self._counters]
@@ -106,7 +113,7 @@ class RowTable:
     ) -> Tensor:
         """The rows, float32 [rows, 1 + scalars]: what keys random numbers, then the rule's.
 
-        The key is the step count, or ``draw``; ``busy`` as above.
+        The key is the step count, or what ``counts.as_step`` makes of ``draw``; ``busy`` as above.
         """
         groups = sorted(dict.fromkeys(group for group, _ in self._rows))
         folded = [self._fold(rule, hypers[group], group, draw) for group in groups]
@@ -132,7 +139,7 @@ class RowTable:
         if self.on_host:
             counts = [float(step) for step in steps]
             rows: list[list[Any]] = [
-                [c if draw is None else draw, *rule.device_row(hyper, c)] for c in counts
+                [c if draw is None else as_step(draw), *rule.device_row(hyper, c)] for c in counts
             ]
             if not any(isinstance(value, Tensor) for row in rows for value in row):
                 return rows
@@ -143,7 +150,10 @@ class RowTable:
             value.to(torch.float32).expand(len(steps))
             if isinstance(value, Tensor)
             else torch.full((len(steps),), value, dtype=torch.float32, device=self._device)
-            for value in (vector if draw is None else draw, *rule.device_row(hyper, vector))
+            for value in (
+                vector if draw is None else as_step(draw),
+                *rule.device_row(hyper, vector),
+            )
         ]
         return torch.stack(columns, 1)
 

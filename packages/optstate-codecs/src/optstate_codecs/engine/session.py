@@ -206,7 +206,7 @@ class Session:
         launches: dict[int, list[tuple[Bucket, tuple[Any, ...]]]] = {}
         for table in plan.tables:
             factor, found_inf = table.beside(job.factor), table.beside(job.found_inf)
-            if not table.advance(found_inf):
+            if not table.advance(found_inf, job.draw is not None):
                 continue  # nothing of it is launched
             grads = table.addresses(plan.addresses, busy)
             rows = table.values(job.rule, job.hypers, job.draw, busy)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from optstate_codecs import counts
 from optstate_codecs.centring import Centres
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.layout import Declaration, bound, is_dense, same_order
@@ -130,7 +131,7 @@ class Job:
             they are to be found out.
         factor: what gradients are multiplied with, 0-d, or None; read on its device.
         centres: what is subtracted from gradients before that, or None.
-        draw: what keys random numbers in place of the step counts, or None.
+        draw: what keys random numbers in place of the step counts, at least 0, or None.
         done: units that have been stepped, for who wants to know after an exception.
         counted: units whose step count has been raised.
         found_inf: non-zero where the step is to be skipped, or None; read on its device.
@@ -175,8 +176,8 @@ class Job:
         for unit in self.counted:
             if id(unit) not in stepped:
                 step = unit.state["step"]
-                skipped = 0.0 if self.found_inf is None else (self.found_inf != 0).to(step)
-                step.sub_(1.0 - skipped)
+                skipped = None if self.found_inf is None else (self.found_inf != 0).to(step.device)
+                counts.take_back(step, self.draw is not None, skipped)
 
     def part(self, places: Sequence[int]) -> Job:
         """The same step of the units at ``places`` only."""

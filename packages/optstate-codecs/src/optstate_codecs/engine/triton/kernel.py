@@ -18,7 +18,9 @@ itself. ``row_of``: each tensor's row, int32.
 
 from __future__ import annotations
 
+from optstate_codecs.counts import END, OFFSET
 from optstate_codecs.device import (
+    as_bits,
     constant,
     from_bf16_bits,
     half,
@@ -37,6 +39,7 @@ from optstate_codecs.moments import SMALLEST_ROOT
 __all__ = ["step_kernel"]
 
 _SMALLEST_ROOT = constant(SMALLEST_ROOT)
+_END, _OFFSET = constant(float(END)), constant(OFFSET)
 
 
 @jit
@@ -168,7 +171,10 @@ def step_kernel(  # type: ignore[no-untyped-def]
     numel = tl.load(entry)
     start = tile.to(tl.int64) * (ROWS * BLOCK)
     row = rows + tl.load(row_of + tensor) * ROW
-    step = tl.load(row).to(tl.int32)
+    count = tl.load(row)
+    # ``counts.taken``
+    whole = tl.minimum(count, _END).to(tl.int32)
+    step = tl.where(count < _END, whole, as_bits(count) - _OFFSET)
 
     row_offsets = tl.arange(0, ROWS)
     length: tl.constexpr = BLOCK // FOLD

@@ -1,0 +1,92 @@
+"""Step counts: float32 numbers, as ``torch.optim`` has them, that count on past 2^24.
+
+There, adding 1 to a float32 changes nothing. Nobody notices by the bias corrections, which are long
+over, but random numbers are keyed by the count and would repeat. So from 2^24 on a step moves the
+count to the next float32 number: 2^24, 2^24 + 2, 2^24 + 4 ... 2^25, 2^25 + 4 and so on. The bits of
+these numbers count steps; nothing else is stored, and what is below 2^24 means what it says. The
+largest float32 number is reached after 889,192,447 steps.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from math import inf
+
+import torch
+from torch import Tensor
+
+__all__ = ["END", "OFFSET", "advance", "as_step", "counted", "take_back", "taken"]
+
+# up to which a float32 counts, and what its bits from there on are more than the steps taken
+END = 1 << 24
+OFFSET = 0x4B800000 - END
+LAST = 0x7F7FFFFF - OFFSET
+# times this, a number from 2^24 on is 5/8 to 5/4 of the distance to the next one: added, it gives
+# that one. From 2^23 on it gives 5/8 to 5/4, which added is 1, the distance there.
+TO_NEXT = 1.25 * 2.0**-24
+
+
+def taken(step: float) -> int:
+    """How many steps the count ``step``, as ``state["step"]`` has it, stands for.
+
+    Example:
+        >>> taken(2.0**24 + 4)
+        16777218
+    """
+    if step < END:
+        return int(step)
+    bits: int = struct.unpack("<i", struct.pack("<f", step))[0]
+    return bits - OFFSET
+
+
+def as_step(count: int) -> float:
+    """The count that stands for ``count`` steps; after the last one they begin anew."""
+    count %= LAST + 1
+    if count < END:
+        return float(count)
+    step: float = struct.unpack("<f", struct.pack("<i", count + OFFSET))[0]
+    return step
+
+
+def advance(
+    counters: Sequence[Tensor], plainly: bool, largest: float = inf, one: Tensor | None = None
+) -> None:
+    """Count a step in tensors of counts, in place and without reading them.
+
+    Args:
+        counters: float32.
+        plainly: as ``torch.optim`` counts, since something else keys the random numbers.
+        largest: no count is larger; infinite where only the device knows.
+        one: 1, or 0 for a step that is not to count; 0-d, on the device of the counts.
+    """
+    # a list, since a single tensor would be read by the host
+    ones = None if one is None else [one] * len(counters)
+    if plainly or largest < END:
+        if ones is None:
+            torch._foreach_add_(counters, 1.0)
+        else:
+            torch._foreach_add_(counters, ones)
+        return
+    more = list(torch._foreach_mul(counters, TO_NEXT))
+    torch._foreach_clamp_min_(more, 1.0)
+    if ones is not None:
+        torch._foreach_mul_(more, ones)
+    torch._foreach_add_(counters, more)
+
+
+def counted(counters: Sequence[Tensor], plainly: bool) -> list[float]:
+    """Count a step in counts on the host, as ``advance`` does, and return what they are then."""
+    before = [float(step) for step in counters]
+    largest = max(before)
+    advance(counters, plainly, largest)
+    # reading a tensor takes longer than all else here
+    return [step + 1 for step in before] if largest < END else [float(step) for step in counters]
+
+
+def take_back(step: Tensor, plainly: bool, skipped: Tensor | None = None) -> None:
+    """Undo ``advance`` on one count, in place; not where ``skipped``, a 0-d flag, is set."""
+    before = step - 1
+    if not plainly:
+        before = torch.where(step > END, torch.nextafter(step, torch.zeros_like(step)), before)
+    step.copy_(before if skipped is None else torch.where(skipped, step, before))
