@@ -408,6 +408,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         """The state decoded to float32 in the plain layout that ``torch.optim`` loads."""
         return checkpoint.full(self, super().state_dict())
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a packed state dict, a full one, or that of the plain ``torch.optim`` class.
