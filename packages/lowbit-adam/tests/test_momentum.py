@@ -37,6 +37,7 @@ ALWAYS = (
     testing.resume,
     testing.bytes_are_said,
     testing.no_surprises,
+    testing.independence,
 )
 LION = {"near": ExactLion, "error": 0.2, "max_step": 1.001}
 # left alone, a buffer travels nine times its own length: up to 100 lr here

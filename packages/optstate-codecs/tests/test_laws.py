@@ -74,6 +74,17 @@ class Jitters(CodedOptimizer):
                 param.mul_(1 + 1e-3 * torch.rand_like(param))
 
 
+class Follows(CodedOptimizer):
+    """Has a number of torch's default dtype in its step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.mul_(torch.full((), 1.001))
+
+
 class Stretches(CodedOptimizer):
     """Takes steps 1 % too long."""
 
@@ -97,6 +108,7 @@ class Stretches(CodedOptimizer):
         (testing.bytes_are_said, Hoards),
         (testing.scale_equivariance, Jitters),
         (testing.unbiased_length, Stretches),
+        (testing.independence, Follows),
     ],
 )
 def test_a_law_catches_who_breaks_it(law: Callable, broken: type[CodedOptimizer]) -> None:

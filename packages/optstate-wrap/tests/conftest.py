@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
+from optstate_codecs.testing.subject import normal
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -79,10 +80,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.params = [
-            Parameter(torch.randn(shape, generator=generator).to(self.dtype))
-            for shape in self.shapes
-        ]
+        self.params = [Parameter(normal(shape, generator).to(self.dtype)) for shape in self.shapes]
         half = len(self.params) // 2
         groups = [{"params": self.params[:half]}]
         if self.params[half:]:
@@ -98,7 +96,7 @@ class Problem:
     def set_gradients(self) -> None:
         generator = torch.Generator().manual_seed(100 + self.step)
         for number, param in enumerate(self.params):
-            noise = torch.randn(param.shape, generator=generator).to(self.dtype)
+            noise = normal(param.shape, generator).to(self.dtype)
             # torch's fused SGD cannot start one parameter later than another
             missing = (self.step + number) % 5 == 3 and (self.step > 0 or self.late)
             param.grad = None if missing else noise

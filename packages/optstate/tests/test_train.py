@@ -9,10 +9,11 @@ from rich.console import Console
 from lowbit_adam import AdamW8bit
 from optstate.demo.compare import compare
 from optstate.demo.data import Corpus
-from optstate.demo.optimizers import with_arguments
+from optstate.demo.optimizers import check_usable, with_arguments
 from optstate.demo.record import Run
 from optstate.demo.settings import Settings
 from optstate.demo.train import FLOOR, build_model, evaluation_steps, schedule, train
+from optstate_codecs.testing import DEFAULTS, torch_defaults
 
 
 def test_it_learns(corpus: Corpus, settings: Settings) -> None:
@@ -34,6 +35,29 @@ def test_a_run_leaves_the_global_generator_alone(settings: Settings) -> None:
     before = torch.random.get_rng_state()
     build_model(settings)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_no_loss(
+    corpus: Corpus, settings: Settings, dtype: torch.dtype
+) -> None:
+    expected = train("usual", torch.optim.AdamW, corpus, settings)
+    with torch_defaults(dtype):
+        found = train("other", torch.optim.AdamW, corpus, settings)
+    assert found.train == expected.train
+    assert found.validation == expected.validation
+
+
+@pytest.mark.parametrize(("dtype", "device"), DEFAULTS)
+def test_torchs_defaults_change_no_weight(
+    settings: Settings, dtype: torch.dtype, device: str | None
+) -> None:
+    expected = build_model(settings)
+    with torch_defaults(dtype, device):
+        found = build_model(settings)
+        check_usable("AdamW8bit", AdamW8bit, 1e-3)
+    assert all(map(torch.equal, found.parameters(), expected.parameters()))
+    assert all(map(torch.equal, found.buffers(), expected.buffers()))
 
 
 def test_a_run_records_every_step(corpus: Corpus, settings: Settings) -> None:

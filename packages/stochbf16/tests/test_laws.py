@@ -8,7 +8,7 @@ from optstate_codecs import testing
 from optstate_codecs.testing import Subject, laws_for
 from stochbf16 import SGD, Adam, AdamW, Compass, Lion, LPFAdamW, RMSProp
 
-STORED = (testing.locality, testing.resume, testing.bytes_are_said)
+STORED = (testing.locality, testing.resume, testing.bytes_are_said, testing.independence)
 SECOND = (testing.positive_stays_positive, testing.scale_equivariance, *STORED)
 adam = Subject("adam", Adam, drift=1.0, error=0.02)
 SUBJECTS = [

@@ -147,11 +147,12 @@ def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
+@torch.inference_mode(False)
 def empty_state(param: Tensor, component: Component, device: torch.device | None = None) -> Tensor:
     """A zeroed component for a moment of ``param``, in the parameter's storage order.
 
     It is beside the parameter, or on ``device``: memory of the host's, there, is only taken once it
-    is written to.
+    is written to. It is no inference tensor, so that a step outside of that mode may change it.
     """
     if not component.per_element:
         return _zeros(component.shape(param.shape), component.dtype, param, device)

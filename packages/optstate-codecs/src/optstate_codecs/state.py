@@ -62,10 +62,15 @@ def share_steps(states: Sequence[tuple[Tensor, dict[str, Tensor], bool]]) -> Non
         where = param.device if beside else torch.device("cpu")
         members.setdefault(where, []).append(state)
     for device, together in members.items():
-        values = [float(state["step"]) for state in together]
-        bank = torch.tensor(values, dtype=torch.float32, device=device)
-        for place, state in enumerate(together):
-            state["step"] = bank[place]
+        _lay_side_by_side(together, device)
+
+
+@torch.inference_mode(False)
+def _lay_side_by_side(together: Sequence[dict[str, Tensor]], device: torch.device) -> None:
+    values = [float(state["step"]) for state in together]
+    bank = torch.tensor(values, dtype=torch.float32, device=device)
+    for place, state in enumerate(together):
+        state["step"] = bank[place]
 
 
 def initial_state(

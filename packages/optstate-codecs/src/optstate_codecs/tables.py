@@ -13,9 +13,11 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
-__all__ = ["cached_table", "in_mode"]
+__all__ = ["cached_table", "forget_tables", "in_mode"]
 
 P = ParamSpec("P")
+
+_forget: list[Callable[[], None]] = []
 
 
 def in_mode() -> bool:
@@ -46,6 +48,7 @@ def cached_table(
 
     def decorate(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
         kept = lru_cache(maxsize)(make)
+        _forget.append(kept.cache_clear)
 
         @wraps(make)
         def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -56,3 +59,9 @@ def cached_table(
         return table
 
     return decorate
+
+
+def forget_tables() -> None:
+    """Drop all tables that are kept; they are made again where they are wanted."""
+    for forget in _forget:
+        forget()

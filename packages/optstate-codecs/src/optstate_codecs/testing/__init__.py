@@ -9,6 +9,7 @@ Each check takes a ``Subject`` and raises ``AssertionError`` with what went wron
 
 from collections.abc import Callable
 
+from optstate_codecs.testing.defaults import DEFAULTS, independence, tensors_in, torch_defaults
 from optstate_codecs.testing.fidelity import (
     GRADIENTS,
     Fidelity,
@@ -31,6 +32,7 @@ from optstate_codecs.testing.storage import bytes_are_said, no_surprises
 from optstate_codecs.testing.subject import SHAPES, Subject, Trainer, assert_close
 
 __all__ = [
+    "DEFAULTS",
     "GRADIENTS",
     "LAWS",
     "SHAPES",
@@ -43,6 +45,7 @@ __all__ = [
     "compare",
     "exactness",
     "gradients",
+    "independence",
     "laws_for",
     "locality",
     "loss_apart",
@@ -51,6 +54,8 @@ __all__ = [
     "resume",
     "scale_equivariance",
     "stops",
+    "tensors_in",
+    "torch_defaults",
     "unbiased_length",
     "zero_stays",
 ]
@@ -67,6 +72,7 @@ LAWS: tuple[Law, ...] = (
     resume,
     bytes_are_said,
     no_surprises,
+    independence,
 )
 
 

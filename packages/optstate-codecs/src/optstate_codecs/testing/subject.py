@@ -136,5 +136,7 @@ def assert_same(name: str, reference: dict[str, Any], got: dict[str, Any]) -> No
     if reference.keys() != got.keys():
         raise AssertionError(f"{name}: {sorted(reference)} became {sorted(got)}")
     for key, value in reference.items():
+        if value.dtype != got[key].dtype:
+            raise AssertionError(f"{name}: {key} is {got[key].dtype}, must be {value.dtype}")
         if not torch.equal(value.nan_to_num(nan=12345.0), got[key].nan_to_num(nan=12345.0)):
             raise AssertionError(f"{name}: {key} differs")

@@ -138,6 +138,7 @@ class _GivenCounter(Counter):
         return _GivenDraw(0, 0, 0, stream, inputs=self.inputs)
 
 
+@torch.inference_mode(False)
 def source(kind: Kind) -> str:
     """C that steps tensors of a kind.
 

@@ -1,0 +1,108 @@
+"""Law 11: torch's default dtype and default device change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.state import master_weights
+from optstate_codecs.tables import forget_tables
+from optstate_codecs.testing.subject import Subject, Trainer, assert_same
+
+__all__ = ["DEFAULTS", "independence", "tensors_in", "torch_defaults"]
+
+Shapes = Sequence[Sequence[int]]
+
+#: default dtype and default device, None for what it is, under which everything must be the same
+DEFAULTS: tuple[tuple[torch.dtype, str | None], ...] = (
+    (torch.bfloat16, None),
+    (torch.float16, None),
+    (torch.float64, None),
+    (torch.float32, "meta"),
+)
+# and the dtype of the parameters; of those in 16 bits, only the write is another
+CASES = (
+    *((torch.float32, *default) for default in DEFAULTS),
+    (torch.bfloat16, torch.float16, "meta"),
+)
+
+
+@contextmanager
+def torch_defaults(dtype: torch.dtype, device: str | None = None) -> Iterator[None]:
+    """Inside, torch has these defaults, as where a training framework builds a model.
+
+    Example:
+        >>> with torch_defaults(torch.bfloat16):
+        ...     torch.ones(1).dtype
+        torch.bfloat16
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with nullcontext() if device is None else torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def tensors_in(name: str, value: Any) -> dict[str, Tensor]:
+    """Every tensor in dicts and lists, by where it is; numbers become float64 ones."""
+    if isinstance(value, Tensor):
+        return {name: value.detach().clone()}
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = dict(enumerate(value)).items()
+    elif isinstance(value, (int, float)):
+        return {name: torch.tensor(float(value), dtype=torch.float64, device="cpu")}
+    else:
+        return {}
+    found: dict[str, Tensor] = {}
+    for key, item in items:
+        found |= tensors_in(f"{name} {key}", item)
+    return found
+
+
+def _life(subject: Subject, dtype: torch.dtype, shapes: Shapes) -> dict[str, Any]:
+    """All that an optimizer makes: steps, state dicts, and what is made of those loaded."""
+    start = partial(Trainer, shapes=shapes, dtype=dtype, device=subject.device)
+    first = start(subject.make).run(3)
+    packed, full = first.optimizer.state_dict(), first.optimizer.full_state_dict()  # type: ignore[attr-defined]
+    found = tensors_in("packed", packed) | tensors_in("full", full)
+    second = start(subject.make)
+    second.optimizer.load_state_dict(packed)
+    found |= tensors_in("loaded packed", second.run(1).tensors())
+    # with all that may be done to gradients on the way
+    options = {"max_grad_norm": 0.5, "skip_nonfinite": True, "centralization": 0.5}
+    third = start(partial(subject.make, **options))
+    third.optimizer.load_state_dict(full)
+    found |= tensors_in("loaded full", third.run(1).tensors())
+    found |= tensors_in("norm", third.optimizer.grad_norm)  # type: ignore[attr-defined]
+    for number, param in enumerate(first.params):
+        found[f"master {number}"] = master_weights(first.optimizer, param)  # type: ignore[arg-type]
+    return found
+
+
+def independence(subject: Subject, shapes: Shapes = ((61, 83), (129,), (0,), ())) -> None:
+    """Law 11: torch's default dtype and default device change nothing.
+
+    Steps of float32 and bfloat16 parameters, with and without clipping and centralization, packed
+    and full state dicts, and what is made of either where it is loaded, bit for bit and in the same
+    dtypes under each of ``DEFAULTS``.
+    """
+    # the others first: what they leave behind must not show
+    found = []
+    for dtype, default, device in CASES:
+        forget_tables()
+        with torch_defaults(default, device):
+            found.append(_life(subject, dtype, shapes))
+    with torch_defaults(torch.float32):
+        expected = {dtype: _life(subject, dtype, shapes) for dtype, *_ in CASES}
+    for got, (dtype, default, device) in zip(found, CASES, strict=True):
+        name = f"independence: {dtype} under default dtype {default}, device {device}"
+        assert_same(name, expected[dtype], got)
