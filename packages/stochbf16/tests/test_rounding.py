@@ -198,7 +198,7 @@ def test_compiled_with_a_generator_the_graph_breaks() -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_it_says_what_is_wrong() -> None:
     compiled = torch.compile(stochastic_round_, fullgraph=True, backend="eager")
-    with pytest.raises(TypeError, match="target: must be torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"target: must be torch\.bfloat16"):
         compiled(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="source: must have the shape of target"):
         compiled(BF16.clone(), torch.zeros(1))
