@@ -15,6 +15,7 @@ from optstate_codecs.checkpoint import Lent
 from optstate_codecs.conform import has_state
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.unit import Unit
+from optstate_codecs.flat_params import is_flat, refuse_gathering
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.operation import new_handle, step_as_operation
 from optstate_codecs.param_checks import check_kind
@@ -228,6 +229,11 @@ class CodedOptimizer(torch.optim.Optimizer):
             raise ValueError("differentiable=True: not supported; leave it False")
         for i, param in enumerate(group["params"]):
             check_kind(f"params[{i}]", param)
+            if self.max_grad_norm is not None and is_flat(param):
+                raise ValueError(
+                    f"max_grad_norm={self.max_grad_norm}: must be None for FSDP1, whose norm is "
+                    "that of all shards; call clip_grad_norm_ of the model"
+                )
             if param.dtype not in PARAM_DTYPES:
                 allowed = ", ".join(str(d).removeprefix("torch.") for d in PARAM_DTYPES)
                 raise TypeError(f"params[{i}]: dtype {param.dtype}, must be one of {allowed}")
@@ -393,7 +399,11 @@ class CodedOptimizer(torch.optim.Optimizer):
         It is ``torch.optim``'s layout with each group's formats added, and loads with
         ``torch.load(weights_only=True)``. Tensors may be loaded in place
         (``torch.distributed.checkpoint.load``) until the next step.
+
+        Raises:
+            RuntimeError: FSDP1 asks for it, to gather what only decoded state can be gathered.
         """
+        refuse_gathering(self)
         self.stored_units()
         saved, self._lent = checkpoint.packed(self, super().state_dict())
         return saved

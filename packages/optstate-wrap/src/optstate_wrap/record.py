@@ -113,10 +113,11 @@ def encode_state(
     }
     if not chosen:
         return dict(state)
-    chosen = {key: replace(format, min_elements=0) for key, format in chosen.items()}
+    # of the whole parameter, as ``codable`` compares shapes
     roots = {key: _root_key(key, state, like) for key, f in chosen.items() if f.in_update_units}
     like = local_of(like)
     order = storage_order(like)
+    chosen = {key: replace(format, min_elements=0) for key, format in chosen.items()}
     for root in roots.values():
         # a moment that another is held in units of is read with it, and is coded along
         chosen.setdefault(root, FP32())
