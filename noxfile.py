@@ -63,7 +63,8 @@ EDITABLE = [
     *("-e", "packages/optstate-wrap"),
     *("-e", "packages/optstate[demo]"),
 ]
-PYTEST = ("pytest", "pytest-xdist", "hypothesis", "safetensors")
+# torch.testing._internal, whose optimizer cases the integration tests run, imports expecttest.
+PYTEST = ("pytest", "pytest-xdist", "hypothesis", "safetensors", "expecttest")
 # mkdocstrings formats signatures with ruff.
 DOCS = ("mkdocs<2", "mkdocs-material", "mkdocstrings-python", "ruff")
 BUILD = ("build", "hatchling", "packaging")

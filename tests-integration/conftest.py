@@ -1,6 +1,7 @@
-"""Where the repository and its packages are."""
+"""Where the repository and its packages are; and the counts of torch's optimizer cases."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,3 +54,16 @@ def root() -> Path:
 @pytest.fixture
 def packages() -> list[Package]:
     return PACKAGES
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Add up what the tests in torch_cases/ have counted, in all processes."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    counts = Counter[str]()
+    for report in reports:
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "torch cases":
+                counts.update(value)
+    if counts:
+        line = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        terminalreporter.write_line(f"torch's optimizer cases: {line}")

@@ -14,7 +14,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
-from optstate_wrap.delegate import Delegate, load_into, own_step
+from optstate_wrap.delegate import (
+    Delegate,
+    load_into,
+    load_with_hooks,
+    own_step,
+    state_dict_with_hooks,
+)
 from optstate_wrap.host_copy import HostCopies
 from optstate_wrap.host_step import in_rows, step_rows
 from optstate_wrap.replaced import replaced
@@ -65,8 +71,6 @@ class CPUOffloadOptimizer(Delegate):
     ) -> None:
         offload_gradients = checks.flag("offload_gradients", offload_gradients)
         minimal_size = checks.whole_number("minimal_size", minimal_size)
-        if optimizer_class in FUSED_ON_HOST and not {"foreach", "differentiable"} & set(kwargs):
-            kwargs.setdefault("fused", True)
         self.offload_gradients = offload_gradients
         self.minimal_size = minimal_size
         self.inner = optimizer_class(params, **kwargs)
@@ -74,6 +78,7 @@ class CPUOffloadOptimizer(Delegate):
         if closure is not None and closure.default is closure.empty:
             name = type(self.inner).__name__
             raise TypeError(f"optimizer_class={name}: its step must not need a closure")
+        self._prefer_fused()
         self._begin()
 
     def _begin(self) -> None:
@@ -86,6 +91,16 @@ class CPUOffloadOptimizer(Delegate):
         """Find out what the inner optimizer allows, and hear of its parameters' gradients."""
         self._whole = not in_rows(self.inner)
         self._listen()
+
+    def _prefer_fused(self) -> None:
+        """Have groups of torch's Adam and AdamW stepped fused, where nobody says how."""
+        if type(self.inner) not in FUSED_ON_HOST:
+            return
+        for group in self.inner.param_groups:
+            is_open = group["fused"] is None is group["foreach"] and not group["differentiable"]
+            # torch's fused steps take no complex numbers
+            if is_open and all(param.is_floating_point() for param in group["params"]):
+                group["fused"] = True
 
     @property
     def state(self) -> Any:
@@ -104,6 +119,7 @@ class CPUOffloadOptimizer(Delegate):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer."""
         self.inner.add_param_group(param_group)
+        self._prefer_fused()
         self._examine()
 
     def _remote(self, param: Tensor) -> bool:
@@ -213,7 +229,7 @@ class CPUOffloadOptimizer(Delegate):
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict: ``torch.optim`` loads it."""
-        return self.inner.state_dict()
+        return state_dict_with_hooks(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,6 +238,9 @@ class CPUOffloadOptimizer(Delegate):
         Groups stay the same objects and keep ``foreach``, ``fused`` and ``capturable``. Nothing
         of ``state_dict`` is aliased.
         """
+        load_with_hooks(self, state_dict, self._load)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         # of what is never touched, no memory is taken
         empty = {p: Parameter(torch.empty_like(p, device="cpu"), False) for p in self._large()}
         with replaced(self.inner, empty):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Delegate", "load_into", "own_step"]
+__all__ = ["Delegate", "load_into", "load_with_hooks", "own_step", "state_dict_with_hooks"]
 
 #: group options that say how a step is computed here, not what it computes
 FLAGS = ("capturable", "foreach", "fused")
@@ -105,3 +106,40 @@ def load_into(inner: Optimizer, state_dict: Mapping[str, Any]) -> None:
         for key, value in state.items() if isinstance(state, dict) else ():
             if isinstance(value, Tensor) and id(value) in given:
                 state[key] = value.clone()
+
+
+def state_dict_with_hooks(optimizer: Delegate) -> dict[str, Any]:
+    """The inner optimizer's state dict, with hooks that are given the optimizer around it."""
+    for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
+        pre_hook(optimizer)
+    with _without_hooks(optimizer.inner):
+        state_dict = optimizer.inner.state_dict()
+    for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
+        returned = post_hook(optimizer, state_dict)
+        state_dict = state_dict if returned is None else returned
+    return state_dict
+
+
+def load_with_hooks(
+    optimizer: Delegate, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
+) -> None:
+    """Have ``load`` put a state dict in place, with hooks that are given the optimizer."""
+    state_dict = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        returned = pre_hook(optimizer, state_dict)
+        state_dict = state_dict if returned is None else returned
+    with _without_hooks(optimizer.inner):
+        load(state_dict)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+@contextmanager
+def _without_hooks(inner: Optimizer) -> Iterator[None]:
+    """The optimizer around ``inner`` calls the hooks, which both have."""
+    hooks = {name: getattr(inner, name) for name in HOOKS}
+    vars(inner).update({name: type(held)() for name, held in hooks.items()})
+    try:
+        yield
+    finally:
+        vars(inner).update(hooks)

@@ -183,6 +183,7 @@ class Fused:
         ready = self._ready.get(param)
         if (
             ready is not None
+            and _dense(param.grad)
             and ready.address == param.data_ptr()
             and len(ready.values) == len(values)
             and all(map(is_, ready.values, values))
@@ -211,7 +212,7 @@ class Fused:
         param, grad = pieces[0].param, pieces[0].param.grad
         dtypes = (torch.float32, *HALF) if self.wanted else (torch.float32,)
         plain = type(param) in (Tensor, Parameter) and type(grad) is Tensor
-        if not (plain and param.dtype in dtypes and grad is not None):
+        if not (plain and param.dtype in dtypes and _dense(grad)):
             return []
         names, counted = [moment.name for moment in moments], isinstance(self._rule, Adam)
         units = []
@@ -294,6 +295,11 @@ class Fused:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def _dense(grad: Tensor | None) -> bool:
+    """Whether a gradient has an address; the inner optimizer takes or refuses a sparse one."""
+    return grad is not None and grad.layout is torch.strided
 
 
 def _stored(
