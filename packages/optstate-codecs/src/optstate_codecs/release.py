@@ -23,6 +23,7 @@ from optstate_codecs.freed_grad import (
     remove_before_backward,
     remove_freed,
 )
+from optstate_codecs.operation import untraced
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.param_checks import check_steppable
 from optstate_codecs.refusals import (
@@ -131,6 +132,7 @@ class GradientRelease:
         if self.optimizer._in_parts:
             raise RuntimeError("optimizer: another GradientRelease is attached; detach that first")
         self._buckets = in_buckets(self._params(), self.bucket_bytes)
+        clear = untraced(remove_before_backward)
         for number, bucket in enumerate(self._buckets):
             # not the bucket: parameters that hold themselves are never collected
             hook = partial(weakly(self._arrived), number)
@@ -138,9 +140,7 @@ class GradientRelease:
                 self._hooks.append(param.register_post_accumulate_grad_hook(hook))
                 if self.max_grad_norm is not None:
                     # the second backward must find nothing of the first
-                    self._hooks.append(
-                        param.register_hook(partial(remove_before_backward, ref(param)))
-                    )
+                    self._hooks.append(param.register_hook(partial(clear, ref(param))))
         # by these the optimizer keeps this alive
         self._hooks.append(self.optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
