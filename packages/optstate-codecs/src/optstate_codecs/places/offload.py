@@ -115,14 +115,16 @@ def offload(
         if store == "disk":
             this = ref(optimizer)
             stream.every = lambda: _stored_units(this())
+        # from here on state belongs on the host
+        optimizer.offloaded = how
         if resume:
             resume_from(optimizer, stream, place)
         else:
             _move(optimizer)
     except BaseException:
+        optimizer.offloaded = None
         place.close(remove=not resume)
         raise
-    optimizer.offloaded = how
     optimizer._session = stream
     return optimizer
 
