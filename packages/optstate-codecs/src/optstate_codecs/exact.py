@@ -40,10 +40,10 @@ def sqrt(x: Tensor) -> Tensor:
         return x.double().sqrt_().to(x.dtype)
     if x.device.type != "cpu" or recorded.get():
         return x.sqrt()
-    root = torch.empty_like(x)
+    given = x.detach() if x.requires_grad else x
     with numpy.errstate(invalid="ignore"):
-        numpy.sqrt(x.detach().numpy(), out=root.numpy())
-    return root
+        root = numpy.sqrt(given.numpy())
+    return torch.from_numpy(numpy.asarray(root))
 
 
 def multiply_add(x: Tensor, factor: float, offset: float, out: Tensor | None = None) -> Tensor:
