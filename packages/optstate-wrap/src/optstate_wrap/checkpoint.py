@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,16 +20,16 @@ from torch.optim import Optimizer
 
 from optstate_codecs.plain import plain_value
 from optstate_wrap.engine import Engine
+from optstate_wrap.hooks import STATE_DICT_HOOKS, save_with_hooks
 from optstate_wrap.record import Coded, Record
 from optstate_wrap.store import Held
 
 if TYPE_CHECKING:
     from optstate_wrap.wrapper import OptimizerWrapper
 
-__all__ = ["KEY", "alone", "instead", "numbered", "packed", "plain"]
+__all__ = ["KEY", "alone", "numbered", "packed", "plain"]
 
 KEY = "optstate_wrap"
-STATE_DICT_HOOKS = ("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks")
 StateDict = dict[str, Any]
 
 
@@ -40,40 +39,29 @@ def plain(wrapper: OptimizerWrapper) -> StateDict:
     What is decoded for other devices goes to the host, one parameter after the other: a device may
     have no room for it.
     """
+    progress: dict[str, Any] = {}
+
+    def save() -> StateDict:
+        saved = _decoded(wrapper)
+        progress.update(_progress(wrapper.engine))
+        if foreign := wrapper.engine.states.foreign:
+            of = {n: list(foreign.get(p, ())) for n, p in numbered(saved, wrapper.inner).items()}
+            progress["foreign"] = {number: keys for number, keys in of.items() if keys}
+        return saved
+
+    return {**save_with_hooks(wrapper, wrapper.inner, save), KEY: progress}
+
+
+def _decoded(wrapper: OptimizerWrapper) -> StateDict:
+    """The inner optimizer's own state dict, with the state that is stored."""
     inner, states = wrapper.inner, wrapper.engine.states
-    for pre_hook in inner._optimizer_state_dict_pre_hooks.values():
-        pre_hook(wrapper)
     kept = inner.state
     inner.state = defaultdict(dict, {param: _on_host(states.copy(param)) for param in states})
     inner.state.update(states.extra)
     try:
-        with _without_hooks(inner):
-            saved = inner.state_dict()
+        return inner.state_dict()
     finally:
         inner.state = kept
-    progress = _progress(wrapper.engine)
-    if states.foreign:
-        of = {n: list(states.foreign.get(p, ())) for n, p in numbered(saved, inner).items()}
-        progress["foreign"] = {number: keys for number, keys in of.items() if keys}
-    for post_hook in inner._optimizer_state_dict_post_hooks.values():
-        saved = instead(saved, post_hook(wrapper, saved))
-    return {**saved, KEY: progress}
-
-
-def instead(given: StateDict, returned: StateDict | None) -> StateDict:
-    """What a hook has returned, or what it was given where it returned nothing."""
-    return given if returned is None else returned
-
-
-@contextmanager
-def _without_hooks(inner: Optimizer) -> Iterator[None]:
-    hooks = {name: getattr(inner, name) for name in STATE_DICT_HOOKS}
-    for name in STATE_DICT_HOOKS:
-        setattr(inner, name, {})
-    try:
-        yield
-    finally:
-        vars(inner).update(hooks)
 
 
 def _on_host(state: dict[str, Any]) -> dict[str, Any]:

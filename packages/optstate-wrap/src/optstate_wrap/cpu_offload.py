@@ -14,13 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
-from optstate_wrap.delegate import (
-    Delegate,
-    load_into,
-    load_with_hooks,
-    own_step,
-    state_dict_with_hooks,
-)
+from optstate_wrap.delegate import Delegate, load_into, own_step
+from optstate_wrap.hooks import load_with_hooks, save_with_hooks
 from optstate_wrap.host_copy import HostCopies
 from optstate_wrap.host_step import in_rows, step_rows
 from optstate_wrap.replaced import replaced
@@ -229,7 +224,7 @@ class CPUOffloadOptimizer(Delegate):
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict: ``torch.optim`` loads it."""
-        return state_dict_with_hooks(self)
+        return save_with_hooks(self, self.inner, self.inner.state_dict)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -238,7 +233,7 @@ class CPUOffloadOptimizer(Delegate):
         Groups stay the same objects and keep ``foreach``, ``fused`` and ``capturable``. Nothing
         of ``state_dict`` is aliased.
         """
-        load_with_hooks(self, state_dict, self._load)
+        load_with_hooks(self, self.inner, state_dict, self._load)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         # of what is never touched, no memory is taken

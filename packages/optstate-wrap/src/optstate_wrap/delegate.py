@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Delegate", "load_into", "load_with_hooks", "own_step", "state_dict_with_hooks"]
+from optstate_wrap.hooks import STATE_DICT_HOOKS
+
+__all__ = ["Delegate", "load_into", "own_step"]
 
 #: group options that say how a step is computed here, not what it computes
 FLAGS = ("capturable", "foreach", "fused")
 #: what torch's optimizers are pickled as
 TORCH = ("state", "param_groups", "defaults")
 # both have the very same dicts, so that a hook fires once, whichever it was given to
-HOOKS = tuple(
-    f"_optimizer_{name}_hooks"
-    for name in (
-        "step_pre",
-        "step_post",
-        "state_dict_pre",
-        "state_dict_post",
-        "load_state_dict_pre",
-        "load_state_dict_post",
-    )
-)
+HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", *STATE_DICT_HOOKS)
 
 
 class Delegate(Optimizer):
@@ -106,40 +97,3 @@ def load_into(inner: Optimizer, state_dict: Mapping[str, Any]) -> None:
         for key, value in state.items() if isinstance(state, dict) else ():
             if isinstance(value, Tensor) and id(value) in given:
                 state[key] = value.clone()
-
-
-def state_dict_with_hooks(optimizer: Delegate) -> dict[str, Any]:
-    """The inner optimizer's state dict, with hooks that are given the optimizer around it."""
-    for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
-        pre_hook(optimizer)
-    with _without_hooks(optimizer.inner):
-        state_dict = optimizer.inner.state_dict()
-    for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
-        returned = post_hook(optimizer, state_dict)
-        state_dict = state_dict if returned is None else returned
-    return state_dict
-
-
-def load_with_hooks(
-    optimizer: Delegate, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
-) -> None:
-    """Have ``load`` put a state dict in place, with hooks that are given the optimizer."""
-    state_dict = dict(state_dict)
-    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        returned = pre_hook(optimizer, state_dict)
-        state_dict = state_dict if returned is None else returned
-    with _without_hooks(optimizer.inner):
-        load(state_dict)
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
-
-
-@contextmanager
-def _without_hooks(inner: Optimizer) -> Iterator[None]:
-    """The optimizer around ``inner`` calls the hooks, which both have."""
-    hooks = {name: getattr(inner, name) for name in HOOKS}
-    vars(inner).update({name: type(held)() for name, held in hooks.items()})
-    try:
-        yield
-    finally:
-        vars(inner).update(hooks)

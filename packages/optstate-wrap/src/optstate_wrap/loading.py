@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.formats import as_format
-from optstate_wrap.checkpoint import KEY, alone, instead, numbered
+from optstate_wrap.checkpoint import KEY, alone, numbered
+from optstate_wrap.hooks import load_with_hooks
 from optstate_wrap.parts import cut, joined, length, pieces_like
 from optstate_wrap.plan import Layout, Piece
 from optstate_wrap.probe import Findings
@@ -31,15 +33,12 @@ def load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
     Under ``torch.inference_mode()`` too, what is loaded may be stepped outside of it.
     """
     with ordinary_tensors():
-        _load(wrapper, state_dict)
+        load_with_hooks(wrapper, wrapper.inner, state_dict, partial(_load, wrapper))
 
 
 def _load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
     engine, inner, states = wrapper.engine, wrapper.inner, wrapper.engine.states
     policy = wrapper.policy
-    state_dict = dict(state_dict)
-    for hook in inner._optimizer_load_state_dict_pre_hooks.values():
-        state_dict = instead(state_dict, hook(wrapper, state_dict))
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise KeyError(f"state_dict: missing key {key!r}")
@@ -77,8 +76,6 @@ def _load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
         policy.load_state_dict(progressed)
         raise
     states.foreign, states.extra = foreign, extra
-    for post_hook in inner._optimizer_load_state_dict_post_hooks.values():
-        post_hook(wrapper)
 
 
 def _steps_of(state: Mapping[Any, Any]) -> int:

@@ -90,9 +90,9 @@ class Unit:
 
     @property
     def plain(self) -> bool:
-        """Whether all moments are meant to be in float32, and nothing is rounded at random."""
-        chosen = self.formats.values()
-        return all(isinstance(f, FP32) for f in chosen) and not self.write.uses_random
+        """Whether all moments are stored in float32, and nothing is rounded at random."""
+        stored = self.bound.values()
+        return all(isinstance(f, FP32) for f in stored) and not self.write.uses_random
 
     @property
     def stored(self) -> dict[str, Declaration]:
