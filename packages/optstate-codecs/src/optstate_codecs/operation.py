@@ -102,7 +102,8 @@ def untraced(run: Callable[..., None]) -> Callable[..., None]:
             return
         if not disabled:
             # not before: it loads the compiler
-            disabled.append(torch.compiler.disable(run))
+            disable: Any = torch.compiler.disable
+            disabled.append(disable(run))
         disabled[0](*args)
 
     return call

@@ -238,7 +238,7 @@ class GradientRelease:
                 if self._measuring:
                     place, double = self._measuring[param]
                     self._shares[param] = share(place, param.grad, double)
-                    self._free(param, param.grad)
+                    self._free(param)
                     return
                 bucket.here.add(param)
                 if len(bucket.here) == len(bucket.params):
@@ -269,8 +269,11 @@ class GradientRelease:
             "run backward again"
         ) from error
 
-    def _free(self, param: Tensor, grad: Tensor) -> None:
-        """Leave nothing of a gradient but what notices who looks for it."""
+    def _free(self, param: Tensor) -> None:
+        """Leave nothing of a parameter's gradient but what notices who looks for it."""
+        grad = param.grad
+        if grad is None:
+            return
         freed = self._freed.get(param)
         if freed is None or not freed.stands_for(grad):
             freed = self._freed[param] = FreedGradient(grad, self._advice(), self._second)
@@ -327,7 +330,7 @@ class GradientRelease:
         for param in given:
             # kernels write where autograd does not see it: what still needs the old value must fail
             torch.autograd.graph.increment_version(param)
-            self._free(param, param.grad)
+            self._free(param)
         self._stepped.update(given)
         self._values = values_of(self.optimizer)
 
