@@ -119,9 +119,8 @@ class CPUOffloadOptimizer(Delegate):
 
     def _large(self) -> list[Tensor]:
         """The parameters that are stepped on the host."""
-        return [
-            p for group in self.inner.param_groups for p in group["params"] if self._is_large(p)
-        ]
+        params = (p for group in self.inner.param_groups for p in group["params"])
+        return list(dict.fromkeys(p for p in params if self._is_large(p)))
 
     def _listen(self) -> None:
         """Hear of the gradients of large parameters."""
@@ -228,7 +227,8 @@ class CPUOffloadOptimizer(Delegate):
             for param in self._large():
                 self._take(param)
         holders: list[Tensor] = []
-        for param in [param for group in self.inner.param_groups for param in group["params"]]:
+        params = (p for group in self.inner.param_groups for p in group["params"])
+        for param in dict.fromkeys(params):
             if self._copies.has_gradient(param):
                 self._copies.of(param).wait()
                 param = self._copies.of(param).host

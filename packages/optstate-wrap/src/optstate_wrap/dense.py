@@ -46,7 +46,7 @@ def dense_for_fused(inner: Optimizer) -> Iterator[None]:
     """
     fused = [] if isinstance(inner, CodedOptimizer) else inner.param_groups
     params = [p for group in fused if group.get("fused") for p in group["params"]]
-    params = [p for p in params if not _contiguous(p, inner.state)]
+    params = list(dict.fromkeys(p for p in params if not _contiguous(p, inner.state)))
     copies: dict[Tensor, Tensor] = {}
     grads: list[tuple[Tensor, Tensor | None]] = []
     try:

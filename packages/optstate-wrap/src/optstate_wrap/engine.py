@@ -200,7 +200,7 @@ class Engine:
         if self.encoder.chunked:
             members: list[list[Tensor]] = [[] for _ in inner.param_groups]
             for piece, stand_in in zip(row, stand_ins, strict=True):
-                members[piece.group].append(stand_in)
+                members[piece.group] += [stand_in] * piece.times
             for group, params in zip(inner.param_groups, members, strict=True):
                 group["params"] = params
         inner.state = state

@@ -210,7 +210,8 @@ class Fused:
         param, grad = pieces[0].param, pieces[0].param.grad
         dtypes = (torch.float32, *HALF) if self.wanted else (torch.float32,)
         plain = type(param) in (Tensor, Parameter) and type(grad) is Tensor
-        if not (plain and param.dtype in dtypes and grad is not None):
+        # what is there several times, the inner optimizer steps in its own way
+        if not (plain and pieces[0].times == 1 and param.dtype in dtypes and grad is not None):
             return []
         names, counted = [moment.name for moment in moments], isinstance(self._rule, Adam)
         units = []

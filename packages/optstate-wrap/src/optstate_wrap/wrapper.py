@@ -204,7 +204,7 @@ class OptimizerWrapper(Delegate):
     def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
         """Step these parameters, with their gradients multiplied with ``factor``."""
         if factor is not None:
-            for grad in [param.grad for param in params if param.grad is not None]:
+            for grad in [p.grad for p in dict.fromkeys(params) if p.grad is not None]:
                 grad.mul_(factor.to(grad.device))
         self.engine.step(some=set(params), refuse=self._refuse)
 
