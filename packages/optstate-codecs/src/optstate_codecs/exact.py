@@ -128,5 +128,5 @@ def rounds_once(operation: str, count: int = WHOLE) -> bool | None:
 def _numbers(count: int, seed: int) -> Tensor:
     """Float32 numbers of either sign and a few binades."""
     generator = torch.Generator().manual_seed(seed)
-    kind = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-    return torch.randn(count, **kind) * torch.exp2(torch.randn(count, **kind))
+    normal = torch.randn(2, count, generator=generator, dtype=torch.float32, device="cpu")
+    return normal[0] * torch.exp2(normal[1])
