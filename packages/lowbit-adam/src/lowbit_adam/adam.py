@@ -81,7 +81,8 @@ class _CodedAdam(CodedOptimizer):
         raise NotImplementedError
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
-        first, second = _moments(type(self), checks.block_size(group["block_size"]))
+        kind: Any = type(self)
+        first, second = _moments(kind, checks.block_size(group["block_size"]))
         given = {name: as_format(f) for name, f in _named(group["formats"]).items()}
         formats = {"exp_avg": first, "exp_avg_sq": second, **given}
         formats.setdefault("max_exp_avg_sq", formats["exp_avg_sq"])

@@ -171,7 +171,7 @@ def _all_foreign(
     findings: Findings,
 ) -> bool:
     """Whether the state of a parameter may have none of the optimizer's own keys."""
-    return theirs <= set(marked) or any(findings.keys.keys() & state for state in states)
+    return set(theirs) <= set(marked) or any(findings.keys.keys() & state for state in states)
 
 
 def _records(

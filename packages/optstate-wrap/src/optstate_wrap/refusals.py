@@ -73,7 +73,8 @@ def refuse_records(
         param = piece.param
         if piece.part or (grad := param.grad) is None:
             continue
-        records, shape = store.peek(param), param.shape
+        records = store.peek(param)
+        shape: tuple[int, ...] | None = tuple(param.shape)
         if not records:
             continue
         given = piece.number, param, grad
@@ -135,6 +136,7 @@ def _refuse_value(
     device: torch.device | None,
 ) -> None:
     number, param, grad = given
+    expected = shape
     if isinstance(value, Coded):
         of, where, expected = value.shape, value.parts[0].device, tuple(local_of(param).shape)
     elif key not in findings.elementwise:
@@ -142,9 +144,9 @@ def _refuse_value(
     elif isinstance(value, Held):
         # where it comes from is no matter, where it was used is
         value, where, device = value.tensor, value.device, param.device
-        of, expected = tuple(value.shape), shape
+        of = tuple(value.shape)
     elif isinstance(value, Tensor):
-        of, where, expected = tuple(value.shape), value.device, shape
+        of, where = tuple(value.shape), value.device
     else:
         return
     if shape is not None and of != expected:
