@@ -133,7 +133,7 @@ def test_what_is_recorded_for_compiled_loops(name, write) -> None:
     moments = rule.moments(rule.hyper(rule.defaults()))
     formats = tuple(map(parse_format, PAIRS[name]))
     written = parameter_write(write, torch.bfloat16)
-    kind = loops.Kind(rule, (False, False), moments, formats, written, torch.float32, 7)
+    kind = loops.Kind(rule, (False, False), moments, formats, written, False, torch.float32, 7)
     expected = loops.source(kind)
     for dtype, device in DEFAULTS:
         with torch_defaults(dtype, device):

@@ -86,6 +86,7 @@ def take_back(table: ParameterTable, lent: Sequence[Lent]) -> None:
             table.forget(entry.param)
 
 
+@torch.inference_mode(False)
 def packed(optimizer: CodedOptimizer, plain: StateDict) -> tuple[StateDict, list[Lent]]:
     """``plain``, as ``torch.optim`` gives it, with every group's formats named.
 

@@ -36,7 +36,8 @@ WHOLE, TAIL = 1024, 7
 
 def sqrt(x: Tensor) -> Tensor:
     """The square root of each element, rounded once; a new tensor."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        # without memory that numpy could read
         return x.double().sqrt_().to(x.dtype)
     if x.device.type != "cpu" or recorded.get():
         return x.sqrt()
