@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
@@ -127,6 +130,24 @@ def fsdp2() -> dict[str, Any]:
         train(model, optimizer, range(5))
         off = flat_difference(whole(model), expected).norm()
         found[name] = float(off / flat_difference(expected, make_model().parameters()).norm())
+
+    # after the last of them, coded, whose checkpoint goes on in another
+    saved = cloned(get_optimizer_state_dict(model, optimizer))
+    other, resumed = sharded(make)
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, resumed, saved)
+    for pair in ((model, optimizer), (other, resumed)):
+        train(*pair, range(5, 8))
+    found["checkpoint"] = all(map(torch.equal, whole(model), whole(other)))
+
+    clipped = []
+    for make in (torch_adamw, partial(wrapped, torch_adamw, {})):
+        model, optimizer = sharded(make)
+        backward(model, 0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        clipped.append(whole(model))
+    found["clipped"] = all(map(torch.equal, *clipped))
 
     model, optimizer = sharded(partial(wrapped, torch_adamw, {}))
     with GradientRelease(optimizer, bucket_bytes=0):

@@ -35,6 +35,8 @@ def test_a_wrapped_optimizer_is_torchs_under_fsdp2(results) -> None:
         # of how far parameters have moved
         assert 0.0 < found["coded"] < 0.2
         assert 0.0 < found["preset"] < 0.2
+        assert found["checkpoint"]
+        assert found["clipped"]
         assert found["released"]
 
 

@@ -125,6 +125,31 @@ def test_a_part_is_stepped_by_the_backend_that_steps_the_whole(monkeypatch) -> N
     assert taken == [1, 1, 1]
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_a_compiler_around_the_training_step_does_not_look_into_it(max_norm) -> None:
+    def train(model, optimizer, release, x) -> None:
+        if max_norm is not None:
+            with release.measure():
+                model(x).square().mean().backward()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    results = []
+    torch._dynamo.reset()
+    for run_step in (train, torch.compile(train, backend="eager")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        optimizer = make(model.parameters())
+        release = GradientRelease(optimizer, bucket_bytes=0, max_grad_norm=max_norm)
+        with release:
+            for step in range(4):
+                run_step(model, optimizer, release, torch.ones(3, 8) + step)
+        assert [optimizer.state[p]["step"] for p in model.parameters()] == [4] * 4
+        results.append(list(model.parameters()))
+    torch._dynamo.reset()
+    assert all(map(torch.equal, *results))
+
+
 def stored(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 

@@ -183,6 +183,24 @@ def test_clipping_is_that_of_torch(size, codecs, problem, same) -> None:
     same(ours, theirs)
 
 
+@pytest.mark.parametrize("store", ["device", "host"])
+@pytest.mark.parametrize("codecs", [{}, CODED], ids=["exact", "coded"])
+def test_clipping_after_backward_is_noticed(codecs, store, problem, same) -> None:
+    def make(groups):
+        return wrap(torch.optim.AdamW(groups), ConfigurablePolicy(codecs), 256, store=store)
+
+    ours, theirs = problem(make), problem(make)
+    with GradientRelease(ours.optimizer, bucket_bytes=0):
+        for _ in range(3):
+            backward(ours)
+            with pytest.raises(RuntimeError, match=r"GradientRelease: .* max_grad_norm="):
+                clip_grad_norm_(ours.params, 0.7)
+            assert ours.optimizer.memory_report().gradient_bytes == 0
+            ours.optimizer.step()
+            assert all(param.grad is None for param in ours.params)
+    same(ours, run(theirs, 3))
+
+
 def test_what_cannot_be_stepped_in_parts_is_refused() -> None:
     params = [Parameter(torch.ones(3))]
     with pytest.warns(UserWarning, match="cannot be stepped in chunks"):

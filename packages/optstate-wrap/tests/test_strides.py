@@ -21,7 +21,7 @@ def dense(x: Tensor) -> Tensor:
 
 def gaps(x: Tensor) -> Tensor:
     """Every other element of a larger tensor, whose others are to stay ``GUARD``."""
-    room = torch.full((*x.shape, 2), GUARD)
+    room = torch.full((*x.shape, 2), GUARD, device=x.device)
     room[..., 0] = x
     return room[..., 0]
 

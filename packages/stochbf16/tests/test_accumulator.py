@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 from micro_batches import BF16, a_param, devices, give, values
@@ -329,3 +330,15 @@ def test_waiting_gradients_take_no_more_than_a_bucket() -> None:
         if attached:
             attached.detach()
     assert peaks[1] <= peaks[0] + limit + 2**20
+
+
+def test_numpy_numbers_are_kept_and_saved_as_plain_ones() -> None:
+    seed, size = numpy.uint32(3), numpy.int64(1 << 20)
+    accumulator = StochasticAccumulator([a_param(1)], rounding_seed=seed, bucket_bytes=size)
+    assert type(accumulator.state_dict()["rounding_seed"]) is int
+    accumulator.load_state_dict({"rounding_seed": numpy.int64(5), "additions": numpy.array([7])})
+    saved = accumulator.state_dict()
+    assert saved == {"rounding_seed": 5, "additions": [7]}
+    assert [type(saved["rounding_seed"]), *map(type, saved["additions"])] == [int, int]
+    with pytest.raises(TypeError, match=r"rounding_seed=.*: must be an int, got float64"):
+        StochasticAccumulator([a_param(1)], rounding_seed=numpy.float64(1))

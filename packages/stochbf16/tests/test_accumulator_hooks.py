@@ -288,6 +288,23 @@ def test_compiled_models() -> None:
     assert values(model.weight) == [6.0]
 
 
+def test_a_compiler_around_the_backward_does_not_look_into_it() -> None:
+    def train(model: nn.Module, x: Tensor) -> None:
+        (model(x) * 0.03).square().mean().backward()
+
+    results = []
+    torch._dynamo.reset()
+    for step in (train, torch.compile(train, backend="eager")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(BF16)
+        with StochasticAccumulator(model):
+            for batch in range(8):
+                step(model, torch.ones(3, 8, dtype=BF16) + batch)
+        results.append([param.grad for param in model.parameters()])
+    torch._dynamo.reset()
+    assert all(map(torch.equal, *results))
+
+
 def test_backwards_in_two_threads() -> None:
     params = [a_param(64), a_param(64)]
     errors = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat
+from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat, checks
 from optstate_codecs.formats import as_format
 from optstate_codecs.writes import write_named
 
@@ -29,6 +30,12 @@ def _named(formats: Any) -> Mapping[str, Format | str]:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+@lru_cache(maxsize=64)
+def _moments(cls: type[_CodedAdam], block_size: int) -> tuple[Format, Format]:
+    """A class's formats, which every step asks for: made and validated once."""
+    return cls.moment_formats(block_size)
 
 
 class _CodedAdam(CodedOptimizer):
@@ -74,7 +81,8 @@ class _CodedAdam(CodedOptimizer):
         raise NotImplementedError
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
-        first, second = self.moment_formats(group["block_size"])
+        kind: Any = type(self)
+        first, second = _moments(kind, checks.block_size(group["block_size"]))
         given = {name: as_format(f) for name, f in _named(group["formats"]).items()}
         formats = {"exp_avg": first, "exp_avg_sq": second, **given}
         formats.setdefault("max_exp_avg_sq", formats["exp_avg_sq"])

@@ -24,7 +24,7 @@ from optstate_codecs.memory import (
     state_bytes,
 )
 from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.places import Snapshot, offload, snapshot
+from optstate_codecs.places import Snapshot, offload, snapshot, synchronize
 from optstate_codecs.release import GradientRelease
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
@@ -59,5 +59,6 @@ __all__ = [
     "snapshot",
     "state_bytes",
     "stochastic_round_bf16",
+    "synchronize",
     "typed_arguments",
 ]

@@ -10,6 +10,8 @@ from weakref import WeakMethod
 
 from torch import Tensor
 
+from optstate_codecs.operation import untraced
+
 __all__ = ["Bucket", "in_buckets", "weakly"]
 
 
@@ -42,7 +44,7 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
     For hooks on tensors, through which Python does not see: a strong reference would be a cycle
     that it never collects.
     """
-    return partial(_call, WeakMethod(method))
+    return untraced(partial(_call, WeakMethod(method)))
 
 
 def _call(method: WeakMethod[Any], *args: Any) -> None:

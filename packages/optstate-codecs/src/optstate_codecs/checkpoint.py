@@ -181,6 +181,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
             stacklevel=4,
         )
 
+    optimizer._session.supersede()
     for target, (group, _) in zip(optimizer.param_groups, groups, strict=True):
         for key in set(target) - set(group):
             del target[key]

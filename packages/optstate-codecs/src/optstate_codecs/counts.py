@@ -1,16 +1,15 @@
 """Step counts: float32 numbers, as ``torch.optim`` has them, that count on past 2^24.
 
-There, adding 1 to a float32 changes nothing. Nobody notices by the bias corrections, which are long
-over, but random numbers are keyed by the count and would repeat. So from 2^24 on a step moves the
-count to the next float32 number: 2^24, 2^24 + 2, 2^24 + 4 ... 2^25, 2^25 + 4 and so on. The bits of
-these numbers count steps; nothing else is stored, and what is below 2^24 means what it says. The
-largest float32 number is reached after 889,192,447 steps.
+Adding 1 to 2^24 changes nothing in float32. Bias corrections have ended long before, but random
+numbers are keyed by the count and would repeat. So from 2^24 on, a step moves the count to the next
+float32 number: 2^24, 2^24 + 2, 2^24 + 4 ... 2^25, 2^25 + 4 and so on. The bits of these numbers
+count the steps, so nothing else is stored. A count below 2^24 is the number of steps. The largest
+float32 number is reached after 889,192,447 steps.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from math import inf
 
 import torch
@@ -50,7 +49,7 @@ def as_step(count: int) -> float:
 
 
 def advance(
-    counters: Sequence[Tensor], plainly: bool, largest: float = inf, one: Tensor | None = None
+    counters: list[Tensor], plainly: bool, largest: float = inf, one: Tensor | None = None
 ) -> None:
     """Count a step in tensors of counts, in place and without reading them.
 
@@ -75,7 +74,7 @@ def advance(
     torch._foreach_add_(counters, more)
 
 
-def counted(counters: Sequence[Tensor], plainly: bool) -> list[float]:
+def counted(counters: list[Tensor], plainly: bool) -> list[float]:
     """Count a step in counts on the host, as ``advance`` does, and return what they are then."""
     before = [float(step) for step in counters]
     largest = max(before)

@@ -38,7 +38,7 @@ class FreedGradient(Tensor):
     def __new__(
         cls, grad: Tensor, advice: str, accumulated: Callable[[FreedGradient], None]
     ) -> FreedGradient:
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         freed: FreedGradient = make(
             cls,
             grad.shape,
@@ -53,7 +53,7 @@ class FreedGradient(Tensor):
         return freed
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """None, whatever the shape."""
         return 0
 
@@ -66,10 +66,10 @@ class FreedGradient(Tensor):
             and self.stride() == grad.stride()
         )
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         if func is aten.zero_.default:
@@ -85,7 +85,7 @@ class FreedGradient(Tensor):
             raise scaler_refused()
         raise _error(name, (*args, *(kwargs or {}).values()))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FreedGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FreedGradient:

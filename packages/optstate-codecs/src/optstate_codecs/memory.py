@@ -17,14 +17,7 @@ from optstate_codecs.writes import parameter_write
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
 
-__all__ = [
-    "MemoryReport",
-    "local_elements",
-    "memory_report",
-    "predicted_state_bytes",
-    "state_bytes",
-    "storage_bytes",
-]
+__all__ = ["MemoryReport", "memory_report", "predicted_state_bytes", "state_bytes"]
 
 STEP_BYTES = 4
 ORDER_BYTES = 8

@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from optstate_codecs.optimizer import CodedOptimizer
 
-__all__ = ["define", "new_handle", "step_as_operation"]
+__all__ = ["define", "new_handle", "step_as_operation", "untraced"]
 
 # an operation takes tensors and numbers only, so an optimizer goes by a number
 SCHEMA = "step(int handle, int[] places, Tensor(a!)[] params, Tensor[] grads) -> ()"
@@ -85,18 +85,25 @@ def define(schema: str, run: Callable[..., None]) -> None:
     tags = [getattr(torch.Tag, tag) for tag in TAGS if hasattr(torch.Tag, tag)]
     library: Any = _library
     library.define(schema, tags=tags)
-    library.impl(name, _untraced(torch.no_grad()(run)), "CompositeExplicitAutograd")
+    library.impl(name, untraced(torch.no_grad()(run)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"optstate::{name}", _pretend, lib=_library)
 
 
-def _untraced(run: Callable[..., None]) -> Callable[..., None]:
-    """``run``, into which a compiler does not look where a graph breaks at the operation either."""
+def untraced(run: Callable[..., None]) -> Callable[..., None]:
+    """``run``, into which a compiler does not look where it has begun to trace the call.
+
+    As where a graph breaks at an operation, and in hooks of a backward between two graphs.
+    """
     disabled: list[Callable[..., None]] = []
 
     def call(*args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            run(*args)
+            return
         if not disabled:
             # not before: it loads the compiler
-            disabled.append(torch.compiler.disable(run))
+            disable: Any = torch.compiler.disable
+            disabled.append(disable(run))
         disabled[0](*args)
 
     return call

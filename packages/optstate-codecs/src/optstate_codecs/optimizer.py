@@ -91,7 +91,7 @@ class CodedOptimizer(torch.optim.Optimizer):
     #: what ``**options`` takes besides the rule's hyper-parameters, with the defaults
     shared_options: ClassVar[Mapping[str, Any]] = {**OWN_OPTIONS, **TORCH_FLAGS}
     #: of the rule, which decides the hyper-parameters
-    rule_type: ClassVar[type[Rule]] = Rule
+    rule_type: ClassVar[type[Rule]] = Rule  # type: ignore[type-abstract]
     #: set while a ``GradientRelease`` steps parameters before ``step`` does
     _in_parts = False
 

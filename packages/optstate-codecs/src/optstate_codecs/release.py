@@ -23,6 +23,7 @@ from optstate_codecs.freed_grad import (
     remove_before_backward,
     remove_freed,
 )
+from optstate_codecs.operation import untraced
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.param_checks import check_steppable
 from optstate_codecs.refusals import (
@@ -131,6 +132,7 @@ class GradientRelease:
         if self.optimizer._in_parts:
             raise RuntimeError("optimizer: another GradientRelease is attached; detach that first")
         self._buckets = in_buckets(self._params(), self.bucket_bytes)
+        clear = untraced(remove_before_backward)
         for number, bucket in enumerate(self._buckets):
             # not the bucket: parameters that hold themselves are never collected
             hook = partial(weakly(self._arrived), number)
@@ -138,9 +140,7 @@ class GradientRelease:
                 self._hooks.append(param.register_post_accumulate_grad_hook(hook))
                 if self.max_grad_norm is not None:
                     # the second backward must find nothing of the first
-                    self._hooks.append(
-                        param.register_hook(partial(remove_before_backward, ref(param)))
-                    )
+                    self._hooks.append(param.register_hook(partial(clear, ref(param))))
         # by these the optimizer keeps this alive
         self._hooks.append(self.optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
@@ -238,7 +238,7 @@ class GradientRelease:
                 if self._measuring:
                     place, double = self._measuring[param]
                     self._shares[param] = share(place, param.grad, double)
-                    self._free(param, param.grad)
+                    self._free(param)
                     return
                 bucket.here.add(param)
                 if len(bucket.here) == len(bucket.params):
@@ -269,8 +269,11 @@ class GradientRelease:
             "run backward again"
         ) from error
 
-    def _free(self, param: Tensor, grad: Tensor) -> None:
-        """Leave nothing of a gradient but what notices who looks for it."""
+    def _free(self, param: Tensor) -> None:
+        """Leave nothing of a parameter's gradient but what notices who looks for it."""
+        grad = param.grad
+        if grad is None:
+            return
         freed = self._freed.get(param)
         if freed is None or not freed.stands_for(grad):
             freed = self._freed[param] = FreedGradient(grad, self._advice(), self._second)
@@ -327,7 +330,7 @@ class GradientRelease:
         for param in given:
             # kernels write where autograd does not see it: what still needs the old value must fail
             torch.autograd.graph.increment_version(param)
-            self._free(param, param.grad)
+            self._free(param)
         self._stepped.update(given)
         self._values = values_of(self.optimizer)
 

@@ -1,7 +1,8 @@
-"""Constant tables: made once and kept, but never as a tensor of somebody's mode.
+"""Constant tables, made once and kept; what is made inside a mode is not kept.
 
 A mode (``torch.inference_mode``, a ``FakeTensorMode``, a compiler that traces) decides which kind
-of tensor is made in it. A table that was kept from there would be wrong in every later step.
+of tensor is made in it: an inference tensor, or one without numbers. Kept, it would be wrong in
+later steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _forget: list[Callable[[], None]] = []
 
 
 def in_mode() -> bool:
-    """Whether what is made now may be another kind of tensor than usual."""
+    """Whether tensors that are made now may be of another kind than usual."""
     return (
         torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
@@ -34,8 +35,8 @@ def cached_table(
 ) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """``functools.lru_cache`` for functions that make a constant tensor.
 
-    Inside a mode the table is made anew for each call, and not kept. The function has to name
-    dtype and device of what it makes, so that neither depends on the defaults of the first call.
+    Inside a mode the function makes the table anew at each call. It has to name dtype and device
+    of the table, so that the table does not depend on torch's defaults at the first call.
 
     Args:
         maxsize: how many tables are kept; None: all.
@@ -62,6 +63,6 @@ def cached_table(
 
 
 def forget_tables() -> None:
-    """Drop all tables that are kept; they are made again where they are wanted."""
+    """Drop all tables that are kept. They are made again when they are needed."""
     for forget in _forget:
         forget()

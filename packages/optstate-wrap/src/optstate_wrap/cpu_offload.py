@@ -13,11 +13,14 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from optstate_codecs import checks
+from optstate_codecs import CodedOptimizer, checks
 from optstate_wrap.delegate import Delegate, load_into, own_step
 from optstate_wrap.hooks import load_with_hooks, save_with_hooks
 from optstate_wrap.host_copy import HostCopies
 from optstate_wrap.host_step import in_rows, step_rows
+from optstate_wrap.inference import ordinary_tensors
+from optstate_wrap.probe import probe
+from optstate_wrap.refusals import Given, refuse_params, refuse_state
 from optstate_wrap.replaced import replaced
 
 __all__ = ["CPUOffloadOptimizer"]
@@ -128,9 +131,8 @@ class CPUOffloadOptimizer(Delegate):
 
     def _large(self) -> list[Tensor]:
         """The parameters that are stepped on the host."""
-        return [
-            p for group in self.inner.param_groups for p in group["params"] if self._is_large(p)
-        ]
+        params = (p for group in self.inner.param_groups for p in group["params"])
+        return list(dict.fromkeys(p for p in params if self._is_large(p)))
 
     def _listen(self) -> None:
         """Hear of the gradients of large parameters."""
@@ -167,7 +169,9 @@ class CPUOffloadOptimizer(Delegate):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: ``GradScaler`` steps it, and gradients have been offloaded, still scaled.
+            RuntimeError: ``GradScaler`` steps it, and gradients have been offloaded, still scaled;
+                or a parameter, its gradient or its state is of a kind that cannot be stepped.
+                Nothing has changed.
         """
         if vars(self).pop("found_inf", None) is not None:
             raise RuntimeError(
@@ -180,6 +184,7 @@ class CPUOffloadOptimizer(Delegate):
                 loss = closure()
         self._listen()
         large = self._large()
+        self._refuse(large)
         self._copies.begin(large)
         try:
             copied = {}
@@ -193,6 +198,24 @@ class CPUOffloadOptimizer(Delegate):
         finally:
             self._copies.end()
         return loss
+
+    def _refuse(self, large: Iterable[Tensor]) -> None:
+        """Raise if a parameter cannot be stepped with its gradients and its state."""
+        params = enumerate(p for group in self.inner.param_groups for p in group["params"])
+        given = [(n, p, p.grad) for n, p in params]
+        refuse_params(given)
+        taken: list[Given] = []
+        if self._copies.made:
+            taken = [(number, p, self._copies.gradient(p)) for number, p, _ in given]
+            refuse_params(taken, offloaded=True)
+        if isinstance(self.inner, CodedOptimizer):
+            return
+        findings, on_host = probe(self.inner), set(map(id, large))
+        for number, param, grad in [*given, *taken]:
+            if grad is not None and (state := self.inner.state.get(param)):
+                device = None if id(param) in on_host else param.device
+                of = number, param, grad
+                refuse_state(self.inner, findings, of, state, param.shape, device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, also those on the host."""
@@ -216,7 +239,8 @@ class CPUOffloadOptimizer(Delegate):
             for param in self._large():
                 self._take(param)
         holders: list[Tensor] = []
-        for param in [param for group in self.inner.param_groups for param in group["params"]]:
+        params = (p for group in self.inner.param_groups for p in group["params"])
+        for param in dict.fromkeys(params):
             if self._copies.has_gradient(param):
                 self._copies.of(param).wait()
                 param = self._copies.of(param).host
@@ -227,21 +251,22 @@ class CPUOffloadOptimizer(Delegate):
         """The inner optimizer's state dict: ``torch.optim`` loads it."""
         return save_with_hooks(self, self.inner, self.inner.state_dict)
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the inner optimizer's class; large parameters' stays on the host.
 
         Groups stay the same objects and keep ``foreach``, ``fused`` and ``capturable``. Nothing
-        of ``state_dict`` is aliased.
+        of ``state_dict`` is aliased. What is loaded under ``torch.inference_mode()`` may be stepped
+        outside of it.
         """
         load_with_hooks(self, self.inner, state_dict, self._load)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        # of what is never touched, no memory is taken
-        empty = {p: Parameter(torch.empty_like(p, device="cpu"), False) for p in self._large()}
-        with replaced(self.inner, empty):
-            load_into(self.inner, state_dict)
-        self._examine()
+        with ordinary_tensors():
+            # of what is never touched, no memory is taken
+            empty = {p: Parameter(torch.empty_like(p, device="cpu"), False) for p in self._large()}
+            with replaced(self.inner, empty):
+                load_into(self.inner, state_dict)
+            self._examine()
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("inner", "offload_gradients", "minimal_size")

@@ -6,8 +6,9 @@ CPU's writes outside a parameter with gaps; a GPU's raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,16 +46,17 @@ def dense_for_fused(inner: Optimizer) -> Iterator[None]:
     """
     fused = [] if isinstance(inner, CodedOptimizer) else inner.param_groups
     params = [p for group in fused if group.get("fused") for p in group["params"]]
-    params = [p for p in params if p.grad is not None and _plain(p) and _plain(p.grad)]
+    params = list(dict.fromkeys(p for p in params if not _contiguous(p, inner.state)))
     copies: dict[Tensor, Tensor] = {}
     grads: list[tuple[Tensor, Tensor | None]] = []
     try:
         for param in params:
+            if param.grad is None or not (_plain(param) and _plain(param.grad)):
+                continue
             stepped = param
             if not is_dense(param):
                 data = torch.empty_like(param.detach()).copy_(param.detach())
                 stepped = copies[param] = Parameter(data, param.requires_grad)
-            assert param.grad is not None
             grad = laid_like(param.grad, stepped)
             if grad is not stepped.grad:
                 grads.append((stepped, stepped.grad))
@@ -65,13 +67,29 @@ def dense_for_fused(inner: Optimizer) -> Iterator[None]:
         for param, copy in copies.items():
             param.detach().copy_(copy.detach())
     finally:
-        for stepped, grad in grads:
-            stepped.grad = grad
+        for stepped, before in grads:
+            stepped.grad = before
+
+
+def _contiguous(param: Tensor, states: Mapping[Any, Mapping[str, Any]]) -> bool:
+    """Whether there is nothing to do for a parameter, as nearly always: it is to cost little."""
+    grad = param.grad
+    if grad is None:
+        return True
+    if grad.layout is not torch.strided or not (grad.is_contiguous() and param.is_contiguous()):
+        return False
+    state = states.get(param)
+    for value in state.values() if state else ():
+        if isinstance(value, Tensor) and not value.is_contiguous():
+            return False
+    return True
 
 
 def _plain(tensor: Tensor) -> bool:
     """Whether a tensor has strides: it is neither sparse nor sharded."""
-    return tensor.layout is torch.strided and not hasattr(tensor, "to_local")
+    if type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "to_local"):
+        return False
+    return tensor.layout is torch.strided
 
 
 def _lay_state(inner: Optimizer, param: Tensor, like: Tensor) -> None:

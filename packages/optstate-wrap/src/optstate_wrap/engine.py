@@ -78,20 +78,28 @@ class Engine:
     def steps(self, value: int) -> None:
         self.encoder.steps = value
 
-    def step(self, closure: Closure | None = None, some: Collection[Tensor] | None = None) -> Any:
+    def step(
+        self,
+        closure: Closure | None = None,
+        some: Collection[Tensor] | None = None,
+        refuse: Callable[[Sequence[Piece]], None] | None = None,
+    ) -> Any:
         """Step all parameters that have gradients.
 
         Args:
             closure: only for an optimizer that is not stepped in chunks, which then calls it.
             some: only these, as a part of the next step: the groups' values and ``steps`` change
                 when that is taken. Not where the optimizer is not stepped in chunks.
+            refuse: raises, before anything changes, if some of these pieces cannot be stepped.
 
         Raises:
             StepError: from what went wrong; every parameter is before its step or after it.
         """
         self.states.write_back()
-        self.states.forget()
         plan = [piece for piece in self.encoder.plan() if some is None or piece.param in some]
+        if refuse is not None:
+            refuse(plan)
+        self.states.forget()
         self._recut(plan)
         transaction = Transaction(self.store, self.scratch)
         rows: list[list[Piece]] = [plan]
@@ -159,9 +167,9 @@ class Engine:
 
     def _fused_units(self, together: Sequence[Piece]) -> list[Unit]:
         param = together[0].param
-        if param.grad is None or param not in self.store:
-            return []
         records = self.store.peek(param)
+        if param.grad is None or not records:
+            return []
         try:
             formats = self.encoder.formats(param, Undecoded(records[0]))
         except Looked:
@@ -192,7 +200,7 @@ class Engine:
         if self.encoder.chunked:
             members: list[list[Tensor]] = [[] for _ in inner.param_groups]
             for piece, stand_in in zip(row, stand_ins, strict=True):
-                members[piece.group].append(stand_in)
+                members[piece.group] += [stand_in] * piece.times
             for group, params in zip(inner.param_groups, members, strict=True):
                 group["params"] = params
         inner.state = state
@@ -228,10 +236,10 @@ class Engine:
         """Cut anew what was stored when tensors were split elsewhere, or lay otherwise."""
         store = self.store
         for place, piece in enumerate(plan):
-            if piece.part or piece.param not in store:
+            if piece.part:
                 continue
             kept = store.peek(piece.param)
-            if len(kept) == piece.parts == 1:
+            if not kept or len(kept) == piece.parts == 1:
                 continue
             layout, now = store.layout(piece.param), Layout.of(piece.param)
             if len(kept) == piece.parts and length(kept[0]) == piece.stop and layout == now:

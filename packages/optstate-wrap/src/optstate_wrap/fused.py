@@ -27,7 +27,7 @@ from optstate_codecs.places import Stream
 from optstate_codecs.rules import SGD, Adam, Moment, Rule
 from optstate_codecs.scaling import gradient_factor
 from optstate_codecs.writes import parameter_write
-from optstate_wrap.plan import Piece
+from optstate_wrap.plan import Layout, Piece
 from optstate_wrap.record import Coded, Record
 from optstate_wrap.store import Held, Store
 
@@ -70,7 +70,7 @@ class _Ready:
     units: list[Unit]
     records: Sequence[Record]
     values: list[Any]
-    address: int
+    place: tuple[Any, ...]
     formats: Mapping[str, Format]
     moments: tuple[Moment, ...]
 
@@ -180,11 +180,11 @@ class Fused:
         assert rule is not None
         moments = rule.moments(self._hypers[pieces[0].group])
         values = [value for record in records for value in record.values()]
-        ready = self._ready.get(param)
+        ready, place = self._ready.get(param), _place(param)
         if (
             ready is not None
             and _dense(param.grad)
-            and ready.address == param.data_ptr()
+            and ready.place == place
             and len(ready.values) == len(values)
             and all(map(is_, ready.values, values))
             and ready.formats == formats
@@ -197,7 +197,7 @@ class Fused:
         self.release(param)
         if units:
             self.store.wait()
-            ready = _Ready(units, records, values, param.data_ptr(), dict(formats), moments)
+            ready = _Ready(units, records, values, place, dict(formats), moments)
             self._ready[param] = ready
             self._owners |= {id(u): (ready, r) for u, r in zip(units, records, strict=True)}
         return units
@@ -212,13 +212,14 @@ class Fused:
         param, grad = pieces[0].param, pieces[0].param.grad
         dtypes = (torch.float32, *HALF) if self.wanted else (torch.float32,)
         plain = type(param) in (Tensor, Parameter) and type(grad) is Tensor
-        if not (plain and param.dtype in dtypes and _dense(grad)):
+        # what is there several times, the inner optimizer steps in its own way
+        if not (plain and pieces[0].times == 1 and param.dtype in dtypes and _dense(grad)):
             return []
         names, counted = [moment.name for moment in moments], isinstance(self._rule, Adam)
         units = []
         for piece, record in zip(pieces, records, strict=True):
             stored = _stored(record, names, formats, counted, self._exact)
-            if stored is None:
+            if stored is None or not (piece.parts > 1 or _lie_alike(record, param)):
                 return []
             unit = self._unit(piece, record, moments, stored)
             # elsewhere than on a CPU, what the kernel does not take is no faster
@@ -300,6 +301,26 @@ class Fused:
 def _dense(grad: Tensor | None) -> bool:
     """Whether a gradient has an address; the inner optimizer takes or refuses a sparse one."""
     return grad is not None and grad.layout is torch.strided
+
+
+def _place(param: Tensor) -> tuple[Any, ...]:
+    """Where and as what a parameter lies in memory, which ``.data`` may change."""
+    return param.data_ptr(), param.dtype, param.device, param.shape, param.stride()
+
+
+def _lie_alike(record: Record, param: Tensor) -> bool:
+    """Whether what is stored lies in the order of the parameter's dimensions in memory."""
+    now = Layout.of(param)
+    for value in record.values():
+        if isinstance(value, Coded):
+            if (value.shape, value.order) != (now.shape, now.order):
+                return False
+            continue
+        tensor = value.tensor if isinstance(value, Held) else value
+        dims = tensor.dim() if isinstance(tensor, Tensor) else 0
+        if dims and not tensor.permute(now.order).is_contiguous():
+            return False
+    return True
 
 
 def _stored(

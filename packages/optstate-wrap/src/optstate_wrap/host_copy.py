@@ -103,12 +103,26 @@ class HostCopies:
         """The copy of a parameter, made where there is none that fits."""
         copy = self.made.get(param)
         if copy is None or not copy.fits():
-            copy = self.made[param] = HostCopy(param, self._lanes_to(param.device))
+            new = HostCopy(param, self._lanes_to(param.device))
+            if copy is not None and (grad := copy.host.grad) is not None:
+                if grad.shape != param.shape:
+                    raise RuntimeError(
+                        f"offloaded gradient: shape {tuple(grad.shape)}, must be "
+                        f"{tuple(param.shape)} as the parameter's; call zero_grad()"
+                    )
+                # as model.to takes gradients along
+                copy.wait()
+                new.take(grad.to(param.dtype))
+            copy = self.made[param] = new
         return copy
+
+    def gradient(self, param: Tensor) -> Tensor | None:
+        """The gradient that has been taken and is not used up, on the host."""
+        return self.made[param].host.grad if param in self.made else None
 
     def has_gradient(self, param: Tensor) -> bool:
         """Whether one has been taken that is not used up."""
-        return param in self.made and self.made[param].host.grad is not None
+        return self.gradient(param) is not None
 
     def begin(self, params: Iterable[Tensor]) -> None:
         """Let copies of these begin after all that their devices have been given."""

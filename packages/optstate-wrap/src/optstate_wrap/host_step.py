@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -88,7 +89,8 @@ def _step_row(
     if not isinstance(inner, CodedOptimizer):
         # nor does it see what has no gradient: the probe tried it so
         for number, group in enumerate(inner.param_groups):
-            group["params"] = [piece.param for piece in row if piece.group == number]
+            of = [[piece.param] * piece.times for piece in row if piece.group == number]
+            group["params"] = list(chain.from_iterable(of))
     on_host = [copies[piece.param] for piece in row if piece.param in copies]
     for copy in on_host:
         copy.wait()

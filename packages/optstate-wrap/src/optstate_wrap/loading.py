@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from optstate_codecs.formats import as_format
 from optstate_wrap.checkpoint import KEY, alone, numbered
 from optstate_wrap.hooks import load_with_hooks
+from optstate_wrap.inference import ordinary_tensors
 from optstate_wrap.parts import cut, joined, length, pieces_like
 from optstate_wrap.plan import Layout, Piece
 from optstate_wrap.probe import Findings
 from optstate_wrap.record import Coded, Record, decode_state
-from optstate_wrap.states import ordinary_tensors
 
 if TYPE_CHECKING:
     from optstate_wrap.wrapper import OptimizerWrapper
@@ -171,7 +171,7 @@ def _all_foreign(
     findings: Findings,
 ) -> bool:
     """Whether the state of a parameter may have none of the optimizer's own keys."""
-    return theirs <= set(marked) or any(findings.keys.keys() & state for state in states)
+    return set(theirs) <= set(marked) or any(findings.keys.keys() & state for state in states)
 
 
 def _records(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class Piece:
         group: the number of its param group.
         part: its place among the parts of the parameter.
         parts: how many parts the parameter has.
+        times: how often its group has the parameter, and the optimizer so steps it.
     """
 
     param: Tensor
@@ -57,6 +59,7 @@ class Piece:
     stop: int
     part: int = 0
     parts: int = 1
+    times: int = 1
 
     @property
     def last(self) -> bool:
@@ -109,6 +112,8 @@ def default_chunk(device: torch.device, away: bool) -> int:
 def pieces(groups: Sequence[Mapping[str, Any]], size: int, splittable: bool) -> list[Piece]:
     """Every parameter of ``groups``, in order, cut where it is larger than ``size``.
 
+    One that a group has several times, which torch warns of, is there once.
+
     Args:
         groups: an optimizer's param groups.
         size: elements; parts begin at multiples of it, rounded down to a multiple of 256, where a
@@ -120,15 +125,25 @@ def pieces(groups: Sequence[Mapping[str, Any]], size: int, splittable: bool) -> 
     found = []
     number = 0
     for index, group in enumerate(groups):
+        times = _times(group["params"])
         for param in group["params"]:
-            numel = param.numel()
-            cut = splittable and numel > size and _divisible(param)
-            starts = range(0, numel, size) if cut else range(1)
-            for part, start in enumerate(starts):
-                stop = min(start + size, numel) if cut else numel
-                found.append(Piece(param, number, index, start, stop, part, len(starts)))
+            count = 1 if times is None else times.pop(id(param), 0)
+            if count:
+                numel = param.numel()
+                cut = splittable and numel > size and _divisible(param)
+                starts = range(0, numel, size) if cut else range(1)
+                for part, start in enumerate(starts):
+                    stop = min(start + size, numel) if cut else numel
+                    piece = Piece(param, number, index, start, stop, part, len(starts), count)
+                    found.append(piece)
             number += 1
     return found
+
+
+def _times(params: Sequence[Tensor]) -> Counter[int] | None:
+    """How often each parameter is there, by identity; None where each is there once."""
+    numbers = list(map(id, params))
+    return Counter(numbers) if len(set(numbers)) < len(numbers) else None
 
 
 def _divisible(param: Tensor) -> bool:

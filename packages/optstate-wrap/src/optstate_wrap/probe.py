@@ -11,8 +11,8 @@ import copy
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from optstate_codecs.tables import in_mode
+from optstate_wrap.delegate import own_step
 from optstate_wrap.engine import Engine
 from optstate_wrap.policies import ConfigurablePolicy
 from optstate_wrap.store import DeviceStore
 
-__all__ = ["Findings", "first_of", "probe"]
+__all__ = ["Findings", "first_of", "probe", "why_not"]
 
 # one group's tensors: odd, of one row, and of three dimensions
 _log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Findings:
 
 
 _found: dict[Any, Findings] = {}
+_reasons: dict[Any, str | None] = {}
 
 
 def probe(inner: Optimizer) -> Findings:
@@ -89,6 +91,59 @@ def probe(inner: Optimizer) -> Findings:
                 _found.clear()
             _found[key] = _probe(inner)
         return _found[key]
+
+
+def why_not(
+    inner: Optimizer, param: torch.dtype, grad: torch.dtype, state: torch.dtype
+) -> str | None:
+    """Why ``inner`` cannot step parameters of these dtypes; None: it can, or it cannot be tried.
+
+    Args:
+        inner: the optimizer.
+        param: dtype of the parameter, which was of the state's dtype before.
+        grad: of the gradient.
+        state: of what was made like the parameter.
+    """
+    key = _key(inner), param, grad, state
+    if key not in _reasons:
+        if len(_reasons) == REMEMBERED:
+            _reasons.clear()
+        with _quietly(inner), _on_real_device():
+            _reasons[key] = _reason(inner, param, grad, state)
+    return _reasons[key]
+
+
+@torch.no_grad()
+def _reason(
+    inner: Optimizer, param: torch.dtype, grad: torch.dtype, state: torch.dtype
+) -> str | None:
+    twin, params = _twin(inner, MATRICES, state)
+    step = own_step(twin)
+    for tiny in params:
+        tiny.grad = torch.ones_like(tiny)
+    try:
+        step(twin)
+    except Exception:
+        return None
+    for tiny in params:
+        tiny.grad = None
+        tiny.data = tiny.to(grad)
+        tiny.grad = torch.ones_like(tiny)
+        tiny.data = tiny.to(param)
+    try:
+        step(twin)
+    except Exception as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _quietly(inner: Optimizer) -> Iterator[None]:
+    """Inside, nobody is warned, and the generators that a step may draw from are put back."""
+    devices = [device] if (device := _device(inner)).type == "cuda" else []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _key(inner: Optimizer) -> Any:
@@ -134,9 +189,7 @@ def _distinct(inner: Optimizer) -> list[dict[str, Any]]:
 
 
 def _probe(inner: Optimizer) -> Findings:
-    devices = [device] if (device := _device(inner)).type == "cuda" else []
-    with warnings.catch_warnings(), torch.random.fork_rng(devices), _on_real_device():
-        warnings.simplefilter("ignore")
+    with _quietly(inner), _on_real_device():
         shapes, whole = SHAPES, _tried(inner, SHAPES, chunked=False, chunk=1 << 30)
         if whole is None:
             # some take matrices only
@@ -213,10 +266,13 @@ def _run(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: boo
     return [p.detach() for p in params], states, groups, engine.states.extra, counters
 
 
-def _twin(inner: Optimizer, shapes: Shapes) -> tuple[Optimizer, list[Parameter]]:
+def _twin(
+    inner: Optimizer, shapes: Shapes, dtype: torch.dtype | None = None
+) -> tuple[Optimizer, list[Parameter]]:
     """An optimizer of the same class and attributes for tiny parameters, with no state."""
-    like = first_of(inner)
-    dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+    if dtype is None:
+        like = first_of(inner).dtype
+        dtype = like if like.is_floating_point else torch.float32
     memo: dict[int, Any] = {}
     groups, params = [], []
     generator = torch.Generator().manual_seed(2)

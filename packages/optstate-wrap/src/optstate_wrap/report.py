@@ -36,7 +36,7 @@ class WrapperMemoryReport(MemoryReport):
 def report(optimizer: Optimizer, store: Store, states: States) -> WrapperMemoryReport:
     """Count what an optimizer whose state is in ``store``, and is read in ``states``, holds."""
     states.write_back()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = list(dict.fromkeys(p for g in optimizer.param_groups for p in g["params"]))
     foreign = list(tensors_of([states.foreign, states.extra]))
     tensors = [t for record in _records_of(store) for t in tensors_of(record)] + foreign
     away = any(param.device.type != "cpu" for param in params)

@@ -7,7 +7,6 @@ assigned, deleted or changed in place are found by identity and version counter,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,20 +15,13 @@ from torch import Tensor
 
 from optstate_wrap.encoder import Encoder
 from optstate_wrap.fused import Fused
+from optstate_wrap.inference import ordinary_tensors
 from optstate_wrap.parts import cut, joined, length, pieces_like
 from optstate_wrap.plan import Piece
 from optstate_wrap.record import Coded, Record, decode_state, reencode
 from optstate_wrap.store import Store
 
-__all__ = ["States", "ordinary_tensors"]
-
-
-def ordinary_tensors() -> AbstractContextManager[Any]:
-    """Inside, tensors that are made have no graph and may be changed in place anywhere later."""
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.no_grad())
-    return stack
+__all__ = ["States"]
 
 
 @dataclass
@@ -196,7 +188,7 @@ class States:
 
     def _kept(self, param: Tensor, state: Mapping[str, Any]) -> frozenset[str]:
         """Keys whose value in a state is what is stored."""
-        records = self.store.peek(param) if param in self.store else []
+        records = self.store.peek(param)
         stored = {**(records[0] if len(records) == 1 else {}), **self.foreign.get(param, {})}
         return frozenset(key for key, value in state.items() if stored.get(key) is value)
 

@@ -54,9 +54,12 @@ class Store(ABC):
             self.settle()
         return self._kept[param]
 
-    def peek(self, param: Tensor) -> list[Record]:
-        """The same, of whose tensors nobody may read the numbers: they may be under way."""
-        return self._kept[param]
+    def peek(self, param: Tensor) -> Sequence[Record]:
+        """The same, of whose tensors nobody may read the numbers: they may be under way.
+
+        Nothing, where nothing is stored.
+        """
+        return self._kept.get(param, ())
 
     def load(self, chunk: Sequence[Piece]) -> list[Record | None]:
         """The records of a chunk beside their parameters, None where there is none yet."""

@@ -15,9 +15,10 @@ from optstate_wrap import checkpoint, loading
 from optstate_wrap.delegate import Delegate
 from optstate_wrap.engine import Engine
 from optstate_wrap.host import make_store
-from optstate_wrap.plan import LEAST, default_chunk
+from optstate_wrap.plan import LEAST, Piece, default_chunk
 from optstate_wrap.policies import Policy, WarmupPolicy
 from optstate_wrap.probe import Findings, first_of, probe
+from optstate_wrap.refusals import refuse_params, refuse_records
 from optstate_wrap.report import WrapperMemoryReport, report
 from optstate_wrap.store import Store
 from optstate_wrap.timing import now
@@ -180,6 +181,11 @@ class OptimizerWrapper(Delegate):
     def _step_supports_amp_scaling(self) -> bool:
         return self._in_parts or bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
+    def _refuse(self, plan: Sequence[Piece]) -> None:
+        """Raise if a parameter of some pieces cannot be stepped."""
+        refuse_params((p.number, p.param, p.param.grad) for p in plan if not p.part)
+        refuse_records(self.inner, plan, self.engine.store, self.findings)
+
     def _refuse_parts(self) -> None:
         """Raise if what a step does to a parameter depends on the gradients of others."""
         if not self.findings.chunked:
@@ -192,9 +198,9 @@ class OptimizerWrapper(Delegate):
     def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
         """Step these parameters, with their gradients multiplied with ``factor``."""
         if factor is not None:
-            for grad in [param.grad for param in params if param.grad is not None]:
+            for grad in [p.grad for p in dict.fromkeys(params) if p.grad is not None]:
                 grad.mul_(factor.to(grad.device))
-        self.engine.step(some=set(params))
+        self.engine.step(some=set(params), refuse=self._refuse)
 
     def _join_parts(self) -> None:
         """Have the current stream wait for the parts that were stepped."""
@@ -222,6 +228,8 @@ class OptimizerWrapper(Delegate):
             What the closure returned, or None.
 
         Raises:
+            RuntimeError: a parameter, its gradient or its state is of a kind that cannot be
+                stepped; nothing has changed.
             StepError: from what went wrong; every parameter is before its step or after it.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -236,7 +244,8 @@ class OptimizerWrapper(Delegate):
         scaling = {n: getattr(self, n) for n in ("grad_scale", "found_inf") if hasattr(self, n)}
         vars(self.inner).update(scaling)
         try:
-            returned = engine.step(closure)
+            # a closure that is still to be called makes the gradients
+            returned = engine.step(closure, refuse=self._refuse if closure is None else None)
         finally:
             for name in scaling:
                 delattr(self.inner, name)
@@ -258,11 +267,12 @@ class OptimizerWrapper(Delegate):
         """
         return checkpoint.packed(self)
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a plain state dict, the inner optimizer's or this one's, or a packed one.
 
-        Nothing of ``state_dict`` is aliased, and ``param_groups`` stay the same objects.
+        Nothing of ``state_dict`` is aliased, and ``param_groups`` stay the same objects. What is
+        loaded under ``torch.inference_mode()`` may be stepped outside of it. Keys of a parameter's
+        state that the optimizer does not make are kept as they are.
 
         Raises:
             TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from optstate_codecs import checks
 from optstate_codecs.arrivals import weakly
 from optstate_codecs.engine.capture import capturing
+from optstate_codecs.operation import untraced
 from optstate_codecs.param_checks import check_kind, is_distributed
 from optstate_codecs.stochastic import SOURCES
 from stochbf16.pending import Addition, Pending
@@ -29,7 +30,10 @@ from stochbf16.pending import Addition, Pending
 __all__ = ["HookHandle", "StochasticAccumulator"]
 
 # what to do with parameters whose gradients autograd never adds
-SHARDED = "let FSDP2 add in float32: MixedPrecisionPolicy(reduce_dtype=torch.float32)"
+SHARDED = (
+    "let FSDP2 add in float32, with set_requires_gradient_sync(False) and "
+    "MixedPrecisionPolicy(reduce_dtype=torch.float32)"
+)
 
 _attached: WeakSet[StochasticAccumulator] = WeakSet()
 
@@ -104,7 +108,7 @@ class StochasticAccumulator:
         return self
 
     def _add_hooks(self, param: Any, number: int) -> tuple[RemovableHandle, RemovableHandle]:
-        before = param.register_hook(partial(self._before, number))
+        before = param.register_hook(partial(untraced(self._before), number))
         after = param.register_post_accumulate_grad_hook(partial(weakly(self._after), number))
         # first, so that the others find the sum
         hooks = _hooks_after(param)
@@ -218,7 +222,7 @@ class StochasticAccumulator:
         self._at_once = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self._accumulates:
             engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._finish)
+            engine.queue_callback(untraced(self._finish))
 
     def _finish(self) -> None:
         """At the end of a backward."""

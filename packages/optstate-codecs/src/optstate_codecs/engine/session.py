@@ -110,6 +110,9 @@ class Session:
     def finish(self, complete: bool = True) -> None:
         """A step has been taken, ``complete`` or broken off; nothing is under way here."""
 
+    def supersede(self) -> None:
+        """State and groups' values are about to be replaced; nothing of them is kept here."""
+
     def settle(self) -> None:
         """Have all state where it is shown, which here it always is."""
 

@@ -1,7 +1,7 @@
 """Where state lives while it is not stepped: host memory or a file, and how a step streams it."""
 
 from optstate_codecs.places.base import HostPlace, Place
-from optstate_codecs.places.offload import STORES, Offload, offload
+from optstate_codecs.places.offload import STORES, Offload, offload, synchronize
 from optstate_codecs.places.snapshot import Snapshot, snapshot
 from optstate_codecs.places.stream import CHUNK_BYTES, Stream
 
@@ -15,4 +15,5 @@ __all__ = [
     "Stream",
     "offload",
     "snapshot",
+    "synchronize",
 ]

@@ -90,6 +90,13 @@ class Place(ABC):
             describe: what there is, and where.
         """
 
+    def restate(self) -> bool:
+        """Keep what has changed beside the slabs since ``commit``; whether anything has."""
+        return False
+
+    def supersede(self) -> None:  # noqa: B027
+        """What was committed has nothing to do with what groups hold until the next time."""
+
     def show(self, memories: Iterable[Memory]) -> None:  # noqa: B027
         """What is known outside of this process is kept in these."""
 

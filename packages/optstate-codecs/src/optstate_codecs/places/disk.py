@@ -7,20 +7,24 @@ the manifest names is always one whole step, wherever the process is killed.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Thread, current_thread
 from typing import Any
 from uuid import uuid4
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from optstate_codecs.places.base import Place
+from optstate_codecs.places.groups import GroupValues
 from optstate_codecs.places.manifest import manifest_path, read_manifest, write_manifest
 from optstate_codecs.places.mapped import GRANULARITY, mapped
 from optstate_codecs.places.pinned import empty_pinned
@@ -29,6 +33,8 @@ from optstate_codecs.places.tasks import Task
 
 __all__ = ["DiskPlace"]
 
+# to be closed when the process ends, which collects no garbage
+_open: WeakSet[DiskPlace] = WeakSet()
 # the file begins with what says which manifest is its own
 HEADER = 4096
 THREADS = 4
@@ -58,6 +64,9 @@ class DiskPlace(Place):
         self.manifest_path = manifest_path(self.path)
         self.sync = sync
         self.manifest: dict[str, Any] | None = None
+        self.groups: GroupValues | None = None
+        # what the manifest says, or will
+        self._said: dict[str, Any] | None = None
         self._shown: set[int] = set()
         self._reads: dict[int, tuple[Chunk, Task]] = {}
         # the last of each chunk, and of each slot
@@ -76,10 +85,11 @@ class DiskPlace(Place):
             ) from error
         self._pool = ThreadPoolExecutor(THREADS, NAME)
         self._owner = os.getpid()
+        _open.add(self)
         try:
             self._lock()
             if resume:
-                self.manifest = read_manifest(self.manifest_path)
+                self.manifest = self._said = read_manifest(self.manifest_path)
                 self._id, self._end = self.manifest["id"], int(self.manifest["bytes"])
                 if os.pread(self._file, 32, 0) != self._id.encode():
                     raise ValueError(
@@ -256,7 +266,9 @@ class DiskPlace(Place):
         self.show(content.pop("memories"))
         counts = content.pop("counts")
         tasks = [task for task in (*self._writes.values(), self._written) if task is not None]
-        content = {"id": self._id, "bytes": self._end, **content}
+        if self.groups is not None:
+            content["param_groups"] = self.groups.take()
+        self._said = content = {"id": self._id, "bytes": self._end, **content}
         file, path, sync = self._file, self.manifest_path, self.sync
 
         def keep() -> None:
@@ -270,6 +282,36 @@ class DiskPlace(Place):
 
         self._written = Task(self._pool, keep)
 
+    def restate(self) -> bool:
+        if self._file < 0 or self._owner != os.getpid() or not self._outdated:
+            return False
+        content, before = self._again_said(), self._written
+        path, sync = self.manifest_path, self.sync
+
+        def keep() -> None:
+            if before is not None:
+                before.result()
+            write_manifest(path, content, sync)
+
+        self._written = Task(self._pool, keep)
+        return True
+
+    def supersede(self) -> None:
+        if self.groups is not None:
+            self.groups.forget()
+
+    @property
+    def _outdated(self) -> bool:
+        """Whether there is a manifest, and groups hold other values than it says."""
+        return self._said is not None and self.groups is not None and self.groups.changed()
+
+    def _again_said(self) -> dict[str, Any]:
+        """What the manifest says, with the values that groups hold now."""
+        assert self._said is not None
+        assert self.groups is not None
+        self._said = {**self._said, "param_groups": self.groups.take()}
+        return self._said
+
     def close(self, remove: bool = False) -> None:
         """Write what is under way, and let go of the file, which can be removed."""
         if self._file < 0:
@@ -279,8 +321,12 @@ class DiskPlace(Place):
             # a process that was forked has neither the threads nor the lock
             os.close(file)
             return
-        tasks = [*self._writes.values(), self._written]
-        given = (file, self._pool, tasks, self.path if remove else None)
+        last: Callable[[], object] | None = None
+        # whoever collects garbage is not to wait for a device
+        if not remove and self._outdated and self.groups and not self.groups.on_device:
+            last = partial(write_manifest, self.manifest_path, self._again_said(), self.sync)
+        writes = list(self._writes.values())
+        given = (file, self._pool, writes, self._written, last, self.path if remove else None)
         if current_thread().name.startswith(NAME):
             # the collector of garbage came by on a thread of this very pool, which cannot await it
             Thread(target=_let_go, args=given).start()
@@ -292,15 +338,30 @@ class DiskPlace(Place):
             self.close()
 
 
+@atexit.register
+def _close_all() -> None:
+    for place in list(_open):
+        place.close()
+
+
 def _let_go(
-    file: int, pool: ThreadPoolExecutor, tasks: list[Task | None], remove: Path | None
+    file: int,
+    pool: ThreadPoolExecutor,
+    writes: Sequence[Task],
+    manifest: Task | None,
+    last: Callable[[], object] | None,
+    remove: Path | None,
 ) -> None:
+    """Let go of a file after all that is under way, and after ``last`` if there is a manifest."""
     pool.shutdown()
-    for task in tasks:
+    for task in (*writes, manifest):
         if task is not None and task.failed:
             # it has been raised before, or nobody asks any more; what is named is whole
             with suppress(Exception):
                 task.result()
+    if last is not None and (manifest is None or not manifest.failed):
+        with suppress(OSError):
+            last()
     if remove is not None:
         remove.unlink(missing_ok=True)
     # what is mapped holds the file, and so would the lock

@@ -12,10 +12,11 @@ from optstate_codecs.engine.unit import Unit
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.param_checks import check_params
 from optstate_codecs.places.base import HostPlace, Place
-from optstate_codecs.places.resume import plain, resume_from
+from optstate_codecs.places.groups import GroupValues
+from optstate_codecs.places.resume import resume_from
 from optstate_codecs.places.stream import CHUNK_BYTES, Stream
 
-__all__ = ["STORES", "Offload", "offload"]
+__all__ = ["STORES", "Offload", "offload", "synchronize"]
 
 STORES = ("host", "disk")
 
@@ -63,7 +64,8 @@ def offload(
         store: "host", or "disk".
         path: of the file that "disk" keeps state in, twice its size; ``PATH.json`` beside it is the
             manifest of the last whole step, which makes the two a checkpoint of the optimizer.
-        resume: take state, step counts and hyper-parameters from the file, which is there.
+        resume: take state, step counts and the values of param groups from the file, which is
+            there. Make a scheduler before, and load its state after.
         sync: have each step reach the disk before its manifest does, as a loss of power demands.
         chunk_bytes: of state that moves at a time; three times as much is taken on the device.
         resident_bytes: of state that stays on the device, the first parameters', not with "disk".
@@ -109,22 +111,48 @@ def offload(
             # parts are what they were
             how = replace(how, chunk_bytes=place.manifest["chunk_bytes"])
         stream = how.stream(optimizer, place)
-        # no reference to the optimizer, which has the stream
-        groups = optimizer.param_groups
-        stream.about = lambda: {"param_groups": [plain(group) for group in groups]}
         if store == "disk":
-            this = ref(optimizer)
+            # no reference to the optimizer, which has the stream
+            place.groups, this = GroupValues(optimizer.param_groups), ref(optimizer)
             stream.every = lambda: _stored_units(this())
+        # from here on state belongs on the host
+        optimizer.offloaded = how
         if resume:
             resume_from(optimizer, stream, place)
+            place.groups.take()
         else:
             _move(optimizer)
     except BaseException:
+        optimizer.offloaded = None
         place.close(remove=not resume)
         raise
-    optimizer.offloaded = how
     optimizer._session = stream
     return optimizer
+
+
+def synchronize(optimizer: CodedOptimizer) -> None:
+    """Wait until all state is stored, with a file's manifest saying what param groups hold now.
+
+    A step and a scheduler's step after it are one checkpoint: with a file, call this where you save
+    the parameters and the scheduler, and ``resume=True`` finds the values of that moment, wherever
+    the process is killed until the next step is complete. The next step does it as it begins, and
+    so do ``state_dict()``, ``optimizer.state``, and the end of the optimizer or of the process.
+
+    Args:
+        optimizer: of the family, offloaded or not.
+
+    Raises:
+        TypeError: the optimizer is not of the family.
+        OSError: something could not be written.
+
+    Example:
+        >>> torch.save([model.state_dict(), scheduler.state_dict()], "last.pt")
+        >>> synchronize(optimizer)
+    """
+    given: Any = optimizer
+    if not isinstance(given, CodedOptimizer):
+        raise TypeError(f"optimizer: {type(given).__name__}, must be an optimizer of the family")
+    optimizer._session.settle()
 
 
 def _stored_units(optimizer: CodedOptimizer | None) -> list[Unit]:

@@ -2,63 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from optstate_codecs.engine.unit import Unit
-from optstate_codecs.formats import Format
 from optstate_codecs.layout import Declaration, bound, empty_state, storage_order
 from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.places.groups import UNSAID, Group, plain
 from optstate_codecs.places.slabs import ALIGNMENT, Slab, Starts, apart
 from optstate_codecs.places.stream import Stream
-from optstate_codecs.plain import plain_value
 from optstate_codecs.state import counts_on_device, share_steps
 from optstate_codecs.writes import MASTER, parameter_write
 
 if TYPE_CHECKING:
     from optstate_codecs.places.disk import DiskPlace
 
-__all__ = ["plain", "resume_from"]
-
-Group = dict[str, Any]
-
-
-def plain(group: Mapping[str, Any]) -> Group:
-    """A group's values as JSON has them, and how many parameters it has; no others' objects."""
-    values = {key: _plain(value) for key, value in group.items() if key not in UNSAID}
-    kept = {key: value for key, value in values.items() if value is not _unknown}
-    return {**kept, "params": len(group["params"])}
-
-
-# names are the model's, which may have changed them
-UNSAID = ("params", "param_names")
-_unknown = object()
-
-
-def _plain(value: Any) -> Any:
-    value = plain_value(value)
-    if isinstance(value, Format):
-        return value.spec
-    if isinstance(value, dict):
-        items: Any = {str(key): _plain(item) for key, item in value.items()}
-        return _unknown if _unknown in items.values() else items
-    if isinstance(value, (list, tuple)):
-        items = [_plain(item) for item in value]
-        return _unknown if _unknown in items else items
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    return found if isinstance(found, (int, float)) else _unknown
+__all__ = ["resume_from"]
 
 
 def _like(old: Any, new: Any) -> Any:
     """A value of a manifest in the type that the group has it in."""
     if isinstance(old, Tensor):
         return old.fill_(new)
-    return tuple(new) if isinstance(new, list) else new
+    if isinstance(new, list):
+        return new if isinstance(old, list) else tuple(new)
+    return new
 
 
 def resume_from(optimizer: CodedOptimizer, stream: Stream, place: DiskPlace) -> None:
@@ -124,7 +94,7 @@ def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[G
         new = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in values.items()
-            if key in group and key not in (*UNSAID, *optimizer.storage_options)
+            if key not in (*UNSAID, *optimizer.storage_options)
         }
         new = {**group, **new}
         try:

@@ -53,7 +53,6 @@ class Seating:
 
     Attributes:
         slabs: that state is in.
-        about: what else a place's manifest is to say.
         watch: is told of a unit whose state is shown elsewhere than before.
         every: gives the units of all state that there is, where all of it is to be in the place
             after a step; None where state may stay elsewhere until it is stepped.
@@ -84,7 +83,6 @@ class Seating:
         # steps taken apart, which the current stream has not waited for
         self._behind: deque[tuple[list[tuple[torch.device, Any]], int, tuple[Job, ...]]] = deque()
         self._begun = False
-        self.about: Callable[[], dict[str, Any]] = dict
         self.watch: Callable[[Unit], None] | None = None
         self.every: Callable[[], Sequence[Unit]] | None = None
 
@@ -103,6 +101,7 @@ class Seating:
         """Wait until all is stored, and make the units' state show where."""
         self.join()
         self._swap()
+        self._pending = self.place.restate() or self._pending
         if self._pending:
             self._wait()
             for ring in self._rings.values():
@@ -115,6 +114,11 @@ class Seating:
                     self._show(seat)
             for slab in self.slabs:
                 slab.stale = False
+
+    def supersede(self) -> None:
+        """State and groups' values are about to be replaced, which a step will have to keep."""
+        self.settle()
+        self.place.supersede()
 
     def _swap(self) -> None:
         for slab in self.slabs:
@@ -346,7 +350,6 @@ class Seating:
         numbers = {id(slab): number for number, slab in enumerate(self.slabs)}
         seats = [seat for seat in self._seats.values() if seat.slab is not None]
         return {
-            **self.about(),
             "chunk_bytes": self.chunk_bytes,
             "memories": [slab.memory for slab in self.slabs],
             "counts": _counts([seat.unit.state["step"] for seat in seats]),

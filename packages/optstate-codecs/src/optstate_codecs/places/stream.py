@@ -43,6 +43,9 @@ class Stream(Seating):
         if not job.units:
             return
         self.place.check()
+        if not self._begun:
+            # what a scheduler has set since the last step belongs to its end
+            self.place.restate()
         for ring in self._rings.values():
             ring.store_rest()
         self._look_for_changes(job.units)

@@ -5,6 +5,8 @@ this machine with one line and exit code 1; neither shows a traceback, and both 
 first step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,27 +66,29 @@ def _optimizers(settings: Settings) -> "list[tuple[str, Make]]":
     from optstate.demo.device import check_device
     from optstate.demo.optimizers import check_usable, in_order, resolve, with_arguments
 
-    try:
+    with _blame("--device"):
         check_device(settings.device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from error
-    try:
-        classes = [(name, resolve(name)) for name in in_order(BASELINE, settings.optimizers)]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--optimizer") from error
-    (baseline, *others), chosen = classes, list["tuple[str, Make]"]()
-    try:
+    with _blame("--optimizer"):
+        baseline, *others = in_order(BASELINE, settings.optimizers)
+        classes = {name: resolve(name) for name in (baseline, *others)}
+    with _blame("--optim-args"):
         if settings.optim_args and not others:
             raise ValueError(f"{settings.optim_args!r}: for none; they are not the baseline's")
-        chosen = [(name, with_arguments(cls, settings.optim_args)) for name, cls in others]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--optim-args") from error
-    try:
-        for name, make in (baseline, *chosen):
+        compared = [(name, with_arguments(classes[name], settings.optim_args)) for name in others]
+    chosen: list[tuple[str, Make]] = [(baseline, classes[baseline]), *compared]
+    with _blame("--optimizer"):
+        for name, make in chosen:
             check_usable(name, make, settings.lr)
+    return chosen
+
+
+@contextmanager
+def _blame(option: str) -> Iterator[None]:
+    """Turns a ``ValueError`` into the usage error of an option."""
+    try:
+        yield
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--optimizer") from error
-    return [baseline, *chosen]
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _corpus(settings: Settings) -> "Corpus":

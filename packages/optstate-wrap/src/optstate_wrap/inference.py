@@ -1,0 +1,18 @@
+"""State that is made under ``torch.inference_mode()`` and is to be stepped outside of it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+
+__all__ = ["ordinary_tensors"]
+
+
+def ordinary_tensors() -> AbstractContextManager[Any]:
+    """Inside, tensors that are made have no graph and may be changed in place anywhere later."""
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    return stack
