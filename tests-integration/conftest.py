@@ -61,9 +61,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [report for found in terminalreporter.stats.values() for report in found]
     counts = Counter[str]()
     for report in reports:
-        for name, value in getattr(report, "user_properties", ()):
-            if name == "torch cases":
-                counts.update(value)
+        if getattr(report, "when", None) == "call":
+            counts.update(dict(report.user_properties).get("torch cases", {}))
     if counts:
         line = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
         terminalreporter.write_line(f"torch's optimizer cases: {line}")

@@ -47,7 +47,7 @@ def _one_by_one(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**plain(kwargs), "foreach": False}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """An optimizer that is put through the cases of a class of torch.
 

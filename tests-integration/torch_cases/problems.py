@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-__all__ = ["Problem", "assert_equal", "compare", "state_of"]
+__all__ = ["Problem", "after", "assert_equal", "compare"]
 
 #: matrices, which any class takes; longer than a block, and odd
 SHAPES = ((20, 15), (7, 3))
@@ -142,9 +142,10 @@ def distance(mine: Tensor, theirs: Tensor, before: Tensor) -> float:
     return float((mine - theirs).norm() / (theirs - before).norm().clamp(min=1e-30))
 
 
-def state_of(optimizer: Optimizer) -> dict[Any, Any]:
-    """A copy of the state as a state dict has it."""
-    return {key: dict(value) for key, value in optimizer.state_dict()["state"].items()}
+@lru_cache(maxsize=256)
+def after(subject: Subject, steps: int) -> list[Tensor]:
+    """The parameters after some steps of the optimizer as it is by default; not to be changed."""
+    return Problem(subject, subject.make).run(steps).values()
 
 
 def assert_equal(left: Any, right: Any, where: str = "") -> None:

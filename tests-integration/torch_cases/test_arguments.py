@@ -5,10 +5,17 @@ import torch
 from accounting import Refused, account_for, over
 from expected import AMSGRAD_WITH_TENSORS, NO_SUCH_ARGUMENT
 from family import FAMILY
-from problems import Problem, assert_equal, compare, normal
+from problems import Problem, after, assert_equal, compare, normal
 from torch.nn import Parameter
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
-from torch_inputs import Case, cases, error_cases
+from torch_inputs import INFOS, Case, cases, error_cases
+
+import lowbit_adam
+import optstate_codecs
+import optstate_wrap
+import stochbf16
+import turboadam
 
 #: an optimizer that steps leaves has no graph
 NO_GRAPH = {
@@ -36,8 +43,13 @@ def test_steps_are_torchs(subject, case) -> None:
 
 FLAGS = [
     Case(f"{flag}={value}", {flag: value})
-    for flag in ("foreach", "fused", "capturable", "differentiable")
-    for value in (None, False, True)
+    for flag, values in {
+        "foreach": (None, False, True),
+        "fused": (None, False, True),
+        "capturable": (False, True),
+        "differentiable": (False, True),
+    }.items()
+    for value in values
 ]
 DIFFERENTIABLE = {("*", "differentiable=True"): Refused("differentiable=True: not supported")}
 
@@ -45,9 +57,8 @@ DIFFERENTIABLE = {("*", "differentiable=True"): Refused("differentiable=True: no
 @over(lambda subject: FLAGS, DIFFERENTIABLE, subjects=[s for s in FAMILY if s.coded])
 def test_flags_change_no_bit(subject, case) -> None:
     """Groups have the flags of torch's classes; the engine decides how to step."""
-    plain = Problem(subject, subject.make)
     flagged = Problem(subject, lambda p: subject.make(p, **case.kwargs))
-    assert_equal(flagged.run(2).values(), plain.run(2).values(), "params")
+    assert_equal(flagged.run(2).values(), after(subject, 2), "params")
     [(flag, value)] = case.kwargs.items()
     inner = getattr(flagged.optimizer, "inner", flagged.optimizer)
     assert inner.param_groups[0][flag] is value
@@ -131,6 +142,20 @@ def test_errors(subject, case) -> None:
     with pytest.raises((case.error, TypeError, ValueError, RuntimeError)) as caught:
         attempt()
     caught.match("|".join([case.says, *names]))
+
+
+def test_every_public_optimizer_takes_part() -> None:
+    """And so does every class of torch's, in a wrapper."""
+    taking_part = {type(Problem(s, s.make).optimizer) for s in FAMILY if s.like in INFOS}
+    public = {
+        found
+        for module in (lowbit_adam, turboadam, stochbf16, optstate_wrap, optstate_codecs)
+        for name in module.__all__
+        if isinstance(found := getattr(module, name), type) and issubclass(found, Optimizer)
+    }
+    assert len(public) > 15
+    assert public <= taking_part
+    assert {f"wrap-{name}" for name in INFOS} <= {subject.name for subject in FAMILY}
 
 
 def test_every_case_is_accounted_for() -> None:

@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 from accounting import account_for, over
-from problems import Problem, assert_equal
+from problems import Problem, after, assert_equal
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -16,7 +16,7 @@ from torch_inputs import Case
 @over()
 def test_step_hooks(subject, case) -> None:
     """The user's own and global ones, around the step, until they are removed."""
-    problem, plain = Problem(subject, subject.make), Problem(subject, subject.make)
+    problem = Problem(subject, subject.make)
     optimizer, before = problem.optimizer, problem.values()
     seen = []
 
@@ -40,7 +40,7 @@ def test_step_hooks(subject, case) -> None:
     given = 1 + subject.needs_closure
     order = ("global pre", "pre", "post", "global post")
     assert seen == [(name, True, given, "post" in name) for name in order]
-    assert_equal(problem.values(), plain.run(2).values(), "params")
+    assert_equal(problem.values(), after(subject, 2), "params")
 
 
 @over()

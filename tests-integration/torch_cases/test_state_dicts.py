@@ -8,8 +8,8 @@ import pytest
 import torch
 from accounting import account_for, over
 from expected import NO_SUCH_ARGUMENT, ONE_GROUP
-from problems import Problem, assert_equal
-from torch_inputs import INFOS, Case, cases
+from problems import Problem, after, assert_equal
+from torch_inputs import Case, cases
 
 
 def saved(subject, optimizer):
@@ -51,24 +51,17 @@ def test_save_and_load(subject, case) -> None:
     assert_equal(loaded, kept, "what was loaded")
 
 
-OLDER = ("capturable", "differentiable", "foreach", "fused", "maximize")
+#: options that groups of older releases lack
+LATER = ("capturable", "differentiable", "foreach", "fused", "maximize")
 
 
-def older(subject):
-    """Groups that older releases saved, without options that came later."""
-    known = [flag for flag in OLDER if flag in INFOS[subject.like].not_og_supported_flags]
-    return [Case(f"without {flag}", {"flags": [flag]}) for flag in known] + [
-        Case("without any", {"flags": OLDER})
-    ]
-
-
-@over(older)
+@over()
 def test_older_state_dict(subject, case) -> None:
     """What a group does not say, the optimizer that loads it has."""
     first = Problem(subject, subject.make).run(2)
     state_dict = copy.deepcopy(saved(subject, first.optimizer))
     for group in state_dict["param_groups"]:
-        for flag in case.kwargs["flags"]:
+        for flag in LATER:
             group.pop(flag, None)
     second = resumed(first, subject.make, state_dict)
     groups = zip(first.optimizer.param_groups, second.optimizer.param_groups, strict=True)
@@ -118,7 +111,7 @@ def test_names(subject, case) -> None:
     """Names of parameters are saved, and loaded as torch loads them."""
     names = []
     for make in (subject.make, subject.inside):
-        first = Problem(subject, named(case.kwargs["first"], make)).run()
+        first = Problem(subject, named(case.kwargs["first"], make))
         second = resumed(first, named(case.kwargs["second"], make), first.optimizer.state_dict())
         optimizers = first.optimizer, second.optimizer
         names.append([[g.get("param_names") for g in o.param_groups] for o in optimizers])
@@ -178,12 +171,12 @@ MISMATCHES = [
 @over(lambda subject: MISMATCHES)
 def test_what_does_not_fit(subject, case) -> None:
     """A state dict of other groups is refused, and nothing has changed."""
-    first, second = (Problem(subject, subject.make).run(2) for _ in range(2))
-    state_dict = copy.deepcopy(saved(subject, first.optimizer))
+    problem = Problem(subject, subject.make).run()
+    state_dict = copy.deepcopy(saved(subject, problem.optimizer))
     case.kwargs["change"](state_dict["param_groups"])
     with pytest.raises(ValueError, match="group"):
-        first.optimizer.load_state_dict(state_dict)
-    go_on_alike(first, second)
+        problem.optimizer.load_state_dict(state_dict)
+    assert_equal(problem.run().values(), after(subject, 2), "params")
 
 
 @over(lambda subject: [Case("groups", {})], ONE_GROUP)

@@ -46,7 +46,8 @@ class CPUOffloadOptimizer(Delegate):
     Args:
         params: tensors, ``named_parameters()``, or dicts of param groups.
         optimizer_class: of the inner optimizer, ``torch.optim.AdamW`` if left out; any whose step
-            needs no closure. Of torch's Adam and AdamW the fused step is the default.
+            needs no closure. Of torch's Adam and AdamW the fused step is the default, but not for
+            complex parameters, which it does not take.
         offload_gradients: free gradients on the device during the backward pass.
         minimal_size: parameters with fewer elements are stepped where they are.
         **kwargs: of ``optimizer_class``.
