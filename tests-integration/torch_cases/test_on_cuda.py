@@ -4,15 +4,21 @@ import copy
 
 import pytest
 import torch
-from accounting import over
+from accounting import Refused, over
 from expected import AMSGRAD_WITH_TENSORS, NO_SUCH_ARGUMENT
 from family import FAMILY
 from problems import SHAPES, Problem, assert_equal, compare
 from torch_inputs import Case, cases
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    # of some releases of torch, whose steps there depend on what is stepped together
+    pytest.mark.filterwarnings("ignore:Adagrad cannot be stepped in chunks:UserWarning"),
+]
 #: the kernel's roots and sums differ from torch's in a last place here and there
 ROUNDED = (1e-3,)
+#: and so do torch's own, with what is stepped together and on which device
+LAST_PLACES = (1e-4,)
 DEVICE = "cuda"
 BOTH = {"devices": (DEVICE, "cpu"), "shapes": SHAPES * 2}
 
@@ -23,7 +29,14 @@ def _can_run() -> None:
         pytest.skip("no CUDA device")
 
 
-@over(lambda subject: cases(subject.like, "cuda"), NO_SUCH_ARGUMENT, AMSGRAD_WITH_TENSORS)
+ON_THE_HOST = {
+    ("CPUOffload-NAdam-copies", "*capturable*"): Refused("capturable=True", (AssertionError,))
+}
+
+
+@over(
+    lambda subject: cases(subject.like, "cuda"), NO_SUCH_ARGUMENT, AMSGRAD_WITH_TENSORS, ON_THE_HOST
+)
 def test_steps_are_torchs(subject, case) -> None:
     """As on a CPU, and with ``capturable``."""
     kwargs = {**case.kwargs, **subject.plus}
@@ -31,7 +44,7 @@ def test_steps_are_torchs(subject, case) -> None:
         subject,
         lambda p: subject.make(p, **kwargs),
         lambda p: subject.exact(p, **kwargs),
-        slack=ROUNDED if subject.coded or subject.error else (0.0,),
+        slack=ROUNDED if subject.coded or subject.error else LAST_PLACES,
         devices=(DEVICE,),
     )
 
@@ -46,7 +59,7 @@ def test_devices_together(subject, case) -> None:
         subject,
         lambda p: subject.make(p, **subject.plus),
         lambda p: subject.exact(p, **subject.plus),
-        slack=ROUNDED if subject.coded or subject.error else (0.0,),
+        slack=ROUNDED if subject.coded or subject.error else LAST_PLACES,
         **BOTH,
     )
 

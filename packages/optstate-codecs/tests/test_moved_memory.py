@@ -199,3 +199,15 @@ def test_state_on_another_device_is_named() -> None:
     optimizer.state[param]["exp_avg"] = torch.zeros(64, device="meta")
     with pytest.raises(RuntimeError, match=r"state\['exp_avg'\]: on meta, must be on cpu"):
         optimizer.step()
+
+
+def test_state_on_another_device_may_be_saved() -> None:
+    """As that of parameters which are stepped elsewhere; only a step needs it beside them."""
+    param = Parameter(torch.ones(64))
+    optimizer = ours([param])
+    step(param, optimizer, 0)
+    for key in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[param][key] = torch.zeros(64, device="meta")
+    assert optimizer.state_dict()["state"][0]["exp_avg"].is_meta
+    with pytest.raises(RuntimeError, match=r"state\['exp_avg'\]: on meta, must be on cpu"):
+        optimizer.step()

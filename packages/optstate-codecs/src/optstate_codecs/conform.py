@@ -40,6 +40,7 @@ class Wanted:
         seed, index: what keys random numbers, besides the step count.
         home: where state is kept; None is beside the parameter.
         counted: whether ``torch.optim``'s class of the rule counts its steps.
+        stepped: whether a step is to take it; what is only read or saved may be on any device.
     """
 
     where: str
@@ -51,6 +52,7 @@ class Wanted:
     index: int
     home: torch.device | None = None
     counted: bool = True
+    stepped: bool = True
 
     @property
     def stored(self) -> dict[str, Declaration]:
@@ -212,9 +214,11 @@ def _placed(wanted: Wanted, key: str, component: Component, given: Any) -> Tenso
     ):
         raise TypeError(f"{name}: dtype {value.dtype}, must be {component.dtype}")
     home = wanted.home or param.device
-    if value.device != home and value.device != param.device:
-        raise RuntimeError(f"{name}: on {value.device}, must be on {home} as the parameter")
+    if value.device not in (home, param.device):
+        if wanted.stepped:
+            raise RuntimeError(f"{name}: on {value.device}, must be on {home} as the parameter")
+        home = value.device
     right = value.dtype == component.dtype and value.device == home and not value.is_inference()
     if right and same_order(value, component, param):
         return value
-    return empty_state(param, component, wanted.home).copy_(value)
+    return empty_state(param, component, home).copy_(value)

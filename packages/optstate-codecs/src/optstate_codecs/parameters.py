@@ -75,6 +75,8 @@ class ParameterTable:
 
     def __init__(self) -> None:
         self._units: dict[int, Unit] = {}
+        # those whose state was only looked at, on a device where it cannot be stepped
+        self._away: set[int] = set()
         self._specs: dict[int, GroupSpec] = {}
         self._layouts: dict[int, tuple[int, Any]] = {}
         self._numbers: dict[Tensor, tuple[int, int, int]] = {}
@@ -161,6 +163,7 @@ class ParameterTable:
                 or unit.group != group
                 or unit.write.dtype is not param.dtype
                 or unit.moved()
+                or (index in self._away and entry.grad is not None)
             ):
                 anew.append(entry)
         if anew:
@@ -193,6 +196,7 @@ class ParameterTable:
                 index,
                 kept.home,
                 kept.counted,
+                stepped=grad is not None,
             )
             state = states.get(param, {})
             if not isinstance(state, dict):
@@ -217,7 +221,7 @@ class ParameterTable:
             share_steps(fresh)
         for entry, wanted, *_ in changes:
             index, number, param = entry[:3]
-            self._units[index] = Unit(
+            unit = self._units[index] = Unit(
                 param,
                 states[param],
                 wanted.moments,
@@ -227,6 +231,9 @@ class ParameterTable:
                 index,
                 number,
             )
+            homes = (wanted.home or param.device, param.device)
+            here = all(unit.state[key].device in homes for key in unit.keys[1:])
+            (self._away.discard if here else self._away.add)(index)
 
 
 def check_grad(index: int, param: Tensor, grad: Tensor) -> None:

@@ -276,7 +276,10 @@ def _coded(where: str, saved: Mapping[str, Any], param: Tensor) -> Coded:
 
 
 def _own(value: Any, param: Tensor) -> Any:
-    """A copy that nothing else holds; of tensors with elements, beside the parameter."""
+    """A copy that nothing else holds; tensors with dimensions are beside the parameter."""
+    if type(value) in (list, tuple):
+        # as torch.optim.LBFGS keeps its history
+        return type(value)(_own(item, param) for item in value)
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     device = param.device if value.dim() else value.device
@@ -314,7 +317,7 @@ def _placed(
         if key == "step" and key in findings.keys and findings.counts_in_tensors:
             value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         else:
-            return copy.deepcopy(value)
+            return _own(value, param)
     if key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return value.to(param.device, torch.float32, copy=True) if on_device else value.clone()
