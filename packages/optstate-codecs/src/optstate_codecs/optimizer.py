@@ -329,30 +329,30 @@ class CodedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("capturable=False: must be True for steps in a CUDA graph")
         self._take_back()
         hypers = [self.rule.hyper(group) for group in self.param_groups]
-        entries = self._table.gradients(self.param_groups, given)
-        if not entries:
+        found = self._table.gradients(self.param_groups, given)
+        grads = found.grads
+        if not grads:
             return
-        grads = [entry.grad for entry in entries if entry.grad is not None]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self.skip_nonfinite:
             bad = nonfinite(grads)
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
             if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
                 return
-        units = self._units(entries, hypers)
+        units = self._table.step_units(self.param_groups, found, *self._kept(hypers))
         if factor is None:
             factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
         centres = None
         shares = [plain_value(group["centralization"]) for group in self.param_groups]
         if any(shares):
-            centres = find_centres(grads, [shares[entry.group] for entry in entries])
+            centres = find_centres(grads, [shares[group] for group in found.groups])
         job = engine.Job(
             self.rule,
             units,
             grads,
             hypers,
-            addresses=[entry.address for entry in entries],
-            layouts=[entry.layout for entry in entries],
+            addresses=found.addresses,
+            layouts=found.layouts,
             factor=factor,
             found_inf=found_inf,
             centres=centres,
@@ -362,8 +362,8 @@ class CodedOptimizer(torch.optim.Optimizer):
         job.apart = not last
         self._session.step(job)
 
-    def _units(self, entries: Sequence[Entry], hypers: Sequence[Any]) -> list[Unit]:
-        """The units of some parameters, whose state is then as a step takes it."""
+    def _kept(self, hypers: Sequence[Any]) -> tuple[list[GroupSpec], dict[Tensor, Any], StateSpec]:
+        """What decides how state is kept, group by group and for all, and the state there is."""
         specs = []
         for number, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
             moments, formats = self.rule.moments(hyper), self.group_formats(group)
@@ -371,8 +371,7 @@ class CodedOptimizer(torch.optim.Optimizer):
             specs.append(self._table.spec(number, spec))
         # not through the property, which would wait for what is still being stored
         states = self.__dict__["state"]
-        kept = StateSpec(self.write, self.home, self.rule.counted)
-        return self._table.units(self.param_groups, entries, specs, states, kept)
+        return specs, states, StateSpec(self.write, self.home, self.rule.counted)
 
     def stored_units(self, params: Collection[Tensor] | None = None) -> list[Unit]:
         """The units of all parameters that have state, or of those of ``params``, in order.
@@ -391,7 +390,7 @@ class CodedOptimizer(torch.optim.Optimizer):
             if (params is None or param in params)
             and has_state(states.get(param), self.rule.moments(hypers[number]))
         ]
-        return self._units(entries, hypers)
+        return self._table.units(self.param_groups, entries, *self._kept(hypers))
 
     def state_dict(self) -> dict[str, Any]:
         """The packed state: tensors and plain Python values, about as large as the state.

@@ -6,8 +6,9 @@ shape or dtype, state is replaced or edited, groups change. What was found is ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +16,18 @@ from torch import Tensor
 
 from optstate_codecs.conform import Wanted, conformed, own_keys
 from optstate_codecs.engine.capture import capturing, needs_warm_up
-from optstate_codecs.engine.unit import Unit, layout_of
+from optstate_codecs.engine.unit import Unit
 from optstate_codecs.formats import Format
 from optstate_codecs.param_checks import check_kind, check_steppable
 from optstate_codecs.rules import Moment
 from optstate_codecs.state import counts_on_device, share_steps
 from optstate_codecs.writes import parameter_write
 
-__all__ = ["Entry", "GroupSpec", "ParameterTable", "StateSpec"]
+__all__ = ["Entry", "Gradients", "GroupSpec", "ParameterTable", "StateSpec"]
 
 Groups = Sequence[Mapping[str, Any]]
+# sets of parameters of which is kept what was found: the buckets of a GradientRelease are as many
+REMEMBERED = 256
 
 
 class Entry(NamedTuple):
@@ -35,16 +38,89 @@ class Entry(NamedTuple):
         group: the number of its group.
         param: the parameter.
         grad: the gradient, or None.
-        address: of the gradient's first element.
-        layout: ``layout_of`` the gradient.
     """
 
     number: int
     group: int
     param: Tensor
     grad: Tensor | None = None
-    address: int = 0
-    layout: Any = None
+
+
+@dataclass(eq=False)
+class Gradients:
+    """The parameters that a step takes and their gradients, by column.
+
+    Attributes:
+        numbers: the place of each parameter in the optimizer, counted over all groups.
+        groups: the number of the group of each.
+        params: the parameters.
+        grads: their gradients.
+        addresses: of the gradients' first elements.
+        layouts: the dtype and strides of each gradient.
+    """
+
+    numbers: list[int]
+    groups: list[int]
+    params: list[Tensor]
+    grads: list[Tensor]
+    addresses: list[int] = field(default_factory=list)
+    layouts: list[Any] = field(default_factory=list)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Row by row."""
+        columns = (self.numbers, self.groups, self.params, self.grads)
+        return [Entry(*row) for row in zip(*columns, strict=True)]
+
+
+class _Found:
+    """What was found for the parameters of a step, by column, to be compared at the next one.
+
+    A step of many small tensors is bound by the host, and a list comprehension over one column
+    takes a fraction of what a loop over rows with calls in it does.
+    """
+
+    def __init__(
+        self, given: Gradients, specs: Sequence[GroupSpec], states: Mapping[Tensor, Any]
+    ) -> None:
+        self.addresses: list[int] = []
+        self.layouts: list[Any] = []
+        self.units: list[Unit] = []
+        self._params, self._specs = given.params, list(specs)
+        self._states = [states.get(param) for param in given.params]
+
+    def take(self, units: list[Unit]) -> None:
+        """Note where everything of these units is."""
+        self.units = units
+        self._states = [unit.state for unit in units]
+        self._used = [(unit.state, itemgetter(*unit.keys, "step")) for unit in units]
+        self._where = self._look()
+
+    def holds(
+        self, given: Gradients, specs: Sequence[GroupSpec], states: Mapping[Tensor, Any]
+    ) -> bool:
+        """Whether all of it is where it was, and laid out as it was."""
+        if not (
+            len(specs) == len(self._specs)
+            and all(map(is_, specs, self._specs))
+            and all(map(is_, given.params, self._params))
+            and all(map(is_, map(states.get, given.params), self._states))
+        ):
+            return False
+        try:
+            return self._where == self._look()
+        except (KeyError, AttributeError):
+            return False
+
+    def _look(self) -> tuple[list[Any], ...]:
+        params = self._params
+        return (
+            [len(state) for state, _ in self._used],
+            [param.data_ptr() for param in params],
+            [param.shape for param in params],
+            [param.stride() for param in params],
+            [value.data_ptr() for state, get in self._used for value in get(state)[:-1]],
+        )
 
 
 class GroupSpec(NamedTuple):
@@ -78,13 +154,15 @@ class ParameterTable:
         # those whose state was only looked at, on a device where it cannot be stepped
         self._away: set[int] = set()
         self._specs: dict[int, GroupSpec] = {}
-        self._layouts: dict[int, tuple[int, Any]] = {}
+        # by the numbers of the parameters that had gradients
+        self._found: dict[tuple[int, ...], _Found] = {}
         self._numbers: dict[Tensor, tuple[int, int, int]] = {}
 
     def forget(self, param: Tensor) -> None:
         """Look at the state of a parameter anew, the next time that it is wanted."""
         for index in [i for i, unit in self._units.items() if unit.param is param]:
             del self._units[index]
+        self._found.clear()
 
     def number(self, groups: Groups, param: Tensor) -> int:
         """The place of a parameter, counted over all groups; looked up where it was last time."""
@@ -102,35 +180,69 @@ class ParameterTable:
             self._specs[number] = new
         return self._specs[number]
 
-    def gradients(self, groups: Groups, given: Mapping[int, Tensor] | None) -> list[Entry]:
+    def gradients(self, groups: Groups, given: Mapping[int, Tensor] | None) -> Gradients:
         """The parameters that have gradients: those ``given`` by place, or else their own.
 
         Raises:
             TypeError, ValueError: a gradient is unusable, by name.
         """
-        found = []
-        index = 0
-        layouts = self._layouts
-        for number, group in enumerate(groups):
-            params = group["params"]
-            if given is None:
-                numbered: Iterable[tuple[int, Tensor | None]] = enumerate(p.grad for p in params)
-            else:
-                inside = [place for place in given if index <= place < index + len(params)]
-                numbered = [(place - index, given[place]) for place in sorted(inside)]
-            for place, grad in numbered:
-                if grad is not None:
-                    at, param = index + place, params[place]
-                    address = grad.data_ptr() if grad.layout is torch.strided else -1
-                    layout = layout_of(grad) if address >= 0 else None
-                    # a good gradient that lay and looked alike makes this one good too; where the
-                    # parameter has changed, its unit is made anew, which checks again
-                    if layouts.get(at) != (address, layout):
-                        check_grad(at, param, grad)
-                        layouts[at] = (address, layout)
-                    found.append(Entry(at, number, param, grad, *layouts[at]))
-            index += len(params)
+        every = [(n, p) for n, group in enumerate(groups) for p in group["params"]]
+        if given is None:
+            grads = [param.grad for _, param in every]
+            numbers = [number for number, grad in enumerate(grads) if grad is not None]
+            chosen = [grad for grad in grads if grad is not None]
+        else:
+            numbers = sorted(given)
+            chosen = [given[number] for number in numbers]
+        found = Gradients(
+            numbers,
+            [every[number][0] for number in numbers],
+            [every[number][1] for number in numbers],
+            chosen,
+        )
+        if any(grad.layout is not torch.strided for grad in chosen):
+            self._check(found)
+        addresses = [grad.data_ptr() for grad in chosen]
+        layouts = [(grad.dtype, grad.stride()) for grad in chosen]
+        last = self._found.get(tuple(numbers))
+        # good gradients that lay and looked alike make these good too; where a parameter has
+        # changed, its unit is made anew, which checks again
+        if last is None or last.addresses != addresses or last.layouts != layouts:
+            self._check(found)
+        if last is not None and last.layouts == layouts:
+            layouts = last.layouts
+        if last is not None:
+            last.addresses, last.layouts = addresses, layouts
+        found.addresses, found.layouts = addresses, layouts
         return found
+
+    @staticmethod
+    def _check(found: Gradients) -> None:
+        for entry in found.entries:
+            assert entry.grad is not None
+            check_grad(entry.number, entry.param, entry.grad)
+
+    def step_units(
+        self,
+        groups: Groups,
+        given: Gradients,
+        specs: Sequence[GroupSpec],
+        states: dict[Tensor, Any],
+        kept: StateSpec,
+    ) -> list[Unit]:
+        """``units`` for the parameters of a step: the same list where nothing has changed."""
+        key = tuple(given.numbers)
+        last = self._found.get(key)
+        if last is not None and last.holds(given, specs, states):
+            return last.units
+        units = self.units(groups, given.entries, specs, states, kept)
+        if len(self._found) >= REMEMBERED:
+            # models that route have ever new sets of parameters with gradients
+            self._found.clear()
+        found = self._found[key] = _Found(given, specs, states)
+        found.addresses, found.layouts = given.addresses, given.layouts
+        found.take(units)
+        return units
 
     def units(
         self,
