@@ -196,8 +196,6 @@ OFFLOADED = [
 
 #: stepped whole, as the wrapper's warning says
 WHOLE = ("LBFGS", "SparseAdam")
-
-
 exactly = partial(wrap, policy=ConfigurablePolicy({}))
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def go_on_alike(left, right, steps=1) -> None:
 @over(lambda subject: cases(subject.like), NO_SUCH_ARGUMENT)
 def test_save_and_load(subject, case) -> None:
     """Through a file that is read with ``weights_only``; what was saved stays what it was."""
-    build = lambda p: subject.make(p, **case.kwargs)  # noqa: E731
+    build = partial(subject.make, **case.kwargs)
     first = Problem(subject, build).run(2)
     file = io.BytesIO()
     state_dict = saved(subject, first.optimizer)
@@ -182,7 +183,10 @@ def test_what_does_not_fit(subject, case) -> None:
 @over(lambda subject: [Case("groups", {})], ONE_GROUP)
 def test_groups_are_the_same_objects(subject, case) -> None:
     """Groups that a scheduler holds are still the optimizer's after loading."""
-    build = lambda p: subject.make([{"params": p[:1], "lr": 0.5}, {"params": p[1:]}])  # noqa: E731
+
+    def build(params):
+        return subject.make([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}])
+
     first = Problem(subject, build).run()
     groups = list(first.optimizer.param_groups)
     state_dict = copy.deepcopy(saved(subject, first.optimizer))

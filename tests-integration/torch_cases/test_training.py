@@ -60,8 +60,8 @@ def test_loss_goes_down(subject, case) -> None:
     kwargs = dict(case.kwargs)
     problem = Regression(subject, lambda p: subject.make(p, **kwargs), kwargs.pop("strided", False))
     losses = problem.run(4)
-    down = losses[-1] < losses[0]
-    assert down is not kwargs.get("maximize", False), losses
+    change = losses[-1] - losses[0]
+    assert change > 0 if kwargs.get("maximize") else change < 0, losses
 
 
 def combinations(subject):
@@ -116,13 +116,13 @@ def test_groups_have_their_own(subject, case) -> None:
 
 @over(lambda subject: cases(subject.like), NO_SUCH_ARGUMENT)
 def test_no_gradient_no_step(subject, case) -> None:
-    """Parameters without a gradient stay what they are, and have no state."""
+    """Parameters without a gradient stay what they are, and ours have no state."""
     problem = Problem(subject, lambda p: subject.make(p, **case.kwargs))
     before = problem.values()
     for _ in range(2):
         problem.optimizer.step((lambda: 0.0) if subject.needs_closure else None)
     assert_equal(problem.values(), before, "params")
-    # torch's LBFGS keeps all of its state with the first parameter; Adagrad's and ... with each
+    # torch's Adagrad, for one, has state from the start
     if subject.coded:
         assert not any(problem.optimizer.state.values())
 
