@@ -59,8 +59,9 @@ def test_devices_together(subject, case) -> None:
         subject,
         lambda p: subject.make(p, **subject.plus),
         lambda p: subject.exact(p, **subject.plus),
-        # what is stepped together differs, and with it last places of torch's own steps
-        slack=ROUNDED,
+        # what is stepped together differs, and with it last places of torch's own steps, which
+        # take so much from float64's
+        slack=(5e-3,),
         **BOTH,
     )
 
