@@ -17,8 +17,6 @@ pytestmark = [
 ]
 #: the kernel's roots and sums differ from torch's in a last place here and there
 ROUNDED = (1e-3,)
-#: and so do torch's own, with what is stepped together and on which device
-LAST_PLACES = (1e-4,)
 DEVICE = "cuda"
 BOTH = {"devices": (DEVICE, "cpu"), "shapes": SHAPES * 2}
 
@@ -40,11 +38,13 @@ ON_THE_HOST = {
 def test_steps_are_torchs(subject, case) -> None:
     """As on a CPU, and with ``capturable``."""
     kwargs = {**case.kwargs, **subject.plus}
+    # steps on the host are torch's own there, not its steps on a GPU
+    rounded = subject.coded or subject.error or subject.name.startswith("CPUOffload")
     compare(
         subject,
         lambda p: subject.make(p, **kwargs),
         lambda p: subject.exact(p, **kwargs),
-        slack=ROUNDED if subject.coded or subject.error else LAST_PLACES,
+        slack=ROUNDED if rounded else (0.0,),
         devices=(DEVICE,),
     )
 
@@ -59,7 +59,9 @@ def test_devices_together(subject, case) -> None:
         subject,
         lambda p: subject.make(p, **subject.plus),
         lambda p: subject.exact(p, **subject.plus),
-        slack=ROUNDED if subject.coded or subject.error else LAST_PLACES,
+        # what is stepped together differs, and with it last places of torch's own steps, which
+        # take so much from float64's
+        slack=(5e-3,),
         **BOTH,
     )
 
@@ -94,7 +96,8 @@ def moved(value, device):
 
 
 SCALED = [Case("plain", {}), Case("fused", {"fused": True})]
-FUSED = [s for s in FAMILY if s.coded or s.like in ("Adam", "AdamW", "SGD", "Adagrad")]
+# torch's fused Adagrad is one of the CPU
+FUSED = [s for s in FAMILY if s.coded or s.like in ("Adam", "AdamW", "SGD")]
 
 
 @over(lambda subject: SCALED, subjects=FUSED)

@@ -179,7 +179,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
         warnings.warn(
             f"state_dict keeps master weights of {rounded} parameters that this optimizer, "
             f"write={optimizer.write!r}, does not: training goes on from the parameters alone",
-            stacklevel=4,
+            stacklevel=3,
         )
 
     optimizer._session.supersede()

@@ -411,8 +411,6 @@ class CodedOptimizer(torch.optim.Optimizer):
         """The state decoded to float32 in the plain layout that ``torch.optim`` loads."""
         return checkpoint.full(self, super().state_dict())
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a packed state dict, a full one, or that of the plain ``torch.optim`` class.
 
@@ -422,7 +420,8 @@ class CodedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
         """
-        checkpoint.load(self, state_dict)
+        with torch.inference_mode(False), torch.no_grad():
+            checkpoint.load(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("rule", "write", "skip_nonfinite", "max_grad_norm", "backend", "offloaded")

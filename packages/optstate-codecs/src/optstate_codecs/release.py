@@ -227,7 +227,8 @@ class GradientRelease:
         bucket = self._buckets[number]
         with self._lock:
             task = torch._C._current_graph_task_id()
-            if param.grad is None or (task == self._failed and task >= 0):
+            # a group may have a parameter twice, which is stepped with the first
+            if not has_gradient(param) or (task == self._failed and task >= 0):
                 return
             self._failed = None
             stepping: list[Tensor] = []
