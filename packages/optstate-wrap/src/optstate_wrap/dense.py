@@ -67,8 +67,8 @@ def dense_for_fused(inner: Optimizer) -> Iterator[None]:
         for param, copy in copies.items():
             param.detach().copy_(copy.detach())
     finally:
-        for stepped, grad in grads:
-            stepped.grad = grad
+        for stepped, before in grads:
+            stepped.grad = before
 
 
 def _contiguous(param: Tensor, states: Mapping[Any, Mapping[str, Any]]) -> bool:

@@ -73,16 +73,14 @@ def refuse_records(
         param = piece.param
         if piece.part or (grad := param.grad) is None:
             continue
-        records, shape = store.peek(param), param.shape
+        records = store.peek(param)
         if not records:
             continue
-        given = piece.number, param, grad
-        if len(records) > 1:
-            kept = store.layout(param).shape
-            if kept != shape:
-                raise _of_shape(piece.number, "state", kept, shape)
-            # of a part, so that its own shape is no matter
-            shape = None
+        given, shape = (piece.number, param, grad), None
+        if len(records) == 1:
+            shape = param.shape
+        elif (kept := store.layout(param).shape) != param.shape:
+            raise _of_shape(piece.number, "state", kept, param.shape)
         device = None if store.name == "host" else param.device
         refuse_state(inner, findings, given, records[0], shape, device)
 
@@ -135,6 +133,7 @@ def _refuse_value(
     device: torch.device | None,
 ) -> None:
     number, param, grad = given
+    expected: tuple[int, ...] | None
     if isinstance(value, Coded):
         of, where, expected = value.shape, value.parts[0].device, tuple(local_of(param).shape)
     elif key not in findings.elementwise:
@@ -147,7 +146,7 @@ def _refuse_value(
         of, where, expected = tuple(value.shape), value.device, shape
     else:
         return
-    if shape is not None and of != expected:
+    if shape is not None and expected is not None and of != expected:
         raise _of_shape(number, key, of, expected)
     if device is not None and where != device:
         raise RuntimeError(
