@@ -90,6 +90,20 @@ def test_plain_goes_both_ways(problem, same, configuration, dtype) -> None:
         same(into_plain, into_ours)
 
 
+@pytest.mark.parametrize("kind", ["state_dict", "packed_state_dict"])
+def test_state_of_another_dtype_is_loaded_as_torch_loads_it(problem, same, kind, codecs) -> None:
+    run = problem(adamw(codecs, fused=False)).run(4)
+    ours, plain = (
+        problem(make, torch.bfloat16)
+        for make in (adamw({}, fused=False), lambda groups: torch.optim.AdamW(groups, lr=1e-2))
+    )
+    plain.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    ours.optimizer.load_state_dict(getattr(run.optimizer, kind)())
+    for group in plain.optimizer.param_groups:
+        group.setdefault("decoupled_weight_decay", False)
+    same(plain.run(2), ours.run(2))
+
+
 def test_coded_state_dict_loads_into_torch(problem, codecs) -> None:
     run = problem(adamw(codecs)).run(4)
     plain = twin_of(run, problem, lambda groups: torch.optim.AdamW(groups, lr=1e-2))

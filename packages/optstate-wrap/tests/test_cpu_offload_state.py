@@ -40,9 +40,13 @@ def test_loaded_state_of_large_parameters_never_goes_to_their_device() -> None:
     for param in state.param_groups[0]["params"]:
         param.grad = torch.ones_like(param)
     state.step()
+    for param in state.param_groups[0]["params"]:
+        state.state[param]["slow"] = torch.ones_like(param)
     params = [Parameter(torch.empty(shape, device="meta")) for shape in (300, 3)]
     optimizer = CPUOffloadOptimizer(params, fused=False, minimal_size=SMALL)
     optimizer.load_state_dict(state.state_dict())
+    # what is not the optimizer's own goes where torch loads it to
+    assert all(optimizer.state[param]["slow"].is_meta for param in params)
     large, small = (optimizer.state[param]["exp_avg"] for param in params)
     assert torch.equal(large, state.state_dict()["state"][0]["exp_avg"])
     assert small.is_meta

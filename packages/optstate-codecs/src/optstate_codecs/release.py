@@ -228,7 +228,8 @@ class GradientRelease:
         with self._lock:
             task = torch._C._current_graph_task_id()
             # a group may have a parameter twice, which is stepped with the first
-            if not has_gradient(param) or (task == self._failed and task >= 0):
+            grad = param.grad if has_gradient(param) else None
+            if grad is None or (task == self._failed and task >= 0):
                 return
             self._failed = None
             stepping: list[Tensor] = []
@@ -238,7 +239,7 @@ class GradientRelease:
                 self._expect(param)
                 if self._measuring:
                     place, double = self._measuring[param]
-                    self._shares[param] = share(place, param.grad, double)
+                    self._shares[param] = share(place, grad, double)
                     self._free(param)
                     return
                 bucket.here.add(param)

@@ -266,7 +266,19 @@ class CPUOffloadOptimizer(Delegate):
             empty = {p: Parameter(torch.empty_like(p, device="cpu"), False) for p in self._large()}
             with replaced(self.inner, empty):
                 load_into(self.inner, state_dict)
+            self._bring_back(empty)
             self._examine()
+
+    def _bring_back(self, params: Iterable[Tensor]) -> None:
+        """Have what is not the optimizer's own state beside its parameters, as torch loads it."""
+        known = None if isinstance(self.inner, CodedOptimizer) else probe(self.inner).known
+        if known is None:
+            return
+        for param in params:
+            state = self.inner.state.get(param, {})
+            for key, value in state.items():
+                if key not in known and isinstance(value, Tensor) and value.dim():
+                    state[key] = value.to(param.device)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("inner", "offload_gradients", "minimal_size")

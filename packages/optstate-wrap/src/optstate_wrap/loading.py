@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from optstate_wrap.hooks import load_with_hooks
 from optstate_wrap.inference import ordinary_tensors
 from optstate_wrap.parts import cut, joined, length, pieces_like
 from optstate_wrap.plan import Layout, Piece
-from optstate_wrap.probe import Findings
+from optstate_wrap.probe import Findings, why_not
 from optstate_wrap.record import Coded, Record, decode_state
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _entries(
 
 
 def _all_foreign(
-    theirs: Collection[str],
+    theirs: set[str],
     marked: Collection[str],
     states: Iterable[Any],
     findings: Findings,
@@ -189,7 +189,7 @@ def _records(
         if not state:
             continue
         if is_packed:
-            records = _unpacked(entry, findings)
+            records = _unpacked(entry, engine.inner, findings)
             if _cut_alike(entry, records, plan[param]):
                 new[param] = engine.store.placed([records])[0]
                 continue
@@ -229,7 +229,7 @@ def _layout(entry: _Entry) -> Layout:
     return Layout(now.shape, tuple(entry.order))
 
 
-def _unpacked(entry: _Entry, findings: Findings) -> list[Record]:
+def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Record]:
     where, param = entry.where, entry.param
     records = []
     for saved in entry.own:
@@ -246,11 +246,18 @@ def _unpacked(entry: _Entry, findings: Findings) -> list[Record]:
         raise ValueError(f"{where}: parts of {sum(lengths)} elements, must be {param.numel()}")
     for record, numel in zip(records, lengths, strict=True):
         shape = tuple(param.shape) if len(records) == 1 else (numel,)
-        for key in record if findings.tried else ():
-            value = record[key]
-            of = tuple(value.shape) if isinstance(value, (Coded, Tensor)) else shape
-            if (key in findings.elementwise or isinstance(value, Coded)) and of != shape:
-                raise ValueError(f"{where}[{key!r}]: shape {of}, must be {shape}")
+        for key, value in record.items():
+            elementwise = key in findings.elementwise and isinstance(value, Tensor)
+            if not (elementwise or isinstance(value, Coded)):
+                continue
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{where}[{key!r}]: shape {tuple(value.shape)}, must be {shape}")
+            dtype = findings.keys.get(key) or param.dtype
+            if value.dtype != dtype and why_not(inner, param.dtype, param.dtype, value.dtype):
+                # as torch.optim does with what it loads
+                record[key] = (
+                    replace(value, dtype=dtype) if isinstance(value, Coded) else value.to(dtype)
+                )
     return records
 
 

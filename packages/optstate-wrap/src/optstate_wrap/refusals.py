@@ -74,16 +74,13 @@ def refuse_records(
         if piece.part or (grad := param.grad) is None:
             continue
         records = store.peek(param)
-        shape: tuple[int, ...] | None = tuple(param.shape)
         if not records:
             continue
-        given = piece.number, param, grad
-        if len(records) > 1:
-            kept = store.layout(param).shape
-            if kept != shape:
-                raise _of_shape(piece.number, "state", kept, shape)
-            # of a part, so that its own shape is no matter
-            shape = None
+        given, shape = (piece.number, param, grad), None
+        if len(records) == 1:
+            shape = param.shape
+        elif (kept := store.layout(param).shape) != param.shape:
+            raise _of_shape(piece.number, "state", kept, param.shape)
         device = None if store.name == "host" else param.device
         refuse_state(inner, findings, given, records[0], shape, device)
 
@@ -149,7 +146,7 @@ def _refuse_value(
         of, where = tuple(value.shape), value.device
     else:
         return
-    if shape is not None and of != expected:
+    if shape is not None and expected is not None and of != expected:
         raise _of_shape(number, key, of, expected)
     if device is not None and where != device:
         raise RuntimeError(
