@@ -65,14 +65,14 @@ def multiply_add(x: Tensor, factor: float, offset: float, out: Tensor | None = N
 
 def _in_double(x: Tensor, factor: float, start: Tensor, out: Tensor | None) -> Tensor:
     """``multiply_add`` in float64, where a product of float32 numbers is exact."""
-    product = x.double() * float(torch.tensor(factor, dtype=torch.float32))
+    product = x.double() * float(torch.tensor(factor, dtype=torch.float32, device="cpu"))
     other = start.double()
     total = product + other
     # what the sum leaves out (Knuth's two-sum) makes it odd, so that no tie is rounded twice
     other_part = total - product
     error = (product - (total - other_part)) + (other - other_part)
     bits = total.view(torch.int64)
-    towards = torch.where((error > 0) == (total > 0), 1, -1)
+    towards = ((error > 0) == (total > 0)).to(torch.int64) * 2 - 1
     # the error of an infinite sum is NaN
     odd = torch.where((error.abs() > 0) & (bits & 1 == 0), bits + towards, bits)
     result = odd.view(torch.float64).to(torch.float32)
@@ -108,7 +108,7 @@ def rounds_once(operation: str, count: int = WHOLE) -> bool | None:
     """
     pieces = (_numbers(WHOLE // count * count, seed) for seed in (1, 2, 3))
     a, b, c = (piece.view(-1, count) for piece in pieces)
-    factor = float(torch.tensor(0.3, dtype=torch.float32))
+    factor = float(torch.tensor(0.3, dtype=torch.float32, device="cpu"))
     if operation == "add":
         got = [x.add(y, alpha=factor) for x, y in zip(a, b, strict=True)]
         start, product = a, b.double() * factor

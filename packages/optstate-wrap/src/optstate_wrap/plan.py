@@ -97,7 +97,7 @@ class Piece:
         if self.parts == 1:
             return self.param.detach()
         # of the parameter as it was cut, which it need not be any more
-        return torch.empty(self.stop - self.start, device="meta")
+        return torch.empty(self.stop - self.start, dtype=self.param.dtype, device="meta")
 
     def _view(self, tensor: Tensor) -> Tensor:
         ordered = tensor.permute(storage_order(self.param))
