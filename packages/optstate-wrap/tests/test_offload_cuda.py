@@ -1,5 +1,7 @@
 """On a GPU, state on the host: torch's own bits where exact, and the device store's where coded."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -46,3 +48,40 @@ def test_coded_is_the_device_store() -> None:
     )
     assert optimizer.engine.fused._ready
     assert all(map(torch.equal, plain, ours))
+
+
+def test_a_copy_has_what_is_still_being_stored() -> None:
+    params, optimizer = trained(lambda p: OffloadOptimizer(torch.optim.AdamW(p), CODED))
+    twins, other = copy.deepcopy((params, optimizer))
+    for side, of in ((params, optimizer), (twins, other)):
+        for param in side:
+            param.grad = torch.full_like(param, 0.5)
+        of.step()
+    assert all(map(torch.equal, params, twins))
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+@pytest.mark.parametrize("codecs", [{}, CODED], ids=["exact", "coded"])
+def test_state_may_be_written(codecs, store) -> None:
+    """A moment that is made zero moves nothing, and what others put there stays where it is."""
+    options = {"lr": 1e-2, "weight_decay": 0.0, "foreach": False}
+    params, optimizer = trained(
+        lambda p: wrap(torch.optim.AdamW(p, **options), ConfigurablePolicy(codecs), store=store), 3
+    )
+    before = [param.detach().clone() for param in params]
+    for number, param in enumerate(params):
+        state = optimizer.state[param]
+        if number:
+            state["exp_avg"].zero_()
+        else:
+            state["exp_avg"] = torch.zeros_like(param)
+        slow = state.setdefault("slow", torch.ones_like(param))
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert all(map(torch.equal, before, params))
+    assert optimizer.state[params[-1]]["slow"] is slow
+    assert slow.is_cuda
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert not any(map(torch.equal, before, params))

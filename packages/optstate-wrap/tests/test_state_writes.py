@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from optstate_codecs import GradientRelease
 from optstate_wrap import ConfigurablePolicy, OffloadOptimizer, states, wrap
 
-SHAPES = ((40, 33), (300,), (3, 5, 31), ())
+SHAPES = ((20, 33), (300,), (3, 5, 7), ())
 CODED = {"exp_avg": "int8", "exp_avg_sq": "bf16(rounding=nearest)"}
 UNITS = {"exp_avg": "int8(units=update)", "exp_avg_sq": "oneq(bits=8)"}
 #: policy, chunk, and what steps coded state: parts of tensors, and whole ones
@@ -327,18 +327,21 @@ def test_under_inference_mode(kind) -> None:
     assert all(pair.ours.state[param]["step"] == 5 for param in pair.mine)
 
 
+@pytest.mark.parametrize("resident", [0, 1 << 12, 1 << 20])
 @pytest.mark.parametrize("kind", ["exact", "coded", "coded-fused-whole"])
-def test_offload_optimizer(kind) -> None:
+def test_offload_optimizer(kind, resident) -> None:
     pair = Pair(kind)
     codecs, chunk, fused = KINDS[kind]
     mine = [Parameter(param.detach().clone()) for param in pair.mine]
-    ours = OffloadOptimizer(adamw(mine), codecs, chunk_size=chunk, fused=fused)
+    options = {"chunk_size": chunk, "fused": fused, "resident_bytes": resident}
+    ours = OffloadOptimizer(adamw(mine), codecs, **options)
     ours.load_state_dict(pair.ours.packed_state_dict())
     pair.ours, pair.mine = ours, mine
     pair.each(zero_in_place)
     pair.step()
     pair.check()
     pair.each(whole)
+    pair.each(foreign)
     for a, b in zip(pair.mine, pair.theirs, strict=True):
         b.data.copy_(a)
     pair.step()
