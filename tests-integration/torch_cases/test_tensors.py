@@ -76,7 +76,7 @@ def layouts(subject):
 NOT_VIEWED = {
     ("wrap-LBFGS", which): "torch's LBFGS takes contiguous gradients only"
     for which in ("transposed", "channels last")
-}
+} | {("wrap-SparseAdam", "*"): "torch's SparseAdam takes contiguous parameters only"}
 
 
 @over(layouts, {("wrap-Muon", "channels*"): MATRICES["wrap-Muon", "*"]}, NOT_VIEWED)
