@@ -139,7 +139,10 @@ def test_steps_too_small_for_bfloat16_are_kept_in_the_mean() -> None:
     ],
 )
 def test_weight_decay_is_torchs(make, theirs) -> None:
-    """The first step, which no rounding of moments reaches, bit for bit in float32."""
+    """The first step, which no rounding of moments reaches, but for a last place.
+
+    In that torch's roots differ from processor to processor, and ours do not.
+    """
     sides = []
     for optimizer_class in (make, theirs):
         param = Parameter(START.clone())
@@ -147,7 +150,7 @@ def test_weight_decay_is_torchs(make, theirs) -> None:
         param.grad = GRADS[0].clone()
         optimizer.step()
         sides.append(param.detach())
-    assert torch.equal(*sides)
+    torch.testing.assert_close(*sides, rtol=3e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("make", [AdamW, Compass, LPFAdamW, RMSProp, Lion])
