@@ -80,18 +80,10 @@ class _Found:
     takes a fraction of what a loop over rows with calls in it does.
     """
 
-    def __init__(
-        self, given: Gradients, specs: Sequence[GroupSpec], states: Mapping[Tensor, Any]
-    ) -> None:
-        self.addresses: list[int] = []
-        self.layouts: list[Any] = []
-        self.units: list[Unit] = []
-        self._params, self._specs = given.params, list(specs)
-        self._states = [states.get(param) for param in given.params]
-
-    def take(self, units: list[Unit]) -> None:
-        """Note where everything of these units is."""
+    def __init__(self, given: Gradients, specs: Sequence[GroupSpec], units: list[Unit]) -> None:
+        self.addresses, self.layouts = given.addresses, given.layouts
         self.units = units
+        self._params, self._specs = given.params, list(specs)
         self._states = [unit.state for unit in units]
         self._used = [(unit.state, itemgetter(*unit.keys, "step")) for unit in units]
         self._where = self._look()
@@ -239,9 +231,7 @@ class ParameterTable:
         if len(self._found) >= REMEMBERED:
             # models that route have ever new sets of parameters with gradients
             self._found.clear()
-        found = self._found[key] = _Found(given, specs, states)
-        found.addresses, found.layouts = given.addresses, given.layouts
-        found.take(units)
+        self._found[key] = _Found(given, specs, units)
         return units
 
     def units(
@@ -329,8 +319,7 @@ class ParameterTable:
                 state.update(new)
             if is_fresh:
                 fresh.append((param, state, counts_on_device(groups[number])))
-        with torch.inference_mode(False):
-            share_steps(fresh)
+        share_steps(fresh)
         for entry, wanted, *_ in changes:
             index, number, param = entry[:3]
             unit = self._units[index] = Unit(
