@@ -1,9 +1,11 @@
 """Parameters and gradients of every dtype, shape and layout; complex and sparse ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accounting import Refused, account_for, over
-from family import FAMILY
+from family import FAMILY, ROOTS
 from problems import Problem, after, assert_equal, compare
 from torch_inputs import Case
 
@@ -76,12 +78,16 @@ def layouts(subject):
 NOT_VIEWED = {
     ("wrap-LBFGS", which): "torch's LBFGS takes contiguous gradients only"
     for which in ("transposed", "channels last")
-} | {("wrap-SparseAdam", "*"): "torch's SparseAdam takes contiguous parameters only"}
+}
 
 
 @over(layouts, {("wrap-Muon", "channels*"): MATRICES["wrap-Muon", "*"]}, NOT_VIEWED)
 def test_layouts(subject, case) -> None:
     """Dense or with gaps, in any order of dimensions."""
+    if subject.like == "SparseAdam":
+        # the strides of its intermediate tensors decide which of torch's roots it takes, and
+        # on some processors these differ by an ulp
+        subject = replace(subject, error=ROOTS)
     along(subject, **case.kwargs)
 
 
