@@ -22,9 +22,9 @@ from offload_common import FORMATS
 from torch.nn import Parameter
 
 from optstate_codecs import GradientRelease, predicted_state_bytes
-from optstate_codecs.places import CHUNK_BYTES
-from optstate_codecs.places.ring import SLOTS
-from optstate_codecs.places.stream import WAITING
+from optstate_codecs.offloading import CHUNK_BYTES
+from optstate_codecs.offloading.ring import SLOTS
+from optstate_codecs.offloading.streaming import WAITING
 from turboadam import TurboAdam
 
 RESULTS = Path(__file__).parent / "results" / "fits.json"

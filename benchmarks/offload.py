@@ -32,7 +32,7 @@ from offload_train import run_finetune, run_train
 from step_time import surroundings
 
 from optstate_codecs import __version__
-from optstate_codecs.places import CHUNK_BYTES
+from optstate_codecs.offloading import CHUNK_BYTES
 
 RESULTS = Path(__file__).parent / "results" / "offload_h200.json"
 PARTS = ("step", "train", "finetune7b", "disk")

@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from lowbit_adam import AdamW4bit, AdamW8bit
 from optstate_codecs import Adam, CodedOptimizer, offload, state_bytes
-from optstate_codecs.places.pinned import empty_pinned
+from optstate_codecs.offloading.pinned import empty_pinned
 from optstate_wrap import OffloadOptimizer, OptimizerWrapper
 
 Make = Callable[..., CodedOptimizer]

@@ -6,7 +6,8 @@ from torch.nn import Parameter
 
 import lowbit_adam
 import stochbf16
-from optstate_wrap import CPUOffloadOptimizer, host_step
+from optstate_wrap import CPUOffloadOptimizer
+from optstate_wrap.cpu import host_step
 
 
 class Pretends(CPUOffloadOptimizer):

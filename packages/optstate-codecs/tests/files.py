@@ -7,7 +7,7 @@ from offloads import assert_alike, run
 from subjects import adam
 from torch.nn import Parameter
 
-from optstate_codecs.places import offload
+from optstate_codecs.offloading import offload
 
 DYNAMIC = ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import Parameter
 
-from optstate_codecs.places import offload
+from optstate_codecs.offloading import offload
 
 SHAPES = ((300, 70), (50,), (129, 257), (5,), (0,), (64, 9, 3), ())
 

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from optstate_codecs import Adam, CodedOptimizer
-from optstate_codecs.scaling import gradient_norm
+from optstate_codecs.gradients.grad_norm import gradient_norm
 from optstate_codecs.testing import SHAPES, Trainer
 
 CODED = {"exp_avg": FIRST, "exp_avg_sq": SECOND}

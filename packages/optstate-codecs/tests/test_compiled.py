@@ -12,8 +12,7 @@ import twins
 from subjects import SECOND
 
 from optstate_codecs import Adam, CodedOptimizer
-from optstate_codecs.engine import compiled
-from optstate_codecs.engine.cpu import build, loops
+from optstate_codecs.engine.cpu import build, compiled, kernels
 from optstate_codecs.engine.cpu.operations import PRELUDE
 from optstate_codecs.engine.cpu.record import Unrecordable, record
 from optstate_codecs.exact import TAIL, rounds_once, sqrt_is_exact
@@ -55,9 +54,9 @@ def no_compiler(monkeypatch):
     """A compiler that fails, and nothing built or warned of before."""
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setattr(compiled, "_warned", set())
-    loops.loops.cache_clear()
+    kernels.loops.cache_clear()
     yield
-    loops.loops.cache_clear()
+    kernels.loops.cache_clear()
 
 
 def pair(formats: tuple[str, str], shapes=SHAPES, dtype=torch.float32, **options):
@@ -257,12 +256,12 @@ def test_threads_do_not_change_a_bit() -> None:
 def test_nothing_is_built_twice(monkeypatch) -> None:
     """Hyper-parameters, step counts and sizes are arguments; a file serves other processes."""
     built, compilations = [], []
-    real_build, real_compile = loops.build, build._compile
-    monkeypatch.setattr(loops, "build", lambda text: built.append(text) or real_build(text))
+    real_build, real_compile = kernels.build, build._compile
+    monkeypatch.setattr(kernels, "build", lambda text: built.append(text) or real_build(text))
     monkeypatch.setattr(
         build, "_compile", lambda *given: compilations.append(given) or real_compile(*given)
     )
-    loops.loops.cache_clear()
+    kernels.loops.cache_clear()
     _, ours = pair(("dynamic8(block_size=32)", "dynamic8(block_size=32, signed=False)"))
     ours.run(6)
     for lr, betas, decay, eps in ((1.0, (0.8, 0.9), 0.0, 1e-8), (0.0, (0.4, 0.9999), 1.0, 0.5)):
@@ -272,7 +271,7 @@ def test_nothing_is_built_twice(monkeypatch) -> None:
     ours.params.append(ours.optimizer.param_groups[1]["params"][0])
     ours.run(2)
     assert (len(built), len(compilations)) == (1, 1)
-    loops.loops.cache_clear()  # as in another process
+    kernels.loops.cache_clear()  # as in another process
     _, again = pair(("dynamic8(block_size=32)", "dynamic8(block_size=32, signed=False)"))
     again.run(1)
     assert (len(built), len(compilations)) == (2, 1)
@@ -291,7 +290,7 @@ def test_auto_builds_for_large_models_only(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("no_compiler")
 def test_auto_falls_back_with_one_warning(monkeypatch) -> None:
-    monkeypatch.setattr("optstate_codecs.engine.session.WORTH_BUILDING", 1)
+    monkeypatch.setattr("optstate_codecs.engine.executor.WORTH_BUILDING", 1)
     monkeypatch.delenv("OPTSTATE_BACKEND", raising=False)
 
     def trainer(backend):

@@ -10,8 +10,8 @@ from subjects import FIRST, SECOND
 
 from optstate_codecs import Adam, CodedOptimizer
 from optstate_codecs.counts import END, advance, as_step, counted, take_back, taken
-from optstate_codecs.engine.session import Session
-from optstate_codecs.engine.unit import Job, Unit
+from optstate_codecs.engine.executor import ResidentExecutor
+from optstate_codecs.engine.request import ParamStep, StepRequest
 from optstate_codecs.rounding import Counter, stochastic_round_bf16
 from optstate_codecs.rules import SGD
 from optstate_codecs.writes import parameter_write
@@ -193,10 +193,10 @@ def test_draws_that_something_else_counts_are_told_apart(backend, draw) -> None:
     param = torch.ones(NUMEL, dtype=torch.bfloat16)
     grad = torch.full((NUMEL,), 1.0, dtype=torch.bfloat16)
     rule, write = SGD(), parameter_write("stochastic", torch.bfloat16)
-    unit = Unit(param, {"step": torch.tensor(float(END))}, (), {}, write)
+    unit = ParamStep(param, {"step": torch.tensor(float(END))}, (), {}, write)
     hyper = rule.hyper({**rule.defaults(), "lr": 2.0**-9})
-    job = Job(rule, [unit], [grad], [hyper], [grad.data_ptr()], draw=draw)
-    Session(backend).step(job)
+    job = StepRequest(rule, [unit], [grad], [hyper], [grad.data_ptr()], draw=draw)
+    ResidentExecutor(backend).step(job)
     bits = Counter(0, draw, 0).stream(0).bits16(NUMEL)
     assert torch.equal(param, stochastic_round_bf16(torch.full((NUMEL,), 1 - 2.0**-9), bits))
     assert float(unit.state["step"]) == END

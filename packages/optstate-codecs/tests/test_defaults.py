@@ -20,16 +20,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import Parameter
 
 from optstate_codecs import FP8, Adam, GradientRelease, Int4, Minifloat
-from optstate_codecs.centring import find_centres
 from optstate_codecs.convert import adam_state_dict
-from optstate_codecs.engine.cpu import loops
+from optstate_codecs.engine.cpu import kernels
 from optstate_codecs.formats import format_names, parse_format
-from optstate_codecs.places import offload, snapshot
+from optstate_codecs.gradients.centralization import find_centres
+from optstate_codecs.gradients.grad_norm import nonfinite
+from optstate_codecs.offloading import offload, snapshot
 from optstate_codecs.rounding import Draw
 from optstate_codecs.rules import SGD, Compass, Lion, LPFAdamW, RMSProp
 from optstate_codecs.rules.base import host_scalar
-from optstate_codecs.scaling import nonfinite
-from optstate_codecs.state import decode_state
 from optstate_codecs.tables import forget_tables
 from optstate_codecs.testing import (
     DEFAULTS,
@@ -40,6 +39,7 @@ from optstate_codecs.testing import (
     torch_defaults,
 )
 from optstate_codecs.testing.subject import assert_same
+from optstate_codecs.views import decode_state
 from optstate_codecs.writes import parameter_write
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")
@@ -89,7 +89,7 @@ def _defaults_stay():
 def forget() -> None:
     """Empty the caches, as in a process that has just begun."""
     forget_tables()
-    loops.loops.cache_clear()
+    kernels.loops.cache_clear()
 
 
 def life(backend: str = "eager", pairs=PAIRS) -> dict[str, torch.Tensor]:
@@ -133,13 +133,15 @@ def test_what_is_recorded_for_compiled_loops(name, write) -> None:
     moments = rule.moments(rule.hyper(rule.defaults()))
     formats = tuple(map(parse_format, PAIRS[name]))
     written = parameter_write(write, torch.bfloat16)
-    kind = loops.Kind(rule, (False, False), moments, formats, written, False, torch.float32, 7)
-    expected = loops.source(kind)
+    kind = kernels.KernelSpec(
+        rule, (False, False), moments, formats, written, False, torch.float32, 7
+    )
+    expected = kernels.source(kind)
     for dtype, device in DEFAULTS:
         with torch_defaults(dtype, device):
-            assert loops.source(kind) == expected
+            assert kernels.source(kind) == expected
     with torch.inference_mode():
-        assert loops.source(kind) == expected
+        assert kernels.source(kind) == expected
 
 
 @NEEDS_COMPILER

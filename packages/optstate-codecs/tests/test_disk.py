@@ -11,7 +11,7 @@ from offloads import Pair, params, run
 from subjects import adam
 
 from optstate_codecs import CodedOptimizer
-from optstate_codecs.places import disk, manifest, offload
+from optstate_codecs.offloading import disk, manifest, offload
 from optstate_codecs.rules import SGD
 
 

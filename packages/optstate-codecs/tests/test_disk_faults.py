@@ -12,7 +12,7 @@ from offloads import Pair, assert_alike, params, run
 from torch.nn import Parameter
 
 from optstate_codecs.errors import StepError
-from optstate_codecs.places import manifest, offload
+from optstate_codecs.offloading import manifest, offload
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from offloads import run
 from subjects import adam
 from torch.nn import Parameter
 
-from optstate_codecs.places import Snapshot, offload, snapshot
+from optstate_codecs.offloading import Snapshot, offload, snapshot
 
 FORMATS = ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)")
 SHAPES = ((300, 70), (50,), (129, 140), (0,), (9, 3), ())

@@ -16,7 +16,7 @@ from subjects import EXACT
 from torch.optim import lr_scheduler
 
 from optstate_codecs import Adam, CodedOptimizer, synchronize
-from optstate_codecs.places import disk, offload
+from optstate_codecs.offloading import disk, offload
 
 SHAPES = ((40, 30), (50,), ())
 STEPS, STOP = 9, 4

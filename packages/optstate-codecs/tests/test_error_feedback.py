@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from optstate_codecs import Adam, CodedOptimizer, decode_state
-from optstate_codecs.engine import compiled
+from optstate_codecs.engine.cpu import compiled
 
 FORMATS = {
     "eight bits, values": "int8(block_size=64)",
@@ -110,6 +110,6 @@ def test_loops_leave_it_to_the_reference(first: str) -> None:
 
 
 def test_the_flag_is_one() -> None:
-    assert not Adam().delivers
-    assert Adam(error_feedback=True).delivers
+    assert not Adam().has_error_feedback
+    assert Adam(error_feedback=True).has_error_feedback
     assert Adam() != Adam(error_feedback=True)

@@ -17,10 +17,10 @@ from optstate_codecs import (
     predicted_state_bytes,
     state_bytes,
 )
-from optstate_codecs.engine import Job
-from optstate_codecs.engine.plan import build_buckets
+from optstate_codecs.engine import StepRequest
+from optstate_codecs.engine.triton.buckets import build_buckets
 from optstate_codecs.formats import Linear4
-from optstate_codecs.layout import bound
+from optstate_codecs.state.layout import bound
 
 RANK1 = "linear4(normalization=rank1)"
 FORMATS = {"exp_avg": "fp32", "exp_avg_sq": RANK1, "max_exp_avg_sq": RANK1}
@@ -195,7 +195,7 @@ def test_compiled_loops_leave_it_to_the_reference() -> None:
 def test_kernels_leave_it_to_the_reference(shape) -> None:
     param, optimizer = stepped(gradient(shape))
     hyper = optimizer.rule.hyper(optimizer.param_groups[0])
-    job = Job(optimizer.rule, optimizer.stored_units(), [param.grad], [hyper])
+    job = StepRequest(optimizer.rule, optimizer.stored_units(), [param.grad], [hyper])
     assert build_buckets(job) == ([], [0])
 
 

@@ -115,9 +115,10 @@ def test_parameters_that_are_used_twice(size, checkpointed) -> None:
 def test_a_part_is_stepped_by_the_backend_that_steps_the_whole(monkeypatch) -> None:
     """Loops are worth building for all parameters: a small bucket must not take another way."""
     taken = []
-    monkeypatch.setattr("optstate_codecs.engine.session.WORTH_BUILDING", 1000)
+    monkeypatch.setattr("optstate_codecs.engine.executor.WORTH_BUILDING", 1000)
     monkeypatch.setattr(
-        "optstate_codecs.engine.session.compiled.try_step", lambda job: taken.append(len(job.units))
+        "optstate_codecs.engine.executor.compiled.try_step",
+        lambda job: taken.append(len(job.units)),
     )
     trainer = Trainer(make, ((30, 30), (20,), (10, 10)))
     with GradientRelease(trainer.optimizer, bucket_bytes=0):
@@ -210,11 +211,11 @@ def test_peak_memory_on_a_gpu_is_less_by_the_gradients() -> None:
 @pytest.mark.interpret
 @pytest.mark.parametrize("backend", ["triton"])
 def test_buckets_keep_their_plans(backend, monkeypatch) -> None:
-    from optstate_codecs.engine import session
+    from optstate_codecs.engine import executor
 
-    built, real = [], session.build_buckets
-    monkeypatch.setattr(session, "build_buckets", lambda job: built.append(1) or real(job))
-    shapes = [(32,)] * (session.PLANS + 4)
+    built, real = [], executor.build_buckets
+    monkeypatch.setattr(executor, "build_buckets", lambda job: built.append(1) or real(job))
+    shapes = [(32,)] * (executor.PLANS + 4)
     trainer = Trainer(lambda params: make(params, backend=backend), shapes)
     grads = [torch.ones(32) for _ in shapes]
     whole = Trainer(lambda params: make(params, backend=backend), shapes)

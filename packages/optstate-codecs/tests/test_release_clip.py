@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from optstate_codecs import GradientRelease
-from optstate_codecs.freed_grad import has_gradient
+from optstate_codecs.gradients.freed_grad import has_gradient
 from optstate_codecs.testing import SHAPES, Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")

@@ -9,7 +9,7 @@ from released import assert_same, backward, counts, make, run
 from torch.nn import Parameter
 
 from optstate_codecs import CodedOptimizer, GradientRelease
-from optstate_codecs.freed_grad import has_gradient
+from optstate_codecs.gradients.freed_grad import has_gradient
 from optstate_codecs.testing import SHAPES, Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")
@@ -133,7 +133,7 @@ def test_several_workers_are_refused(monkeypatch) -> None:
 
 
 def test_captures_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr("optstate_codecs.release.capturing", lambda: True)
+    monkeypatch.setattr("optstate_codecs.gradients.release.capturing", lambda: True)
     trainer = Trainer(make, SHAPES)
     with (
         GradientRelease(trainer.optimizer, bucket_bytes=0),

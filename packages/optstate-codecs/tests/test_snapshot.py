@@ -18,8 +18,8 @@ from subjects import adam
 from optstate_codecs import GradientRelease, snapshot
 from optstate_codecs.engine import eager
 from optstate_codecs.errors import StepError
-from optstate_codecs.places import HostPlace, Stream, offload
-from optstate_codecs.places.disk import DiskPlace
+from optstate_codecs.offloading import HostStateStore, StreamingExecutor, offload
+from optstate_codecs.offloading.disk import DiskStateStore
 
 EXACT = adam("fp32", "fp32", lr=0.01)
 DYNAMIC = adam("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)", lr=0.01)
@@ -83,7 +83,7 @@ class Counted:
 
     def __init__(self, monkeypatch) -> None:
         self.calls = 0
-        for place in (HostPlace, DiskPlace):
+        for place in (HostStateStore, DiskStateStore):
             monkeypatch.setattr(place, "new", self._counting(place.new))
 
     def _counting(self, real):
@@ -461,7 +461,7 @@ def test_outlives_the_optimizer_and_keeps_only_its_memory(away):
         for time in range(3, 6):
             run(ours, optimizer, time)
         stream = optimizer._session
-        assert isinstance(stream, Stream)
+        assert isinstance(stream, StreamingExecutor)
         memories = [memory for slab in stream.slabs for memory in slab.family]
         held = [weakref.ref(memory) for memory in memories if memory.holders]
         free = [weakref.ref(memory) for memory in memories if not memory.holders]

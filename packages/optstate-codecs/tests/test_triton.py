@@ -21,7 +21,7 @@ from optstate_codecs import (
     master_weights,
 )
 from optstate_codecs.device import HAS_TRITON, INTERPRETED
-from optstate_codecs.engine.plan import build_buckets
+from optstate_codecs.engine.triton.buckets import build_buckets
 from optstate_codecs.rules import SGD, Compass, Lion, LPFAdamW, RMSProp
 from optstate_codecs.testing import Trainer
 from optstate_codecs.writes import CORRECTION
@@ -305,7 +305,7 @@ def test_plans_are_kept_until_something_changes(device, monkeypatch) -> None:
         built.append(len(job.units))
         return build_buckets(job)
 
-    monkeypatch.setattr("optstate_codecs.engine.session.build_buckets", counting)
+    monkeypatch.setattr("optstate_codecs.engine.executor.build_buckets", counting)
     params, optimizer = kernel.params, kernel.optimizer
 
     def step() -> int:

@@ -8,7 +8,8 @@ from host_nets import SMALL, Net, Pretends, equal, equal_states, pair, plain, pr
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
-from optstate_wrap import CPUOffloadOptimizer, cpu_offload, host_step
+from optstate_wrap import CPUOffloadOptimizer
+from optstate_wrap.cpu import host_step, offload
 
 
 def test_on_a_cpu_it_is_the_optimizer_itself(problem, same) -> None:
@@ -30,7 +31,7 @@ def test_same_bits_as_without(problem, same, offload, dtype) -> None:
 def test_every_optimizer_has_its_own_bits(problem, same, configuration, monkeypatch) -> None:
     cls, options, _ = configuration
     monkeypatch.setattr(host_step, "CHUNK", 1000)  # some rows of several, some of one
-    if cls in cpu_offload.FUSED_ON_HOST and "foreach" not in options:
+    if cls in offload.FUSED_ON_HOST and "foreach" not in options:
         options = {"fused": True, **options}
 
     def ours(groups):

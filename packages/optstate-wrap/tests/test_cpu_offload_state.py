@@ -11,7 +11,8 @@ import torch
 from host_nets import SMALL, equal, equal_states, pair, plain, pretends
 from torch.nn import Parameter
 
-from optstate_wrap import CPUOffloadOptimizer, host_step
+from optstate_wrap import CPUOffloadOptimizer
+from optstate_wrap.cpu import host_step
 
 
 def test_checkpoints_exchange_with_torch_s(problem, same, offload) -> None:

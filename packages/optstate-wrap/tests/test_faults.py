@@ -6,18 +6,10 @@ from unittest import mock
 import pytest
 import torch
 
-from optstate_wrap import (
-    ConfigurablePolicy,
-    StepError,
-    encoder,
-    engine,
-    host,
-    slabs,
-    store,
-    transaction,
-    transfers,
-    wrap,
-)
+from optstate_wrap import ConfigurablePolicy, StepError, wrap
+from optstate_wrap.offload import host, slabs, transfers
+from optstate_wrap.state import encoder, store
+from optstate_wrap.step import chunked, transaction
 
 SHAPES = ((20, 33), (7,), (900,), (3, 3))
 
@@ -25,13 +17,13 @@ SHAPES = ((20, 33), (7,), (900,), (3, 3))
 PHASES = {
     "keep": (transaction.Transaction, "keep"),
     "load": (store.DeviceStore, "load"),
-    "decode": (engine, "decode_state"),
-    "step": (engine, "own_step"),
+    "decode": (chunked, "decode_state"),
+    "step": (chunked, "own_step"),
     "encode": (encoder, "encode_state"),
     "store": (store.DeviceStore, "placed"),
-    "bring": (transfers.Lane, "bring"),
+    "bring": (transfers.StateRing, "bring"),
     "slab": (slabs.Spares, "take"),
-    "send": (transfers.Lane, "send"),
+    "send": (transfers.StateRing, "send"),
 }
 STORES = {"device": store.DeviceStore, "host": host.HostStore}
 POLICIES = {
@@ -81,7 +73,7 @@ def test_fault_in_every_chunk_and_phase(problem, phase, after, policy, where) ->
     if phase in ("load", "store"):
         owner = STORES[where]
     if phase == "step":
-        real = engine.own_step
+        real = chunked.own_step
 
         def make_failing(call):
             calls = iter(range(1 << 20))
@@ -155,7 +147,7 @@ def test_interrupt_is_not_wrapped_but_rolled_back(problem, same) -> None:
     before = copy.deepcopy(ours)
     ours.set_gradients()
     with (
-        mock.patch.object(engine, "own_step", interrupted),
+        mock.patch.object(chunked, "own_step", interrupted),
         pytest.raises(KeyboardInterrupt),
     ):
         ours.optimizer.step()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from optstate_codecs import GradientRelease
-from optstate_codecs.layout import laid
-from optstate_wrap import ConfigurablePolicy, slabs, transfers, wrap
+from optstate_codecs.state.layout import view_bytes_as
+from optstate_wrap import ConfigurablePolicy, wrap
+from optstate_wrap.offload import slabs, transfers
 
 SHAPES = ((20, 33), (7,), (900,), (3, 3), (0, 4), (20, 33))
 CODED = {"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"}
@@ -143,13 +144,13 @@ def test_rows_come_ahead_in_at_most_three_slots(problem, monkeypatch) -> None:
     step(run)
     calls = []
     for name in ("bring", "enter", "send"):
-        real = getattr(transfers.Lane, name)
+        real = getattr(transfers.StateRing, name)
 
         def noted(self, *args, name=name, real=real):
             calls.append(name)
             return real(self, *args)
 
-        monkeypatch.setattr(transfers.Lane, name, noted)
+        monkeypatch.setattr(transfers.StateRing, name, noted)
     step(run)
     rows = calls.count("enter")
     assert rows > 4
@@ -199,7 +200,7 @@ def test_reading_copying_and_setting_state_between_steps(problem, same, cls) -> 
 def test_runs_are_copied_at_once_and_nothing_between_them() -> None:
     device = torch.device("cpu")
     slab = slabs.Slab(torch.arange(160, dtype=torch.uint8), device)
-    inside = [laid(slab.memory, 16 * n, torch.empty(3)) for n in range(8)]
+    inside = [view_bytes_as(slab.memory, 16 * n, torch.empty(3)) for n in range(8)]
     alone = torch.full((3,), 7.0)
     items = [transfers.Item(tensor, slab) for tensor in inside]
     items = [*items[:2], transfers.Item(alone, None), *items[2:4], items[6], items[5]]
@@ -207,7 +208,7 @@ def test_runs_are_copied_at_once_and_nothing_between_them() -> None:
     room = torch.zeros(nbytes, dtype=torch.uint8)
     found = list(transfers._runs(room, items, offsets))
     assert [source.numel() for source, _ in found] == [3, 28, 28, 12, 12]
-    lane = transfers.Lane(device)
+    lane = transfers.StateRing(device)
     slot = lane.bring(items)
     for item in items:
         assert torch.equal(slot.views[id(item.tensor)], item.tensor)

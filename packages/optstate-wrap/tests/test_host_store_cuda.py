@@ -7,14 +7,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from optstate_wrap import (
-    ConfigurablePolicy,
-    OffloadOptimizer,
-    StepError,
-    engine,
-    slabs,
-    transaction,
-)
+from optstate_wrap import ConfigurablePolicy, OffloadOptimizer, StepError
+from optstate_wrap.offload import slabs
+from optstate_wrap.step import chunked, transaction
 
 pytestmark = pytest.mark.cuda
 
@@ -164,7 +159,7 @@ def test_an_exception_leaves_what_was_stored(number, undo_bytes, monkeypatch) ->
     ours, theirs = params(), params()
     wrapped = OffloadOptimizer(torch.optim.AdamW(ours, lr=1e-2), chunk_size=100_000, fused=False)
     plain = torch.optim.AdamW(theirs, lr=1e-2)
-    real, calls = engine.own_step, iter(range(1 << 20))
+    real, calls = chunked.own_step, iter(range(1 << 20))
 
     def failing(inner):
         if next(calls) == number:
@@ -179,7 +174,7 @@ def test_an_exception_leaves_what_was_stored(number, undo_bytes, monkeypatch) ->
         if step != 3:
             wrapped.step()
             continue
-        with mock.patch.object(engine, "own_step", failing), pytest.raises(StepError) as caught:
+        with mock.patch.object(chunked, "own_step", failing), pytest.raises(StepError) as caught:
             wrapped.step()
         for done in caught.value.stepped:
             ours[done].grad = None

@@ -6,7 +6,9 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from optstate_codecs import GradientRelease
-from optstate_wrap import ConfigurablePolicy, OptimizerWrapper, WarmupPolicy, encoder, engine, wrap
+from optstate_wrap import ConfigurablePolicy, OptimizerWrapper, WarmupPolicy, wrap
+from optstate_wrap.state import encoder
+from optstate_wrap.step import chunked
 
 #: bytes: every parameter alone, some together, all together
 BUCKETS = [0, 3000, 1 << 30]
@@ -79,9 +81,9 @@ def assert_alike(ours, theirs) -> None:
 
 def test_compiled_loops_step_a_part_where_they_step_the_whole(problem, monkeypatch) -> None:
     taken = []
-    monkeypatch.setattr("optstate_codecs.engine.session.WORTH_BUILDING", 1000)
+    monkeypatch.setattr("optstate_codecs.engine.executor.WORTH_BUILDING", 1000)
     monkeypatch.setattr(
-        "optstate_codecs.engine.session.compiled.try_step",
+        "optstate_codecs.engine.executor.compiled.try_step",
         lambda job: bool(taken.append(len(job.units))),
     )
     ours = problem(
@@ -220,7 +222,7 @@ def test_what_cannot_be_stepped_in_parts_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("module", "phase"),
-    [(engine, "decode_state"), (engine, "own_step"), (encoder, "encode_state")],
+    [(chunked, "decode_state"), (chunked, "own_step"), (encoder, "encode_state")],
     ids=["decode", "step", "encode"],
 )
 def test_an_error_in_a_part_leaves_all_usable(module, phase, problem, monkeypatch) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optstate_codecs import GradientRelease
-from optstate_wrap import ConfigurablePolicy, OffloadOptimizer, states, wrap
+from optstate_wrap import ConfigurablePolicy, OffloadOptimizer, wrap
+from optstate_wrap.state import decoded
 
 SHAPES = ((20, 33), (300,), (3, 5, 7), ())
 CODED = {"exp_avg": "int8", "exp_avg_sq": "bf16(rounding=nearest)"}
@@ -259,8 +260,8 @@ def test_what_nobody_changed_keeps_its_bits(kind, store, monkeypatch) -> None:
     pair = Pair(kind, store)
     before = codes(pair.ours)
     calls = []
-    real = states.reencode
-    monkeypatch.setattr(states, "reencode", lambda *args: calls.append(args) or real(*args))
+    real = decoded.reencode
+    monkeypatch.setattr(decoded, "reencode", lambda *args: calls.append(args) or real(*args))
     for param in pair.mine:
         state = pair.ours.state[param]
         pair.ours.state[param] = state
@@ -287,8 +288,8 @@ def test_a_step_does_nothing_for_what_was_only_read(monkeypatch) -> None:
     pair = Pair("coded")
     for param in pair.mine:
         pair.ours.state[param]["exp_avg"].sum()
-    real, calls = states.States._store, []
-    monkeypatch.setattr(states.States, "_store", lambda *args: calls.append(1) or real(*args))
+    real, calls = decoded.States._store, []
+    monkeypatch.setattr(decoded.States, "_store", lambda *args: calls.append(1) or real(*args))
     pair.step()
     assert not calls
     # and keeps nothing of it

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from optstate_wrap import ConfigurablePolicy, StepError, engine, transfers, wrap
+from optstate_wrap import ConfigurablePolicy, StepError, wrap
+from optstate_wrap.offload import transfers
+from optstate_wrap.step import chunked
 
 SHAPES = ((40, 33), (7,), (900,), (300,), (20, 33), (500,), (1300,))
 CODED = {"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"}
@@ -85,7 +87,7 @@ def races(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", races.on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: races.current)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    real = {name: getattr(transfers.Lane, name) for name in ("__init__", "enter", "send")}
+    real = {name: getattr(transfers.StateRing, name) for name in ("__init__", "enter", "send")}
     copy = torch.Tensor.copy_
 
     def init(lane, device) -> None:
@@ -108,7 +110,7 @@ def races(monkeypatch):
         return copy(self, source, non_blocking)
 
     for name, stand_in in (("__init__", init), ("enter", enter), ("send", send)):
-        monkeypatch.setattr(transfers.Lane, name, stand_in)
+        monkeypatch.setattr(transfers.StateRing, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "copy_", copied)
     return races
 
@@ -127,7 +129,7 @@ def run_of(problem, policy, chunk_size=512):
 @pytest.mark.parametrize("codecs", [{}, CODED], ids=["exact", "coded"])
 def test_streams_are_in_order(problem, races, monkeypatch, codecs, warmup, chunk_size) -> None:
     run = run_of(problem, ConfigurablePolicy(codecs, warmup_steps=warmup), chunk_size)
-    real = engine.own_step
+    real = chunked.own_step
     for number in range(12):
         calls = iter(range(1 << 20))
 
@@ -137,7 +139,7 @@ def test_streams_are_in_order(problem, races, monkeypatch, codecs, warmup, chunk
                 raise MemoryError("boom")
             return real(inner)
 
-        monkeypatch.setattr(engine, "own_step", failing)
+        monkeypatch.setattr(chunked, "own_step", failing)
         run.set_gradients()
         try:
             run.optimizer.step()

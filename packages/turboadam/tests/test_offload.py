@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from optstate_codecs.places import offload
+from optstate_codecs.offloading import offload
 from turboadam import TurboAdam
 
 

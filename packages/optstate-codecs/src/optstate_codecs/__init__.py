@@ -17,19 +17,19 @@ from optstate_codecs.formats import (
     OneQ,
     parse_format,
 )
+from optstate_codecs.gradients.release import GradientRelease
 from optstate_codecs.memory import (
     MemoryReport,
     memory_report,
     predicted_state_bytes,
     state_bytes,
 )
+from optstate_codecs.offloading import Snapshot, offload, snapshot, synchronize
 from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.places import Snapshot, offload, snapshot, synchronize
-from optstate_codecs.release import GradientRelease
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
-from optstate_codecs.state import decode_state, master_weights
 from optstate_codecs.typed import typed_arguments
+from optstate_codecs.views import decode_state, master_weights
 
 __version__ = "0.1.0"
 

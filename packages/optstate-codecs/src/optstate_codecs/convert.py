@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.moments import without_underflow
+from optstate_codecs.state.moments import without_underflow
 
 __all__ = ["adam_state_dict"]
 

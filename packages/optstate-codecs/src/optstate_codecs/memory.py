@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optstate_codecs.dim_order import follows_order
-from optstate_codecs.layout import Declaration, bound
 from optstate_codecs.param_checks import check_params, is_distributed
+from optstate_codecs.state.dim_order import follows_order
+from optstate_codecs.state.layout import Declaration, bound
 from optstate_codecs.writes import parameter_write
 
 if TYPE_CHECKING:

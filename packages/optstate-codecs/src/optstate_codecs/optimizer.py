@@ -8,27 +8,28 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checkpoint, checks, engine
+from optstate_codecs import checks, engine
 from optstate_codecs.arguments import arguments_of, unknown_argument
-from optstate_codecs.centring import find_centres
-from optstate_codecs.checkpoint import Lent
-from optstate_codecs.conform import has_state
+from optstate_codecs.custom_op import new_handle, step_as_operation
 from optstate_codecs.engine.capture import capturing
-from optstate_codecs.engine.unit import Unit
+from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.flat_params import is_flat, refuse_gathering
 from optstate_codecs.formats import Format, as_format
-from optstate_codecs.operation import new_handle, step_as_operation
+from optstate_codecs.gradients.centralization import find_centres
+from optstate_codecs.gradients.grad_norm import gradient_factor, nonfinite
 from optstate_codecs.param_checks import check_kind
 from optstate_codecs.parameters import Entry, GroupSpec, ParameterTable, StateSpec
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rules import Rule
-from optstate_codecs.scaling import gradient_factor, nonfinite
-from optstate_codecs.state import counts_on_device
+from optstate_codecs.state import checkpoint
+from optstate_codecs.state.building import counts_on_device
+from optstate_codecs.state.checkpoint import Lent
+from optstate_codecs.state.conform import has_state
 from optstate_codecs.writes import WRITES
 
 if TYPE_CHECKING:
-    from optstate_codecs.places.offload import Offload
-    from optstate_codecs.places.stream import Stream
+    from optstate_codecs.offloading.offload import Offload
+    from optstate_codecs.offloading.streaming import StreamingExecutor
 
 __all__ = ["CodedOptimizer"]
 
@@ -123,7 +124,9 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.backend = backend
         self.offloaded: Offload | None = None
-        self._session: engine.Session | Stream = engine.Session(backend)
+        self._session: engine.ResidentExecutor | StreamingExecutor = engine.ResidentExecutor(
+            backend
+        )
         self._forget()
         known = {**rule.defaults(), **self.shared_options, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:
@@ -150,7 +153,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         It may be edited: a moment may be put there in plain numbers, under its own name, and is
         encoded at the next step or save. Entries of others stay as they are and are saved too.
         """
-        self._session.settle()
+        self._session.synchronize()
         self._take_back()
         return self.__dict__["state"]
 
@@ -159,7 +162,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.__dict__["state"] = value
 
     @property
-    def home(self) -> torch.device | None:
+    def state_device(self) -> torch.device | None:
         """Where state is made and loaded to: None is beside each parameter."""
         return None if self.offloaded is None else torch.device("cpu")
 
@@ -346,7 +349,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         shares = [plain_value(group["centralization"]) for group in self.param_groups]
         if any(shares):
             centres = find_centres(grads, [shares[group] for group in found.groups])
-        job = engine.Job(
+        job = engine.StepRequest(
             self.rule,
             units,
             grads,
@@ -371,9 +374,9 @@ class CodedOptimizer(torch.optim.Optimizer):
             specs.append(self._table.spec(number, spec))
         # not through the property, which would wait for what is still being stored
         states = self.__dict__["state"]
-        return specs, states, StateSpec(self.write, self.home, self.rule.counted)
+        return specs, states, StateSpec(self.write, self.state_device, self.rule.counted)
 
-    def stored_units(self, params: Collection[Tensor] | None = None) -> list[Unit]:
+    def stored_units(self, params: Collection[Tensor] | None = None) -> list[ParamStep]:
         """The units of all parameters that have state, or of those of ``params``, in order.
 
         State that was put there by hand is in the optimizer's formats afterwards.
@@ -433,10 +436,10 @@ class CodedOptimizer(torch.optim.Optimizer):
             self.__dict__.setdefault(name, value)
         alive = "_session" in self.__dict__
         if alive:
-            self._session.settle()
+            self._session.synchronize()
         super().__setstate__(state)
         if not alive:
-            self._session = engine.Session(self.backend)
+            self._session = engine.ResidentExecutor(self.backend)
             offloaded: Offload | None = self.__dict__["offloaded"]
             if offloaded is not None:
                 offloaded.again(self)

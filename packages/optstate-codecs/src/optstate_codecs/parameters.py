@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optstate_codecs.conform import Wanted, conformed, own_keys
 from optstate_codecs.engine.capture import capturing, needs_warm_up
-from optstate_codecs.engine.unit import Unit
+from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.formats import Format
 from optstate_codecs.param_checks import check_kind, check_steppable
 from optstate_codecs.rules import Moment
-from optstate_codecs.state import counts_on_device, share_steps
+from optstate_codecs.state.building import counts_on_device, share_steps
+from optstate_codecs.state.conform import Wanted, conformed, own_keys
 from optstate_codecs.writes import parameter_write
 
 __all__ = ["Entry", "Gradients", "GroupSpec", "ParameterTable", "StateSpec"]
@@ -80,7 +80,9 @@ class _Found:
     takes a fraction of what a loop over rows with calls in it does.
     """
 
-    def __init__(self, given: Gradients, specs: Sequence[GroupSpec], units: list[Unit]) -> None:
+    def __init__(
+        self, given: Gradients, specs: Sequence[GroupSpec], units: list[ParamStep]
+    ) -> None:
         self.addresses, self.layouts = given.addresses, given.layouts
         self.units = units
         self._params, self._specs = given.params, list(specs)
@@ -134,7 +136,7 @@ class StateSpec:
     """
 
     write: str
-    home: torch.device | None
+    state_device: torch.device | None
     counted: bool
 
 
@@ -142,7 +144,7 @@ class ParameterTable:
     """What was found at the last step, for every parameter."""
 
     def __init__(self) -> None:
-        self._units: dict[int, Unit] = {}
+        self._units: dict[int, ParamStep] = {}
         # those whose state was only looked at, on a device where it cannot be stepped
         self._away: set[int] = set()
         self._specs: dict[int, GroupSpec] = {}
@@ -221,7 +223,7 @@ class ParameterTable:
         specs: Sequence[GroupSpec],
         states: dict[Tensor, Any],
         kept: StateSpec,
-    ) -> list[Unit]:
+    ) -> list[ParamStep]:
         """``units`` for the parameters of a step: the same list where nothing has changed."""
         key = tuple(given.numbers)
         last = self._found.get(key)
@@ -241,7 +243,7 @@ class ParameterTable:
         specs: Sequence[GroupSpec],
         states: dict[Tensor, Any],
         kept: StateSpec,
-    ) -> list[Unit]:
+    ) -> list[ParamStep]:
         """A unit for each entry, last time's where nothing has changed.
 
         State that is missing is started, and state that was changed is brought into the form that
@@ -296,7 +298,7 @@ class ParameterTable:
                 write,
                 seed,
                 index,
-                kept.home,
+                kept.state_device,
                 kept.counted,
                 stepped=grad is not None,
             )
@@ -322,7 +324,7 @@ class ParameterTable:
         share_steps(fresh)
         for entry, wanted, *_ in changes:
             index, number, param = entry[:3]
-            unit = self._units[index] = Unit(
+            unit = self._units[index] = ParamStep(
                 param,
                 states[param],
                 wanted.moments,
@@ -332,7 +334,7 @@ class ParameterTable:
                 index,
                 number,
             )
-            homes = (wanted.home or param.device, param.device)
+            homes = (wanted.state_device or param.device, param.device)
             here = all(unit.state[key].device in homes for key in unit.keys[1:])
             (self._away.discard if here else self._away.add)(index)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.device import kernels_run
-from optstate_codecs.layout import FlatView, is_dense, slices, storage_order
 from optstate_codecs.rounding import Draw, stochastic_round_bf16
+from optstate_codecs.state.layout import FlatView, is_dense, slices, storage_order
 
 __all__ = ["SOURCES", "round_"]
 

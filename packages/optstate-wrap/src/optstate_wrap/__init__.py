@@ -13,9 +13,9 @@ from optstate_wrap.codecs import (
     IdentityCodec,
     Int8MomentumCodec,
 )
-from optstate_wrap.cpu_offload import CPUOffloadOptimizer
+from optstate_wrap.cpu.offload import CPUOffloadOptimizer
 from optstate_wrap.metrics import MetricsWriter, plot_memory
-from optstate_wrap.offload import OffloadOptimizer
+from optstate_wrap.offload.optimizer import OffloadOptimizer
 from optstate_wrap.policies import (
     AdaptiveWarmupPolicy,
     ConfigurablePolicy,

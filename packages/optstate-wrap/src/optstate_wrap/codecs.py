@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optstate_codecs.formats import BF16, FP16, FP32, Format, Int8, as_format
 from optstate_codecs.rounding import Counter
-from optstate_wrap.record import Coded, decode_state, encode_state
+from optstate_wrap.state.record import Coded, decode_state, encode_state
 
 __all__ = [
     "BF16Codec",

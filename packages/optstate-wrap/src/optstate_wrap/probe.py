@@ -23,9 +23,9 @@ from torch.optim import Optimizer
 
 from optstate_codecs.tables import in_mode
 from optstate_wrap.delegate import own_step
-from optstate_wrap.engine import Engine
 from optstate_wrap.policies import ConfigurablePolicy
-from optstate_wrap.store import DeviceStore
+from optstate_wrap.state.store import DeviceStore
+from optstate_wrap.step.chunked import Engine
 
 __all__ = ["Findings", "first_of", "probe", "why_not"]
 

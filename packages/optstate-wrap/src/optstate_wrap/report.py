@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 
 from optstate_codecs.memory import MemoryReport, local_elements, storage_bytes
-from optstate_wrap.record import Coded, Record, tensors_of
-from optstate_wrap.states import States
-from optstate_wrap.store import Store
+from optstate_wrap.state.decoded import States
+from optstate_wrap.state.record import Coded, Record, tensors_of
+from optstate_wrap.state.store import Store
 
 __all__ = ["WrapperMemoryReport", "report"]
 

@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
-from optstate_wrap import checkpoint, loading
 from optstate_wrap.delegate import Delegate
-from optstate_wrap.engine import Engine
-from optstate_wrap.host import make_store
-from optstate_wrap.plan import LEAST, Piece, default_chunk
+from optstate_wrap.offload.host import make_store
 from optstate_wrap.policies import Policy, WarmupPolicy
 from optstate_wrap.probe import Findings, first_of, probe
-from optstate_wrap.refusals import refuse_params, refuse_records
 from optstate_wrap.report import WrapperMemoryReport, report
-from optstate_wrap.store import Store
-from optstate_wrap.timing import now
-from optstate_wrap.view import StateView
+from optstate_wrap.state import checkpoint, loading
+from optstate_wrap.state.store import Store
+from optstate_wrap.state.view import StateView
+from optstate_wrap.step.checks import refuse_params, refuse_records
+from optstate_wrap.step.chunked import Engine
+from optstate_wrap.step.pieces import LEAST, ParamChunk, default_chunk
+from optstate_wrap.step.timing import now
 
 __all__ = ["OptimizerWrapper"]
 
@@ -181,7 +181,7 @@ class OptimizerWrapper(Delegate):
     def _step_supports_amp_scaling(self) -> bool:
         return self._in_parts or bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
-    def _refuse(self, plan: Sequence[Piece]) -> None:
+    def _refuse(self, plan: Sequence[ParamChunk]) -> None:
         """Raise if a parameter of some pieces cannot be stepped."""
         refuse_params((p.number, p.param, p.param.grad) for p in plan if not p.part)
         refuse_records(self.inner, plan, self.engine.store, self.findings)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from optstate_codecs import checks
-from optstate_codecs.arrivals import weakly
+from optstate_codecs.custom_op import untraced
 from optstate_codecs.engine.capture import capturing
-from optstate_codecs.operation import untraced
+from optstate_codecs.gradients.hooks import weakly
 from optstate_codecs.param_checks import check_kind, is_distributed
 from optstate_codecs.stochastic import SOURCES
 from stochbf16.pending import Addition, Pending

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optstate_codecs.custom_op import define
 from optstate_codecs.engine.capture import capturing
-from optstate_codecs.operation import define
 from optstate_codecs.param_checks import check_kind
 from optstate_codecs.stochastic import SOURCES, round_
 

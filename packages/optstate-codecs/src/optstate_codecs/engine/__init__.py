@@ -1,6 +1,6 @@
 """Runs one step over tensors, a rule and formats; knows nothing of optimizers."""
 
-from optstate_codecs.engine.session import BACKENDS, Session
-from optstate_codecs.engine.unit import Job, Unit, trainable
+from optstate_codecs.engine.executor import BACKENDS, ResidentExecutor
+from optstate_codecs.engine.request import ParamStep, StepRequest, trainable
 
-__all__ = ["BACKENDS", "Job", "Session", "Unit", "trainable"]
+__all__ = ["BACKENDS", "ParamStep", "ResidentExecutor", "StepRequest", "trainable"]

@@ -14,19 +14,19 @@ from torch import Tensor
 from optstate_codecs import exact
 from optstate_codecs.counts import counted, taken
 from optstate_codecs.engine.capture import capturing
-from optstate_codecs.engine.unit import Job, Unit
+from optstate_codecs.engine.request import ParamStep, StepRequest
 from optstate_codecs.formats import Format
-from optstate_codecs.layout import FlatState, FlatView, slices, storage_order
-from optstate_codecs.moments import decode_slice, encode_slice, left_out
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.rules.base import Scalar, SquareRoot
+from optstate_codecs.state.layout import FlatState, FlatView, slices, storage_order
+from optstate_codecs.state.moments import decode_slice, encode_slice, quantization_residual
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["How", "step", "step_slice"]
+__all__ = ["StepSpec", "step", "step_slice"]
 
 
-def step(job: Job) -> None:
+def step(job: StepRequest) -> None:
     """Step every unit: its parameter and its state change in place.
 
     Raises:
@@ -50,7 +50,9 @@ def step(job: Job) -> None:
         job.done.append(unit)
 
 
-def _step_unit(unit: Unit, count: float, grads: Tensor, job: Job, centre: Tensor | None) -> None:
+def _step_unit(
+    unit: ParamStep, count: float, grads: Tensor, job: StepRequest, centre: Tensor | None
+) -> None:
     rule, hyper, factor = job.rule, job.hypers[unit.group], job.factor
     order = storage_order(unit.param)
     param, grad = FlatView(unit.param, order), FlatView(grads, order)
@@ -61,7 +63,7 @@ def _step_unit(unit: Unit, count: float, grads: Tensor, job: Job, centre: Tensor
     counter = Counter(unit.seed, draw, unit.index, unit.offset)
     compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
 
-    how = How(rule, rule.variant(hyper), unit.moments, formats, unit.write, unit.plain)
+    how = StepSpec(rule, rule.variant(hyper), unit.moments, formats, unit.write, unit.plain)
     scalars = rule.scalars(hyper, count)
 
     for start, stop in slices(unit.param, formats.values()):
@@ -75,12 +77,12 @@ def _step_unit(unit: Unit, count: float, grads: Tensor, job: Job, centre: Tensor
 
 
 @dataclass(frozen=True)
-class How:
+class StepSpec:
     """What decides which operations a step is made of.
 
     Attributes:
         rule, variant: the mathematics, and what of the hyper-parameters picks its operations.
-        moments, formats, write, plain: as in a ``Unit``.
+        moments, formats, write, plain: as in a ``ParamStep``.
     """
 
     rule: Rule
@@ -97,7 +99,7 @@ class How:
 
 
 def step_slice(
-    how: How,
+    how: StepSpec,
     old: Tensor,
     slope: Tensor,
     parts: Mapping[str, Sequence[Tensor]],
@@ -124,7 +126,9 @@ def step_slice(
     decoded = decode_slice(how.moments, how.formats, parts, compute, slope.numel())
     how.rule.apply(value, slope, decoded, scalars, how.variant, how.square_root)
     encode_slice(how.moments, how.formats, decoded, parts, counter, start)
-    if how.rule.delivers:
-        residual = left_out(how.moments[0], how.formats, decoded, parts)
-        how.rule.deliver(value, residual, decoded, scalars, how.variant, how.square_root)
+    if how.rule.has_error_feedback:
+        residual = quantization_residual(how.moments[0], how.formats, decoded, parts)
+        how.rule.apply_error_feedback(
+            value, residual, decoded, scalars, how.variant, how.square_root
+        )
     return how.write.write(value, parts[MASTER], counter.stream(0).at(start))

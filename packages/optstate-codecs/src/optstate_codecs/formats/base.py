@@ -18,13 +18,13 @@ __all__ = [
     "Component",
     "DeviceFunctions",
     "Format",
+    "all_on_host",
     "block_amax",
     "blocked",
     "float32_bits",
     "mark_nonfinite",
     "rounded",
     "scaled",
-    "surely",
 ]
 
 
@@ -268,7 +268,7 @@ def scaled(x: Tensor, factor: Tensor, block_size: int) -> Tensor:
     return (blocked(x, block_size) * factor).view(-1)[: x.numel()]
 
 
-def surely(flags: Tensor) -> bool:
+def all_on_host(flags: Tensor) -> bool:
     """Whether all ``flags`` are set, as far as the host can tell without waiting for a device."""
     if flags.device.type != "cpu" or torch.compiler.is_compiling():
         return False

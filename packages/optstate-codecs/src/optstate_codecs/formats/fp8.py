@@ -40,7 +40,7 @@ from optstate_codecs.device import (
     top_byte,
 )
 from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
-from optstate_codecs.formats.blocks import (
+from optstate_codecs.formats.block import (
     finite_amax,
     load_scale,
     mark,

@@ -46,7 +46,7 @@ from optstate_codecs.formats.base import (
     mark_nonfinite,
     scaled,
 )
-from optstate_codecs.formats.blocks import (
+from optstate_codecs.formats.block import (
     block_size,
     fill_marked,
     finite_amax,

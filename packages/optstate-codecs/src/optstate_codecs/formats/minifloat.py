@@ -66,7 +66,7 @@ from optstate_codecs.formats.base import (
     rounded,
     scaled,
 )
-from optstate_codecs.formats.blocks import (
+from optstate_codecs.formats.block import (
     fill_marked,
     finite_amax,
     load_bytes,

@@ -52,12 +52,12 @@ from optstate_codecs.formats.base import (
     Component,
     DeviceFunctions,
     Format,
+    all_on_host,
     block_amax,
     blocked,
     scaled,
-    surely,
 )
-from optstate_codecs.formats.blocks import (
+from optstate_codecs.formats.block import (
     SMALLEST,
     SMALLEST_SCALE,
     fill_marked,
@@ -155,7 +155,7 @@ class OneQ(Format):
 
     def _mark(self, code: Tensor, step: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         finite = torch.isfinite(x)
-        if surely(finite):
+        if all_on_host(finite):
             return code, step
         some = blocked((~finite).to(step.dtype), self.block_size).amax(1, keepdim=True)
         down = scaled(torch.full_like(x, 1 << MANTISSA_BITS[self.bits]), some, self.block_size)

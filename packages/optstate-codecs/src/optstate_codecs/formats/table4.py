@@ -28,7 +28,7 @@ from torch import Tensor
 
 from optstate_codecs import checks
 from optstate_codecs.formats.base import Component, Format, block_amax, blocked, scaled
-from optstate_codecs.formats.blocks import SMALLEST_SCALE
+from optstate_codecs.formats.block import SMALLEST_SCALE
 from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.formats.rank1 import Axes
 from optstate_codecs.rounding import Draw

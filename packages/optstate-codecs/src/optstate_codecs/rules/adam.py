@@ -114,7 +114,7 @@ class Adam(Rule):
             raise ValueError("corrected_decay=True: must be False unless decoupled=True")
 
     @property
-    def delivers(self) -> bool:
+    def has_error_feedback(self) -> bool:
         return self.error_feedback
 
     def defaults(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Adam(Rule):
         options = self.decoupled * DECOUPLED + hyper.amsgrad * AMSGRAD + hyper.maximize * MAXIMIZE
         return update_tile, options + far(hyper.betas[0]) * FAR
 
-    def device_deliver(self) -> Any:
+    def device_error_feedback(self) -> Any:
         return deliver_tile
 
     def device_row(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
@@ -152,7 +152,7 @@ class Adam(Rule):
             length * root,
             hyper.eps * root,
         ]
-        return [*row, lr * root * beta1 / (1 - beta1)] if self.delivers else row
+        return [*row, lr * root * beta1 / (1 - beta1)] if self.has_error_feedback else row
 
     def _decay(self, lr: Scalar, length: Scalar, decay: Scalar) -> Scalar:
         """What multiplies the parameter or, coupled, is added of it to the gradient."""
@@ -176,7 +176,7 @@ class Adam(Rule):
             (1 - beta2**step) ** 0.5,
             hyper.eps,
         ]
-        return [*folded, -lr * beta1 / (1 - beta1)] if self.delivers else folded
+        return [*folded, -lr * beta1 / (1 - beta1)] if self.has_error_feedback else folded
 
     def apply(
         self,
@@ -203,7 +203,7 @@ class Adam(Rule):
         denominator = (square_root(exp_avg_sq) / root).add_(eps)
         add_quotient(param, exp_avg, denominator, length)
 
-    def deliver(
+    def apply_error_feedback(
         self,
         param: Tensor,
         residual: Tensor,
@@ -248,7 +248,7 @@ def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[n
 
 @jit
 def deliver_tile(p, residual, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``Adam.deliver`` on a tile."""
+    """``Adam.apply_error_feedback`` on a tile."""
     eps, length = tl.load(row + 5), tl.load(row + 6)
     largest = m2 if OPTIONS & _AMSGRAD else m1
     return fma(residual * -length, reciprocal(sqrt(largest) + eps), p)

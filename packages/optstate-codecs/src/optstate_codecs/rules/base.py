@@ -50,8 +50,8 @@ class Rule(ABC):
     in_torch: ClassVar[bool] = False
 
     @property
-    def delivers(self) -> bool:
-        """Whether ``deliver`` is to follow the encoding of the moments."""
+    def has_error_feedback(self) -> bool:
+        """Whether ``apply_error_feedback`` is to follow the encoding of the moments."""
         return False
 
     @abstractmethod
@@ -79,8 +79,8 @@ class Rule(ABC):
         """
         return None
 
-    def device_deliver(self) -> Any:
-        """``deliver`` as a device function, or None where there is none.
+    def device_error_feedback(self) -> Any:
+        """``apply_error_feedback`` as a device function, or None where there is none.
 
         ``function(p, residual, m1, m2, row, OPTIONS)`` returns the new p; arguments are those of
         ``device_function``'s.
@@ -123,7 +123,7 @@ class Rule(ABC):
         ``exact.sqrt``.
         """
 
-    def deliver(
+    def apply_error_feedback(
         self,
         param: Tensor,
         residual: Tensor,

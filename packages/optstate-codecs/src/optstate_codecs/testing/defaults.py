@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.state import master_weights
 from optstate_codecs.tables import forget_tables
 from optstate_codecs.testing.subject import Subject, Trainer, assert_same
+from optstate_codecs.views import master_weights
 
 __all__ = ["DEFAULTS", "independence", "tensors_in", "torch_defaults"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.state import decode_state
 from optstate_codecs.testing.subject import normal
+from optstate_codecs.views import decode_state
 
 __all__ = ["GRADIENTS", "Fidelity", "Stops", "compare", "gradients", "stops"]
 

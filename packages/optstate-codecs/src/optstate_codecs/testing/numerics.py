@@ -14,9 +14,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.state import decode_state
 from optstate_codecs.testing.fidelity import compare
 from optstate_codecs.testing.subject import Subject, Trainer, assert_same, normal
+from optstate_codecs.views import decode_state
 
 __all__ = [
     "exactness",

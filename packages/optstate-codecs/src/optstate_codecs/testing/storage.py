@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optstate_codecs.layout import bound, slices
 from optstate_codecs.memory import predicted_state_bytes, state_bytes
+from optstate_codecs.state.layout import bound, slices
 from optstate_codecs.testing.subject import (
     SHAPES,
     Subject,

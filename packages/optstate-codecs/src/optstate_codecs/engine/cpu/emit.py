@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from optstate_codecs.engine.cpu.operations import PRELUDE, STORED, literal
-from optstate_codecs.engine.cpu.row import Given, row_lines
+from optstate_codecs.engine.cpu.schedule import KernelInputs, row_lines
 from optstate_codecs.engine.cpu.value import ELEMENT, PAIR, ROW, Lowered
 
 __all__ = ["HEAD", "emit"]
@@ -37,7 +37,7 @@ void run(int64_t units, int64_t rows, const int64_t *table, const float *scalars
 """
 
 
-def emit(fast: Lowered, slow: Lowered, given: Given) -> str:
+def emit(fast: Lowered, slow: Lowered, given: KernelInputs) -> str:
     """C for a step.
 
     Args:
@@ -65,7 +65,7 @@ def emit(fast: Lowered, slow: Lowered, given: Given) -> str:
     return "\n".join([*source, *_one(given)]) + RUN
 
 
-def _one(given: Given) -> list[str]:
+def _one(given: KernelInputs) -> list[str]:
     """The function that steps one row of a tensor; a shorter last one in a copy with zeros."""
     lines = [
         "static void one(const int64_t *at, const float *scalars, const uint32_t *keys,",

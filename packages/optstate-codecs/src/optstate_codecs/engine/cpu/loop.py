@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from optstate_codecs.engine.cpu.operations import C_TYPES, STORED
-from optstate_codecs.engine.cpu.shorten import FINITE
+from optstate_codecs.engine.cpu.peephole import FINITE
 from optstate_codecs.engine.cpu.value import ROW, Value
 
 __all__ = ["Loop", "Names"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from optstate_codecs.engine.cpu.operations import OPERATIONS, bits_type, convert, literal
+from optstate_codecs.engine.cpu.peephole import Shortening, finite_flag
 from optstate_codecs.engine.cpu.record import Call, Node, Record, Unrecordable
-from optstate_codecs.engine.cpu.shorten import Shortening, finite_flag
 from optstate_codecs.engine.cpu.value import ELEMENT, ONE, PAIR, ROW, Lowered, Value
 
 __all__ = ["lower"]

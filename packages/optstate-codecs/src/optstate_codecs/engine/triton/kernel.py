@@ -34,7 +34,7 @@ from optstate_codecs.device import (
     to_bf16_bits,
     to_bf16_bits_stochastic,
 )
-from optstate_codecs.moments import SMALLEST_ROOT
+from optstate_codecs.state.moments import SMALLEST_ROOT
 
 __all__ = ["step_kernel"]
 

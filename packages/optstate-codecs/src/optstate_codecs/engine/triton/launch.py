@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.device import tl
-from optstate_codecs.engine.plan import COLUMNS, MOMENT_SLOTS, Bucket
+from optstate_codecs.engine.triton.buckets import COLUMNS, MOMENT_SLOTS, Bucket
 from optstate_codecs.engine.triton.kernel import step_kernel
-from optstate_codecs.engine.work import on
+from optstate_codecs.engine.triton.work_tables import on
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.formats.base import DeviceFunctions
 
@@ -45,8 +45,8 @@ def constants(bucket: Bucket) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "UPDATE": bucket.function[0],
         "UPDATE_OPTIONS": bucket.function[1],
-        "DELIVER": bucket.deliver,
-        "DELIVERS": bucket.deliver is not None,
+        "DELIVER": bucket.apply_error_feedback,
+        "DELIVERS": bucket.apply_error_feedback is not None,
         "MOMENTS": len(moments),
     }
     words, even = [unit.write.uses_random, False], [False, False]

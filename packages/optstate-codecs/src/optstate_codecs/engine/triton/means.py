@@ -16,7 +16,7 @@ from optstate_codecs.device import as_float, jit, tl
 from optstate_codecs.engine.capture import capturing, constant_table
 from optstate_codecs.engine.triton.kernel import _load_real
 from optstate_codecs.engine.triton.launch import _type
-from optstate_codecs.engine.work import kept_work_table, on, uploaded
+from optstate_codecs.engine.triton.work_tables import kept_work_table, on, uploaded
 from optstate_codecs.formats.base import float32_bits
 
 __all__ = ["launch", "means_kernel"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from optstate_codecs.device import half, hash_tile, jit, tl, to_bf16_bits_stochastic
 from optstate_codecs.engine.triton.kernel import _load_real, _pointer
 from optstate_codecs.engine.triton.launch import ELEMENTS_PER_WARP, _type
-from optstate_codecs.engine.work import kept_work_table, on, uploaded
+from optstate_codecs.engine.triton.work_tables import kept_work_table, on, uploaded
 from optstate_codecs.rounding import packed_key
 
 __all__ = ["launch", "round_kernel"]

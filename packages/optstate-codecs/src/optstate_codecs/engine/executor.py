@@ -1,0 +1,240 @@
+"""The engine as an optimizer holds it: chooses the backend and keeps plans between steps."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+from optstate_codecs.device import HAS_TRITON, INTERPRETED, VARIABLE
+from optstate_codecs.engine import eager
+from optstate_codecs.engine.capture import capturing, needs_warm_up
+from optstate_codecs.engine.cpu import compiled
+from optstate_codecs.engine.cpu.build import CannotBuild, compiler
+from optstate_codecs.engine.request import ParamStep, StepRequest, layout_of
+from optstate_codecs.engine.triton.buckets import Bucket, build_buckets
+from optstate_codecs.engine.triton.step_tables import RowTable
+
+__all__ = ["BACKENDS", "ResidentExecutor"]
+
+BACKENDS = ("auto", "eager", "compile", "triton")
+# plans are keyed by which parameters have gradients; models that route keep a few, and those that
+# step in parts as many as cover this many whole ones
+PLANS = 8
+# building loops takes a second or two, which 2^20 elements win back in about a hundred steps
+WORTH_BUILDING = 1 << 20
+
+
+@dataclass
+class Plan:
+    """What is kept for one set of units: its buckets, and what they were built from."""
+
+    units: list[ParamStep]
+    layouts: list[Any]
+    aligned: list[bool]
+    addresses: list[int]
+    functions: list[Any]
+    buckets: list[Bucket]
+    left: list[int]
+    tables: list[RowTable]
+    constants: dict[int, dict[str, Any]]
+    centred: Sequence[int]
+
+    def holds(self, job: StepRequest, functions: list[Any]) -> bool:
+        """Whether every table still says where things are."""
+        if self.functions != functions or not all(map(is_, self.units, job.units)):
+            return False
+        if self.centred != (job.centres.places if job.centres else ()):
+            return False
+        if self.layouts != _layouts(job):
+            return False
+        if self.addresses != job.addresses:
+            if self.aligned != _aligned(job):
+                return False
+            self.addresses = list(job.addresses)
+        return True
+
+
+def _layouts(job: StepRequest) -> list[Any]:
+    """What a plan depends on in the gradients, besides where they are in memory."""
+    return list(job.layouts or map(layout_of, job.grads))
+
+
+def _aligned(job: StepRequest) -> list[bool]:
+    """Which gradients begin where a thread may access 16 bytes at once."""
+    return [address % 16 == 0 for address in job.addresses]
+
+
+class ResidentExecutor:
+    """Runs jobs on one backend and remembers their plans.
+
+    Args:
+        backend: "auto" takes Triton on CUDA devices where it is installed; on a CPU compiled
+            loops, from 2^20 elements on and where there is a C++ compiler; and the reference
+            elsewhere. The environment variable OPTSTATE_BACKEND stands in for "auto".
+
+    Raises:
+        RuntimeError: "triton" or "compile" was asked for by name and cannot run here.
+    """
+
+    def __init__(self, backend: str) -> None:
+        if backend == "auto":
+            backend = os.environ.get(VARIABLE, "auto")
+            if backend not in BACKENDS:
+                allowed = ", ".join(map(repr, BACKENDS))
+                raise ValueError(f"{VARIABLE}={backend!r}: must be one of {allowed}")
+        if backend == "triton" and not HAS_TRITON:
+            raise RuntimeError("backend='triton': triton is not installed; pip install triton")
+        if backend == "compile":
+            self._with_compiler(compiler)
+        self.backend = backend
+        self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
+        # a graph reads the tables of its plan as long as it is replayed
+        self._captured: list[Plan] = []
+
+    def step(self, job: StepRequest) -> None:
+        """Step every unit of the job."""
+        if not job.units:
+            return
+        try:
+            self._run(job)
+        except BaseException:
+            job.uncount()
+            raise
+
+    def join(self) -> None:
+        """Have the current stream wait for steps that were taken apart, of which there are none."""
+
+    def finish(self, complete: bool = True) -> None:
+        """A step has been taken, ``complete`` or broken off; nothing is under way here."""
+
+    def supersede(self) -> None:
+        """State and groups' values are about to be replaced; nothing of them is kept here."""
+
+    def synchronize(self) -> None:
+        """Have all state where it is shown, which here it always is."""
+
+    def _run(self, job: StepRequest) -> None:
+        if self._kernel_runs(job):
+            self._launch(self._plan(job), job)
+            return
+        if self._skipped(job):
+            return
+        # of the whole job, however it is staged: its bits are not to depend on that
+        total = job.total or sum(unit.param.numel() for unit in job.units)
+        for stage, part in job.stages():
+            with job.around(stage):
+                if not self._loops_run(part, total >= WORTH_BUILDING):
+                    eager.step(part)
+
+    @staticmethod
+    def _skipped(job: StepRequest) -> bool:
+        return job.staging is not None and job.found_inf is not None and bool(job.found_inf)
+
+    def _kernel_runs(self, job: StepRequest) -> bool:
+        cuda = all(unit.param.is_cuda for unit in job.units)
+        if self.backend == "triton" and not (cuda or INTERPRETED):
+            raise RuntimeError(
+                "backend='triton': parameters must be on a CUDA device "
+                "(or TRITON_INTERPRET=1 set); use backend='auto'"
+            )
+        return self.backend == "triton" or (self.backend == "auto" and cuda and HAS_TRITON)
+
+    def _loops_run(self, job: StepRequest, large: bool) -> bool:
+        """Step the job by compiled loops, if that is asked for or worth it and possible."""
+        if self.backend not in ("auto", "compile"):
+            return False
+        on_cpu = all(unit.param.device.type == "cpu" for unit in job.units)
+        if self.backend == "compile":
+            if not on_cpu:
+                raise RuntimeError(
+                    "backend='compile': parameters must be on the CPU; use backend='auto'"
+                )
+            self._with_compiler(lambda: compiled.step(job))
+            return True
+        if not (on_cpu and large):
+            return False
+        return compiled.try_step(job)
+
+    @staticmethod
+    def _with_compiler(action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except CannotBuild as error:
+            raise RuntimeError(
+                f"backend='compile': needs a working C++ compiler ({error}); install g++ or "
+                "clang++, name one in the environment variable CXX, or use backend='eager'"
+            ) from error
+
+    def _plan(self, job: StepRequest) -> Plan:
+        key = tuple([unit.index for unit in job.units])
+        functions = [job.rule.device_function(hyper) for hyper in job.hypers]
+        plan = self._plans.get(key)
+        if plan is None or not plan.holds(job, functions):
+            if capturing():
+                raise needs_warm_up("no step yet had just these gradients, laid out like these")
+            # kernels are imported with the first plan, so that CPU users never load triton
+            from optstate_codecs.engine.triton.launch import constants
+
+            buckets, left = build_buckets(job)
+            plan = self._plans[key] = Plan(
+                units=list(job.units),
+                layouts=_layouts(job),
+                aligned=_aligned(job),
+                addresses=list(job.addresses),
+                functions=functions,
+                buckets=buckets,
+                left=left,
+                tables=_tables(buckets),
+                constants={id(bucket): constants(bucket) for bucket in buckets},
+                centred=job.centres.places if job.centres else (),
+            )
+            self._plans.move_to_end(key)
+            most = PLANS * len(set[int]().union(*self._plans))
+            while len(self._plans) > PLANS and sum(map(len, self._plans)) > most:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return plan
+
+    def _launch(self, plan: Plan, job: StepRequest) -> None:
+        from optstate_codecs.engine.triton.launch import launch
+
+        if capturing() and plan.buckets and not any(plan is kept for kept in self._captured):
+            if any(table.on_host for table in plan.tables):
+                raise needs_warm_up("step counts are on the host, since capturable was False")
+            self._captured.append(plan)
+        busy = job.staging is not None
+        launches: dict[int, list[tuple[Bucket, tuple[Any, ...]]]] = {}
+        for table in plan.tables:
+            factor, found_inf = table.beside(job.factor), table.beside(job.found_inf)
+            if not table.advance(found_inf, job.draw is not None):
+                continue  # nothing of it is launched
+            grads = table.addresses(plan.addresses, busy)
+            rows = table.values(job.rule, job.hypers, job.draw, busy)
+            for bucket, start, stop in table.buckets:
+                scalars = (grads[start:stop], table.row_of[start:stop], rows)
+                centres = job.centres.values.get(bucket.tensors.device) if job.centres else None
+                given = (*scalars, centres, factor, found_inf)
+                launches.setdefault(bucket.stage, []).append((bucket, given))
+                job.counted += bucket.units
+        left = dict(job.part(plan.left).stages()) if plan.left else {}
+        for stage in sorted({*launches, *left}):
+            with job.around(stage):
+                if stage in left:
+                    eager.step(left[stage])
+                for bucket, given in launches.get(stage, ()):
+                    launch(bucket, plan.constants[id(bucket)], *given)
+                    job.done += bucket.units
+
+
+def _tables(buckets: list[Bucket]) -> list[RowTable]:
+    """One table for all buckets whose parameters, and whose step counts, share a device."""
+    together: dict[Any, list[Bucket]] = {}
+    for bucket in buckets:
+        unit = bucket.units[0]
+        devices = (unit.param.device, unit.state["step"].device)
+        together.setdefault(devices, []).append(bucket)
+    return [RowTable(members) for members in together.values()]

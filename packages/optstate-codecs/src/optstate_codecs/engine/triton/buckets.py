@@ -1,0 +1,180 @@
+"""Which tensors a launch steps together, and the tables that say where they lie.
+
+A bucket holds the units that one kernel can step: same device, dtypes, formats, rule options,
+write and stage, all dense in storage order. Everything but gradient addresses and scalars is built
+once and kept until a tensor's identity changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.engine.request import ParamStep, StepRequest
+from optstate_codecs.engine.triton.work_tables import work_table
+from optstate_codecs.formats import Format
+from optstate_codecs.gradients.centralization import centre_shape
+from optstate_codecs.rounding import packed_key
+from optstate_codecs.writes import MASTER
+
+__all__ = ["COLUMNS", "MOMENT_SLOTS", "Bucket", "build_buckets", "takes"]
+
+# columns of the table of tensors: see triton/kernel.py
+COLUMNS = 15
+MOMENT_SLOTS = 3
+# elements a tile; of those tried on an H200, the fastest without and with blocks to reduce over
+TILE = 2048
+BLOCKED_TILE = 512
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Bucket:
+    """Units that one launch steps, and their tables on the device.
+
+    Attributes:
+        units: in the order of the tables.
+        places: the place of each unit in the job.
+        formats: one a moment, in the rule's order.
+        function: the rule's device function and its options.
+        deliver: its device function for what is left out, or None.
+        grad_dtype: of every gradient.
+        rows: blocks a tile.
+        block: elements a block.
+        aligned: whether addresses and element counts are multiples of 16, so that a thread may
+            access 16 bytes at once.
+        full: whether tensors end where tiles end, so that a kernel need mask nothing.
+        centred: whether something is subtracted from gradients.
+        stage: of all units.
+        tensors: int64 [units, COLUMNS].
+        work: int32 [tiles, 2], the tensor and the tile's place in it.
+    """
+
+    units: list[ParamStep]
+    places: list[int]
+    formats: tuple[Format, ...]
+    function: tuple[Any, int]
+    apply_error_feedback: Any
+    grad_dtype: torch.dtype
+    rows: int
+    block: int
+    aligned: bool
+    full: bool
+    centred: bool
+    stage: int
+    tensors: Tensor
+    work: Tensor
+
+
+def block_shape(formats: Sequence[Format]) -> tuple[int, int] | None:
+    """Rows and elements a row of a tile that suits all ``formats``; None where none does."""
+    spans = {format.span for format in formats if format.span > 1}
+    if len(spans) > 1:
+        return None
+    if not spans:
+        return 1, TILE
+    block = spans.pop()
+    return max(1, BLOCKED_TILE // block), block
+
+
+def build_buckets(job: StepRequest) -> tuple[list[Bucket], list[int]]:
+    """Sort the units of a job into buckets.
+
+    Returns:
+        The buckets, and the places of the units that are left for the reference path.
+    """
+    members: dict[Any, list[int]] = {}
+    left = []
+    for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
+        function = job.rule.device_function(job.hypers[unit.group])
+        stored = unit.bound
+        formats = tuple(stored[moment.name] for moment in unit.moments)
+        if function is None or not takes(unit, grad, job.rule.has_error_feedback):
+            left.append(place)
+        else:
+            dtypes = (unit.param.dtype, grad.dtype)
+            devices = (unit.param.device, unit.state["step"].device)
+            shape = block_shape(formats)
+            assert shape is not None
+            ends = _aligned(unit, grad), unit.param.numel() % (shape[0] * shape[1]) == 0
+            centred = job.centres is not None and job.centres.places[place] >= 0
+            looks = (unit.write, shape, ends, centred, unit.stage)
+            key = (devices, dtypes, formats, function, *looks)
+            members.setdefault(key, []).append(place)
+    apply_error_feedback = job.rule.device_error_feedback() if job.rule.has_error_feedback else None
+    buckets = []
+    for (devices, dtypes, formats, function, *looks), places in members.items():
+        _, (rows, block), (aligned, full), centred, stage = looks
+        units = [job.units[place] for place in places]
+        begins = [job.centres.places[p] for p in places] if centred and job.centres else None
+        tables = _tables(units, formats, rows * block, devices[0], begins)
+        buckets.append(
+            Bucket(
+                units,
+                places,
+                formats,
+                function,
+                apply_error_feedback,
+                dtypes[1],
+                rows,
+                block,
+                aligned,
+                full,
+                centred,
+                stage,
+                *tables,
+            )
+        )
+    return buckets, left
+
+
+def takes(unit: ParamStep, grad: Tensor, has_error_feedback: bool = False) -> bool:
+    """Whether the kernel can step this unit; ``has_error_feedback`` is its rule's."""
+    stored = unit.bound
+    formats = [stored[moment.name] for moment in unit.moments]
+    param, functions = unit.param, [f.device_functions for f in formats]
+    return (
+        len(formats) <= MOMENT_SLOTS
+        and all(function is not None for function in functions)
+        and not any(f.in_update_units for f in formats[1:])
+        and block_shape(formats) is not None
+        and (not has_error_feedback or (functions[0] is not None and functions[0].returns))
+        and param.dtype in PARAM_DTYPES
+        and grad.dtype in PARAM_DTYPES
+        and unit.in_one_order(grad)
+    )
+
+
+def _aligned(unit: ParamStep, grad: Tensor) -> bool:
+    addresses = [unit.param.data_ptr(), grad.data_ptr(), *(p.data_ptr() for p in unit.parts)]
+    return unit.param.numel() % 16 == 0 and all(address % 16 == 0 for address in addresses)
+
+
+def _tables(
+    units: Sequence[ParamStep],
+    formats: Sequence[Format],
+    tile: int,
+    device: torch.device,
+    centres: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """The tables ``tensors`` and ``work`` of a bucket."""
+    table, tiles = [], []
+    for number, unit in enumerate(units):
+        row = [unit.param.numel(), unit.param.data_ptr()]
+        for moment, format in zip(unit.moments, formats, strict=True):
+            parts = [unit.state[c.key(moment.name)].data_ptr() for c in format.components]
+            row += [parts[0], parts[-1]]
+        row += [0] * (2 + 2 * MOMENT_SLOTS - len(row))
+        row += [packed_key(unit.seed, unit.index, word) for word in (0, 1)]
+        corrections = [unit.state[c.key(MASTER)].data_ptr() for c in unit.write.components]
+        row += corrections or [0]
+        row += [centres[number], *centre_shape(unit.param)] if centres else [0, 1, 1]
+        row.append(unit.offset)
+        table.append(row)
+        tiles.append(-(-unit.param.numel() // tile))
+    tensors = torch.tensor(table, dtype=torch.int64, device="cpu").to(device)
+    return tensors, work_table(tiles, device)

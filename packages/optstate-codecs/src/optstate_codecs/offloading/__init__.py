@@ -1,0 +1,19 @@
+"""Where state lives while it is not stepped: host memory or a file, and how a step streams it."""
+
+from optstate_codecs.offloading.offload import STORES, Offload, offload, synchronize
+from optstate_codecs.offloading.snapshot import Snapshot, snapshot
+from optstate_codecs.offloading.store import HostStateStore, StateStore
+from optstate_codecs.offloading.streaming import CHUNK_BYTES, StreamingExecutor
+
+__all__ = [
+    "CHUNK_BYTES",
+    "STORES",
+    "HostStateStore",
+    "Offload",
+    "Snapshot",
+    "StateStore",
+    "StreamingExecutor",
+    "offload",
+    "snapshot",
+    "synchronize",
+]

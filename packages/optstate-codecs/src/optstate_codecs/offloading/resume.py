@@ -1,0 +1,169 @@
+"""Going on from a file: what its manifest says is checked whole before the optimizer changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.engine.request import ParamStep
+from optstate_codecs.offloading.group_values import UNSAID, Group, plain
+from optstate_codecs.offloading.slabs import ALIGNMENT, Slab, Starts, apart
+from optstate_codecs.offloading.streaming import StreamingExecutor
+from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.state.building import counts_on_device, share_steps
+from optstate_codecs.state.layout import Declaration, bound, empty_state, storage_order
+from optstate_codecs.writes import MASTER, parameter_write
+
+if TYPE_CHECKING:
+    from optstate_codecs.offloading.disk import DiskStateStore
+
+__all__ = ["resume_from"]
+
+
+def _like(old: Any, new: Any) -> Any:
+    """A value of a manifest in the type that the group has it in."""
+    if isinstance(old, Tensor):
+        return old.fill_(new)
+    if isinstance(new, list):
+        return new if isinstance(old, list) else tuple(new)
+    return new
+
+
+def resume_from(
+    optimizer: CodedOptimizer, stream: StreamingExecutor, place: DiskStateStore
+) -> None:
+    """Give the optimizer the state, step counts and hyper-parameters that a place's manifest names.
+
+    Args:
+        optimizer: with the parameters and formats of the one that made the file.
+        stream: without units yet; it gets those of the manifest.
+        place: opened with ``resume``.
+
+    Raises:
+        ValueError: the file is not such an optimizer's; nothing has changed.
+    """
+    manifest = place.manifest
+    assert manifest is not None
+    where = str(place.manifest_path)
+    try:
+        groups = _merged(optimizer, manifest["param_groups"], where)
+        slabs = []
+        for slab in manifest["slabs"]:
+            offsets = [slab["offset"], *slab["others"]]
+            family = [place.mapped(offset, slab["bytes"]) for offset in offsets]
+            slabs.append(Slab(family, family[0]))
+        every = [(n, param) for n, group in enumerate(groups) for param in group["params"]]
+        states: dict[int, dict[str, Any]] = {}
+        for entry in manifest["parameters"]:
+            number = entry["number"]
+            if not 0 <= number < len(every) or number in states:
+                raise ValueError(f"{where}: parameter {number}: of {len(every)}, each once")
+            group, param = groups[every[number][0]], every[number][1]
+            slab = slabs[entry["slab"]]
+            states[number] = _shown(
+                optimizer, group, param, entry, slab, f"{where}: parameter {number}"
+            )
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"{where}: not a manifest: {error}") from error
+
+    for mine, merged in zip(optimizer.param_groups, groups, strict=True):
+        mine.update({key: _like(mine.get(key), merged[key]) for key in merged if key != "params"})
+    optimizer.state.clear()
+    loaded = []
+    for number, state in states.items():
+        group, param = every[number]
+        optimizer.state[param] = state
+        loaded.append((param, state, counts_on_device(optimizer.param_groups[group])))
+    share_steps(loaded)
+    stream.resume(_by_slab(optimizer, manifest, slabs))
+
+
+def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[Group]:
+    """The optimizer's groups as they will be."""
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(
+            f"{where}: {len(saved)} param groups, must be {len(optimizer.param_groups)}"
+        )
+    merged = []
+    for number, (group, values) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
+        name = f"{where}: param_groups[{number}]"
+        if values.get("params") != len(group["params"]):
+            raise ValueError(
+                f"{name}: {values.get('params')} parameters, must be {len(group['params'])}"
+            )
+        new = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in values.items()
+            if key not in (*UNSAID, *optimizer.storage_options)
+        }
+        new = {**group, **new}
+        try:
+            optimizer._check_group(new)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        mine = plain(group)
+        for key in optimizer.storage_options:
+            if key in values and values[key] != mine.get(key):
+                raise ValueError(f"{name}: {key}={values[key]}, must be {mine.get(key)}")
+        merged.append(new)
+    return merged
+
+
+def _shown(
+    optimizer: CodedOptimizer,
+    group: Group,
+    param: Tensor,
+    entry: dict[str, Any],
+    slab: Slab,
+    name: str,
+) -> dict[str, Any]:
+    """A parameter's state as tensors in its slab."""
+    if list(param.shape) != entry["shape"]:
+        raise ValueError(f"{name}: shape {tuple(entry['shape'])}, must be {tuple(param.shape)}")
+    if list(storage_order(param)) != entry["order"]:
+        raise ValueError(
+            f"{name}: dimensions lie in the order {entry['order']}, from the slowest, must be "
+            f"{list(storage_order(param))}"
+        )
+    write = parameter_write(optimizer.write, param.dtype)
+    formats = bound(optimizer.group_formats(group), param)
+    declared: dict[str, Declaration] = {**formats, MASTER: write}
+    parts = {c.key(n): c for n, d in declared.items() for c in d.components}
+    if set(parts) != set(entry["starts"]):
+        raise ValueError(
+            f"{name}: stored as {', '.join(entry['starts'])}, must be {', '.join(parts)}"
+        )
+    memory = slab.memory.tensor
+    step = torch.tensor(float(entry["step"]), dtype=torch.float32, device="cpu")
+    state: dict[str, Any] = {"step": step}
+    for key, component in parts.items():
+        like = empty_state(param, component, torch.device("meta"))
+        start = entry["starts"][key]
+        if start < 0 or start % ALIGNMENT or start + like.nbytes > memory.numel():
+            raise ValueError(f"{name}: {key} at byte {start} does not fit into its slab")
+        state[key] = apart(memory, start, like)
+    return state
+
+
+def _by_slab(
+    optimizer: CodedOptimizer,
+    manifest: dict[str, Any],
+    slabs: list[Slab],
+) -> list[tuple[Slab, list[ParamStep], list[Starts], bool]]:
+    """Each slab with the units of its parameters, their places, and whether they are in parts."""
+    entries = manifest["parameters"]
+    units = {unit.index: unit for unit in optimizer.stored_units()}
+    members: list[list[ParamStep]] = [[] for _ in slabs]
+    starts: list[list[Starts]] = [[] for _ in slabs]
+    cut = [False] * len(slabs)
+    for entry in entries:
+        members[entry["slab"]].append(units[entry["number"]])
+        starts[entry["slab"]].append(entry["starts"])
+        cut[entry["slab"]] = entry["parts"] > 1
+    return [
+        (slab, mine, begins, parted)
+        for slab, mine, begins, parted in zip(slabs, members, starts, cut, strict=True)
+        if mine
+    ]

@@ -1,0 +1,141 @@
+"""Copy-on-write snapshots: a state dict that stays what it is while training goes on.
+
+State that is kept in slabs is not copied. A snapshot holds the memory that a slab is in, so that
+the next step stores the slab in another; see ``StateStore.target``.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from optstate_codecs.offloading.slabs import Memory
+from optstate_codecs.offloading.streaming import StreamingExecutor
+from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.param_checks import check_params
+
+__all__ = ["Snapshot", "snapshot"]
+
+StateDict = dict[str, Any]
+
+
+class Snapshot:
+    """An optimizer's packed state dict of the moment that ``snapshot`` took it.
+
+    It ends with ``close()``, with the ``with`` block, or when it is collected: keep it, and not its
+    state dict alone. It does not need the optimizer, and may be read and closed on any thread.
+    """
+
+    def __init__(self, saved: StateDict, memories: list[Memory]) -> None:
+        self._saved: StateDict | None = saved
+        self._memories = memories
+        self._token = object()
+        for memory in memories:
+            memory.holders.add(self._token)
+
+    def state_dict(self) -> StateDict:
+        """The state dict, all of it on the host; the same one each time.
+
+        Its tensors are to be read only, and until the snapshot is closed: then training goes on in
+        the memory of some of them.
+
+        Raises:
+            ValueError: the snapshot is closed.
+        """
+        if self._saved is None:
+            raise ValueError("snapshot: closed; its memory is the optimizer's again")
+        return self._saved
+
+    def close(self) -> None:
+        """Let the optimizer have the memory again, once and for all."""
+        memories, self._memories, self._saved = self._memories, [], None
+        for memory in memories:
+            memory.holders.discard(self._token)
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_token"):
+            self.close()
+
+
+def snapshot(optimizer: CodedOptimizer) -> Snapshot:
+    """Take the packed state dict as it is now, to be saved while training goes on.
+
+    Of an optimizer whose state is kept elsewhere (``offload``) nothing is copied that is there:
+    this waits until the last step is stored, and returns. As long as the snapshot is open, what is
+    stepped is stored in other memory, once more the size of the state at most, on the host or in
+    the file; a later snapshot takes the same memory again, which is not given back before the
+    optimizer is gone. Where there is no room for it, the step raises, and nothing has changed.
+    Everything else is copied to the host: step counts, the groups' values, and state that is beside
+    its parameters. Parameters are not part of it.
+
+    Take it between steps, on the thread that takes them. Ask for ``optimizer.state`` again after
+    the next step: tensors asked for before go on showing the snapshot's memory, and to change one
+    changes the snapshot. A snapshot in a file is no more once another optimizer goes on from the
+    file (``resume=True``).
+
+    Args:
+        optimizer: of the family, offloaded or not.
+
+    Returns:
+        A context manager; there may be several at once.
+
+    Raises:
+        TypeError: the optimizer is not of the family, or a parameter is a DTensor.
+
+    Example:
+        >>> with snapshot(optimizer) as taken:
+        ...     saving = Thread(target=torch.save, args=(taken.state_dict(), "optimizer.pt"))
+        ...     saving.start()
+        ...     train(steps=100)
+        ...     saving.join()
+    """
+    given: Any = optimizer
+    if not isinstance(given, CodedOptimizer):
+        raise TypeError(
+            f"optimizer: {type(given).__name__}, must be an optimizer of the family; of one that "
+            "optstate_wrap has wrapped, packed_state_dict() is a copy"
+        )
+    check_params(optimizer)
+    saved = optimizer.state_dict()
+    stream = optimizer._session
+    kept: dict[int, Memory] = {}
+    if isinstance(stream, StreamingExecutor):
+        # by the tensor that the optimizer shows, which somebody may have put another for
+        kept = {
+            id(seat.values[key]): seat.slab.memory
+            for seat in stream.seats
+            if seat.slab is not None
+            for key in seat.starts
+        }
+    memories: dict[int, Memory] = {}
+    saved = _frozen(saved, kept, memories)
+    return Snapshot(saved, list(memories.values()))
+
+
+def _frozen(value: Any, kept: dict[int, Memory], memories: dict[int, Memory]) -> Any:
+    """``value`` with copies of all but the tensors that are ``kept``, in these ``memories``."""
+    if isinstance(value, Tensor):
+        memory = kept.get(id(value))
+        if memory is None:
+            return value.detach().to("cpu", copy=True)
+        memories[id(memory)] = memory
+        return value
+    if isinstance(value, dict):
+        return {key: _frozen(item, kept, memories) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_frozen(item, kept, memories) for item in value)
+    return deepcopy(value)

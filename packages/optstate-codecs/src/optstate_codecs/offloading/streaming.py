@@ -1,0 +1,190 @@
+"""A session for units whose state is away: it comes to the device chunk by chunk, and goes back.
+
+The engine steps twins of the units, whose state is in the slots of a ring; what a twin is does not
+change from step to step, so the engine's plans and tables stay what they are. A step is one job in
+stages, one for each chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.engine.capture import capturing
+from optstate_codecs.engine.request import StepRequest, layout_of
+from optstate_codecs.errors import StepError
+from optstate_codecs.offloading.placement import CHUNK_BYTES, HERE, Placement, bank_of
+from optstate_codecs.offloading.slabs import Part, PlacementEntry, in_order
+
+__all__ = ["CHUNK_BYTES", "StreamingExecutor"]
+
+# bytes of gradients that may wait for state that is on its way, of steps taken apart
+WAITING = 1 << 29
+
+
+class StreamingExecutor(Placement):
+    """Runs jobs whose units' state a place keeps: a ``Placement`` that steps."""
+
+    def step(self, job: StepRequest) -> None:
+        """Step every unit of the job.
+
+        Raises:
+            RuntimeError: a CUDA graph is being recorded.
+            ValueError, OSError: the place cannot keep what a step makes; nothing has changed.
+            StepError: from what went wrong in the step; it says what has been stepped.
+        """
+        if capturing():
+            raise RuntimeError("CUDA graph capture: state that is streamed cannot be part of it")
+        if not job.units:
+            return
+        self.place.check()
+        if not self._begun:
+            # what a scheduler has set since the last step belongs to its end
+            self.place.restate()
+        for ring in self._rings.values():
+            ring.store_rest()
+        self._look_for_changes(job.units)
+        units = list(job.units)
+        if self.every is not None and not self._begun:
+            given = set(map(id, units))
+            units += [unit for unit in self.every() if id(unit) not in given]
+            units.sort(key=lambda unit: (unit.index, unit.offset))
+            self._forget_others(units)
+        self._seat(units, job.centres is None)
+        self._begun = True
+        seats = [self._seats[unit.index, unit.offset] for unit in job.units]
+        parts = [(place, part) for place, seat in enumerate(seats) for part in seat.parts]
+        twins = self._twins(job, parts)
+        self._count_alike(seats)
+        order = sorted({twin.stage for twin in twins.units} - {HERE})
+        for slab in map(self._slab_of.__getitem__, order):
+            if slab.target is None:
+                # a snapshot may have it that memory is to be made: before anything changes
+                self.place.target(slab)
+        self._pending = self._pending or bool(order)
+        try:
+            with ExitStack() as stack:
+                for device, ring in self._rings.items():
+                    if mine := [c for n in order if (c := self._chunks[n]).device == device]:
+                        ring.expect(mine)
+                for ring in self._rings.values():
+                    stack.enter_context(ring.working())
+                self._session.step(twins)
+        except Exception as error:
+            done = set(map(id, twins.done))
+            counts = [sum(id(part.twin) in done for part in seat.parts) for seat in seats]
+            whole = [count == len(seat.parts) for count, seat in zip(counts, seats, strict=True)]
+            job.done += compress(job.units, whole)
+            numbers = [unit.index for unit in job.units]
+            raise StepError.of(
+                error,
+                "",
+                compress(numbers, whole),
+                compress(numbers, [not count for count in counts]),
+                compress(numbers, [c and not w for c, w in zip(counts, whole, strict=True)]),
+            ) from error
+        else:
+            job.done += job.units
+        finally:
+            # of those too that were not stepped: several counts have one version
+            for bank in {id(bank_of(unit)) for unit in job.units}:
+                for seat in self._parted.get(bank, ()):
+                    seat.version = seat.unit.state["step"]._version
+            if job.apart:
+                self._hold(job, twins)
+            else:
+                self.join()
+
+    def _hold(self, *jobs: StepRequest) -> None:
+        """Keep what a step reads until the current stream, which may reuse it, has waited."""
+        marks = [(ring.device, ring.mark()) for ring in self._rings.values()]
+        nbytes = sum(grad.nbytes for grad in jobs[0].grads)
+        self._behind.append((marks, nbytes, jobs))
+        while sum(size for _, size, _ in self._behind) > WAITING and len(self._behind) > 1:
+            for device, mark in self._behind.popleft()[0]:
+                if mark is not None:
+                    torch.cuda.current_stream(device).wait_event(mark)
+
+    def _twins(self, job: StepRequest, parts: Sequence[tuple[int, Part]]) -> StepRequest:
+        units, grads, addresses, layouts = [], [], [], []
+        flat: dict[int, Tensor] = {}
+        for place, part in parts:
+            unit, grad = job.units[place], job.grads[place]
+            twin = part.twin
+            assert twin is not None
+            if twin.param is not unit.param:
+                if place not in flat:
+                    # once for all parts: where it does not lie like the parameter, it is a copy
+                    flat[place] = in_order(grad, unit.param)
+                grad = flat[place][part.start : part.stop]
+                addresses.append(grad.data_ptr())
+                layouts.append((grad.dtype, part.stop - part.start))
+            else:
+                addresses.append(job.addresses[place])
+                layouts.append(job.layouts[place] if job.layouts else layout_of(grad))
+            units.append(twin)
+            grads.append(grad)
+        centres = job.centres
+        if centres is not None:
+            centres = replace(centres, places=[centres.places[place] for place, _ in parts])
+        return replace(
+            job,
+            units=units,
+            grads=grads,
+            addresses=addresses,
+            layouts=layouts,
+            centres=centres,
+            done=[],
+            counted=[],
+            staging=self._around,
+        )
+
+    @contextmanager
+    def _around(self, stage: int) -> Iterator[None]:
+        if stage == HERE:
+            yield
+            return
+        chunk = self._chunks[stage]
+        ring = self._rings[chunk.device]
+        ring.enter(chunk)
+        slab = self._slab_of[stage]
+        if slab.target is None:
+            slab.target = self.place.target(slab)
+        ring.hold(chunk)
+        chunk.memory = slab.target
+        try:
+            yield
+        finally:
+            # what has not been stepped is as it was: the chunk as a whole is right either way
+            ring.leave(chunk)
+
+    def _count_alike(self, seats: Sequence[PlacementEntry]) -> None:
+        """Give the parts of a unit its count, where somebody else has changed that."""
+        for seat in seats:
+            step = seat.unit.state["step"]
+            if len(seat.parts) > 1 and seat.version != step._version:
+                for part in seat.parts[1:]:
+                    assert part.twin is not None
+                    part.twin.state["step"].copy_(step)
+
+    def finish(self, complete: bool = True) -> None:
+        """What was stored takes the place of what was there.
+
+        Args:
+            complete: all that the step is to change has changed, as what is kept may say.
+        """
+        self.join()
+        self._begun = False
+        if not complete:
+            # what cannot be now is with the next step; what went wrong has been raised already
+            with suppress(Exception):
+                self._swap()
+            return
+        self._swap()
+        self._pending = True
+        self.place.commit(self.describe)

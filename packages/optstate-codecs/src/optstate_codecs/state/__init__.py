@@ -1,0 +1,1 @@
+"""The state of a parameter: its layout in memory, how it is built, checked, saved and loaded."""

@@ -1,0 +1,63 @@
+"""Reads an optimizer's state in plain numbers: decoded moments and master weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.state.building import decode_param_step
+from optstate_codecs.writes import MASTER, parameter_write
+
+__all__ = ["decode_state", "master_weights"]
+
+
+def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
+    """The state of one parameter in plain numbers.
+
+    Args:
+        optimizer: any optimizer of the family.
+        param: one of its parameters.
+
+    Returns:
+        ``step`` (0-d) and every moment in float32 with the parameter's shape; copies. Empty for a
+        parameter that has not been stepped.
+
+    Raises:
+        KeyError: the parameter is not the optimizer's.
+
+    Example:
+        >>> decode_state(optimizer, model.weight)["exp_avg"].norm()
+    """
+    optimizer.group_of(param)
+    found = optimizer.stored_units({param}) if optimizer.state.get(param) else []
+    if not found:
+        return {}
+    return decode_param_step(*found)
+
+
+def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:
+    """The weights that training goes on from: a parameter and what its rounding left.
+
+    Args:
+        optimizer: any optimizer of the family.
+        param: one of its parameters.
+
+    Returns:
+        float32 (float64 for float64 parameters), of the parameter's shape; a copy. The parameter
+        itself where the optimizer keeps no correction of it.
+
+    Raises:
+        KeyError: the parameter is not the optimizer's.
+
+    Example:
+        >>> fp32_weights = master_weights(optimizer, model.weight)
+    """
+    optimizer.group_of(param)
+    state = optimizer.state.get(param, {})
+    write = parameter_write(optimizer.write, param.dtype)
+    value = param.detach()
+    parts = [state[c.key(MASTER)] for c in write.components if state]
+    if parts:
+        value = write.read(value, parts)
+    return value.to(torch.promote_types(param.dtype, torch.float32), copy=True)

@@ -1,0 +1,289 @@
+"""Optimizer state and step on the host, for parameters on a device."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from optstate_codecs import CodedOptimizer, checks
+from optstate_wrap.cpu.host_copy import HostCopies
+from optstate_wrap.cpu.host_step import in_rows, step_rows
+from optstate_wrap.delegate import Delegate, load_into, own_step
+from optstate_wrap.hooks import load_with_hooks, save_with_hooks
+from optstate_wrap.probe import probe
+from optstate_wrap.state.inference import ordinary_tensors
+from optstate_wrap.step.checks import Given, refuse_params, refuse_state
+from optstate_wrap.step.replaced import replaced
+
+__all__ = ["CPUOffloadOptimizer"]
+
+FUSED_ON_HOST = (torch.optim.Adam, torch.optim.AdamW)
+
+
+class CPUOffloadOptimizer(Delegate):
+    """Steps large parameters on the host, whose state never leaves it.
+
+    ``param_groups`` are the user's, with the user's parameters, and decide at every step, as the
+    parameters and gradients do: clipping, schedules and weights loaded later all count. While some
+    parameters are stepped, others and their gradients are on their way; the host waits for what
+    it steps, and the device for the parameters. An optimizer that cannot be stepped a few
+    parameters at a time with the same result (a probe finds out) steps all at once, on the host,
+    after all copies have arrived.
+
+    With ``offload_gradients`` each gradient goes to the host during the backward pass and is freed
+    on the device; several passes add up, to the bits they would have there. ``step`` and
+    ``zero_grad`` of this optimizer use them up. ``param.grad`` of large parameters is then None:
+    clip by this optimizer's ``clip_grad_norm_``, and take bfloat16 instead of ``GradScaler``.
+
+    Args:
+        params: tensors, ``named_parameters()``, or dicts of param groups.
+        optimizer_class: of the inner optimizer, ``torch.optim.AdamW`` if left out; any whose step
+            needs no closure. Of torch's Adam and AdamW the fused step is the default, but not for
+            complex parameters, which it does not take.
+        offload_gradients: free gradients on the device during the backward pass.
+        minimal_size: parameters with fewer elements are stepped where they are.
+        **kwargs: of ``optimizer_class``.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value; the message names it.
+
+    Example:
+        >>> optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-4)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        optimizer_class: Callable[..., Optimizer] = torch.optim.AdamW,
+        *,
+        offload_gradients: bool = False,
+        minimal_size: int = 4096,
+        **kwargs: Any,
+    ) -> None:
+        offload_gradients = checks.flag("offload_gradients", offload_gradients)
+        minimal_size = checks.whole_number("minimal_size", minimal_size)
+        self.offload_gradients = offload_gradients
+        self.minimal_size = minimal_size
+        self.inner = optimizer_class(params, **kwargs)
+        closure = inspect.signature(own_step(self.inner)).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            name = type(self.inner).__name__
+            raise TypeError(f"optimizer_class={name}: its step must not need a closure")
+        self._prefer_fused()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._copies = HostCopies()
+        self._heard: dict[Tensor, Any] = {}
+        super()._begin()
+        self._examine()
+
+    def _examine(self) -> None:
+        """Find out what the inner optimizer allows, and hear of its parameters' gradients."""
+        self._whole = not in_rows(self.inner)
+        self._listen()
+
+    def _prefer_fused(self) -> None:
+        """Have groups of torch's Adam and AdamW stepped fused, where nobody says how."""
+        if type(self.inner) not in FUSED_ON_HOST:
+            return
+        for group in self.inner.param_groups:
+            is_open = group["fused"] is None is group["foreach"] and not group["differentiable"]
+            # torch's fused steps take no complex numbers
+            if is_open and all(param.is_floating_point() for param in group["params"]):
+                group["fused"] = True
+
+    @property
+    def state(self) -> Any:
+        """The state by the user's parameters; of large ones, on the host."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.inner.state = value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler then hands the scale to step, which refuses it by name
+        return self.offload_gradients
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer."""
+        self.inner.add_param_group(param_group)
+        self._prefer_fused()
+        self._examine()
+
+    def _remote(self, param: Tensor) -> bool:
+        """Whether a parameter is elsewhere than the host."""
+        return param.device.type != "cpu"
+
+    def _is_large(self, param: Tensor) -> bool:
+        # what is stepped whole is stepped in one place
+        return self._remote(param) and (self._whole or param.numel() >= self.minimal_size)
+
+    def _large(self) -> list[Tensor]:
+        """The parameters that are stepped on the host."""
+        params = (p for group in self.inner.param_groups for p in group["params"])
+        return list(dict.fromkeys(p for p in params if self._is_large(p)))
+
+    def _listen(self) -> None:
+        """Hear of the gradients of large parameters."""
+        if not self.offload_gradients:
+            return
+        # parameters outlive the optimizer
+        me = weakref.ref(self)
+
+        def hear(param: Tensor) -> None:
+            optimizer = me()
+            if optimizer and optimizer.offload_gradients and optimizer._is_large(param):
+                optimizer._take(param)
+
+        for param in self._large():
+            if param.requires_grad and param not in self._heard:
+                self._heard[param] = param.register_post_accumulate_grad_hook(hear)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _take(self, param: Tensor) -> None:
+        """Bring a gradient to the host, and let go of it if it is to be offloaded."""
+        if param.grad is not None:
+            self._copies.of(param).take(param.grad)
+            if self.offload_gradients:
+                param.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with the gradients as they are now, clipped or not.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients on.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: ``GradScaler`` steps it, and gradients have been offloaded, still scaled;
+                or a parameter, its gradient or its state is of a kind that cannot be stepped.
+                Nothing has changed.
+        """
+        if vars(self).pop("found_inf", None) is not None:
+            raise RuntimeError(
+                "offload_gradients=True: GradScaler finds no gradients on the device to unscale; "
+                "use offload_gradients=False, or bfloat16 without a scaler"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._listen()
+        large = self._large()
+        self._refuse(large)
+        self._copies.begin(large)
+        try:
+            copied = {}
+            # in the order in which they are stepped, so that the first are there soon
+            for param in large:
+                self._take(param)
+                if self._whole or self._copies.has_gradient(param):
+                    copied[param] = self._copies.of(param)
+                    copied[param].fetch()
+            step_rows(self.inner, copied)
+        finally:
+            self._copies.end()
+        return loss
+
+    def _refuse(self, large: Iterable[Tensor]) -> None:
+        """Raise if a parameter cannot be stepped with its gradients and its state."""
+        params = enumerate(p for group in self.inner.param_groups for p in group["params"])
+        given = [(n, p, p.grad) for n, p in params]
+        refuse_params(given)
+        taken: list[Given] = []
+        if self._copies.made:
+            taken = [(number, p, self._copies.gradient(p)) for number, p, _ in given]
+            refuse_params(taken, offloaded=True)
+        if isinstance(self.inner, CodedOptimizer):
+            return
+        findings, on_host = probe(self.inner), set(map(id, large))
+        for number, param, grad in [*given, *taken]:
+            if grad is not None and (state := self.inner.state.get(param)):
+                device = None if id(param) in on_host else param.device
+                of = number, param, grad
+                refuse_state(self.inner, findings, of, state, param.shape, device)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, also those on the host."""
+        super().zero_grad(set_to_none)
+        for copy in self._copies.made.values():
+            if set_to_none:
+                copy.drop()
+            else:
+                copy.zero()
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_`` of all gradients, wherever they are.
+
+        Returns:
+            The norm of all gradients before.
+        """
+        if self.offload_gradients:
+            for param in self._large():
+                self._take(param)
+        holders: list[Tensor] = []
+        params = (p for group in self.inner.param_groups for p in group["params"])
+        for param in dict.fromkeys(params):
+            if self._copies.has_gradient(param):
+                self._copies.of(param).wait()
+                param = self._copies.of(param).host
+            holders.append(param)
+        return clip_grad_norm_(holders, max_norm, norm_type, error_if_nonfinite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dict: ``torch.optim`` loads it."""
+        return save_with_hooks(self, self.inner, self.inner.state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the inner optimizer's class; large parameters' stays on the host.
+
+        Groups stay the same objects and keep ``foreach``, ``fused`` and ``capturable``. Nothing
+        of ``state_dict`` is aliased. What is loaded under ``torch.inference_mode()`` may be stepped
+        outside of it.
+        """
+        load_with_hooks(self, self.inner, state_dict, self._load)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        with ordinary_tensors():
+            # of what is never touched, no memory is taken
+            empty = {p: Parameter(torch.empty_like(p, device="cpu"), False) for p in self._large()}
+            with replaced(self.inner, empty):
+                load_into(self.inner, state_dict)
+            self._bring_back(empty)
+            self._examine()
+
+    def _bring_back(self, params: Iterable[Tensor]) -> None:
+        """Have what is not the optimizer's own state beside its parameters, as torch loads it."""
+        known = None if isinstance(self.inner, CodedOptimizer) else probe(self.inner).known
+        if known is None:
+            return
+        for param in params:
+            state = self.inner.state.get(param, {})
+            for key, value in state.items():
+                if key not in known and isinstance(value, Tensor) and value.dim():
+                    state[key] = value.to(param.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("inner", "offload_gradients", "minimal_size")
+        return {name: getattr(self, name) for name in names}
+
+    def _given(self, values: dict[str, Any]) -> None:
+        super()._given(values)
+        self._examine()

@@ -1,0 +1,1 @@
+"""State in host memory that is stepped on the device."""

@@ -1,0 +1,170 @@
+"""Refuses what cannot be stepped, by name and before a step changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optstate_wrap.probe import Findings, why_not
+from optstate_wrap.state.record import Coded
+from optstate_wrap.state.sharding import local_of
+from optstate_wrap.state.store import OffloadedTensor, Store
+from optstate_wrap.step.pieces import ParamChunk
+
+__all__ = ["Given", "refuse_params", "refuse_records", "refuse_state"]
+
+
+#: the number of a parameter, the parameter, and its gradient
+Given = tuple[int, Tensor, Tensor | None]
+
+
+def refuse_params(params: Iterable[Given], offloaded: bool = False) -> None:
+    """Raise unless every parameter can be stepped with its gradient.
+
+    Args:
+        params: the number of each, the parameter, and its gradient, if it has one.
+        offloaded: whether the gradients are elsewhere.
+
+    Raises:
+        RuntimeError: the gradient has another shape or is elsewhere; elements of the parameter
+            share memory; or it was made under ``torch.inference_mode()``.
+    """
+    inside = torch.is_inference_mode_enabled()
+    for number, param, grad in params:
+        if grad is None:
+            continue
+        if grad.shape != param.shape:
+            raise RuntimeError(
+                f"gradient of parameter {number}: shape {tuple(grad.shape)}, must be "
+                f"{tuple(param.shape)} as the parameter's; was its data replaced?"
+            )
+        if not offloaded and grad.device != param.device:
+            raise RuntimeError(
+                f"gradient of parameter {number}: on {grad.device}, must be on {param.device} as "
+                "the parameter"
+            )
+        if not inside and param.is_inference():
+            raise RuntimeError(
+                f"parameter {number}: is an inference tensor, which cannot be updated in place "
+                "outside torch.inference_mode(); make it outside, or from a clone"
+            )
+        if not param.is_contiguous() and _shares_memory(param):
+            raise RuntimeError(
+                f"parameter {number}: several of its elements are one place in memory, as expand() "
+                f"makes them (shape {tuple(param.shape)}, strides {param.stride()}); clone it"
+            )
+
+
+def _shares_memory(param: Tensor) -> bool:
+    if param.layout is not torch.strided or not param.numel():
+        return False
+    return any(n > 1 and stride == 0 for n, stride in zip(param.shape, param.stride(), strict=True))
+
+
+def refuse_records(
+    inner: Optimizer, pieces: Iterable[ParamChunk], store: Store, findings: Findings
+) -> None:
+    """Raise unless what is stored of every parameter with a gradient fits the parameter."""
+    for piece in pieces:
+        param = piece.param
+        if piece.part or (grad := param.grad) is None:
+            continue
+        records = store.peek(param)
+        if not records:
+            continue
+        given, shape = (piece.number, param, grad), None
+        if len(records) == 1:
+            shape = param.shape
+        elif (kept := store.layout(param).shape) != param.shape:
+            raise _of_shape(piece.number, "state", kept, param.shape)
+        device = None if store.name == "host" else param.device
+        refuse_state(inner, findings, given, records[0], shape, device)
+
+
+def refuse_state(
+    inner: Optimizer,
+    findings: Findings,
+    given: tuple[int, Tensor, Tensor],
+    state: Mapping[str, Any],
+    shape: tuple[int, ...] | None,
+    device: torch.device | None,
+) -> None:
+    """Raise unless the state of a parameter fits it.
+
+    Args:
+        inner: the optimizer.
+        findings: of the optimizer.
+        given: the number of the parameter, the parameter and its gradient.
+        state: its state or the record of it.
+        shape: that its elementwise values must have; None: any.
+        device: where they must be; None: anywhere.
+
+    Raises:
+        RuntimeError: it is of another shape, elsewhere, or of a dtype with which the optimizer
+            cannot step the parameter.
+    """
+    dtype, elementwise = given[1].dtype, findings.elementwise
+    on_cpu = device is not None and device.type == "cpu"
+    for key, value in state.items():
+        if type(value) is Tensor:
+            # nearly always, so that it is to cost little
+            if key not in elementwise or (
+                value.dtype is dtype
+                and (value.is_cpu if on_cpu else device is None or value.device == device)
+                and (shape is None or value.shape == shape)
+            ):
+                continue
+        elif not isinstance(value, (Coded, OffloadedTensor)) and key not in elementwise:
+            continue
+        _refuse_value(inner, findings, given, key, value, shape, device)
+
+
+def _refuse_value(
+    inner: Optimizer,
+    findings: Findings,
+    given: tuple[int, Tensor, Tensor],
+    key: str,
+    value: Any,
+    shape: tuple[int, ...] | None,
+    device: torch.device | None,
+) -> None:
+    number, param, grad = given
+    expected = shape
+    if isinstance(value, Coded):
+        of, where, expected = value.shape, value.parts[0].device, tuple(local_of(param).shape)
+    elif key not in findings.elementwise:
+        return
+    elif isinstance(value, OffloadedTensor):
+        # where it comes from is no matter, where it was used is
+        value, where, device = value.tensor, value.device, param.device
+        of = tuple(value.shape)
+    elif isinstance(value, Tensor):
+        of, where = tuple(value.shape), value.device
+    else:
+        return
+    if shape is not None and expected is not None and of != expected:
+        raise _of_shape(number, key, of, expected)
+    if device is not None and where != device:
+        raise RuntimeError(
+            f"{key!r} of parameter {number}: on {where}, must be on {device} as the parameter; "
+            "load its state again, or delete it"
+        )
+    if key not in findings.elementwise or value.dtype == (findings.keys[key] or param.dtype):
+        return
+    reason = why_not(inner, param.dtype, grad.dtype, value.dtype)
+    if reason is not None:
+        raise RuntimeError(
+            f"{key!r} of parameter {number}: {value.dtype}, while the parameter is {param.dtype} "
+            f"({type(inner).__name__}: {reason}); load its state again, or delete it"
+        )
+
+
+def _of_shape(number: int, key: str, shape: Any, expected: Any) -> RuntimeError:
+    return RuntimeError(
+        f"{key!r} of parameter {number}: shape {shape}, must be {tuple(expected)} as the "
+        "parameter's; was its data replaced? Load its state again, or delete it"
+    )
