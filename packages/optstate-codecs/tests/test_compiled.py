@@ -90,8 +90,8 @@ def run(reference: Trainer, ours: Trainer, steps: int = 4) -> None:
 
 def stepped_by_loops(trainer: Trainer) -> list[bool]:
     """Of each parameter that has taken a step."""
-    units = trainer.optimizer.stored_units()
-    return [compiled._standings[unit].loops is not None for unit in units]
+    param_steps = trainer.optimizer.stored_param_steps()
+    return [compiled._standings[param_step].loops is not None for param_step in param_steps]
 
 
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
@@ -279,7 +279,7 @@ def test_nothing_is_built_twice(monkeypatch) -> None:
 
 def test_auto_builds_for_large_models_only(monkeypatch) -> None:
     steps = []
-    monkeypatch.setattr(compiled, "step", lambda job: steps.append(len(job.units)))
+    monkeypatch.setattr(compiled, "step", lambda request: steps.append(len(request.param_steps)))
     monkeypatch.delenv("OPTSTATE_BACKEND", raising=False)
     for numel, expected in ((1 << 19, []), (1 << 20, [1])):
         param = torch.nn.Parameter(torch.zeros(numel))

@@ -193,13 +193,13 @@ def test_draws_that_something_else_counts_are_told_apart(backend, draw) -> None:
     param = torch.ones(NUMEL, dtype=torch.bfloat16)
     grad = torch.full((NUMEL,), 1.0, dtype=torch.bfloat16)
     rule, write = SGD(), parameter_write("stochastic", torch.bfloat16)
-    unit = ParamStep(param, {"step": torch.tensor(float(END))}, (), {}, write)
+    param_step = ParamStep(param, {"step": torch.tensor(float(END))}, (), {}, write)
     hyper = rule.hyper({**rule.defaults(), "lr": 2.0**-9})
-    job = StepRequest(rule, [unit], [grad], [hyper], [grad.data_ptr()], draw=draw)
-    ResidentExecutor(backend).step(job)
+    request = StepRequest(rule, [param_step], [grad], [hyper], [grad.data_ptr()], draw=draw)
+    ResidentExecutor(backend).step(request)
     bits = Counter(0, draw, 0).stream(0).bits16(NUMEL)
     assert torch.equal(param, stochastic_round_bf16(torch.full((NUMEL,), 1 - 2.0**-9), bits))
-    assert float(unit.state["step"]) == END
+    assert float(param_step.state["step"]) == END
 
 
 @pytest.mark.cuda

@@ -105,8 +105,8 @@ def test_loops_leave_it_to_the_reference(first: str) -> None:
         for backend in ("eager", "compile")
     )
     assert torch.equal(eager[0], ours[0])
-    (unit,) = ours[1].stored_units()
-    assert compiled._standings[unit].loops is None
+    (param_step,) = ours[1].stored_param_steps()
+    assert compiled._standings[param_step].loops is None
 
 
 def test_the_flag_is_one() -> None:

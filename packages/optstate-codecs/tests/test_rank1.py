@@ -195,8 +195,8 @@ def test_compiled_loops_leave_it_to_the_reference() -> None:
 def test_kernels_leave_it_to_the_reference(shape) -> None:
     param, optimizer = stepped(gradient(shape))
     hyper = optimizer.rule.hyper(optimizer.param_groups[0])
-    job = StepRequest(optimizer.rule, optimizer.stored_units(), [param.grad], [hyper])
-    assert build_buckets(job) == ([], [0])
+    request = StepRequest(optimizer.rule, optimizer.stored_param_steps(), [param.grad], [hyper])
+    assert build_buckets(request) == ([], [0])
 
 
 def test_a_signed_moment_needs_a_signed_format() -> None:

@@ -118,7 +118,7 @@ def test_a_part_is_stepped_by_the_backend_that_steps_the_whole(monkeypatch) -> N
     monkeypatch.setattr("optstate_codecs.engine.executor.WORTH_BUILDING", 1000)
     monkeypatch.setattr(
         "optstate_codecs.engine.executor.compiled.try_step",
-        lambda job: taken.append(len(job.units)),
+        lambda request: taken.append(len(request.param_steps)),
     )
     trainer = Trainer(make, ((30, 30), (20,), (10, 10)))
     with GradientRelease(trainer.optimizer, bucket_bytes=0):
@@ -214,7 +214,7 @@ def test_buckets_keep_their_plans(backend, monkeypatch) -> None:
     from optstate_codecs.engine import executor
 
     built, real = [], executor.build_buckets
-    monkeypatch.setattr(executor, "build_buckets", lambda job: built.append(1) or real(job))
+    monkeypatch.setattr(executor, "build_buckets", lambda request: built.append(1) or real(request))
     shapes = [(32,)] * (executor.PLANS + 4)
     trainer = Trainer(lambda params: make(params, backend=backend), shapes)
     grads = [torch.ones(32) for _ in shapes]

@@ -350,14 +350,14 @@ def test_a_step_that_fails(at, away, monkeypatch):
     pair = paired(adam("int8", "fp32", lr=0.01, backend="eager"), away, 200_000)
     pair.run(2, missing=False)
     expected, taken = now(pair.optimizers[1]), snapshot(pair.optimizers[1])
-    real, calls = eager._step_unit, count()
+    real, calls = eager._step_param, count()
 
-    def step_unit(*args, **kwargs):
+    def step_param(*args, **kwargs):
         if next(calls) == at:
             raise ArithmeticError("injected")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(eager, "_step_unit", step_unit)
+    monkeypatch.setattr(eager, "_step_param", step_param)
     with pytest.raises(StepError) as info:
         run(pair.params[1], pair.optimizers[1], 2, missing=False)
     monkeypatch.undo()
@@ -380,16 +380,16 @@ def test_a_step_that_fails_within_a_parameter(at, away, monkeypatch):
     offload(pair.optimizers[0], chunk_bytes=SIZE)
     pair.run(2, missing=False)
     expected, taken = now(pair.optimizers[1]), snapshot(pair.optimizers[1])
-    real = eager._step_unit
+    real = eager._step_param
     for ours, optimizer in pair.each():
         calls = count()
 
-        def step_unit(*args, calls=calls, **kwargs):
+        def step_param(*args, calls=calls, **kwargs):
             if next(calls) == at:
                 raise ArithmeticError("injected")
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(eager, "_step_unit", step_unit)
+        monkeypatch.setattr(eager, "_step_param", step_param)
         with pytest.raises(StepError) as info:
             run(ours, optimizer, 2, missing=False)
         monkeypatch.undo()

@@ -253,7 +253,7 @@ def test_layouts_and_what_the_kernel_leaves_to_the_reference(device) -> None:
     compare(reference, kernel)
     (plan,) = kernel.optimizer._session._plans.values()
     assert len(plan.left) == 2
-    assert sum(len(bucket.units) for bucket in plan.buckets) == 2
+    assert sum(len(bucket.param_steps) for bucket in plan.buckets) == 2
 
 
 @pytest.mark.parametrize("device", devices())
@@ -282,7 +282,7 @@ def test_groups_and_late_starters_share_a_launch(device) -> None:
     compare(reference, kernel)
     plan = list(kernel.optimizer._session._plans.values())[-1]
     assert len(plan.buckets) == 1
-    assert len(plan.buckets[0].units) == 3
+    assert len(plan.buckets[0].param_steps) == 3
 
 
 @pytest.mark.parametrize("device", devices())
@@ -301,9 +301,9 @@ def test_plans_are_kept_until_something_changes(device, monkeypatch) -> None:
     _, kernel = pair(FORMATS["dynamic8"], device, ((64,), (64,)))
     built = []
 
-    def counting(job):
-        built.append(len(job.units))
-        return build_buckets(job)
+    def counting(request):
+        built.append(len(request.param_steps))
+        return build_buckets(request)
 
     monkeypatch.setattr("optstate_codecs.engine.executor.build_buckets", counting)
     params, optimizer = kernel.params, kernel.optimizer

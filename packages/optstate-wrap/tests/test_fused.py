@@ -76,7 +76,7 @@ class Run:
 
     @property
     def fused_parameters(self) -> int:
-        return sum(bool(ready.units) for ready in self.optimizer.engine.fused._ready.values())
+        return sum(bool(ready.param_steps) for ready in self.optimizer.engine.fused._ready.values())
 
 
 def assert_alike(ours: Run, theirs: Run, rate: float = 2e-3) -> None:
@@ -176,7 +176,7 @@ def test_presets_step_every_dtype_in_it(dtype, variance) -> None:
             before = param.detach().clone()
             param.grad = torch.randn_like(param)
             optimizer.step()
-        assert optimizer.engine.fused._ready[param].units
+        assert optimizer.engine.fused._ready[param].param_steps
         moved = (param.detach().double() - before.double()).abs().max()
         assert 0 < moved < 0.02
 
@@ -224,13 +224,13 @@ def test_an_exception_leaves_all_before_or_after(when, monkeypatch) -> None:
     session, after = run.optimizer.engine.fused._session, when == "after"
     original = session._run
 
-    def failing(job):
+    def failing(request):
         if after:
-            original(job)
+            original(request)
         if when == "counted":
-            for unit in job.units[1:]:
-                unit.state["step"] += 1
-                job.counted.append(unit)
+            for param_step in request.param_steps[1:]:
+                param_step.state["step"] += 1
+                request.counted.append(param_step)
         raise OSError("no more")
 
     expected = copy.deepcopy(run).run(1 if after else 0)

@@ -84,7 +84,7 @@ def test_compiled_loops_step_a_part_where_they_step_the_whole(problem, monkeypat
     monkeypatch.setattr("optstate_codecs.engine.executor.WORTH_BUILDING", 1000)
     monkeypatch.setattr(
         "optstate_codecs.engine.executor.compiled.try_step",
-        lambda job: bool(taken.append(len(job.units))),
+        lambda request: bool(taken.append(len(request.param_steps))),
     )
     ours = problem(
         lambda g: wrap(torch.optim.AdamW(g), ConfigurablePolicy(CODED)), shapes=[(700,)] * 3

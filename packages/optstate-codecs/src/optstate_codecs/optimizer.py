@@ -342,16 +342,16 @@ class CodedOptimizer(torch.optim.Optimizer):
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
             if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
                 return
-        units = self._table.step_units(self.param_groups, found, *self._kept(hypers))
+        param_steps = self._table.cached_param_steps(self.param_groups, found, *self._kept(hypers))
         if factor is None:
             factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
         centres = None
         shares = [plain_value(group["centralization"]) for group in self.param_groups]
         if any(shares):
             centres = find_centres(grads, [shares[group] for group in found.groups])
-        job = engine.StepRequest(
+        request = engine.StepRequest(
             self.rule,
-            units,
+            param_steps,
             grads,
             hypers,
             addresses=found.addresses,
@@ -360,10 +360,10 @@ class CodedOptimizer(torch.optim.Optimizer):
             found_inf=found_inf,
             centres=centres,
         )
-        if not units[0].param.is_cuda:  # where there is nothing to choose
-            job.total = engine.trainable(self.param_groups)
-        job.apart = not last
-        self._session.step(job)
+        if not param_steps[0].param.is_cuda:  # where there is nothing to choose
+            request.total = engine.trainable(self.param_groups)
+        request.apart = not last
+        self._session.step(request)
 
     def _kept(self, hypers: Sequence[Any]) -> tuple[list[GroupSpec], dict[Tensor, Any], StateSpec]:
         """What decides how state is kept, group by group and for all, and the state there is."""
@@ -376,7 +376,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         states = self.__dict__["state"]
         return specs, states, StateSpec(self.write, self.state_device, self.rule.counted)
 
-    def stored_units(self, params: Collection[Tensor] | None = None) -> list[ParamStep]:
+    def stored_param_steps(self, params: Collection[Tensor] | None = None) -> list[ParamStep]:
         """The units of all parameters that have state, or of those of ``params``, in order.
 
         State that was put there by hand is in the optimizer's formats afterwards.
@@ -393,7 +393,7 @@ class CodedOptimizer(torch.optim.Optimizer):
             if (params is None or param in params)
             and has_state(states.get(param), self.rule.moments(hypers[number]))
         ]
-        return self._table.units(self.param_groups, entries, *self._kept(hypers))
+        return self._table.param_steps(self.param_groups, entries, *self._kept(hypers))
 
     def state_dict(self) -> dict[str, Any]:
         """The packed state: tensors and plain Python values, about as large as the state.
@@ -406,7 +406,7 @@ class CodedOptimizer(torch.optim.Optimizer):
             RuntimeError: FSDP1 asks for it, to gather what only decoded state can be gathered.
         """
         refuse_gathering(self)
-        self.stored_units()
+        self.stored_param_steps()
         saved, self._lent = checkpoint.packed(self, super().state_dict())
         return saved
 

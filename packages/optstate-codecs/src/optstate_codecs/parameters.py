@@ -81,13 +81,15 @@ class _Found:
     """
 
     def __init__(
-        self, given: Gradients, specs: Sequence[GroupSpec], units: list[ParamStep]
+        self, given: Gradients, specs: Sequence[GroupSpec], param_steps: list[ParamStep]
     ) -> None:
         self.addresses, self.layouts = given.addresses, given.layouts
-        self.units = units
+        self.param_steps = param_steps
         self._params, self._specs = given.params, list(specs)
-        self._states = [unit.state for unit in units]
-        self._used = [(unit.state, itemgetter(*unit.keys, "step")) for unit in units]
+        self._states = [param_step.state for param_step in param_steps]
+        self._used = [
+            (param_step.state, itemgetter(*param_step.keys, "step")) for param_step in param_steps
+        ]
         self._where = self._look()
 
     def holds(
@@ -144,7 +146,7 @@ class ParameterTable:
     """What was found at the last step, for every parameter."""
 
     def __init__(self) -> None:
-        self._units: dict[int, ParamStep] = {}
+        self._param_steps: dict[int, ParamStep] = {}
         # those whose state was only looked at, on a device where it cannot be stepped
         self._away: set[int] = set()
         self._specs: dict[int, GroupSpec] = {}
@@ -154,8 +156,10 @@ class ParameterTable:
 
     def forget(self, param: Tensor) -> None:
         """Look at the state of a parameter anew, the next time that it is wanted."""
-        for index in [i for i, unit in self._units.items() if unit.param is param]:
-            del self._units[index]
+        for index in [
+            i for i, param_step in self._param_steps.items() if param_step.param is param
+        ]:
+            del self._param_steps[index]
         self._found.clear()
 
     def number(self, groups: Groups, param: Tensor) -> int:
@@ -216,7 +220,7 @@ class ParameterTable:
             assert entry.grad is not None
             check_grad(entry.number, entry.param, entry.grad)
 
-    def step_units(
+    def cached_param_steps(
         self,
         groups: Groups,
         given: Gradients,
@@ -224,19 +228,19 @@ class ParameterTable:
         states: dict[Tensor, Any],
         kept: StateSpec,
     ) -> list[ParamStep]:
-        """``units`` for the parameters of a step: the same list where nothing has changed."""
+        """``param_steps`` for the parameters of a step: the same list where nothing has changed."""
         key = tuple(given.numbers)
         last = self._found.get(key)
         if last is not None and last.holds(given, specs, states):
-            return last.units
-        units = self.units(groups, given.entries, specs, states, kept)
+            return last.param_steps
+        param_steps = self.param_steps(groups, given.entries, specs, states, kept)
         if len(self._found) >= REMEMBERED:
             # models that route have ever new sets of parameters with gradients
             self._found.clear()
-        self._found[key] = _Found(given, specs, units)
-        return units
+        self._found[key] = _Found(given, specs, param_steps)
+        return param_steps
 
-    def units(
+    def param_steps(
         self,
         groups: Groups,
         entries: Sequence[Entry],
@@ -253,26 +257,26 @@ class ParameterTable:
             TypeError, ValueError, RuntimeError, KeyError: what cannot be stepped, by name; no state
                 has changed.
         """
-        units, anew = self._units, []
+        param_steps, anew = self._param_steps, []
         for entry in entries:
             index, group, param = entry[:3]
             spec = specs[group]
-            unit = units.get(index)
+            param_step = param_steps.get(index)
             if (
-                unit is None
-                or unit.param is not param
-                or unit.state is not states.get(param)
-                or unit.formats is not spec.formats
-                or unit.seed != spec.seed
-                or unit.group != group
-                or unit.write.dtype is not param.dtype
-                or unit.moved()
+                param_step is None
+                or param_step.param is not param
+                or param_step.state is not states.get(param)
+                or param_step.formats is not spec.formats
+                or param_step.seed != spec.seed
+                or param_step.group != group
+                or param_step.write.dtype is not param.dtype
+                or param_step.moved()
                 or (index in self._away and entry.grad is not None)
             ):
                 anew.append(entry)
         if anew:
             self._renew(groups, anew, specs, states, kept)
-        return [units[entry.number] for entry in entries]
+        return [param_steps[entry.number] for entry in entries]
 
     def _renew(
         self,
@@ -324,7 +328,7 @@ class ParameterTable:
         share_steps(fresh)
         for entry, wanted, *_ in changes:
             index, number, param = entry[:3]
-            unit = self._units[index] = ParamStep(
+            param_step = self._param_steps[index] = ParamStep(
                 param,
                 states[param],
                 wanted.moments,
@@ -335,7 +339,7 @@ class ParameterTable:
                 number,
             )
             homes = (wanted.state_device or param.device, param.device)
-            here = all(unit.state[key].device in homes for key in unit.keys[1:])
+            here = all(param_step.state[key].device in homes for key in param_step.keys[1:])
             (self._away.discard if here else self._away.add)(index)
 
 

@@ -30,7 +30,7 @@ def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
         >>> decode_state(optimizer, model.weight)["exp_avg"].norm()
     """
     optimizer.group_of(param)
-    found = optimizer.stored_units({param}) if optimizer.state.get(param) else []
+    found = optimizer.stored_param_steps({param}) if optimizer.state.get(param) else []
     if not found:
         return {}
     return decode_param_step(*found)

@@ -26,47 +26,52 @@ from optstate_codecs.writes import MASTER, Write
 __all__ = ["StepSpec", "step", "step_slice"]
 
 
-def step(job: StepRequest) -> None:
+def step(request: StepRequest) -> None:
     """Step every unit: its parameter and its state change in place.
 
     Raises:
         RuntimeError: a CUDA graph is being recorded; step counts are read by the host here.
     """
     if capturing():
-        unit = job.units[0]
+        param_step = request.param_steps[0]
         raise RuntimeError(
-            f"CUDA graph capture: parameter {unit.index} ({unit.param.dtype}, {unit.param.device}) "
+            f"CUDA graph capture: parameter {param_step.index} "
+            f"({param_step.param.dtype}, {param_step.param.device}) "
             "is stepped by the reference, which cannot be captured; the kernel needs triton, a "
             "CUDA device, dense float32, bfloat16 or float16 laid out as its gradient, and formats "
             "with device functions"
         )
-    if job.found_inf is not None and bool(job.found_inf):
+    if request.found_inf is not None and bool(request.found_inf):
         return
-    for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
-        (count,) = counted([unit.state["step"]], job.draw is not None)
-        job.counted.append(unit)
-        centre = None if job.centres is None else job.centres.of(place, grad)
-        _step_unit(unit, count, grad, job, centre)
-        job.done.append(unit)
+    for place, (param_step, grad) in enumerate(
+        zip(request.param_steps, request.grads, strict=True)
+    ):
+        (count,) = counted([param_step.state["step"]], request.draw is not None)
+        request.counted.append(param_step)
+        centre = None if request.centres is None else request.centres.of(place, grad)
+        _step_param(param_step, count, grad, request, centre)
+        request.done.append(param_step)
 
 
-def _step_unit(
-    unit: ParamStep, count: float, grads: Tensor, job: StepRequest, centre: Tensor | None
+def _step_param(
+    param_step: ParamStep, count: float, grads: Tensor, request: StepRequest, centre: Tensor | None
 ) -> None:
-    rule, hyper, factor = job.rule, job.hypers[unit.group], job.factor
-    order = storage_order(unit.param)
-    param, grad = FlatView(unit.param, order), FlatView(grads, order)
-    formats = unit.bound
+    rule, hyper, factor = request.rule, request.hypers[param_step.group], request.factor
+    order = storage_order(param_step.param)
+    param, grad = FlatView(param_step.param, order), FlatView(grads, order)
+    formats = param_step.bound
     centres = None if centre is None else FlatView(centre, order)
-    state = FlatState(unit.state, {**formats, MASTER: unit.write}, order)
-    draw = taken(count) if job.draw is None else job.draw
-    counter = Counter(unit.seed, draw, unit.index, unit.offset)
-    compute = torch.float64 if unit.param.dtype == torch.float64 else torch.float32
+    state = FlatState(param_step.state, {**formats, MASTER: param_step.write}, order)
+    draw = taken(count) if request.draw is None else request.draw
+    counter = Counter(param_step.seed, draw, param_step.index, param_step.offset)
+    compute = torch.float64 if param_step.param.dtype == torch.float64 else torch.float32
 
-    how = StepSpec(rule, rule.variant(hyper), unit.moments, formats, unit.write, unit.plain)
+    how = StepSpec(
+        rule, rule.variant(hyper), param_step.moments, formats, param_step.write, param_step.plain
+    )
     scalars = rule.scalars(hyper, count)
 
-    for start, stop in slices(unit.param, formats.values()):
+    for start, stop in slices(param_step.param, formats.values()):
         slope = grad.read(start, stop).to(compute)
         if centres is not None:
             slope = slope - centres.read(start, stop)

@@ -32,7 +32,7 @@ WORTH_BUILDING = 1 << 20
 class Plan:
     """What is kept for one set of units: its buckets, and what they were built from."""
 
-    units: list[ParamStep]
+    param_steps: list[ParamStep]
     layouts: list[Any]
     aligned: list[bool]
     addresses: list[int]
@@ -43,29 +43,29 @@ class Plan:
     constants: dict[int, dict[str, Any]]
     centred: Sequence[int]
 
-    def holds(self, job: StepRequest, functions: list[Any]) -> bool:
+    def holds(self, request: StepRequest, functions: list[Any]) -> bool:
         """Whether every table still says where things are."""
-        if self.functions != functions or not all(map(is_, self.units, job.units)):
+        if self.functions != functions or not all(map(is_, self.param_steps, request.param_steps)):
             return False
-        if self.centred != (job.centres.places if job.centres else ()):
+        if self.centred != (request.centres.places if request.centres else ()):
             return False
-        if self.layouts != _layouts(job):
+        if self.layouts != _layouts(request):
             return False
-        if self.addresses != job.addresses:
-            if self.aligned != _aligned(job):
+        if self.addresses != request.addresses:
+            if self.aligned != _aligned(request):
                 return False
-            self.addresses = list(job.addresses)
+            self.addresses = list(request.addresses)
         return True
 
 
-def _layouts(job: StepRequest) -> list[Any]:
+def _layouts(request: StepRequest) -> list[Any]:
     """What a plan depends on in the gradients, besides where they are in memory."""
-    return list(job.layouts or map(layout_of, job.grads))
+    return list(request.layouts or map(layout_of, request.grads))
 
 
-def _aligned(job: StepRequest) -> list[bool]:
+def _aligned(request: StepRequest) -> list[bool]:
     """Which gradients begin where a thread may access 16 bytes at once."""
-    return [address % 16 == 0 for address in job.addresses]
+    return [address % 16 == 0 for address in request.addresses]
 
 
 class ResidentExecutor:
@@ -95,14 +95,14 @@ class ResidentExecutor:
         # a graph reads the tables of its plan as long as it is replayed
         self._captured: list[Plan] = []
 
-    def step(self, job: StepRequest) -> None:
+    def step(self, request: StepRequest) -> None:
         """Step every unit of the job."""
-        if not job.units:
+        if not request.param_steps:
             return
         try:
-            self._run(job)
+            self._run(request)
         except BaseException:
-            job.uncount()
+            request.uncount()
             raise
 
     def join(self) -> None:
@@ -117,25 +117,29 @@ class ResidentExecutor:
     def synchronize(self) -> None:
         """Have all state where it is shown, which here it always is."""
 
-    def _run(self, job: StepRequest) -> None:
-        if self._kernel_runs(job):
-            self._launch(self._plan(job), job)
+    def _run(self, request: StepRequest) -> None:
+        if self._kernel_runs(request):
+            self._launch(self._plan(request), request)
             return
-        if self._skipped(job):
+        if self._skipped(request):
             return
         # of the whole job, however it is staged: its bits are not to depend on that
-        total = job.total or sum(unit.param.numel() for unit in job.units)
-        for stage, part in job.stages():
-            with job.around(stage):
+        total = request.total or sum(param_step.param.numel() for param_step in request.param_steps)
+        for stage, part in request.stages():
+            with request.around(stage):
                 if not self._loops_run(part, total >= WORTH_BUILDING):
                     eager.step(part)
 
     @staticmethod
-    def _skipped(job: StepRequest) -> bool:
-        return job.staging is not None and job.found_inf is not None and bool(job.found_inf)
+    def _skipped(request: StepRequest) -> bool:
+        return (
+            request.staging is not None
+            and request.found_inf is not None
+            and bool(request.found_inf)
+        )
 
-    def _kernel_runs(self, job: StepRequest) -> bool:
-        cuda = all(unit.param.is_cuda for unit in job.units)
+    def _kernel_runs(self, request: StepRequest) -> bool:
+        cuda = all(param_step.param.is_cuda for param_step in request.param_steps)
         if self.backend == "triton" and not (cuda or INTERPRETED):
             raise RuntimeError(
                 "backend='triton': parameters must be on a CUDA device "
@@ -143,21 +147,21 @@ class ResidentExecutor:
             )
         return self.backend == "triton" or (self.backend == "auto" and cuda and HAS_TRITON)
 
-    def _loops_run(self, job: StepRequest, large: bool) -> bool:
+    def _loops_run(self, request: StepRequest, large: bool) -> bool:
         """Step the job by compiled loops, if that is asked for or worth it and possible."""
         if self.backend not in ("auto", "compile"):
             return False
-        on_cpu = all(unit.param.device.type == "cpu" for unit in job.units)
+        on_cpu = all(param_step.param.device.type == "cpu" for param_step in request.param_steps)
         if self.backend == "compile":
             if not on_cpu:
                 raise RuntimeError(
                     "backend='compile': parameters must be on the CPU; use backend='auto'"
                 )
-            self._with_compiler(lambda: compiled.step(job))
+            self._with_compiler(lambda: compiled.step(request))
             return True
         if not (on_cpu and large):
             return False
-        return compiled.try_step(job)
+        return compiled.try_step(request)
 
     @staticmethod
     def _with_compiler(action: Callable[[], Any]) -> None:
@@ -169,28 +173,28 @@ class ResidentExecutor:
                 "clang++, name one in the environment variable CXX, or use backend='eager'"
             ) from error
 
-    def _plan(self, job: StepRequest) -> Plan:
-        key = tuple([unit.index for unit in job.units])
-        functions = [job.rule.device_function(hyper) for hyper in job.hypers]
+    def _plan(self, request: StepRequest) -> Plan:
+        key = tuple([param_step.index for param_step in request.param_steps])
+        functions = [request.rule.device_function(hyper) for hyper in request.hypers]
         plan = self._plans.get(key)
-        if plan is None or not plan.holds(job, functions):
+        if plan is None or not plan.holds(request, functions):
             if capturing():
                 raise needs_warm_up("no step yet had just these gradients, laid out like these")
             # kernels are imported with the first plan, so that CPU users never load triton
             from optstate_codecs.engine.triton.launch import constants
 
-            buckets, left = build_buckets(job)
+            buckets, left = build_buckets(request)
             plan = self._plans[key] = Plan(
-                units=list(job.units),
-                layouts=_layouts(job),
-                aligned=_aligned(job),
-                addresses=list(job.addresses),
+                param_steps=list(request.param_steps),
+                layouts=_layouts(request),
+                aligned=_aligned(request),
+                addresses=list(request.addresses),
                 functions=functions,
                 buckets=buckets,
                 left=left,
                 tables=_tables(buckets),
                 constants={id(bucket): constants(bucket) for bucket in buckets},
-                centred=job.centres.places if job.centres else (),
+                centred=request.centres.places if request.centres else (),
             )
             self._plans.move_to_end(key)
             most = PLANS * len(set[int]().union(*self._plans))
@@ -199,42 +203,44 @@ class ResidentExecutor:
         self._plans.move_to_end(key)
         return plan
 
-    def _launch(self, plan: Plan, job: StepRequest) -> None:
+    def _launch(self, plan: Plan, request: StepRequest) -> None:
         from optstate_codecs.engine.triton.launch import launch
 
         if capturing() and plan.buckets and not any(plan is kept for kept in self._captured):
             if any(table.on_host for table in plan.tables):
                 raise needs_warm_up("step counts are on the host, since capturable was False")
             self._captured.append(plan)
-        busy = job.staging is not None
+        busy = request.staging is not None
         launches: dict[int, list[tuple[Bucket, tuple[Any, ...]]]] = {}
         for table in plan.tables:
-            factor, found_inf = table.beside(job.factor), table.beside(job.found_inf)
-            if not table.advance(found_inf, job.draw is not None):
+            factor, found_inf = table.beside(request.factor), table.beside(request.found_inf)
+            if not table.advance(found_inf, request.draw is not None):
                 continue  # nothing of it is launched
             grads = table.addresses(plan.addresses, busy)
-            rows = table.values(job.rule, job.hypers, job.draw, busy)
+            rows = table.values(request.rule, request.hypers, request.draw, busy)
             for bucket, start, stop in table.buckets:
                 scalars = (grads[start:stop], table.row_of[start:stop], rows)
-                centres = job.centres.values.get(bucket.tensors.device) if job.centres else None
+                centres = (
+                    request.centres.values.get(bucket.tensors.device) if request.centres else None
+                )
                 given = (*scalars, centres, factor, found_inf)
                 launches.setdefault(bucket.stage, []).append((bucket, given))
-                job.counted += bucket.units
-        left = dict(job.part(plan.left).stages()) if plan.left else {}
+                request.counted += bucket.param_steps
+        left = dict(request.part(plan.left).stages()) if plan.left else {}
         for stage in sorted({*launches, *left}):
-            with job.around(stage):
+            with request.around(stage):
                 if stage in left:
                     eager.step(left[stage])
                 for bucket, given in launches.get(stage, ()):
                     launch(bucket, plan.constants[id(bucket)], *given)
-                    job.done += bucket.units
+                    request.done += bucket.param_steps
 
 
 def _tables(buckets: list[Bucket]) -> list[RowTable]:
     """One table for all buckets whose parameters, and whose step counts, share a device."""
     together: dict[Any, list[Bucket]] = {}
     for bucket in buckets:
-        unit = bucket.units[0]
-        devices = (unit.param.device, unit.state["step"].device)
+        param_step = bucket.param_steps[0]
+        devices = (param_step.param.device, param_step.state["step"].device)
         together.setdefault(devices, []).append(bucket)
     return [RowTable(members) for members in together.values()]

@@ -123,7 +123,7 @@ class StepRequest:
 
     Attributes:
         rule: the mathematics.
-        units: the parameters that have a gradient.
+        param_steps: the parameters that have a gradient.
         grads: the gradient of each: same shape and device, any real floating dtype.
         hypers: each group's validated hyper-parameters, as ``rule.hyper`` returns them.
         addresses: of the gradients' first elements.
@@ -139,11 +139,11 @@ class StepRequest:
         apart: whether what follows on the current stream is not to wait until ``join``;
             parameters and gradients must be left alone until then.
         total: elements of all parameters that may be stepped, by which the backend is chosen, so
-            that it is the same for every part of a step; 0: of ``units``.
+            that it is the same for every part of a step; 0: of ``param_steps``.
     """
 
     rule: Rule
-    units: Sequence[ParamStep]
+    param_steps: Sequence[ParamStep]
     grads: Sequence[Tensor]
     hypers: Sequence[Any]
     addresses: Sequence[int] = ()
@@ -165,17 +165,17 @@ class StepRequest:
     def stages(self) -> Iterator[tuple[int, StepRequest]]:
         """The stages in order, each with its share of the step."""
         members: dict[int, list[int]] = {}
-        for place, unit in enumerate(self.units):
-            members.setdefault(unit.stage, []).append(place)
+        for place, param_step in enumerate(self.param_steps):
+            members.setdefault(param_step.stage, []).append(place)
         for stage, places in sorted(members.items()):
             yield stage, self if len(members) == 1 else self.part(places)
 
     def uncount(self) -> None:
         """Put back the counts of units that were to be stepped and have not been."""
         stepped = set(map(id, self.done))
-        for unit in self.counted:
-            if id(unit) not in stepped:
-                step = unit.state["step"]
+        for param_step in self.counted:
+            if id(param_step) not in stepped:
+                step = param_step.state["step"]
                 skipped = None if self.found_inf is None else (self.found_inf != 0).to(step.device)
                 counts.take_back(step, self.draw is not None, skipped)
 
@@ -184,7 +184,7 @@ class StepRequest:
         centres = self.centres
         return replace(
             self,
-            units=[self.units[place] for place in places],
+            param_steps=[self.param_steps[place] for place in places],
             grads=[self.grads[place] for place in places],
             addresses=[self.addresses[place] for place in places] if self.addresses else (),
             layouts=[self.layouts[place] for place in places] if self.layouts else (),

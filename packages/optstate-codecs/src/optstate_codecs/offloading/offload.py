@@ -114,7 +114,7 @@ def offload(
         if store == "disk":
             # no reference to the optimizer, which has the stream
             place.groups, this = GroupValues(optimizer.param_groups), ref(optimizer)
-            stream.every = lambda: _stored_units(this())
+            stream.every = lambda: _stored_param_steps(this())
         # from here on state belongs on the host
         optimizer.offloaded = how
         if resume:
@@ -155,9 +155,9 @@ def synchronize(optimizer: CodedOptimizer) -> None:
     optimizer._session.synchronize()
 
 
-def _stored_units(optimizer: CodedOptimizer | None) -> list[ParamStep]:
+def _stored_param_steps(optimizer: CodedOptimizer | None) -> list[ParamStep]:
     assert optimizer is not None
-    return optimizer.stored_units()
+    return optimizer.stored_param_steps()
 
 
 def _check_params(optimizer: CodedOptimizer) -> None:
@@ -174,8 +174,8 @@ def _check_params(optimizer: CodedOptimizer) -> None:
 def _move(optimizer: CodedOptimizer) -> None:
     """Bring what state there is to the host."""
     moved = [
-        (unit.state, {key: unit.state[key].to("cpu") for key in unit.keys[1:]})
-        for unit in optimizer.stored_units()
+        (param_step.state, {key: param_step.state[key].to("cpu") for key in param_step.keys[1:]})
+        for param_step in optimizer.stored_param_steps()
     ]
     for state, parts in moved:
         state.update(parts)

@@ -22,10 +22,10 @@ from optstate_codecs.offloading.slabs import (
     Starts,
     arrange,
     components,
+    device_view_of,
+    entries_of,
     layout,
-    seats_of,
     size_of,
-    twin_of,
 )
 from optstate_codecs.offloading.store import StateStore
 from optstate_codecs.state.layout import storage_order
@@ -42,7 +42,7 @@ HERE = -1
 class Placement:
     """The seats of units, the slabs that they share, and the rings that chunks pass through.
 
-    Seating a unit copies its state to the place and makes ``unit.state`` show it there; parameters
+    Seating a unit copies its state to the place and makes its ``state`` show it there; parameters
     never move.
 
     Args:
@@ -70,7 +70,7 @@ class Placement:
         self.chunk_bytes = chunk_bytes
         self.resident_bytes = resident_bytes
         self.slabs: list[Slab] = []
-        self._seats: dict[tuple[int, int], PlacementEntry] = {}
+        self._entries: dict[tuple[int, int], PlacementEntry] = {}
         self._chunks: list[Chunk] = []
         self._slab_of: list[Slab] = []
         # seats with several parts by where their counts are, and the seats of each slab
@@ -89,9 +89,9 @@ class Placement:
         self.every: Callable[[], Sequence[ParamStep]] | None = None
 
     @property
-    def seats(self) -> list[PlacementEntry]:
+    def entries(self) -> list[PlacementEntry]:
         """Where the state of each unit is, in the order that they came in."""
-        return list(self._seats.values())
+        return list(self._entries.values())
 
     def join(self) -> None:
         """Have the current stream wait for all that has been stepped, apart or not."""
@@ -111,9 +111,9 @@ class Placement:
                 ring.forget()
             self._pending = False
         if any(slab.stale for slab in self.slabs):
-            for seat in self._seats.values():
-                if seat.slab is not None and seat.slab.stale:
-                    self._show(seat)
+            for entry in self._entries.values():
+                if entry.slab is not None and entry.slab.stale:
+                    self._show(entry)
             for slab in self.slabs:
                 slab.stale = False
 
@@ -147,173 +147,180 @@ class Placement:
             ring.wait()
         self.place.wait()
 
-    def _show(self, seat: PlacementEntry) -> None:
+    def _show(self, entry: PlacementEntry) -> None:
         """Make a unit's state the tensors in its slab, where nobody has put others."""
-        assert seat.slab is not None
-        state, shown = seat.unit.state, seat.values
-        untouched = not seat.unit.moved()
-        for key in seat.starts:
-            value = seat.view(key, seat.slab.memory)
+        assert entry.slab is not None
+        state, shown = entry.param_step.state, entry.values
+        untouched = not entry.param_step.moved()
+        for key in entry.starts:
+            value = entry.view(key, entry.slab.memory)
             if state.get(key) is shown.get(key):
                 state[key] = value
             shown[key] = value
         if untouched:
-            seat.unit.note()
-        seat.changed()
+            entry.param_step.note()
+        entry.changed()
         if self.watch is not None:
-            self.watch(seat.unit)
+            self.watch(entry.param_step)
 
-    def _bring(self, seat: PlacementEntry) -> None:
+    def _bring(self, entry: PlacementEntry) -> None:
         """Have a unit's state beside its parameter, to stay there."""
-        unit = seat.unit
-        for key in components(unit):
-            unit.state[key] = unit.state[key].to(unit.param.device)
-        unit.note()
+        param_step = entry.param_step
+        for key in components(param_step):
+            param_step.state[key] = param_step.state[key].to(param_step.param.device)
+        param_step.note()
         if self.watch is not None:
-            self.watch(unit)
+            self.watch(param_step)
 
-    def _take(self, seat: PlacementEntry) -> None:
+    def _take(self, entry: PlacementEntry) -> None:
         """Show a unit's state where it is now, whatever was there."""
-        seat.values = dict(seat.unit.state)
-        self._show(seat)
+        entry.values = dict(entry.param_step.state)
+        self._show(entry)
 
-    def _look_for_changes(self, units: Sequence[ParamStep]) -> None:
+    def _look_for_changes(self, param_steps: Sequence[ParamStep]) -> None:
         """See that what somebody has changed where it is kept is not what is on the device."""
-        seats = [self._seats.get((unit.index, unit.offset)) for unit in units]
-        slabs = {id(seat.slab): seat.slab for seat in seats if seat is not None}
+        entries = [
+            self._entries.get((param_step.index, param_step.offset)) for param_step in param_steps
+        ]
+        slabs = {id(entry.slab): entry.slab for entry in entries if entry is not None}
         # every one that moves along, so that none is asked about an old change later
-        together = [seat for number in slabs for seat in self._sharing.get(number, ())]
-        if sum(seat.changed() for seat in together):
+        together = [entry for number in slabs for entry in self._sharing.get(number, ())]
+        if sum(entry.changed() for entry in together):
             self._wait()
             for ring in self._rings.values():
                 ring.forget()
 
-    def _seat(self, units: Sequence[ParamStep], cut: bool) -> None:
+    def _seat(self, param_steps: Sequence[ParamStep], cut: bool) -> None:
         """See that every unit's state is where it belongs, and has a twin."""
         new: dict[torch.device, list[ParamStep]] = {}
         changed = False
-        for unit in units:
-            seat = self._seats.get((unit.index, unit.offset))
-            if seat is not None and self._holds(seat, unit, cut):
+        for param_step in param_steps:
+            entry = self._entries.get((param_step.index, param_step.offset))
+            if entry is not None and self._holds(entry, param_step, cut):
                 continue
             changed = True
             self.synchronize()
-            if seat is None or not self._adopt(seat, unit, cut):
-                self._drop((unit.index, unit.offset))
-                new.setdefault(unit.param.device, []).append(unit)
+            if entry is None or not self._adopt(entry, param_step, cut):
+                self._drop((param_step.index, param_step.offset))
+                new.setdefault(param_step.param.device, []).append(param_step)
         for device, together in new.items():
             self._place(device, together, cut)
         if changed:
             self._rebuild()
 
     @staticmethod
-    def _holds(seat: PlacementEntry, unit: ParamStep, cut: bool) -> bool:
+    def _holds(entry: PlacementEntry, param_step: ParamStep, cut: bool) -> bool:
         return (
-            seat.unit is unit
-            and (cut or len(seat.parts) == 1)
-            and len(unit.state) == len(seat.values)
-            and all(map(is_, unit.state.values(), seat.values.values()))
+            entry.param_step is param_step
+            and (cut or len(entry.parts) == 1)
+            and len(param_step.state) == len(entry.values)
+            and all(map(is_, param_step.state.values(), entry.values.values()))
         )
 
-    def _adopt(self, seat: PlacementEntry, unit: ParamStep, cut: bool) -> bool:
+    def _adopt(self, entry: PlacementEntry, param_step: ParamStep, cut: bool) -> bool:
         """Take what a unit's state is now into its seat, if it is laid out like what was there."""
-        before, after, like = components(seat.unit), components(unit), layout(unit)
+        before, after, like = (
+            components(entry.param_step),
+            components(param_step),
+            layout(param_step),
+        )
         alike = before == after and all(
-            seat.like[key].stride() == like[key].stride()
-            and seat.like[key].shape == unit.state[key].shape
+            entry.like[key].stride() == like[key].stride()
+            and entry.like[key].shape == param_step.state[key].shape
             for key in after
         )
-        same_device = unit.param.device == seat.unit.param.device
-        if not alike or not same_device or not (cut or len(seat.parts) == 1):
+        same_device = param_step.param.device == entry.param_step.param.device
+        if not alike or not same_device or not (cut or len(entry.parts) == 1):
             return False
-        slab = seat.slab
+        slab = entry.slab
         if slab is None:
-            seat.unit = unit
-            self._bring(seat)
-            seat.values = dict(unit.state)
+            entry.param_step = param_step
+            self._bring(entry)
+            entry.values = dict(param_step.state)
             return True
         if any(
-            unit.state[key].data_ptr() != seat.view(key, slab.memory).data_ptr() for key in after
+            param_step.state[key].data_ptr() != entry.view(key, slab.memory).data_ptr()
+            for key in after
         ):
             target = self.place.target(slab)
             if target is not slab.memory:
                 target.tensor.copy_(slab.memory.tensor)
                 slab.memory, slab.stale = target, True
             # all of it first: somebody may have exchanged what lies here
-            given = {key: unit.state[key].clone() for key in after}
+            given = {key: param_step.state[key].clone() for key in after}
             for key, value in given.items():
-                seat.view(key, target).copy_(value)
+                entry.view(key, target).copy_(value)
             for chunk in slab.chunks:
                 chunk.memory = target
-            self._rings[unit.param.device].forget()
-        seat.unit = unit
-        self._take(seat)
+            self._rings[param_step.param.device].forget()
+        entry.param_step = param_step
+        self._take(entry)
         return True
 
-    def _place(self, device: torch.device, units: Sequence[ParamStep], cut: bool) -> None:
+    def _place(self, device: torch.device, param_steps: Sequence[ParamStep], cut: bool) -> None:
         """Seat units that have no seat."""
         away = []
-        for unit in units:
-            size = size_of(unit)
+        for param_step in param_steps:
+            size = size_of(param_step)
             left = self.resident_bytes - self._resident.get(device, 0)
             # with none to stay, empty state goes too: a file's manifest counts its steps
             if size > left or not self.resident_bytes:
-                away.append(unit)
+                away.append(param_step)
                 continue
             self._resident[device] = self._resident.get(device, 0) + size
-            part = Part(0, unit.param.numel(), None)
-            seat = PlacementEntry(unit, None, {}, [part], layout(unit))
-            seat.values = dict(unit.state)
-            self._seats[unit.index, unit.offset] = seat
-            self._bring(seat)
+            part = Part(0, param_step.param.numel(), None)
+            entry = PlacementEntry(param_step, None, {}, [part], layout(param_step))
+            entry.values = dict(param_step.state)
+            self._entries[param_step.index, param_step.offset] = entry
+            self._bring(entry)
         for together, rows in arrange(away, self.chunk_bytes, cut):
             self._move_in(together, rows)
 
-    def _move_in(self, units: Sequence[ParamStep], rows: list[list[Part]]) -> None:
-        slab = self.place.allocate(sum(map(size_of, units)))
-        seats = seats_of(units, rows, slab)
-        for seat in seats:
-            for key in seat.starts:
-                seat.view(key, slab.memory).copy_(seat.unit.state[key])
-            self._take(seat)
-            self._seats[seat.unit.index, seat.unit.offset] = seat
+    def _move_in(self, param_steps: Sequence[ParamStep], rows: list[list[Part]]) -> None:
+        slab = self.place.allocate(sum(map(size_of, param_steps)))
+        entries = entries_of(param_steps, rows, slab)
+        for entry in entries:
+            for key in entry.starts:
+                entry.view(key, slab.memory).copy_(entry.param_step.state[key])
+            self._take(entry)
+            self._entries[entry.param_step.index, entry.param_step.offset] = entry
         self.slabs.append(slab)
 
-    def release(self, units: Sequence[ParamStep]) -> None:
+    def release(self, param_steps: Sequence[ParamStep]) -> None:
         """Let units go, whose state shows where it is now."""
         self.synchronize()
-        for unit in units:
-            self._drop((unit.index, unit.offset))
+        for param_step in param_steps:
+            self._drop((param_step.index, param_step.offset))
 
-    def _forget_others(self, units: Sequence[ParamStep]) -> None:
+    def _forget_others(self, param_steps: Sequence[ParamStep]) -> None:
         """Drop the seats of state that is no more."""
-        known = {(unit.index, unit.offset) for unit in units}
-        if gone := [key for key in self._seats if key not in known]:
+        known = {(param_step.index, param_step.offset) for param_step in param_steps}
+        if gone := [key for key in self._entries if key not in known]:
             self.synchronize()
             for key in gone:
                 self._drop(key)
             self._rebuild()
 
     def _drop(self, key: tuple[int, int]) -> None:
-        seat = self._seats.pop(key, None)
-        if seat is not None and seat.slab is None:
-            self._resident[seat.unit.param.device] -= size_of(seat.unit)
+        entry = self._entries.pop(key, None)
+        if entry is not None and entry.slab is None:
+            self._resident[entry.param_step.param.device] -= size_of(entry.param_step)
 
     def _rebuild(self) -> None:
         """Number the chunks, make rings that are large enough, and every twin anew."""
         self._wait()
         for ring in self._rings.values():
             ring.clear()
-        seats = self._seats.values()
+        entries = self._entries.values()
         self._parted = {}
-        for seat in seats:
-            if len(seat.parts) > 1:
-                self._parted.setdefault(id(bank_of(seat.unit)), []).append(seat)
+        for entry in entries:
+            if len(entry.parts) > 1:
+                self._parted.setdefault(id(bank_of(entry.param_step)), []).append(entry)
         self._sharing = {}
-        for seat in seats:
-            if seat.slab is not None:
-                self._sharing.setdefault(id(seat.slab), []).append(seat)
-        used = {id(seat.slab) for seat in seats}
+        for entry in entries:
+            if entry.slab is not None:
+                self._sharing.setdefault(id(entry.slab), []).append(entry)
+        used = {id(entry.slab) for entry in entries}
         self.slabs = [slab for slab in self.slabs if id(slab) in used]
         pairs = [(chunk, slab) for slab in self.slabs for chunk in slab.chunks]
         self._chunks = [chunk for chunk, _ in pairs]
@@ -328,33 +335,37 @@ class Placement:
                 self._rings[device] = Ring(device, nbytes, self.place)
         for number, chunk in enumerate(self._chunks):
             chunk.number = number
-        for seat in self._seats.values():
-            self._twin(seat)
+        for entry in self._entries.values():
+            self._view_on_device(entry)
         self._session = ResidentExecutor(self.backend)
 
-    def _twin(self, seat: PlacementEntry) -> None:
-        unit, step = seat.unit, seat.unit.state["step"]
+    def _view_on_device(self, entry: PlacementEntry) -> None:
+        param_step, step = entry.param_step, entry.param_step.state["step"]
         # the parts of a unit that was stepped in some of them only have counts of their own
-        counts = [part.twin.state["step"] for part in seat.parts if part.twin is not None]
-        if not counts or counts[0] is not step or seat.version != step._version:
-            counts = [step, *step.repeat(len(seat.parts) - 1).unbind()]
-        for part, count in zip(seat.parts, counts, strict=True):
+        counts = [
+            part.device_view.state["step"] for part in entry.parts if part.device_view is not None
+        ]
+        if not counts or counts[0] is not step or entry.version != step._version:
+            counts = [step, *step.repeat(len(entry.parts) - 1).unbind()]
+        for part, count in zip(entry.parts, counts, strict=True):
             if part.chunk is None:
-                part.twin = replace(unit, stage=HERE)
+                part.device_view = replace(param_step, stage=HERE)
                 continue
             slot = self._rings[part.chunk.device].slots[part.chunk.slot]
-            whole = len(seat.parts) == 1
-            part.twin = twin_of(unit, part, whole, slot, count, part.chunk.number)
-        seat.version = step._version
+            whole = len(entry.parts) == 1
+            part.device_view = device_view_of(
+                param_step, part, whole, slot, count, part.chunk.number
+            )
+        entry.version = step._version
 
     def describe(self) -> dict[str, Any]:
         """What there is, and where: see ``DiskStateStore.commit`` and ``places.resume``."""
         numbers = {id(slab): number for number, slab in enumerate(self.slabs)}
-        seats = [seat for seat in self._seats.values() if seat.slab is not None]
+        entries = [entry for entry in self._entries.values() if entry.slab is not None]
         return {
             "chunk_bytes": self.chunk_bytes,
             "memories": [slab.memory for slab in self.slabs],
-            "counts": _counts([seat.unit.state["step"] for seat in seats]),
+            "counts": _counts([entry.param_step.state["step"] for entry in entries]),
             "slabs": [
                 {"bytes": slab.nbytes, "offset": slab.memory.offset}
                 | {"others": [m.offset for m in slab.family if m is not slab.memory]}
@@ -362,14 +373,14 @@ class Placement:
             ],
             "parameters": [
                 {
-                    "number": seat.unit.index,
-                    "shape": list(seat.unit.param.shape),
-                    "order": list(storage_order(seat.unit.param)),
-                    "slab": numbers[id(seat.slab)],
-                    "parts": len(seat.parts),
-                    "starts": seat.starts,
+                    "number": entry.param_step.index,
+                    "shape": list(entry.param_step.param.shape),
+                    "order": list(storage_order(entry.param_step.param)),
+                    "slab": numbers[id(entry.slab)],
+                    "parts": len(entry.parts),
+                    "starts": entry.starts,
                 }
-                for seat in seats
+                for entry in entries
             ],
         }
 
@@ -382,21 +393,21 @@ class Placement:
             slabs: each with its units in order, where their components begin, and whether they are
                 in parts.
         """
-        for slab, units, starts, cut in slabs:
-            rows = [[Part(0, unit.param.numel(), None)] for unit in units]
+        for slab, param_steps, starts, cut in slabs:
+            rows = [[Part(0, param_step.param.numel(), None)] for param_step in param_steps]
             if cut:
-                ((_, rows),) = arrange(units, self.chunk_bytes, True)
-            for seat in seats_of(units, rows, slab, starts):
-                self._take(seat)
-                self._seats[seat.unit.index, seat.unit.offset] = seat
+                ((_, rows),) = arrange(param_steps, self.chunk_bytes, True)
+            for entry in entries_of(param_steps, rows, slab, starts):
+                self._take(entry)
+                self._entries[entry.param_step.index, entry.param_step.offset] = entry
             self.slabs.append(slab)
         self._rebuild()
         self.place.show(slab.memory for slab, *_ in slabs)
 
 
-def bank_of(unit: ParamStep) -> Tensor:
+def bank_of(param_step: ParamStep) -> Tensor:
     """What a unit's step count lies in, together with others."""
-    step: Tensor = unit.state["step"]
+    step: Tensor = param_step.state["step"]
     return step if step._base is None else step._base
 
 

@@ -154,12 +154,12 @@ def _by_slab(
 ) -> list[tuple[Slab, list[ParamStep], list[Starts], bool]]:
     """Each slab with the units of its parameters, their places, and whether they are in parts."""
     entries = manifest["parameters"]
-    units = {unit.index: unit for unit in optimizer.stored_units()}
+    param_steps = {param_step.index: param_step for param_step in optimizer.stored_param_steps()}
     members: list[list[ParamStep]] = [[] for _ in slabs]
     starts: list[list[Starts]] = [[] for _ in slabs]
     cut = [False] * len(slabs)
     for entry in entries:
-        members[entry["slab"]].append(units[entry["number"]])
+        members[entry["slab"]].append(param_steps[entry["number"]])
         starts[entry["slab"]].append(entry["starts"])
         cut[entry["slab"]] = entry["parts"] > 1
     return [

@@ -115,14 +115,14 @@ class Part:
 
     Attributes:
         offsets: of its components on the device, by state key.
-        twin: what the engine steps: the same with its state on the device.
+        device_view: what the engine steps: the same with its state on the device.
     """
 
     start: int
     stop: int
     chunk: Chunk | None
     offsets: dict[str, int] = field(default_factory=dict)
-    twin: ParamStep | None = None
+    device_view: ParamStep | None = None
 
 
 @dataclass(eq=False)
@@ -130,7 +130,7 @@ class PlacementEntry:
     """Where a unit's state is.
 
     Attributes:
-        unit: as it was stepped last.
+        param_step: as it was stepped last.
         slab: None where it stays on the device.
         starts: of its components in the slab, by state key.
         parts: in order.
@@ -140,7 +140,7 @@ class PlacementEntry:
         versions: of the other values, likewise.
     """
 
-    unit: ParamStep
+    param_step: ParamStep
     slab: Slab | None
     starts: dict[str, int]
     parts: list[Part]
@@ -167,15 +167,17 @@ def apart(memory: Tensor, start: int, like: Tensor) -> Tensor:
     return view_bytes_as(torch.from_numpy(memory.numpy()[start : start + like.nbytes]), 0, like)
 
 
-def components(unit: ParamStep) -> dict[str, Component]:
+def components(param_step: ParamStep) -> dict[str, Component]:
     """What a unit's state is stored as, by state key."""
-    return {c.key(name): c for name, d in unit.stored.items() for c in d.components}
+    return {c.key(name): c for name, d in param_step.stored.items() for c in d.components}
 
 
-def layout(unit: ParamStep) -> dict[str, Tensor]:
+def layout(param_step: ParamStep) -> dict[str, Tensor]:
     """The components of a unit's state as they lie in memory, on no device."""
     meta = torch.device("meta")
-    return {key: empty_state(unit.param, c, meta) for key, c in components(unit).items()}
+    return {
+        key: empty_state(param_step.param, c, meta) for key, c in components(param_step).items()
+    }
 
 
 def aligned(nbytes: int) -> int:
@@ -183,26 +185,26 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def size_of(unit: ParamStep) -> int:
+def size_of(param_step: ParamStep) -> int:
     """Bytes of a unit's state in a slab."""
-    numel = unit.param.numel()
-    return sum(aligned(component.nbytes(numel)) for component in components(unit).values())
+    numel = param_step.param.numel()
+    return sum(aligned(component.nbytes(numel)) for component in components(param_step).values())
 
 
-def divisible(unit: ParamStep) -> bool:
+def divisible(param_step: ParamStep) -> bool:
     """Whether a unit may be stepped in parts: no format looks at the whole tensor or its rows."""
-    whole = any(isinstance(f, Format) and f.whole for f in unit.stored.values())
-    fixed = any(component.entries is not None for component in components(unit).values())
-    return is_dense(unit.param) and not whole and not fixed
+    whole = any(isinstance(f, Format) and f.whole for f in param_step.stored.values())
+    fixed = any(component.entries is not None for component in components(param_step).values())
+    return is_dense(param_step.param) and not whole and not fixed
 
 
 def arrange(
-    units: Sequence[ParamStep], chunk_bytes: int, cut: bool
+    param_steps: Sequence[ParamStep], chunk_bytes: int, cut: bool
 ) -> Iterator[tuple[list[ParamStep], list[list[Part]]]]:
     """Sort units into slabs and chunks.
 
     Args:
-        units: of one device, in order.
+        param_steps: of one device, in order.
         chunk_bytes: that a chunk should have at most.
         cut: whether parameters may be stepped in parts.
 
@@ -212,31 +214,31 @@ def arrange(
     """
     row: list[ParamStep] = []
     filled = 0
-    for unit in units:
-        size, numel = size_of(unit), unit.param.numel()
-        if size > chunk_bytes and cut and divisible(unit):
+    for param_step in param_steps:
+        size, numel = size_of(param_step), param_step.param.numel()
+        if size > chunk_bytes and cut and divisible(param_step):
             most = max(1, numel * chunk_bytes // size // BORDER) * BORDER
             # parts as even as their borders allow
             step = -(-numel // -(-numel // most) // BORDER) * BORDER
             starts = range(0, numel, step)
-            yield [unit], [[Part(start, min(start + step, numel), None) for start in starts]]
+            yield [param_step], [[Part(start, min(start + step, numel), None) for start in starts]]
             continue
         if row and filled + size > chunk_bytes:
             yield row, [[Part(0, one.param.numel(), None)] for one in row]
             row, filled = [], 0
-        row.append(unit)
+        row.append(param_step)
         filled += size
     if row:
         yield row, [[Part(0, one.param.numel(), None)] for one in row]
 
 
-def twin_of(
-    unit: ParamStep, part: Part, whole: bool, slot: Tensor, step: Tensor, stage: int
+def device_view_of(
+    param_step: ParamStep, part: Part, whole: bool, slot: Tensor, step: Tensor, stage: int
 ) -> ParamStep:
     """The unit that the engine steps for a part.
 
     Args:
-        unit: whose state is away.
+        param_step: whose state is away.
         part: with its ``offsets``.
         whole: whether it is all of the unit.
         slot: uint8, the device memory that the chunk comes to.
@@ -244,23 +246,23 @@ def twin_of(
         stage: of the chunk.
     """
     state: dict[str, Any] = {"step": step}
-    for key, component in components(unit).items():
+    for key, component in components(param_step).items():
         entries = component.part(part.start, part.stop)
-        kept, start = unit.state[key], part.offsets[key]
+        kept, start = param_step.state[key], part.offsets[key]
         if whole:
             state[key] = view_bytes_as(slot, start, kept)
         else:
             nbytes = (entries.stop - entries.start) * component.dtype.itemsize
             state[key] = slot[start : start + nbytes].view(component.dtype)
     if whole:
-        return replace(unit, state=state, stage=stage)
+        return replace(param_step, state=state, stage=stage)
     return replace(
-        unit,
-        param=in_order(unit.param.detach(), unit.param)[part.start : part.stop],
+        param_step,
+        param=in_order(param_step.param.detach(), param_step.param)[part.start : part.stop],
         state=state,
         # as the whole stores them, however small the part is
-        formats=unit.bound,
-        offset=unit.offset + part.start,
+        formats=param_step.bound,
+        offset=param_step.offset + part.start,
         stage=stage,
     )
 
@@ -270,8 +272,8 @@ def in_order(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.permute(storage_order(like)).reshape(-1)
 
 
-def seats_of(
-    units: Sequence[ParamStep],
+def entries_of(
+    param_steps: Sequence[ParamStep],
     rows: list[list[Part]],
     slab: Slab,
     given: Sequence[Starts] | None = None,
@@ -279,34 +281,34 @@ def seats_of(
     """Give units their places in a slab, and make its chunks.
 
     Args:
-        units: of the slab, as many as ``rows``.
+        param_steps: of the slab, as many as ``rows``.
         rows: their parts, from ``arrange``.
         slab: without chunks yet.
         given: where the components of each begin, if they are there already; others that were
             between them may be no more.
     """
-    seats, start = [], 0
-    together = Chunk(units[0].param.device, slab.memory)
-    for place, (unit, parts) in enumerate(zip(units, rows, strict=True)):
-        starts, like = {}, layout(unit)
+    entries, start = [], 0
+    together = Chunk(param_steps[0].param.device, slab.memory)
+    for place, (param_step, parts) in enumerate(zip(param_steps, rows, strict=True)):
+        starts, like = {}, layout(param_step)
         for key, value in like.items():
             starts[key] = start if given is None else given[place][key]
             start += aligned(value.nbytes)
         if len(parts) == 1:
             parts[0].chunk, parts[0].offsets = together, starts
         else:
-            slab.chunks += [_chunk_of(unit, part, starts, slab) for part in parts]
-        seats.append(PlacementEntry(unit, slab, starts, parts, like))
+            slab.chunks += [_chunk_of(param_step, part, starts, slab) for part in parts]
+        entries.append(PlacementEntry(param_step, slab, starts, parts, like))
     if not slab.chunks:
         together.regions = [Region(0, 0, slab.nbytes)]
         slab.chunks = [together]
-    return seats
+    return entries
 
 
-def _chunk_of(unit: ParamStep, part: Part, starts: dict[str, int], slab: Slab) -> Chunk:
-    part.chunk = Chunk(unit.param.device, slab.memory)
+def _chunk_of(param_step: ParamStep, part: Part, starts: dict[str, int], slab: Slab) -> Chunk:
+    part.chunk = Chunk(param_step.param.device, slab.memory)
     filled = 0
-    for key, component in components(unit).items():
+    for key, component in components(param_step).items():
         entries, size = component.part(part.start, part.stop), component.dtype.itemsize
         nbytes = (entries.stop - entries.start) * size
         part.offsets[key] = filled

@@ -116,10 +116,10 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
     if isinstance(stream, StreamingExecutor):
         # by the tensor that the optimizer shows, which somebody may have put another for
         kept = {
-            id(seat.values[key]): seat.slab.memory
-            for seat in stream.seats
-            if seat.slab is not None
-            for key in seat.starts
+            id(entry.values[key]): entry.slab.memory
+            for entry in stream.entries
+            if entry.slab is not None
+            for key in entry.starts
         }
     memories: dict[int, Memory] = {}
     saved = _frozen(saved, kept, memories)

@@ -30,7 +30,7 @@ WAITING = 1 << 29
 class StreamingExecutor(Placement):
     """Runs jobs whose units' state a place keeps: a ``Placement`` that steps."""
 
-    def step(self, job: StepRequest) -> None:
+    def step(self, request: StepRequest) -> None:
         """Step every unit of the job.
 
         Raises:
@@ -40,7 +40,7 @@ class StreamingExecutor(Placement):
         """
         if capturing():
             raise RuntimeError("CUDA graph capture: state that is streamed cannot be part of it")
-        if not job.units:
+        if not request.param_steps:
             return
         self.place.check()
         if not self._begun:
@@ -48,20 +48,24 @@ class StreamingExecutor(Placement):
             self.place.restate()
         for ring in self._rings.values():
             ring.store_rest()
-        self._look_for_changes(job.units)
-        units = list(job.units)
+        self._look_for_changes(request.param_steps)
+        param_steps = list(request.param_steps)
         if self.every is not None and not self._begun:
-            given = set(map(id, units))
-            units += [unit for unit in self.every() if id(unit) not in given]
-            units.sort(key=lambda unit: (unit.index, unit.offset))
-            self._forget_others(units)
-        self._seat(units, job.centres is None)
+            given = set(map(id, param_steps))
+            param_steps += [
+                param_step for param_step in self.every() if id(param_step) not in given
+            ]
+            param_steps.sort(key=lambda param_step: (param_step.index, param_step.offset))
+            self._forget_others(param_steps)
+        self._seat(param_steps, request.centres is None)
         self._begun = True
-        seats = [self._seats[unit.index, unit.offset] for unit in job.units]
-        parts = [(place, part) for place, seat in enumerate(seats) for part in seat.parts]
-        twins = self._twins(job, parts)
-        self._count_alike(seats)
-        order = sorted({twin.stage for twin in twins.units} - {HERE})
+        entries = [
+            self._entries[param_step.index, param_step.offset] for param_step in request.param_steps
+        ]
+        parts = [(place, part) for place, entry in enumerate(entries) for part in entry.parts]
+        device_views = self._device_views(request, parts)
+        self._count_alike(entries)
+        order = sorted({device_view.stage for device_view in device_views.param_steps} - {HERE})
         for slab in map(self._slab_of.__getitem__, order):
             if slab.target is None:
                 # a snapshot may have it that memory is to be made: before anything changes
@@ -74,13 +78,17 @@ class StreamingExecutor(Placement):
                         ring.expect(mine)
                 for ring in self._rings.values():
                     stack.enter_context(ring.working())
-                self._session.step(twins)
+                self._session.step(device_views)
         except Exception as error:
-            done = set(map(id, twins.done))
-            counts = [sum(id(part.twin) in done for part in seat.parts) for seat in seats]
-            whole = [count == len(seat.parts) for count, seat in zip(counts, seats, strict=True)]
-            job.done += compress(job.units, whole)
-            numbers = [unit.index for unit in job.units]
+            done = set(map(id, device_views.done))
+            counts = [
+                sum(id(part.device_view) in done for part in entry.parts) for entry in entries
+            ]
+            whole = [
+                count == len(entry.parts) for count, entry in zip(counts, entries, strict=True)
+            ]
+            request.done += compress(request.param_steps, whole)
+            numbers = [param_step.index for param_step in request.param_steps]
             raise StepError.of(
                 error,
                 "",
@@ -89,52 +97,52 @@ class StreamingExecutor(Placement):
                 compress(numbers, [c and not w for c, w in zip(counts, whole, strict=True)]),
             ) from error
         else:
-            job.done += job.units
+            request.done += request.param_steps
         finally:
             # of those too that were not stepped: several counts have one version
-            for bank in {id(bank_of(unit)) for unit in job.units}:
-                for seat in self._parted.get(bank, ()):
-                    seat.version = seat.unit.state["step"]._version
-            if job.apart:
-                self._hold(job, twins)
+            for bank in {id(bank_of(param_step)) for param_step in request.param_steps}:
+                for entry in self._parted.get(bank, ()):
+                    entry.version = entry.param_step.state["step"]._version
+            if request.apart:
+                self._hold(request, device_views)
             else:
                 self.join()
 
-    def _hold(self, *jobs: StepRequest) -> None:
+    def _hold(self, *requests: StepRequest) -> None:
         """Keep what a step reads until the current stream, which may reuse it, has waited."""
         marks = [(ring.device, ring.mark()) for ring in self._rings.values()]
-        nbytes = sum(grad.nbytes for grad in jobs[0].grads)
-        self._behind.append((marks, nbytes, jobs))
+        nbytes = sum(grad.nbytes for grad in requests[0].grads)
+        self._behind.append((marks, nbytes, requests))
         while sum(size for _, size, _ in self._behind) > WAITING and len(self._behind) > 1:
             for device, mark in self._behind.popleft()[0]:
                 if mark is not None:
                     torch.cuda.current_stream(device).wait_event(mark)
 
-    def _twins(self, job: StepRequest, parts: Sequence[tuple[int, Part]]) -> StepRequest:
-        units, grads, addresses, layouts = [], [], [], []
+    def _device_views(self, request: StepRequest, parts: Sequence[tuple[int, Part]]) -> StepRequest:
+        param_steps, grads, addresses, layouts = [], [], [], []
         flat: dict[int, Tensor] = {}
         for place, part in parts:
-            unit, grad = job.units[place], job.grads[place]
-            twin = part.twin
-            assert twin is not None
-            if twin.param is not unit.param:
+            param_step, grad = request.param_steps[place], request.grads[place]
+            device_view = part.device_view
+            assert device_view is not None
+            if device_view.param is not param_step.param:
                 if place not in flat:
                     # once for all parts: where it does not lie like the parameter, it is a copy
-                    flat[place] = in_order(grad, unit.param)
+                    flat[place] = in_order(grad, param_step.param)
                 grad = flat[place][part.start : part.stop]
                 addresses.append(grad.data_ptr())
                 layouts.append((grad.dtype, part.stop - part.start))
             else:
-                addresses.append(job.addresses[place])
-                layouts.append(job.layouts[place] if job.layouts else layout_of(grad))
-            units.append(twin)
+                addresses.append(request.addresses[place])
+                layouts.append(request.layouts[place] if request.layouts else layout_of(grad))
+            param_steps.append(device_view)
             grads.append(grad)
-        centres = job.centres
+        centres = request.centres
         if centres is not None:
             centres = replace(centres, places=[centres.places[place] for place, _ in parts])
         return replace(
-            job,
-            units=units,
+            request,
+            param_steps=param_steps,
             grads=grads,
             addresses=addresses,
             layouts=layouts,
@@ -163,14 +171,14 @@ class StreamingExecutor(Placement):
             # what has not been stepped is as it was: the chunk as a whole is right either way
             ring.leave(chunk)
 
-    def _count_alike(self, seats: Sequence[PlacementEntry]) -> None:
+    def _count_alike(self, entries: Sequence[PlacementEntry]) -> None:
         """Give the parts of a unit its count, where somebody else has changed that."""
-        for seat in seats:
-            step = seat.unit.state["step"]
-            if len(seat.parts) > 1 and seat.version != step._version:
-                for part in seat.parts[1:]:
-                    assert part.twin is not None
-                    part.twin.state["step"].copy_(step)
+        for entry in entries:
+            step = entry.param_step.state["step"]
+            if len(entry.parts) > 1 and entry.version != step._version:
+                for part in entry.parts[1:]:
+                    assert part.device_view is not None
+                    part.device_view.state["step"].copy_(step)
 
     def finish(self, complete: bool = True) -> None:
         """What was stored takes the place of what was there.

@@ -122,7 +122,7 @@ def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
         plainly = {moment.name: moment.plain or moment.name for moment in moments}
         for number, param in zip(saved["params"], group["params"], strict=True):
             if state.get(number):
-                decoded = decode_param_step(*optimizer.stored_units({param}))
+                decoded = decode_param_step(*optimizer.stored_param_steps({param}))
                 write = parameter_write(optimizer.write, param.dtype)
                 formats = bound(optimizer.group_formats(group), param)
                 own = own_keys(moments, {**formats, MASTER: write})

@@ -149,25 +149,27 @@ class Engine:
         """Step what the codecs' engine can; gives the pieces that are left."""
         if not self.encoder.chunked or not len(self.store) or not self.fused.begins(self.inner):
             return plan
-        units, taken, left = list[ParamStep](), list[ParamChunk](), list[ParamChunk]()
+        param_steps, taken, left = list[ParamStep](), list[ParamChunk](), list[ParamChunk]()
         for _, group in groupby(plan, key=lambda piece: piece.number):
             together = list(group)
-            found = self._fused_units(together)
-            units += found
+            found = self._fused_param_steps(together)
+            param_steps += found
             (taken if found else left).extend(together)
-        if units:
+        if param_steps:
             with self.timer.part("inner_step_ms"):
                 try:
-                    self.fused.step(self.inner, units, taken, self.steps + 1, last)
+                    self.fused.step(self.inner, param_steps, taken, self.steps + 1, last)
                 finally:
                     stepped = set(map(id, self.fused.done))
-                    pairs = zip(taken, units, strict=True)
-                    missed = {piece.number for piece, unit in pairs if id(unit) not in stepped}
+                    pairs = zip(taken, param_steps, strict=True)
+                    missed = {
+                        piece.number for piece, param_step in pairs if id(param_step) not in stepped
+                    }
                     numbers = dict.fromkeys(piece.number for piece in taken)
                     transaction.done += [number for number in numbers if number not in missed]
         return left
 
-    def _fused_units(self, together: Sequence[ParamChunk]) -> list[ParamStep]:
+    def _fused_param_steps(self, together: Sequence[ParamChunk]) -> list[ParamStep]:
         param = together[0].param
         records = self.store.peek(param)
         if param.grad is None or not records:

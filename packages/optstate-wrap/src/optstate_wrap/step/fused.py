@@ -67,7 +67,7 @@ def _same_bits(inner: Optimizer) -> bool:
 class _Ready:
     """The pieces of a parameter as the engine steps them, and what that was made from."""
 
-    units: list[ParamStep]
+    param_steps: list[ParamStep]
     records: Sequence[Record]
     values: list[Any]
     place: tuple[Any, ...]
@@ -135,11 +135,11 @@ class Fused:
                 self.store.synchronize = self._session.synchronize
         return self._session
 
-    def _moved(self, unit: ParamStep) -> None:
+    def _moved(self, param_step: ParamStep) -> None:
         """The state of a unit is in other tensors now: its record takes these."""
-        if id(unit) in self._owners:
-            ready, record = self._owners[id(unit)]
-            _put_back(unit, record)
+        if id(param_step) in self._owners:
+            ready, record = self._owners[id(param_step)]
+            _put_back(param_step, record)
             self.store.discard([record])
             ready.values = [value for r in ready.records for value in r.values()]
 
@@ -148,9 +148,9 @@ class Fused:
         ready = self._ready.pop(param, None)
         if ready is not None:
             if isinstance(self._session, StreamingExecutor):
-                self._session.release(ready.units)
-            for unit in ready.units:
-                del self._owners[id(unit)]
+                self._session.release(ready.param_steps)
+            for param_step in ready.param_steps:
+                del self._owners[id(param_step)]
 
     def begins(self, inner: Optimizer) -> bool:
         """Take up the hyper-parameters of a step; whether there is something to do for this."""
@@ -191,20 +191,20 @@ class Fused:
             and all(map(is_, ready.values, values))
             and ready.formats == formats
             and ready.moments == moments
-            and not any(unit.moved() for unit in ready.units)
+            and not any(param_step.moved() for param_step in ready.param_steps)
         ):
-            return ready.units
-        units = self._units(pieces, records, formats, moments)
+            return ready.param_steps
+        param_steps = self._param_steps(pieces, records, formats, moments)
         # what is not stepped here gets new records, and the old ones must not stay for this
         self.release(param)
-        if units:
+        if param_steps:
             self.store.wait()
-            ready = _Ready(units, records, values, place, dict(formats), moments)
+            ready = _Ready(param_steps, records, values, place, dict(formats), moments)
             self._ready[param] = ready
-            self._owners |= {id(u): (ready, r) for u, r in zip(units, records, strict=True)}
-        return units
+            self._owners |= {id(u): (ready, r) for u, r in zip(param_steps, records, strict=True)}
+        return param_steps
 
-    def _units(
+    def _param_steps(
         self,
         pieces: Sequence[ParamChunk],
         records: Sequence[Record],
@@ -218,19 +218,19 @@ class Fused:
         if not (plain and pieces[0].times == 1 and param.dtype in dtypes and _dense(grad)):
             return []
         names, counted = [moment.name for moment in moments], isinstance(self._rule, Adam)
-        units = []
+        param_steps = []
         for piece, record in zip(pieces, records, strict=True):
             stored = _stored(record, names, formats, counted, self._exact)
             if stored is None or not (piece.parts > 1 or _lie_alike(record, param)):
                 return []
-            unit = self._unit(piece, record, moments, stored)
+            param_step = self._param_step(piece, record, moments, stored)
             # elsewhere than on a CPU, what the kernel does not take is no faster
-            if param.device.type != "cpu" and not takes(unit, piece.gradient()):
+            if param.device.type != "cpu" and not takes(param_step, piece.gradient()):
                 return []
-            units.append(unit)
-        return units
+            param_steps.append(param_step)
+        return param_steps
 
-    def _unit(
+    def _param_step(
         self,
         piece: ParamChunk,
         record: Record,
@@ -255,12 +255,12 @@ class Fused:
     def step(
         self,
         inner: Optimizer,
-        units: Sequence[ParamStep],
+        param_steps: Sequence[ParamStep],
         pieces: Sequence[ParamChunk],
         draw: int,
         last: bool,
     ) -> None:
-        """Step ``units`` of ``pieces``; ``done`` is then those that have been stepped.
+        """Step ``param_steps`` of ``pieces``; ``done`` is then those that have been stepped.
 
         ``last`` says whether more of the same step is to come.
 
@@ -270,9 +270,9 @@ class Fused:
         assert self._rule is not None
         grads = [piece.gradient() for piece in pieces]
         scale = getattr(inner, "grad_scale", None)
-        job = StepRequest(
+        request = StepRequest(
             self._rule,
-            units,
+            param_steps,
             grads,
             self._hypers,
             addresses=[grad.data_ptr() for grad in grads],
@@ -281,11 +281,11 @@ class Fused:
             draw=draw,
             total=trainable(inner.param_groups),
         )
-        self.done = job.done
-        job.apart = not last
-        self._begin().step(job)
+        self.done = request.done
+        request.apart = not last
+        self._begin().step(request)
         # where the host skips a step, all are as they should be
-        self.done = list(units)
+        self.done = list(param_steps)
 
     def finish(self, complete: bool = True) -> None:
         """A step has been taken, or has been broken off."""
@@ -375,19 +375,19 @@ def _components(name: str, coded: Coded) -> dict[str, Tensor]:
     }
 
 
-def _put_back(unit: ParamStep, record: Record) -> None:
+def _put_back(param_step: ParamStep, record: Record) -> None:
     """Make the tensors of a unit's state those of its record."""
-    for name in unit.formats:
+    for name in param_step.formats:
         value = record[name]
         if isinstance(value, Coded):
             flat = [
-                unit.state[c.key(name)].permute(value.order).view(-1)
+                param_step.state[c.key(name)].permute(value.order).view(-1)
                 if c.per_element
-                else unit.state[c.key(name)].view(-1)
+                else param_step.state[c.key(name)].view(-1)
                 for c in value.bound.components
             ]
             record[name] = replace(value, parts=tuple(flat))
         elif isinstance(value, OffloadedTensor):
-            record[name] = replace(value, tensor=unit.state[name])
+            record[name] = replace(value, tensor=param_step.state[name])
         else:
-            record[name] = unit.state[name]
+            record[name] = param_step.state[name]

@@ -31,12 +31,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 _warned: set[str] = set()
 
 
-def try_step(job: StepRequest) -> bool:
+def try_step(request: StepRequest) -> bool:
     """``step``, or False with one warning where there is no working compiler."""
     if _warned:
         return False
     try:
-        step(job)
+        step(request)
     except CannotBuild as error:
         _warned.add(str(error))
         warnings.warn(
@@ -49,32 +49,36 @@ def try_step(job: StepRequest) -> bool:
     return True
 
 
-def step(job: StepRequest) -> None:
+def step(request: StepRequest) -> None:
     """Step every unit that loops exist for, and the others by the reference.
 
     Raises:
         CannotBuild: there is no working compiler; nothing has changed.
     """
-    variants = [job.rule.variant(hyper) for hyper in job.hypers]
+    variants = [request.rule.variant(hyper) for hyper in request.hypers]
     together: dict[CompiledKernel, list[tuple[int, _Standing]]] = {}
     left = []
-    for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
-        standing = _standings.get(unit)
-        if job.centres is not None and job.centres.places[place] >= 0:
+    for place, (param_step, grad) in enumerate(
+        zip(request.param_steps, request.grads, strict=True)
+    ):
+        standing = _standings.get(param_step)
+        if request.centres is not None and request.centres.places[place] >= 0:
             left.append(place)
             continue
-        if standing is None or not standing.holds(grad, variants[unit.group]):
-            standing = _standings[unit] = _stand(job, unit, grad, variants[unit.group])
+        if standing is None or not standing.holds(grad, variants[param_step.group]):
+            standing = _standings[param_step] = _stand(
+                request, param_step, grad, variants[param_step.group]
+            )
         if standing.loops is None:
             left.append(place)
         else:
             together.setdefault(standing.loops, []).append((place, standing))
-    if job.found_inf is not None and bool(job.found_inf):
+    if request.found_inf is not None and bool(request.found_inf):
         return
     for built, members in together.items():
-        _run(job, built, members)
+        _run(request, built, members)
     if left:
-        eager.step(job.part(left))
+        eager.step(request.part(left))
 
 
 @dataclass(eq=False)
@@ -102,52 +106,66 @@ class _Standing:
 _standings: WeakKeyDictionary[ParamStep, _Standing] = WeakKeyDictionary()
 
 
-def _stand(job: StepRequest, unit: ParamStep, grad: Tensor, variant: Hashable) -> _Standing:
+def _stand(
+    request: StepRequest, param_step: ParamStep, grad: Tensor, variant: Hashable
+) -> _Standing:
     built = None
-    if _fits(unit, grad):
-        stored = unit.bound
-        formats = tuple(stored[moment.name] for moment in unit.moments)
-        scalars = len(job.rule.scalars(job.hypers[unit.group], 1.0))
-        what = unit.moments, formats, unit.write, unit.plain
-        built = loops(KernelSpec(job.rule, variant, *what, grad.dtype, scalars))
-    addresses, keys = [unit.param.data_ptr()], list[int]()
+    if _fits(param_step, grad):
+        stored = param_step.bound
+        formats = tuple(stored[moment.name] for moment in param_step.moments)
+        scalars = len(request.rule.scalars(request.hypers[param_step.group], 1.0))
+        what = param_step.moments, formats, param_step.write, param_step.plain
+        built = loops(KernelSpec(request.rule, variant, *what, grad.dtype, scalars))
+    addresses, keys = [param_step.param.data_ptr()], list[int]()
     if built is not None:
-        addresses += [unit.state[key].data_ptr() for key in built.keys]
-        keys = [k for s in built.streams for k in stream_key(unit.seed, unit.index, s // 2)]
+        addresses += [param_step.state[key].data_ptr() for key in built.keys]
+        keys = [
+            k for s in built.streams for k in stream_key(param_step.seed, param_step.index, s // 2)
+        ]
     return _Standing(built, variant, (grad.dtype, grad.stride()), addresses, keys)
 
 
-def _fits(unit: ParamStep, grad: Tensor) -> bool:
+def _fits(param_step: ParamStep, grad: Tensor) -> bool:
     """Whether loops can take a unit's layout and dtypes."""
-    param = unit.param
+    param = param_step.param
     return (
-        unit.state["step"].device.type == "cpu"
+        param_step.state["step"].device.type == "cpu"
         and param.dtype in DTYPES
         and grad.dtype in DTYPES
-        and not any(format.whole for format in unit.bound.values())
-        and unit.in_one_order(grad)
+        and not any(format.whole for format in param_step.bound.values())
+        and param_step.in_one_order(grad)
     )
 
 
-def _run(job: StepRequest, built: CompiledKernel, members: list[tuple[int, _Standing]]) -> None:
+def _run(request: StepRequest, built: CompiledKernel, members: list[tuple[int, _Standing]]) -> None:
     """Step units of the same loops in one call."""
-    units = [job.units[place] for place, _ in members]
-    counts = counted([unit.state["step"] for unit in units], job.draw is not None)
-    job.counted += units
-    factor = 1.0 if job.factor is None else float(job.factor)
+    param_steps = [request.param_steps[place] for place, _ in members]
+    counts = counted(
+        [param_step.state["step"] for param_step in param_steps], request.draw is not None
+    )
+    request.counted += param_steps
+    factor = 1.0 if request.factor is None else float(request.factor)
     table: list[int] = []
     scalars: list[Any] = []
     keys: list[int] = []
     folded: dict[tuple[int, float], list[Any]] = {}
     rows = 0
-    for unit, count, (place, standing) in zip(units, counts, members, strict=True):
-        numel = unit.param.numel()
+    for param_step, count, (place, standing) in zip(param_steps, counts, members, strict=True):
+        numel = param_step.param.numel()
         param, *parts = standing.addresses
-        draw = taken(count) if job.draw is None else job.draw
-        table += [numel, rows, draw, unit.offset, param, job.grads[place].data_ptr(), *parts]
-        which = (unit.group, count)
+        draw = taken(count) if request.draw is None else request.draw
+        table += [
+            numel,
+            rows,
+            draw,
+            param_step.offset,
+            param,
+            request.grads[place].data_ptr(),
+            *parts,
+        ]
+        which = (param_step.group, count)
         if which not in folded:
-            folded[which] = [*job.rule.scalars(job.hypers[unit.group], count), factor]
+            folded[which] = [*request.rule.scalars(request.hypers[param_step.group], count), factor]
         scalars += folded[which]
         keys += standing.keys
         rows += -(-numel // built.block)
@@ -157,5 +175,5 @@ def _run(job: StepRequest, built: CompiledKernel, members: list[tuple[int, _Stan
         torch.tensor(keys, dtype=torch.int64, device="cpu").to(torch.int32),
     )
     addresses = [tensor.data_ptr() for tensor in tables]
-    built.run(len(units), rows, *addresses, torch.get_num_threads())
-    job.done += units
+    built.run(len(param_steps), rows, *addresses, torch.get_num_threads())
+    request.done += param_steps

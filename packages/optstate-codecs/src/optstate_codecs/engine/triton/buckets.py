@@ -37,7 +37,7 @@ class Bucket:
     """Units that one launch steps, and their tables on the device.
 
     Attributes:
-        units: in the order of the tables.
+        param_steps: in the order of the tables.
         places: the place of each unit in the job.
         formats: one a moment, in the rule's order.
         function: the rule's device function and its options.
@@ -54,7 +54,7 @@ class Bucket:
         work: int32 [tiles, 2], the tensor and the tile's place in it.
     """
 
-    units: list[ParamStep]
+    param_steps: list[ParamStep]
     places: list[int]
     formats: tuple[Format, ...]
     function: tuple[Any, int]
@@ -81,7 +81,7 @@ def block_shape(formats: Sequence[Format]) -> tuple[int, int] | None:
     return max(1, BLOCKED_TILE // block), block
 
 
-def build_buckets(job: StepRequest) -> tuple[list[Bucket], list[int]]:
+def build_buckets(request: StepRequest) -> tuple[list[Bucket], list[int]]:
     """Sort the units of a job into buckets.
 
     Returns:
@@ -89,32 +89,38 @@ def build_buckets(job: StepRequest) -> tuple[list[Bucket], list[int]]:
     """
     members: dict[Any, list[int]] = {}
     left = []
-    for place, (unit, grad) in enumerate(zip(job.units, job.grads, strict=True)):
-        function = job.rule.device_function(job.hypers[unit.group])
-        stored = unit.bound
-        formats = tuple(stored[moment.name] for moment in unit.moments)
-        if function is None or not takes(unit, grad, job.rule.has_error_feedback):
+    for place, (param_step, grad) in enumerate(
+        zip(request.param_steps, request.grads, strict=True)
+    ):
+        function = request.rule.device_function(request.hypers[param_step.group])
+        stored = param_step.bound
+        formats = tuple(stored[moment.name] for moment in param_step.moments)
+        if function is None or not takes(param_step, grad, request.rule.has_error_feedback):
             left.append(place)
         else:
-            dtypes = (unit.param.dtype, grad.dtype)
-            devices = (unit.param.device, unit.state["step"].device)
+            dtypes = (param_step.param.dtype, grad.dtype)
+            devices = (param_step.param.device, param_step.state["step"].device)
             shape = block_shape(formats)
             assert shape is not None
-            ends = _aligned(unit, grad), unit.param.numel() % (shape[0] * shape[1]) == 0
-            centred = job.centres is not None and job.centres.places[place] >= 0
-            looks = (unit.write, shape, ends, centred, unit.stage)
+            ends = _aligned(param_step, grad), param_step.param.numel() % (shape[0] * shape[1]) == 0
+            centred = request.centres is not None and request.centres.places[place] >= 0
+            looks = (param_step.write, shape, ends, centred, param_step.stage)
             key = (devices, dtypes, formats, function, *looks)
             members.setdefault(key, []).append(place)
-    apply_error_feedback = job.rule.device_error_feedback() if job.rule.has_error_feedback else None
+    apply_error_feedback = (
+        request.rule.device_error_feedback() if request.rule.has_error_feedback else None
+    )
     buckets = []
     for (devices, dtypes, formats, function, *looks), places in members.items():
         _, (rows, block), (aligned, full), centred, stage = looks
-        units = [job.units[place] for place in places]
-        begins = [job.centres.places[p] for p in places] if centred and job.centres else None
-        tables = _tables(units, formats, rows * block, devices[0], begins)
+        param_steps = [request.param_steps[place] for place in places]
+        begins = (
+            [request.centres.places[p] for p in places] if centred and request.centres else None
+        )
+        tables = _tables(param_steps, formats, rows * block, devices[0], begins)
         buckets.append(
             Bucket(
-                units,
+                param_steps,
                 places,
                 formats,
                 function,
@@ -132,11 +138,11 @@ def build_buckets(job: StepRequest) -> tuple[list[Bucket], list[int]]:
     return buckets, left
 
 
-def takes(unit: ParamStep, grad: Tensor, has_error_feedback: bool = False) -> bool:
+def takes(param_step: ParamStep, grad: Tensor, has_error_feedback: bool = False) -> bool:
     """Whether the kernel can step this unit; ``has_error_feedback`` is its rule's."""
-    stored = unit.bound
-    formats = [stored[moment.name] for moment in unit.moments]
-    param, functions = unit.param, [f.device_functions for f in formats]
+    stored = param_step.bound
+    formats = [stored[moment.name] for moment in param_step.moments]
+    param, functions = param_step.param, [f.device_functions for f in formats]
     return (
         len(formats) <= MOMENT_SLOTS
         and all(function is not None for function in functions)
@@ -145,17 +151,21 @@ def takes(unit: ParamStep, grad: Tensor, has_error_feedback: bool = False) -> bo
         and (not has_error_feedback or (functions[0] is not None and functions[0].returns))
         and param.dtype in PARAM_DTYPES
         and grad.dtype in PARAM_DTYPES
-        and unit.in_one_order(grad)
+        and param_step.in_one_order(grad)
     )
 
 
-def _aligned(unit: ParamStep, grad: Tensor) -> bool:
-    addresses = [unit.param.data_ptr(), grad.data_ptr(), *(p.data_ptr() for p in unit.parts)]
-    return unit.param.numel() % 16 == 0 and all(address % 16 == 0 for address in addresses)
+def _aligned(param_step: ParamStep, grad: Tensor) -> bool:
+    addresses = [
+        param_step.param.data_ptr(),
+        grad.data_ptr(),
+        *(p.data_ptr() for p in param_step.parts),
+    ]
+    return param_step.param.numel() % 16 == 0 and all(address % 16 == 0 for address in addresses)
 
 
 def _tables(
-    units: Sequence[ParamStep],
+    param_steps: Sequence[ParamStep],
     formats: Sequence[Format],
     tile: int,
     device: torch.device,
@@ -163,18 +173,20 @@ def _tables(
 ) -> tuple[Tensor, Tensor]:
     """The tables ``tensors`` and ``work`` of a bucket."""
     table, tiles = [], []
-    for number, unit in enumerate(units):
-        row = [unit.param.numel(), unit.param.data_ptr()]
-        for moment, format in zip(unit.moments, formats, strict=True):
-            parts = [unit.state[c.key(moment.name)].data_ptr() for c in format.components]
+    for number, param_step in enumerate(param_steps):
+        row = [param_step.param.numel(), param_step.param.data_ptr()]
+        for moment, format in zip(param_step.moments, formats, strict=True):
+            parts = [param_step.state[c.key(moment.name)].data_ptr() for c in format.components]
             row += [parts[0], parts[-1]]
         row += [0] * (2 + 2 * MOMENT_SLOTS - len(row))
-        row += [packed_key(unit.seed, unit.index, word) for word in (0, 1)]
-        corrections = [unit.state[c.key(MASTER)].data_ptr() for c in unit.write.components]
+        row += [packed_key(param_step.seed, param_step.index, word) for word in (0, 1)]
+        corrections = [
+            param_step.state[c.key(MASTER)].data_ptr() for c in param_step.write.components
+        ]
         row += corrections or [0]
-        row += [centres[number], *centre_shape(unit.param)] if centres else [0, 1, 1]
-        row.append(unit.offset)
+        row += [centres[number], *centre_shape(param_step.param)] if centres else [0, 1, 1]
+        row.append(param_step.offset)
         table.append(row)
-        tiles.append(-(-unit.param.numel() // tile))
+        tiles.append(-(-param_step.param.numel() // tile))
     tensors = torch.tensor(table, dtype=torch.int64, device="cpu").to(device)
     return tensors, work_table(tiles, device)

@@ -40,8 +40,8 @@ def _type(dtype: torch.dtype) -> Any:
 
 def constants(bucket: Bucket) -> dict[str, Any]:
     """The kernel's compile-time arguments for a bucket, and the compiler's."""
-    unit = bucket.units[0]
-    moments = unit.moments
+    param_step = bucket.param_steps[0]
+    moments = param_step.moments
     chosen: dict[str, Any] = {
         "UPDATE": bucket.function[0],
         "UPDATE_OPTIONS": bucket.function[1],
@@ -49,9 +49,9 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         "DELIVERS": bucket.apply_error_feedback is not None,
         "MOMENTS": len(moments),
     }
-    words, even = [unit.write.uses_random, False], [False, False]
+    words, even = [param_step.write.uses_random, False], [False, False]
     # every access covers the same number of elements, so that all tiles share one layout
-    wide = 16 // unit.param.dtype.itemsize if bucket.aligned else 1
+    wide = 16 // param_step.param.dtype.itemsize if bucket.aligned else 1
     for slot in range(MOMENT_SLOTS):
         used = slot < len(moments)
         format: Format = bucket.formats[slot] if used else FP32()
@@ -77,19 +77,19 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         }
         if used and format.uses_random:
             (even if format.in_pairs else words)[stream // 2] = True
-    kept = unit.write.components
-    write = unit.write.device_functions or DeviceFunctions(None, None)
+    kept = param_step.write.components
+    write = param_step.write.device_functions or DeviceFunctions(None, None)
     return chosen | {
         "UPDATE_UNITS0": any(f.in_update_units for f in bucket.formats),
         "WORD0": words[0],
         "WORD1": words[1],
         "EVEN0": even[0],
         "EVEN1": even[1],
-        "P_TYPE": _type(unit.param.dtype),
-        "P_BF16": unit.param.dtype == torch.bfloat16,
+        "P_TYPE": _type(param_step.param.dtype),
+        "P_BF16": param_step.param.dtype == torch.bfloat16,
         "G_TYPE": _type(bucket.grad_dtype),
         "G_BF16": bucket.grad_dtype == torch.bfloat16,
-        "STOCHASTIC": unit.write.uses_random,
+        "STOCHASTIC": param_step.write.uses_random,
         "SPLIT": bool(kept),
         "READ": write.load,
         "WRITE": write.store,
@@ -110,7 +110,7 @@ def constants(bucket: Bucket) -> dict[str, Any]:
 
 def fold(bucket: Bucket) -> int:
     """Pieces of a block that a thread holds: its elements over those of one access."""
-    wide = 16 // bucket.units[0].param.dtype.itemsize
+    wide = 16 // bucket.param_steps[0].param.dtype.itemsize
     # with four pieces, as float32 would have, accesses are too short: slower than one
     if bucket.rows == 1 or wide != 8:
         return 1
@@ -121,7 +121,7 @@ def tuning(bucket: Bucket) -> dict[str, int]:
     """What the compiler is told about a bucket's kernel."""
     chosen = {"num_warps": bucket.rows * bucket.block // ELEMENTS_PER_WARP}
     if any(format.span > 2 for format in bucket.formats):
-        dtypes = (bucket.units[0].param.dtype, bucket.grad_dtype)
+        dtypes = (bucket.param_steps[0].param.dtype, bucket.grad_dtype)
         narrow = all(dtype.itemsize == 2 for dtype in dtypes)
         if bucket.rows > 1:
             # packed codes beside wider parameters: the compiler's own choice does best

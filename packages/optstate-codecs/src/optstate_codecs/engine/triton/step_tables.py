@@ -33,13 +33,13 @@ class RowTable:
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
-        units = [unit for bucket in buckets for unit in bucket.units]
-        ends = list(accumulate(len(bucket.units) for bucket in buckets))
+        param_steps = [param_step for bucket in buckets for param_step in bucket.param_steps]
+        ends = list(accumulate(len(bucket.param_steps) for bucket in buckets))
         self.buckets = list(zip(buckets, [0, *ends], ends, strict=False))
         self._places = [place for bucket in buckets for place in bucket.places]
-        self._device = units[0].param.device
-        self._steps = [unit.state["step"] for unit in units]
-        self._groups = [unit.group for unit in units]
+        self._device = param_steps[0].param.device
+        self._steps = [param_step.state["step"] for param_step in param_steps]
+        self._groups = [param_step.group for param_step in param_steps]
         self.on_host = self._steps[0].device.type == "cpu"
         self._last: tuple[list[int], Tensor] | None = None
         self._counters = _counters(self._steps)
