@@ -77,7 +77,7 @@ def test_the_family_refuses_them_and_names_what_takes_them(make) -> None:
 def test_large_ones_are_refused_before_their_memory_is_read() -> None:
     """From 2^20 elements on, compiled loops read and write what lies at an address."""
     params, optimizer = swapped(partial(lowbit_adam.AdamW8bit, backend="eager"), 1024, 1025)
-    optimizer._session = type(optimizer._session)("auto")
+    optimizer.executor = type(optimizer.executor)("auto")
     with pytest.raises(TypeError, match=f"parameter 1: {INSTEAD}"):
         optimizer.step()
     assert torch.equal(params[2].full_tensor(), torch.ones(1024, 1025))

@@ -109,7 +109,7 @@ def test_a_recorded_step_finds_gradients_that_have_moved(formats) -> None:
     for side in (plain, recorded):
         give(side, 0)
         side.optimizer.step()
-    (plan,) = recorded.optimizer._session._plans.values()
+    (plan,) = recorded.optimizer.executor._plans.values()
     for table in plan.tables:
         table.on_host = False  # as on a GPU, where counts lie with the parameters
         table.row_of = table._sort()
@@ -117,7 +117,7 @@ def test_a_recorded_step_finds_gradients_that_have_moved(formats) -> None:
         give(side, 1)
         with surroundings:
             side.optimizer.step()
-    assert recorded.optimizer._session._captured == [plan]
+    assert recorded.optimizer.executor._captured == [plan]
     for side in (plain, recorded):
         give(side, 2)
         side.optimizer.step()

@@ -124,7 +124,7 @@ PHASES = {
     "load": (Ring, "_load", False),
     "loaded": (Ring, "_load", True),
     "source": ("place", "source", False),
-    "step": (eager, "_step_unit", False),
+    "step": (eager, "_step_param", False),
     "leave": (Ring, "leave", False),
     "left": (Ring, "leave", True),
     "sink": ("place", "sink", False),
@@ -210,7 +210,7 @@ def test_what_cannot_be_stored_for_a_while_is_not_lost(where, monkeypatch):
 @pytest.mark.parametrize("resident", [100_000, 1 << 30])
 def test_what_stays_on_the_device(resident, monkeypatch):
     watched = Watched("fp32", resident_bytes=resident)
-    injected(monkeypatch, eager, "_step_unit", 3)
+    injected(monkeypatch, eager, "_step_param", 3)
     said = watched.fail()
     monkeypatch.undo()
     watched.check(said)
@@ -223,7 +223,7 @@ def test_a_torn_parameter_goes_on_with_the_counts_of_its_parts(fused, monkeypatc
     pair = Pair(adam("fp32", "fp32", lr=0.01, fused=fused, backend="eager"), chunk_bytes=9000)
     pair.run(2, missing=False)
     (_, optimizer), large = list(pair.each())[1], pair.params[1][2]
-    injected(monkeypatch, eager, "_step_unit", 7)
+    injected(monkeypatch, eager, "_step_param", 7)
     with pytest.raises(StepError) as info:
         run(pair.params[1], optimizer, 2, missing=False)
     monkeypatch.undo()

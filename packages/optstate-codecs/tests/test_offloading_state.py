@@ -182,7 +182,7 @@ def test_bytes(formats, size, where):
     ours = optimizer.param_groups[0]["params"]
     for time in range(3):
         run(ours, optimizer, time, missing=False)
-    stream = optimizer._session
+    stream = optimizer.executor
     predicted = predicted_state_bytes(optimizer)
     kept = sum(slab.nbytes for slab in stream.slabs)
     assert state_bytes(optimizer) == predicted
@@ -201,7 +201,7 @@ def test_what_is_dropped_is_freed_at_once(where):
         ours = optimizer.param_groups[0]["params"]
         for time in range(3):
             run(ours, optimizer, time)
-        stream = optimizer._session
+        stream = optimizer.executor
         known = [weakref.ref(stream), weakref.ref(stream.place)]
         known += [weakref.ref(memory) for slab in stream.slabs for memory in slab.family]
         known += [weakref.ref(slot) for ring in stream._rings.values() for slot in ring.slots]

@@ -147,14 +147,14 @@ def test_captures_are_refused(monkeypatch) -> None:
 
 def test_an_error_in_a_step_leaves_all_usable(monkeypatch) -> None:
     trainer, calls = Trainer(make, SHAPES), iter(range(100))
-    real = CodedOptimizer._step_part
+    real = CodedOptimizer.step_part
 
     def failing(*args) -> None:
         if next(calls) == 2:
             raise OSError("boom")
         real(*args)
 
-    monkeypatch.setattr(CodedOptimizer, "_step_part", failing)
+    monkeypatch.setattr(CodedOptimizer, "step_part", failing)
     last = len(SHAPES) - 1
     with GradientRelease(trainer.optimizer, bucket_bytes=0):
         with pytest.raises(RuntimeError, match="OSError: boom") as caught:
@@ -200,7 +200,7 @@ def test_what_still_needs_the_old_parameter_fails(monkeypatch) -> None:
         for param in params:
             param.data.add_(1.0)  # where autograd does not see it
 
-    monkeypatch.setattr(CodedOptimizer, "_step_part", kernel)
+    monkeypatch.setattr(CodedOptimizer, "step_part", kernel)
     weight = Parameter(torch.ones(4))
     early = Parameter(torch.ones(4))
     loss = ((early * weight.detach()) * weight).sum()

@@ -296,7 +296,7 @@ def test_setstate_changes_what_it_names_and_no_more(offloaded: bool) -> None:
     optimizer = ours([param], backend="eager", **options)
     if offloaded:
         offload(optimizer)
-    session, how = optimizer._session, optimizer.offloaded
+    session, how = optimizer.executor, optimizer.offloaded
     param.grad = torch.ones_like(param)
     optimizer.step()
     optimizer.step()
@@ -306,7 +306,7 @@ def test_setstate_changes_what_it_names_and_no_more(offloaded: bool) -> None:
     for name, value in {
         **options,
         "backend": "eager",
-        "_session": session,
+        "executor": session,
         "offloaded": how,
     }.items():
         assert getattr(optimizer, name) is value

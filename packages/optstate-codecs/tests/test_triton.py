@@ -113,7 +113,7 @@ def test_what_rounding_leaves_out_is_delivered_alike(name, device) -> None:
     reference, kernel = pair(FORMATS[name], device, FEW, rule=rule)
     run(reference, kernel)
     # by the kernel: the reference cannot be captured
-    assert all(not plan.left for plan in kernel.optimizer._session._plans.values())
+    assert all(not plan.left for plan in kernel.optimizer.executor._plans.values())
 
 
 @pytest.mark.parametrize("device", devices())
@@ -172,7 +172,7 @@ def test_same_codes_for_one_moment_and_none(rule, options, formats, device) -> N
         )
         run(reference, kernel)
         # by the kernel, every one of them
-        assert all(not plan.left for plan in kernel.optimizer._session._plans.values())
+        assert all(not plan.left for plan in kernel.optimizer.executor._plans.values())
 
 
 @pytest.mark.parametrize("device", devices())
@@ -196,7 +196,7 @@ def test_same_codes_for_ema_rules(rule, options, formats, device) -> None:
         FORMATS[formats], device, FEW, rule=rule, dtype=dtype, write=write, **options
     )
     run(reference, kernel)
-    assert all(not plan.left for plan in kernel.optimizer._session._plans.values())
+    assert all(not plan.left for plan in kernel.optimizer.executor._plans.values())
 
 
 @pytest.mark.parametrize("device", devices())
@@ -251,7 +251,7 @@ def test_layouts_and_what_the_kernel_leaves_to_the_reference(device) -> None:
                 param.grad = torch.empty_like(param).copy_(grad)
             trainer.optimizer.step()
     compare(reference, kernel)
-    (plan,) = kernel.optimizer._session._plans.values()
+    (plan,) = kernel.optimizer.executor._plans.values()
     assert len(plan.left) == 2
     assert sum(len(bucket.param_steps) for bucket in plan.buckets) == 2
 
@@ -266,7 +266,7 @@ def test_misaligned_addresses_take_the_narrow_kernel(device) -> None:
     reference.run(1)
     kernel.run(1)
     compare(reference, kernel)
-    (plan,) = kernel.optimizer._session._plans.values()
+    (plan,) = kernel.optimizer.executor._plans.values()
     assert sorted(bucket.aligned for bucket in plan.buckets) == [False, True]
 
 
@@ -280,7 +280,7 @@ def test_groups_and_late_starters_share_a_launch(device) -> None:
         trainer.params.append(late)
         trainer.run(1)
     compare(reference, kernel)
-    plan = list(kernel.optimizer._session._plans.values())[-1]
+    plan = list(kernel.optimizer.executor._plans.values())[-1]
     assert len(plan.buckets) == 1
     assert len(plan.buckets[0].param_steps) == 3
 
@@ -440,4 +440,4 @@ def test_tensors_are_stepped_on_their_own_gpu() -> None:
         reference, kernel = pair(FORMATS["dynamic8"], "cuda:1", FEW, **options)
         with torch.cuda.device(0):
             run(reference, kernel)
-        assert all(not plan.left for plan in kernel.optimizer._session._plans.values())
+        assert all(not plan.left for plan in kernel.optimizer.executor._plans.values())

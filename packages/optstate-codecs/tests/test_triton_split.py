@@ -92,7 +92,7 @@ def test_a_step_of_decay_alone_is_the_same_to_the_bit(name, dtype, device) -> No
             expected = reference.optimizer.state[ours][CORRECTION]
             assert torch.equal(expected, kernel.optimizer.state[theirs][CORRECTION].cpu())
     assert any(reference.optimizer.state[p][CORRECTION].any() for p in reference.params)
-    (plan,) = kernel.optimizer._session._plans.values()
+    (plan,) = kernel.optimizer.executor._plans.values()
     assert [len(plan.left), sum(len(bucket.param_steps) for bucket in plan.buckets)] == [0, 8]
 
 
@@ -108,5 +108,5 @@ def test_writes_do_not_share_a_bucket(device) -> None:
     for ours, theirs in zip(reference.params, kernel.params, strict=True):
         assert torch.equal(ours, theirs.cpu())
         assert (CORRECTION in kernel.optimizer.state[theirs]) == (ours.dtype == torch.bfloat16)
-    (plan,) = kernel.optimizer._session._plans.values()
+    (plan,) = kernel.optimizer.executor._plans.values()
     assert len(plan.buckets) == 2

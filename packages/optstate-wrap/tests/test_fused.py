@@ -221,7 +221,7 @@ def test_resumes_bit_for_bit_and_copies_go_their_own_way() -> None:
 @pytest.mark.parametrize("when", ["before", "counted", "after"])
 def test_an_exception_leaves_all_before_or_after(when, monkeypatch) -> None:
     run = Run(ADAMW, ConfigurablePolicy(TWO), 1024).run(3)
-    session, after = run.optimizer.engine.fused._session, when == "after"
+    session, after = run.optimizer.engine.fused._executor, when == "after"
     original = session._run
 
     def failing(request):

@@ -54,7 +54,7 @@ def _run(handle: int, places: list[int], params: list[Tensor], grads: list[Tenso
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError("optstate::step: its optimizer is gone; compile the step again")
-    if optimizer._traced_groups is not optimizer.param_groups:
+    if optimizer.traced_groups is not optimizer.param_groups:
         raise RuntimeError(
             "optstate::step: optimizer.param_groups is another list than the compiled one; "
             "take a step outside torch.compile and compile again"

@@ -94,7 +94,7 @@ class CodedOptimizer(torch.optim.Optimizer):
     #: of the rule, which decides the hyper-parameters
     rule_type: ClassVar[type[Rule]] = Rule  # type: ignore[type-abstract]
     #: set while a ``GradientRelease`` steps parameters before ``step`` does
-    _in_parts = False
+    steps_in_parts = False
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.backend = backend
         self.offloaded: Offload | None = None
-        self._session: engine.ResidentExecutor | StreamingExecutor = engine.ResidentExecutor(
+        self.executor: engine.ResidentExecutor | StreamingExecutor = engine.ResidentExecutor(
             backend
         )
         self._forget()
@@ -139,12 +139,12 @@ class CodedOptimizer(torch.optim.Optimizer):
             raise unknown_argument(type(self), unknown[0], every)
         super().__init__(params, plain_value({**known, **storage, **options}))
         # by its own name, torch.compile would guard on every value in it
-        self._traced_groups = self.param_groups
+        self.traced_groups = self.param_groups
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler hands grad_scale and found_inf to step instead of unscaling itself."""
-        return self._in_parts or bool(self.defaults.get("fused"))
+        return self.steps_in_parts or bool(self.defaults.get("fused"))
 
     @property
     def state(self) -> Any:
@@ -153,7 +153,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         It may be edited: a moment may be put there in plain numbers, under its own name, and is
         encoded at the next step or save. Entries of others stay as they are and are saved too.
         """
-        self._session.synchronize()
+        self.executor.synchronize()
         self._take_back()
         return self.__dict__["state"]
 
@@ -203,12 +203,12 @@ class CodedOptimizer(torch.optim.Optimizer):
         count = len(self.param_groups)
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            self.check_group(self.param_groups[-1])
         except Exception:
             del self.param_groups[count:]
             raise
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: dict[str, Any]) -> None:
         """Raise unless the group is as it has to be; its hyper-parameters become plain values."""
         group.update({key: plain_value(group[key]) for key in self.defaults if key in group})
         hyper = self.rule.hyper(group)
@@ -271,7 +271,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         """What a compiler traces of a step: which parameters have gradients, and one operation."""
         places, params, grads = [], [], []
         index = 0
-        for group in self._traced_groups:
+        for group in self.traced_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     places.append(index)
@@ -281,7 +281,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         if places:
             step_as_operation(self._handle, places, params, grads)
 
-    def _refuse_parts(self) -> None:
+    def refuse_parts(self) -> None:
         """Raise if what a step does to a parameter depends on the gradients of others."""
         if self.skip_nonfinite:
             raise ValueError(
@@ -295,15 +295,15 @@ class CodedOptimizer(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
-    def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
+    def step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
         """Step these parameters, with their gradients multiplied with ``factor``."""
         groups = self.param_groups
         given = {self._table.number(groups, p): p.grad for p in params if p.grad is not None}
         self._step(given, factor, last=False)
 
-    def _join_parts(self) -> None:
+    def join_parts(self) -> None:
         """Have the current stream wait for the parts that were stepped."""
-        self._session.join()
+        self.executor.join()
 
     def _step(
         self,
@@ -318,16 +318,16 @@ class CodedOptimizer(torch.optim.Optimizer):
         try:
             self._take_step(given, factor, last)
         except BaseException:
-            self._session.finish(False)
+            self.executor.finish(False)
             raise
         if last:
-            self._session.finish()
+            self.executor.finish()
 
     def _take_step(
         self, given: Mapping[int, Tensor] | None, factor: Tensor | None, last: bool
     ) -> None:
         self._opt_called = True
-        self._traced_groups = self.param_groups
+        self.traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable=False: must be True for steps in a CUDA graph")
         self._take_back()
@@ -363,7 +363,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         if not param_steps[0].param.is_cuda:  # where there is nothing to choose
             request.total = engine.trainable(self.param_groups)
         request.apart = not last
-        self._session.step(request)
+        self.executor.step(request)
 
     def _kept(self, hypers: Sequence[Any]) -> tuple[list[GroupSpec], dict[Tensor, Any], StateSpec]:
         """What decides how state is kept, group by group and for all, and the state there is."""
@@ -434,17 +434,17 @@ class CodedOptimizer(torch.optim.Optimizer):
         options = {"write": "nearest", "skip_nonfinite": False, "max_grad_norm": None}
         for name, value in {**options, "backend": "auto", "offloaded": None}.items():
             self.__dict__.setdefault(name, value)
-        alive = "_session" in self.__dict__
+        alive = "executor" in self.__dict__
         if alive:
-            self._session.synchronize()
+            self.executor.synchronize()
         super().__setstate__(state)
         if not alive:
-            self._session = engine.ResidentExecutor(self.backend)
+            self.executor = engine.ResidentExecutor(self.backend)
             offloaded: Offload | None = self.__dict__["offloaded"]
             if offloaded is not None:
                 offloaded.again(self)
         self._forget()
-        self._traced_groups = self.param_groups
+        self.traced_groups = self.param_groups
         for group in self.param_groups:
             for key, value in self.shared_options.items():
                 group.setdefault(key, value)

@@ -175,18 +175,18 @@ class OptimizerWrapper(Delegate):
         return self.policy.compressing(self.engine.steps)
 
     #: set while a ``GradientRelease`` steps parameters before ``step`` does
-    _in_parts = False
+    steps_in_parts = False
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return self._in_parts or bool(getattr(self.inner, "_step_supports_amp_scaling", False))
+        return self.steps_in_parts or bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
     def _refuse(self, plan: Sequence[ParamChunk]) -> None:
         """Raise if a parameter of some pieces cannot be stepped."""
         refuse_params((p.number, p.param, p.param.grad) for p in plan if not p.part)
         refuse_records(self.inner, plan, self.engine.store, self.findings)
 
-    def _refuse_parts(self) -> None:
+    def refuse_parts(self) -> None:
         """Raise if what a step does to a parameter depends on the gradients of others."""
         if not self.findings.chunked:
             raise ValueError(
@@ -195,14 +195,14 @@ class OptimizerWrapper(Delegate):
             )
 
     @torch.no_grad()
-    def _step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
+    def step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
         """Step these parameters, with their gradients multiplied with ``factor``."""
         if factor is not None:
             for grad in [p.grad for p in dict.fromkeys(params) if p.grad is not None]:
                 grad.mul_(factor.to(grad.device))
         self.engine.step(some=set(params), refuse=self._refuse)
 
-    def _join_parts(self) -> None:
+    def join_parts(self) -> None:
         """Have the current stream wait for the parts that were stepped."""
         self.engine.fused.join()
 

@@ -86,7 +86,7 @@ class GradientRelease:
         max_grad_norm: float | None = None,
         allow_distributed: bool = False,
     ) -> None:
-        if not hasattr(optimizer, "_step_part"):
+        if not hasattr(optimizer, "step_part"):
             raise TypeError(
                 f"optimizer={type(optimizer).__name__}: must be one of this family, or wrapped: "
                 "optstate_wrap.wrap(optimizer)"
@@ -113,7 +113,7 @@ class GradientRelease:
         self._refuse()
 
     def _refuse(self) -> None:
-        self.optimizer._refuse_parts()
+        self.optimizer.refuse_parts()
         if isinstance(self.optimizer, CodedOptimizer):
             for number, param in enumerate(self._params()):
                 if param.requires_grad:
@@ -129,7 +129,7 @@ class GradientRelease:
         if self._hooks:
             return self
         self._refuse()
-        if self.optimizer._in_parts:
+        if self.optimizer.steps_in_parts:
             raise RuntimeError("optimizer: another GradientRelease is attached; detach that first")
         self._buckets = in_buckets(self._params(), self.bucket_bytes)
         clear = untraced(remove_before_backward)
@@ -144,14 +144,14 @@ class GradientRelease:
         # by these the optimizer keeps this alive
         self._hooks.append(self.optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
-        self.optimizer._in_parts = True
+        self.optimizer.steps_in_parts = True
         self.abandon()
         return self
 
     def detach(self) -> None:
         """Leave gradients alone from now on; ``step()`` completes a step that has begun."""
         if self._hooks:
-            self.optimizer._in_parts = False
+            self.optimizer.steps_in_parts = False
             self._remove_freed()
         while self._hooks:
             self._hooks.pop().remove()
@@ -298,7 +298,7 @@ class GradientRelease:
 
     def _join(self) -> None:
         self._joining = False
-        self.optimizer._join_parts()
+        self.optimizer.join_parts()
 
     def _expect(self, param: Tensor) -> None:
         """Raise if this gradient must not be there now."""
@@ -323,12 +323,12 @@ class GradientRelease:
         """Step those that have gradients, and free these."""
         if capturing():
             raise RuntimeError("CUDA graph capture: cannot be combined with GradientRelease")
-        self.optimizer._refuse_parts()
+        self.optimizer.refuse_parts()
         refuse_changed(self._values, values_of(self.optimizer))
         given = [param for param in params if param.grad is not None]
         if not given:
             return
-        self.optimizer._step_part(given, self._factor)
+        self.optimizer.step_part(given, self._factor)
         for param in given:
             # kernels write where autograd does not see it: what still needs the old value must fail
             torch.autograd.graph.increment_version(param)

@@ -34,7 +34,7 @@ class Offload:
     def again(self, optimizer: CodedOptimizer) -> None:
         """Have a copy of an optimizer keep its state as the first does; a file is not shared."""
         optimizer.offloaded = how = replace(self, store="host", path=None)
-        optimizer._session = how.stream(optimizer, HostStateStore())
+        optimizer.executor = how.stream(optimizer, HostStateStore())
 
     def stream(self, optimizer: CodedOptimizer, place: StateStore) -> StreamingExecutor:
         """A session that keeps the optimizer's state in ``place``."""
@@ -126,7 +126,7 @@ def offload(
         optimizer.offloaded = None
         place.close(remove=not resume)
         raise
-    optimizer._session = stream
+    optimizer.executor = stream
     return optimizer
 
 
@@ -152,7 +152,7 @@ def synchronize(optimizer: CodedOptimizer) -> None:
     given: Any = optimizer
     if not isinstance(given, CodedOptimizer):
         raise TypeError(f"optimizer: {type(given).__name__}, must be an optimizer of the family")
-    optimizer._session.synchronize()
+    optimizer.executor.synchronize()
 
 
 def _stored_param_steps(optimizer: CodedOptimizer | None) -> list[ParamStep]:

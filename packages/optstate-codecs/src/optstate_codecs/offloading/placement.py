@@ -78,7 +78,7 @@ class Placement:
         self._sharing: dict[int, list[PlacementEntry]] = {}
         self._rings: dict[torch.device, Ring] = {}
         self._resident: dict[torch.device, int] = {}
-        self._session = ResidentExecutor(backend)
+        self._executor = ResidentExecutor(backend)
         self._pending = False
         # steps taken apart, which the current stream has not waited for
         self._behind: deque[tuple[list[tuple[torch.device, Any]], int, tuple[StepRequest, ...]]] = (
@@ -337,7 +337,7 @@ class Placement:
             chunk.number = number
         for entry in self._entries.values():
             self._view_on_device(entry)
-        self._session = ResidentExecutor(self.backend)
+        self._executor = ResidentExecutor(self.backend)
 
     def _view_on_device(self, entry: PlacementEntry) -> None:
         param_step, step = entry.param_step, entry.param_step.state["step"]

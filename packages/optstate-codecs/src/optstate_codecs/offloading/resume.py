@@ -100,7 +100,7 @@ def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[G
         }
         new = {**group, **new}
         try:
-            optimizer._check_group(new)
+            optimizer.check_group(new)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
         mine = plain(group)

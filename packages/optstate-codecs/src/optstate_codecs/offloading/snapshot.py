@@ -111,7 +111,7 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
         )
     check_params(optimizer)
     saved = optimizer.state_dict()
-    stream = optimizer._session
+    stream = optimizer.executor
     kept: dict[int, Memory] = {}
     if isinstance(stream, StreamingExecutor):
         # by the tensor that the optimizer shows, which somebody may have put another for

@@ -78,7 +78,7 @@ class StreamingExecutor(Placement):
                         ring.expect(mine)
                 for ring in self._rings.values():
                     stack.enter_context(ring.working())
-                self._session.step(device_views)
+                self._executor.step(device_views)
         except Exception as error:
             done = set(map(id, device_views.done))
             counts = [

@@ -188,7 +188,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
             stacklevel=3,
         )
 
-    optimizer._session.supersede()
+    optimizer.executor.supersede()
     for target, (group, _) in zip(optimizer.param_groups, groups, strict=True):
         for key in set(target) - set(group):
             del target[key]
@@ -271,7 +271,7 @@ def _merged_groups(
         kept = {k: v for k, v in group.items() if k in own or k not in new}
         new = {**kept, **new}
         try:
-            optimizer._check_group(new)
+            optimizer.check_group(new)
             merged.append((new, _saved_formats(optimizer, new, saved)))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error

@@ -112,7 +112,7 @@ class Fused:
         self.wanted = wanted
         self.seed = seed
         self.store = store
-        self._session: ResidentExecutor | StreamingExecutor | None = None
+        self._executor: ResidentExecutor | StreamingExecutor | None = None
         self._rule: Rule | None = None
         self._hypers: list[Any] = []
         self._exact = False
@@ -120,7 +120,7 @@ class Fused:
 
     def forget(self) -> None:
         """Let go of all records."""
-        self._session = None
+        self._executor = None
         self.store.synchronize = None
         self._ready: dict[Tensor, _Ready] = {}
         self._owners: dict[int, tuple[_Ready, Record]] = {}
@@ -128,12 +128,12 @@ class Fused:
 
     def _begin(self) -> ResidentExecutor | StreamingExecutor:
         """The session, which is made with the first step."""
-        if self._session is None:
-            self._session = self.store.session()
-            if isinstance(self._session, StreamingExecutor):
-                self._session.watch = self._moved
-                self.store.synchronize = self._session.synchronize
-        return self._session
+        if self._executor is None:
+            self._executor = self.store.session()
+            if isinstance(self._executor, StreamingExecutor):
+                self._executor.watch = self._moved
+                self.store.synchronize = self._executor.synchronize
+        return self._executor
 
     def _moved(self, param_step: ParamStep) -> None:
         """The state of a unit is in other tensors now: its record takes these."""
@@ -147,8 +147,8 @@ class Fused:
         """Have the engine step a parameter no more; its records show its state."""
         ready = self._ready.pop(param, None)
         if ready is not None:
-            if isinstance(self._session, StreamingExecutor):
-                self._session.release(ready.param_steps)
+            if isinstance(self._executor, StreamingExecutor):
+                self._executor.release(ready.param_steps)
             for param_step in ready.param_steps:
                 del self._owners[id(param_step)]
 
@@ -289,13 +289,13 @@ class Fused:
 
     def finish(self, complete: bool = True) -> None:
         """A step has been taken, or has been broken off."""
-        if self._session is not None:
-            self._session.finish(complete)
+        if self._executor is not None:
+            self._executor.finish(complete)
 
     def join(self) -> None:
         """Have the current stream wait for all that has been stepped."""
-        if self._session is not None:
-            self._session.join()
+        if self._executor is not None:
+            self._executor.join()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"wanted": self.wanted, "seed": self.seed, "store": self.store}
