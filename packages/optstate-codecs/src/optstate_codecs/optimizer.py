@@ -29,7 +29,6 @@ from optstate_codecs.writes import WRITES
 
 if TYPE_CHECKING:
     from optstate_codecs.offloading.offload import Offload
-    from optstate_codecs.offloading.streaming import StreamingExecutor
 
 __all__ = ["CodedOptimizer"]
 
@@ -124,9 +123,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.backend = backend
         self.offloaded: Offload | None = None
-        self.executor: engine.ResidentExecutor | StreamingExecutor = engine.ResidentExecutor(
-            backend
-        )
+        self.executor: engine.Executor = engine.ResidentExecutor(backend)
         self._forget()
         known = {**rule.defaults(), **self.shared_options, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:

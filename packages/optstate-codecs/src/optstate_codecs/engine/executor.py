@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, Protocol
 
 from optstate_codecs.device import HAS_TRITON, INTERPRETED, VARIABLE
 from optstate_codecs.engine import eager
@@ -18,7 +18,7 @@ from optstate_codecs.engine.request import ParamStep, StepRequest, layout_of
 from optstate_codecs.engine.triton.buckets import Bucket, build_buckets
 from optstate_codecs.engine.triton.step_tables import RowTable
 
-__all__ = ["BACKENDS", "ResidentExecutor"]
+__all__ = ["BACKENDS", "Executor", "ResidentExecutor"]
 
 BACKENDS = ("auto", "eager", "compile", "triton")
 # plans are keyed by which parameters have gradients; models that route keep a few, and those that
@@ -66,6 +66,25 @@ def _layouts(request: StepRequest) -> list[Any]:
 def _aligned(request: StepRequest) -> list[bool]:
     """Which gradients begin where a thread may access 16 bytes at once."""
     return [address % 16 == 0 for address in request.addresses]
+
+
+class Executor(Protocol):
+    """Runs step requests for an optimizer, with resident or with offloaded state."""
+
+    def step(self, request: StepRequest) -> None:
+        """Step every parameter of the request."""
+
+    def join(self) -> None:
+        """Have the current stream wait for partial steps."""
+
+    def finish(self, complete: bool = True) -> None:
+        """A step is over: complete, or broken off by an exception."""
+
+    def supersede(self) -> None:
+        """State and group values are about to be replaced."""
+
+    def synchronize(self) -> None:
+        """Wait until all state is stored where ``optimizer.state`` shows it."""
 
 
 class ResidentExecutor:
