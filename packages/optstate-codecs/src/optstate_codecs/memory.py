@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optstate_codecs.param_checks import check_params, is_distributed
+from optstate_codecs.param_checks import check_params
+from optstate_codecs.sharding import is_distributed, local_of, shard_formats
 from optstate_codecs.state.dim_order import follows_order
 from optstate_codecs.state.layout import Declaration, bound
 from optstate_codecs.writes import parameter_write
@@ -65,17 +66,20 @@ def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
 
     Exact: it adds up what the formats and the write declare, 4 bytes of step count per parameter,
     and 8 for the order of dimensions (``dim_order``) where there are several and blocks follow it.
+    Of a ``DTensor`` the shard of this process counts.
 
     Raises:
-        TypeError: a parameter has become a ``DTensor``, which the optimizer does not step.
+        TypeError: a parameter is of a kind that the optimizer does not step.
     """
     check_params(optimizer)
     total = 0
     for group in optimizer.param_groups:
         formats = optimizer.group_formats(group)
-        for param in group["params"]:
+        for given in group["params"]:
+            param = local_of(given)
             write = parameter_write(optimizer.write, param.dtype)
-            stored: list[Declaration] = [*bound(formats, param).values(), write]
+            sized = shard_formats(formats, given) if is_distributed(given) else formats
+            stored: list[Declaration] = [*bound(sized, param).values(), write]
             parts = [component for declared in stored for component in declared.components]
             total += STEP_BYTES + sum(part.nbytes(param.numel()) for part in parts)
             total += ORDER_BYTES * follows_order(param, stored)
@@ -106,10 +110,7 @@ class MemoryReport:
 
 def local_elements(tensor: Tensor) -> int:
     """How many elements this process holds: of a ``DTensor`` those of its shard."""
-    if is_distributed(tensor):
-        local: Any = tensor
-        tensor = local.detach().to_local()
-    return tensor.numel()
+    return local_of(tensor).numel()
 
 
 def memory_report(optimizer: Optimizer) -> MemoryReport:

@@ -17,7 +17,7 @@ from optstate_codecs.flat_params import is_flat, refuse_gathering
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.gradients.centralization import find_centres
 from optstate_codecs.gradients.grad_norm import gradient_factor, nonfinite
-from optstate_codecs.param_checks import check_kind
+from optstate_codecs.param_checks import check_param
 from optstate_codecs.parameters import Entry, GroupSpec, ParameterTable, StateSpec
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rules import Rule
@@ -228,7 +228,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         if group["differentiable"]:
             raise ValueError("differentiable=True: not supported; leave it False")
         for i, param in enumerate(group["params"]):
-            check_kind(f"params[{i}]", param)
+            check_param(f"params[{i}]", param)
             if self.max_grad_norm is not None and is_flat(param):
                 raise ValueError(
                     f"max_grad_norm={self.max_grad_norm}: must be None for FSDP1, whose norm is "
@@ -335,13 +335,13 @@ class CodedOptimizer(torch.optim.Optimizer):
             return
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self.skip_nonfinite:
-            bad = nonfinite(grads)
+            bad = nonfinite(grads, found.params)
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
             if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
                 return
         param_steps = self._table.cached_param_steps(self.param_groups, found, *self._kept(hypers))
         if factor is None:
-            factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
+            factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm, found.params)
         centres = None
         shares = [plain_value(group["centralization"]) for group in self.param_groups]
         if any(shares):

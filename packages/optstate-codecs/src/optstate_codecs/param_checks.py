@@ -12,16 +12,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-__all__ = ["check_kind", "check_params", "check_steppable", "is_distributed"]
+from optstate_codecs.sharding import check_placements, is_distributed, local_of
+
+__all__ = ["check_kind", "check_param", "check_params", "check_steppable"]
 
 _PLAIN = (Tensor, Parameter)
 # what steps parameters of any kind, since torch's own operations do the arithmetic
 WRAP = "use optstate_wrap.wrap(torch.optim.AdamW(...)), which works with FSDP2"
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``, of which only a shard is here."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
 
 
 def check_kind(name: str, tensor: Tensor, instead: str = WRAP) -> None:
@@ -52,6 +49,17 @@ def check_kind(name: str, tensor: Tensor, instead: str = WRAP) -> None:
             f"{name}: is a {kind.__name__}, a subclass of Tensor that handles operations itself, "
             f"must be a plain tensor; {advice}"
         )
+
+
+def check_param(name: str, param: Tensor) -> None:
+    """Raise unless a parameter has plain memory, or is a ``DTensor`` whose shard has.
+
+    Raises:
+        TypeError: it has not.
+    """
+    if is_distributed(param):
+        check_placements(name, param)
+    check_kind(name, local_of(param))
 
 
 def check_steppable(index: int, param: Tensor) -> None:
@@ -90,4 +98,4 @@ def check_params(optimizer: Optimizer) -> None:
     """
     params = (param for group in optimizer.param_groups for param in group["params"])
     for index, param in enumerate(params):
-        check_kind(f"parameter {index}", param)
+        check_param(f"parameter {index}", param)

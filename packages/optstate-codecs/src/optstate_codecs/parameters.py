@@ -13,12 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.formats import Format
 from optstate_codecs.param_checks import check_kind, check_steppable
 from optstate_codecs.rules import Moment
+from optstate_codecs.sharding import (
+    any_distributed,
+    check_placements,
+    is_distributed,
+    local_of,
+    shard_formats,
+    shard_offset,
+)
 from optstate_codecs.state.building import counts_on_device, share_steps
 from optstate_codecs.state.conform import Wanted, conformed, own_keys
 from optstate_codecs.writes import parameter_write
@@ -53,8 +62,8 @@ class Gradients:
     Attributes:
         numbers: the place of each parameter in the optimizer, counted over all groups.
         groups: the number of the group of each.
-        params: the parameters.
-        grads: their gradients.
+        params: the parameters, as the groups have them.
+        grads: their gradients; of a DTensor the local shards.
         addresses: of the gradients' first elements.
         layouts: the dtype and strides of each gradient.
     """
@@ -90,6 +99,7 @@ class _Found:
         self._used = [
             (param_step.state, itemgetter(*param_step.keys, "step")) for param_step in param_steps
         ]
+        self._sharded = any_distributed(given.params)
         self._where = self._look()
 
     def holds(
@@ -109,7 +119,7 @@ class _Found:
             return False
 
     def _look(self) -> tuple[list[Any], ...]:
-        params = self._params
+        params = list(map(local_of, self._params)) if self._sharded else self._params
         return (
             [len(state) for state, _ in self._used],
             [param.data_ptr() for param in params],
@@ -153,11 +163,14 @@ class ParameterTable:
         # by the numbers of the parameters that had gradients
         self._found: dict[tuple[int, ...], _Found] = {}
         self._numbers: dict[Tensor, tuple[int, int, int]] = {}
+        # of DTensors, by number: the group's formats, and those for the global size
+        self._sharded_formats: dict[int, tuple[Any, dict[str, Format]]] = {}
 
     def forget(self, param: Tensor) -> None:
         """Look at the state of a parameter anew, the next time that it is wanted."""
+        local = local_of(param)
         for index in [
-            i for i, param_step in self._param_steps.items() if param_step.param is param
+            i for i, param_step in self._param_steps.items() if param_step.param is local
         ]:
             del self._param_steps[index]
         self._found.clear()
@@ -198,6 +211,11 @@ class ParameterTable:
             [every[number][1] for number in numbers],
             chosen,
         )
+        if any_distributed(chosen):
+            found.grads = chosen = [
+                _local_grad(index, every[index][1], grad)
+                for index, grad in zip(numbers, chosen, strict=True)
+            ]
         if any(grad.layout is not torch.strided for grad in chosen):
             self._check(found)
         addresses = [grad.data_ptr() for grad in chosen]
@@ -218,7 +236,7 @@ class ParameterTable:
     def _check(found: Gradients) -> None:
         for entry in found.entries:
             assert entry.grad is not None
-            check_grad(entry.number, entry.param, entry.grad)
+            check_grad(entry.number, local_of(entry.param), entry.grad)
 
     def cached_param_steps(
         self,
@@ -261,12 +279,14 @@ class ParameterTable:
         for entry in entries:
             index, group, param = entry[:3]
             spec = specs[group]
+            formats = self._formats_of(index, spec, param)
+            param = local_of(param)
             param_step = param_steps.get(index)
             if (
                 param_step is None
                 or param_step.param is not param
-                or param_step.state is not states.get(param)
-                or param_step.formats is not spec.formats
+                or param_step.state is not states.get(entry.param)
+                or param_step.formats is not formats
                 or param_step.seed != spec.seed
                 or param_step.group != group
                 or param_step.write.dtype is not param.dtype
@@ -277,6 +297,16 @@ class ParameterTable:
         if anew:
             self._renew(groups, anew, specs, states, kept)
         return [param_steps[entry.number] for entry in entries]
+
+    def _formats_of(self, index: int, spec: GroupSpec, param: Tensor) -> Mapping[str, Format]:
+        """The formats of a parameter: those of its group, for a DTensor as its global size asks."""
+        if type(param) is Parameter or not is_distributed(param):
+            return spec.formats
+        given, formats = self._sharded_formats.get(index, (None, {}))
+        if given is not spec.formats:
+            formats = shard_formats(spec.formats, param)
+            self._sharded_formats[index] = spec.formats, formats
+        return formats
 
     def _renew(
         self,
@@ -290,9 +320,12 @@ class ParameterTable:
         changes = []
         for entry in entries:
             index, number, param, grad = entry[:4]
+            moments, _, seed = specs[number]
+            formats = self._formats_of(index, specs[number], param)
+            offset = shard_offset(param) if is_distributed(param) else 0
+            param = local_of(param)
             if grad is not None:
                 check_grad(index, param, grad)
-            moments, formats, seed = specs[number]
             write = parameter_write(kept.write, param.dtype)
             wanted = Wanted(
                 f"parameter {index}",
@@ -305,8 +338,9 @@ class ParameterTable:
                 kept.state_device,
                 kept.counted,
                 stepped=grad is not None,
+                offset=offset,
             )
-            state = states.get(param, {})
+            state = states.get(entry.param, {})
             if not isinstance(state, dict):
                 raise TypeError(f"parameter {index}: state: must be a dict, got {type(state)}")
             is_fresh = not own_keys(moments, wanted.stored) & state.keys()
@@ -327,20 +361,48 @@ class ParameterTable:
                 fresh.append((param, state, counts_on_device(groups[number])))
         share_steps(fresh)
         for entry, wanted, *_ in changes:
-            index, number, param = entry[:3]
+            index, number, owner = entry[:3]
+            param = wanted.param
             param_step = self._param_steps[index] = ParamStep(
                 param,
-                states[param],
+                states[owner],
                 wanted.moments,
                 wanted.formats,
                 wanted.write,
                 wanted.seed,
                 index,
                 number,
+                wanted.offset,
             )
             homes = (wanted.state_device or param.device, param.device)
             here = all(param_step.state[key].device in homes for key in param_step.keys[1:])
             (self._away.discard if here else self._away.add)(index)
+
+
+def _local_grad(index: int, param: Tensor, grad: Tensor) -> Tensor:
+    """The shard of a gradient that belongs to the parameter's shard.
+
+    Raises:
+        TypeError, ValueError: one of the two is a DTensor and the other is not, or the global
+            shapes differ.
+    """
+    name = f"gradient of parameter {index}"
+    if is_distributed(grad) != is_distributed(param):
+        kinds = type(grad).__name__, type(param).__name__
+        raise TypeError(f"{name}: is a {kinds[0]}, must be a {kinds[1]} as the parameter")
+    if not is_distributed(grad):
+        return grad
+    ours: Any = param
+    theirs: Any = grad
+    if theirs.shape != ours.shape:
+        raise ValueError(
+            f"{name}: shape {tuple(theirs.shape)}, must be {tuple(ours.shape)} as the parameter's"
+        )
+    check_placements(f"parameter {index}", ours)
+    if theirs.placements != ours.placements:
+        # a sum that is still to be made, as tensor parallelism leaves it
+        theirs = theirs.redistribute(ours.device_mesh, ours.placements)
+    return local_of(theirs)
 
 
 def check_grad(index: int, param: Tensor, grad: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.sharding import is_distributed, local_of, rewrapped
 from optstate_codecs.state.building import decode_param_step
 from optstate_codecs.writes import MASTER, parameter_write
 
@@ -33,7 +34,13 @@ def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
     found = optimizer.stored_param_steps({param}) if optimizer.state.get(param) else []
     if not found:
         return {}
-    return decode_param_step(*found)
+    decoded = decode_param_step(*found)
+    if is_distributed(param):
+        return {
+            key: value if key == "step" else rewrapped(value, param, param.shape)
+            for key, value in decoded.items()
+        }
+    return decoded
 
 
 def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:
@@ -56,8 +63,9 @@ def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:
     optimizer.group_of(param)
     state = optimizer.state.get(param, {})
     write = parameter_write(optimizer.write, param.dtype)
-    value = param.detach()
+    value = local_of(param).detach()
     parts = [state[c.key(MASTER)] for c in write.components if state]
     if parts:
         value = write.read(value, parts)
-    return value.to(torch.promote_types(param.dtype, torch.float32), copy=True)
+    value = value.to(torch.promote_types(param.dtype, torch.float32), copy=True)
+    return rewrapped(value, param, param.shape) if is_distributed(param) else value

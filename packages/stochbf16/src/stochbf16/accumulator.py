@@ -23,7 +23,8 @@ from optstate_codecs import checks
 from optstate_codecs.custom_op import untraced
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.gradients.hooks import weakly
-from optstate_codecs.param_checks import check_kind, is_distributed
+from optstate_codecs.param_checks import check_kind
+from optstate_codecs.sharding import is_distributed
 from optstate_codecs.stochastic import SOURCES
 from stochbf16.pending import Addition, Pending
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.param_checks import is_distributed
+from optstate_codecs.sharding import any_distributed, is_distributed, sharding_groups, summed
 
 __all__ = [
     "Share",
@@ -29,7 +30,10 @@ Share = tuple[tuple[torch.device, torch.dtype], Tensor]
 
 
 def gradient_factor(
-    grads: Sequence[Tensor], grad_scale: Tensor | None, max_norm: float | None
+    grads: Sequence[Tensor],
+    grad_scale: Tensor | None,
+    max_norm: float | None,
+    params: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, Tensor | None]:
     """What to multiply gradients with, and the norm that they had.
 
@@ -37,6 +41,7 @@ def gradient_factor(
         grads: at least one.
         grad_scale: what they are to be divided by first, or None.
         max_norm: the norm that all of them together may have then, or None.
+        params: their parameters; of DTensors, ``grads`` are the local shards.
 
     Returns:
         The factor, or None for 1, and the norm of the unscaled gradients, or None where it was
@@ -46,7 +51,7 @@ def gradient_factor(
     inverse = None if grad_scale is None else grad_scale.reciprocal()
     if max_norm is None:
         return inverse, None
-    norm = gradient_norm(grads)
+    norm = gradient_norm(grads, params)
     if inverse is not None:
         inverse = inverse.to(norm.device, norm.dtype)
         norm = norm * inverse
@@ -59,11 +64,16 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
-def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+def gradient_norm(grads: Sequence[Tensor], params: Sequence[Tensor] = ()) -> Tensor:
     """The 2-norm of all of ``grads`` together, 0-d, on the device of the first.
 
-    As ``torch.nn.utils.get_total_norm``, but float32 where that would be narrower.
+    As ``torch.nn.utils.get_total_norm``, but float32 where that would be narrower. Where any of
+    ``params`` is a DTensor, the norm is that of all shards: every worker has to call this.
     """
+    if any_distributed(params):
+        members = _by_groups(grads, params)
+        squares = {key: gradient_norm(some).square() for key, some in members.items()}
+        return summed(squares).sqrt()
     norm: Tensor = torch.linalg.vector_norm(_norms(grads, 2.0), 2.0)
     return norm
 
@@ -98,11 +108,26 @@ def norm_of(shares: Iterable[Share]) -> Tensor:
     return total
 
 
-def nonfinite(grads: Sequence[Tensor]) -> Tensor:
+def _by_groups(
+    grads: Sequence[Tensor], params: Sequence[Tensor]
+) -> dict[tuple[Any, ...], list[Tensor]]:
+    """The gradients by the process groups that hold the shards of their parameters."""
+    members: dict[tuple[Any, ...], list[Tensor]] = {}
+    for grad, param in zip(grads, params, strict=True):
+        members.setdefault(sharding_groups(param), []).append(grad)
+    return members
+
+
+def nonfinite(grads: Sequence[Tensor], params: Sequence[Tensor] = ()) -> Tensor:
     """1.0 where any element of ``grads`` is NaN or infinite, else 0.0; 0-d float32.
 
-    Elements on meta, which have no values, are neither.
+    Elements on meta, which have no values, are neither. Where any of ``params`` is a DTensor, all
+    shards count: every worker has to call this.
     """
+    if any_distributed(params):
+        members = _by_groups(grads, params)
+        found = {key: nonfinite(some) for key, some in members.items()}
+        return summed(found, largest=True)
     # there is no maximum over nothing
     some = [grad for grad in grads if grad.numel() and not grad.is_meta]
     if not some:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optstate_codecs.param_checks import is_distributed
+from optstate_codecs.sharding import is_distributed
 
 __all__ = [
     "Values",

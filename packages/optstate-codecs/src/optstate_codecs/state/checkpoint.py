@@ -21,11 +21,21 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.counts import taken
-from optstate_codecs.formats import FP32, Format, parse_format
+from optstate_codecs.engine.request import ParamStep
+from optstate_codecs.formats import FP32, Component, Format, parse_format
 from optstate_codecs.parameters import ParameterTable
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
+from optstate_codecs.sharding import (
+    component_shard,
+    is_distributed,
+    local_of,
+    local_slice,
+    rewrapped,
+    shard_formats,
+    shard_offset,
+)
 from optstate_codecs.state.building import (
     counts_on_device,
     decode_param_step,
@@ -41,7 +51,7 @@ from optstate_codecs.state.dim_order import (
     order_entry,
     order_of,
 )
-from optstate_codecs.state.layout import bound, empty_state, storage_order
+from optstate_codecs.state.layout import bound, empty_state, storage_order, stored_formats
 from optstate_codecs.writes import CORRECTION, MASTER, SplitMaster, Write, parameter_write
 
 if TYPE_CHECKING:
@@ -66,6 +76,7 @@ class Lent:
         version: of the copy as it was handed out.
         order: the entry for the order of dimensions, which is not a copy, or None.
         order_version: of that.
+        decoded: decoded copies of moments whose blocks cannot be shown as shards, and versions.
     """
 
     param: Tensor
@@ -74,12 +85,21 @@ class Lent:
     version: int
     order: Tensor | None
     order_version: int
+    decoded: Mapping[str, tuple[Tensor, int]]
 
     @classmethod
-    def of(cls, param: Tensor, state: dict[str, Any], step: Tensor) -> Lent:
+    def of(
+        cls,
+        param: Tensor,
+        state: dict[str, Any],
+        step: Tensor,
+        decoded: Mapping[str, Tensor],
+    ) -> Lent:
         """What was handed out, as it is now."""
         order = state.get(DIM_ORDER)
-        return cls(param, state, step, step._version, order, 0 if order is None else order._version)
+        version = 0 if order is None else order._version
+        copies = {name: (value, value._version) for name, value in decoded.items()}
+        return cls(param, state, step, step._version, order, version, copies)
 
 
 def take_back(table: ParameterTable, lent: Sequence[Lent]) -> None:
@@ -90,6 +110,9 @@ def take_back(table: ParameterTable, lent: Sequence[Lent]) -> None:
         if entry.order is not None and entry.order._version != entry.order_version:
             # codes are those of another layout in memory now
             table.forget(entry.param)
+        for name, (value, version) in entry.decoded.items():
+            if value._version != version:
+                entry.state[name] = value
 
 
 @torch.inference_mode(False)
@@ -106,12 +129,45 @@ def packed(optimizer: CodedOptimizer, plain: StateDict) -> tuple[StateDict, list
         params |= dict(zip(saved["params"], group["params"], strict=True))
     plain["param_groups"] = plain_value(plain["param_groups"])
     lent = []
+    sharded = {p for p in params.values() if is_distributed(p)}
+    steps = {id(s.state): s for s in optimizer.stored_param_steps(sharded)} if sharded else {}
     for number, state in plain["state"].items():
         if number in params and isinstance(state, dict) and "step" in state:
-            step = state["step"].clone()
-            plain["state"][number] = {**state, "step": step}
-            lent.append(Lent.of(params[number], state, step))
+            step, param = state["step"].clone(), params[number]
+            shown, decoded = state, dict[str, Tensor]()
+            if param in sharded:
+                shown, decoded = _as_shards(param, state, steps[id(state)])
+            plain["state"][number] = {**shown, "step": step}
+            lent.append(Lent.of(param, state, step, decoded))
     return plain, lent
+
+
+def _as_shards(
+    param: Tensor, state: Mapping[str, Any], param_step: ParamStep
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A DTensor's state with its components as DTensors of the same placements.
+
+    Where a block of the global tensor would be cut by the border of a shard, components of the
+    shards are not shards of one tensor; there the decoded moment is shown, in float32.
+
+    Returns:
+        The entries, and the local tensors of moments that are shown decoded.
+    """
+    shown, copies = dict(state), dict[str, Tensor]()
+    decoded: dict[str, Tensor] = {}
+    for name, declared in param_step.stored.items():
+        shapes = {c.key(name): component_shard(param, c) for c in declared.components}
+        if None in shapes.values():
+            decoded = decoded or decode_param_step(param_step)
+            for key in shapes:
+                del shown[key]
+            copies[name] = decoded[name]
+            shown[name] = rewrapped(decoded[name], param, param.shape)
+        else:
+            for key, shape in shapes.items():
+                assert shape is not None
+                shown[key] = rewrapped(state[key], param, shape)
+    return shown, copies
 
 
 def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
@@ -123,6 +179,11 @@ def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
         for number, param in zip(saved["params"], group["params"], strict=True):
             if state.get(number):
                 decoded = decode_param_step(*optimizer.stored_param_steps({param}))
+                if is_distributed(param):
+                    decoded = {
+                        key: value if key == "step" else rewrapped(value, param, param.shape)
+                        for key, value in decoded.items()
+                    }
                 write = parameter_write(optimizer.write, param.dtype)
                 formats = bound(optimizer.group_formats(group), param)
                 own = own_keys(moments, {**formats, MASTER: write})
@@ -151,7 +212,7 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
     loaded = []
     index = rounded = 0
     for (group, saved_formats), saved in zip(groups, state_dict["param_groups"], strict=True):
-        formats = optimizer.group_formats(group)
+        group_formats = formats = optimizer.group_formats(group)
         moments = optimizer.rule.moments(optimizer.rule.hyper(group))
         for param, number in zip(group["params"], saved["params"], strict=True):
             if stored := state_dict["state"].get(number):
@@ -161,9 +222,14 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                         stored = {"step": 1.0, **stored}
                 where = f"state_dict['state'][{number!r}]"
                 source = saved_formats or dict.fromkeys(formats, FP32())
+                owner, offset, formats = param, 0, group_formats
+                if is_distributed(owner):
+                    param, offset = local_of(owner), shard_offset(owner)
+                    stored, source = _shard_of(where, owner, stored, moments, source)
+                    formats = shard_formats(formats, owner)
                 _check_state(where, param, stored, source, formats)
                 step = _loaded_step(where, stored["step"])
-                counter = Counter(group["rounding_seed"], taken(float(step)), index)
+                counter = Counter(group["rounding_seed"], taken(float(step)), index, offset)
                 order = _saved_order(where, param, stored, source, saved.get("orders", {}), number)
                 moved = _moved(param, stored, source, formats, order)
                 if moved is None:
@@ -176,9 +242,9 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                 if optimizer.state_device is not None:
                     # one parameter after the other: there may be no room for all beside them
                     moved = {key: part.to(optimizer.state_device) for key, part in moved.items()}
-                state[param] = {"step": step, **moved, **others}
+                state[owner] = {"step": step, **moved, **others}
                 rounded += CORRECTION in stored and not write.components
-                loaded.append((param, state[param], counts_on_device(group)))
+                loaded.append((param, state[owner], counts_on_device(group)))
             index += 1
 
     if rounded:
@@ -198,6 +264,78 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
     optimizer.state.update(state)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _shard_of(
+    where: str,
+    owner: Tensor,
+    stored: Mapping[str, Any],
+    moments: Sequence[Moment],
+    source: Mapping[str, Format],
+) -> tuple[dict[str, Any], dict[str, Format]]:
+    """The part of a saved state that belongs to a DTensor's shard, and the formats it is in.
+
+    Args:
+        where: what messages call the state.
+        owner: the parameter.
+        stored: DTensors, or whole tensors, or those of this very shard.
+        moments: the rule's.
+        source: the formats of the saved group.
+    """
+    local = local_of(owner)
+    # of a plain tensor's checkpoint blocks do not stop at the ends of rows
+    sized = next(
+        (
+            sized
+            for sized in (shard_formats(source, owner), stored_formats(source, owner.numel()))
+            if _has_shapes(stored, bound(sized, owner), owner.shape)
+        ),
+        dict(source),
+    )
+    # moments that were saved decoded, see ``_as_shards``
+    sized = {name: FP32() if name in stored else format for name, format in sized.items()}
+    declared = {c.key(n): c for n, f in bound(sized, local).items() for c in f.components}
+    declared[CORRECTION] = Component(CORRECTION, torch.int8)
+    found, whole = dict(stored), False
+    for key, component in declared.items():
+        value = stored.get(key)
+        if not isinstance(value, Tensor):
+            continue
+        if not is_distributed(value) and value.shape == component.shape(local.shape):
+            continue
+        shape = component_shard(owner, component)
+        if shape is None:
+            whole = True
+        elif value.shape != shape:
+            raise ValueError(
+                f"{where}[{key!r}]: shape {tuple(value.shape)}, must be {tuple(shape)}"
+            )
+        else:
+            found[key] = local_slice(value, owner)
+    if not whole:
+        return found, sized
+    # blocks across the borders of shards: decoded as a whole
+    like = torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype, device=local.device)
+    order = _saved_order(where, like, stored, sized, {}, None)
+    decoded = decode_stored(like, stored, moments, sized, order)
+    for name, format in bound(sized, local).items():
+        for component in format.components:
+            found.pop(component.key(name), None)
+        found[name] = local_slice(decoded[name], owner)
+    found.pop(DIM_ORDER, None)
+    return found, dict.fromkeys(sized, FP32())
+
+
+def _has_shapes(
+    stored: Mapping[str, Any], formats: Mapping[str, Format], shape: Sequence[int]
+) -> bool:
+    """Whether the components that are there have the shapes of these formats."""
+    parts = {c.key(name): c for name, f in formats.items() for c in f.components}
+    return all(
+        tuple(value.shape) == component.shape(shape)
+        for key, component in parts.items()
+        if isinstance(value := stored.get(key), Tensor)
+    )
 
 
 def _of_others(state_dict: StateDict) -> dict[Any, Any]:

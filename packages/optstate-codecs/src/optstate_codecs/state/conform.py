@@ -19,6 +19,7 @@ from optstate_codecs.counts import taken
 from optstate_codecs.formats import Component, Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
+from optstate_codecs.sharding import local_of
 from optstate_codecs.state.building import decode_stored, encode_state, initial_state
 from optstate_codecs.state.dim_order import (
     DIM_ORDER,
@@ -47,6 +48,7 @@ class Wanted:
         home: where state is kept; None is beside the parameter.
         counted: whether ``torch.optim``'s class of the rule counts its steps.
         stepped: whether a step is to take it; what is only read or saved may be on any device.
+        offset: of the first element, in what random numbers are counted over.
     """
 
     where: str
@@ -59,6 +61,7 @@ class Wanted:
     state_device: torch.device | None = None
     counted: bool = True
     stepped: bool = True
+    offset: int = 0
 
     @property
     def stored(self) -> dict[str, Declaration]:
@@ -94,7 +97,7 @@ def conformed(wanted: Wanted, state: Mapping[str, Any]) -> dict[str, Any]:
     param, stored = wanted.param, wanted.stored
     own = own_keys(wanted.moments, stored)
     foreign = {key: value for key, value in state.items() if key not in own}
-    entries = {key: value for key, value in state.items() if key in own}
+    entries = {key: _local(value) for key, value in state.items() if key in own}
     for moment in wanted.moments:
         if moment.plain in entries:
             entries[moment.name] = entries.pop(moment.plain)
@@ -119,6 +122,10 @@ def conformed(wanted: Wanted, state: Mapping[str, Any]) -> dict[str, Any]:
         if follows_order(param, stored.values()):
             new[DIM_ORDER] = _kept_entry(param, entries)
     return {"step": step, **new, **foreign}
+
+
+def _local(value: Any) -> Any:
+    return local_of(value) if isinstance(value, Tensor) else value
 
 
 def _step(wanted: Wanted, entries: Mapping[str, Any]) -> Tensor:
@@ -170,7 +177,7 @@ def _encoded(wanted: Wanted, entries: Mapping[str, Any], step: Tensor) -> dict[s
     )
     zeros = {m.name: torch.zeros_like(param, dtype=torch.float32) for m in wanted.moments}
     values = {**zeros, **values, **plain}
-    counter = Counter(wanted.seed, taken(float(step)), wanted.index)
+    counter = Counter(wanted.seed, taken(float(step)), wanted.index, wanted.offset)
     encoded = encode_state(param, values, wanted.moments, wanted.formats, counter)
     changed = {
         m.name for m in wanted.moments if turned or m.name in plain or _divisor(m, formats) in plain

@@ -29,6 +29,7 @@ __all__ = [
     "same_order",
     "slices",
     "storage_order",
+    "stored_formats",
     "view_bytes_as",
 ]
 
@@ -69,10 +70,13 @@ def is_dense(tensor: Tensor) -> bool:
 def bound(formats: Mapping[str, Format], tensor: Tensor) -> dict[str, Format]:
     """The formats as they store moments of ``tensor``'s size and shape in its storage order."""
     shape, order = tensor.shape, storage_order(tensor)
-    return {
-        name: FP32() if shape.numel() < f.min_elements else _coded(f).for_shape(shape, order)
-        for name, f in formats.items()
-    }
+    stored = stored_formats(formats, shape.numel())
+    return {name: format.for_shape(shape, order) for name, format in stored.items()}
+
+
+def stored_formats(formats: Mapping[str, Format], numel: int) -> dict[str, Format]:
+    """The formats that store moments of ``numel`` elements, for tensors of any size."""
+    return {name: FP32() if numel < f.min_elements else _coded(f) for name, f in formats.items()}
 
 
 @lru_cache(maxsize=1024)
