@@ -7,6 +7,7 @@ plain tensors. A state dict shows components as DTensors with the parameter's pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,12 +17,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optstate_codecs.formats import FP32, Component, Format
-from optstate_codecs.state.layout import stored_formats
+from optstate_codecs.state.layout import storage_order, stored_formats
 
 __all__ = [
     "any_distributed",
     "check_placements",
-    "component_shard",
+    "component_shape",
     "is_distributed",
     "local_of",
     "local_slice",
@@ -37,8 +38,6 @@ _PLAIN = {Tensor, Parameter}
 OFFSET_MULTIPLE = 16
 # scales of smaller blocks would take more than a bit an element
 SMALLEST_BLOCK = 32
-# elements of a moment that may be kept in float32 because its blocks would be cut
-FEW = 1 << 16
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -60,43 +59,48 @@ def local_of(tensor: Tensor) -> Tensor:
 def shard_formats(formats: Mapping[str, Format], param: Any) -> dict[str, Format]:
     """The formats that store moments of a DTensor, the same for any number of workers.
 
-    The global size decides which moments are coded. Blocks run inside rows: a block size that does
-    not divide the rows becomes the largest power of two that does, so that no border of a shard
-    cuts a block. Vectors, and rows without such a divisor of ``SMALLEST_BLOCK`` or more, keep
-    moments of up to ``FEW`` elements in float32; larger ones keep their block size.
+    The global size decides which moments are coded. No border of a shard cuts a block: a block size
+    that does not divide the elements between borders becomes the largest power of two that does.
+    Where that is less than ``SMALLEST_BLOCK``, as in vectors, moments are stored in float32.
 
     Raises:
         ValueError: a format needs the whole tensor.
     """
-    row = _local_row(param) if param.dim() > 1 else 0
-    few = param.numel() <= FEW
+    row = _row(param)
     return {
-        name: _in_rows(name, format, row, few)
+        name: _in_rows(name, format, row)
         for name, format in stored_formats(formats, param.numel()).items()
     }
 
 
-def _local_row(param: Any) -> int:
-    """Elements of a row on each worker; 0 where workers have rows of different lengths."""
-    if not param.dim():
-        return 1
-    last, row = param.dim() - 1, param.shape[-1]
-    workers = torch.Size([param.device_mesh.size(n) for n, dim in _dims(param) if dim == last])
-    return 0 if row % workers.numel() else row // workers.numel()
+def _row(param: Any) -> int:
+    """Elements, consecutive in memory, that every border of a shard leaves together."""
+    local, dims = local_of(param), {dim for _, dim in _sharded(param)}
+    if dims <= {0}:
+        # of an index of the first dimension, which is the slowest in memory
+        if not dims:
+            return local.numel()
+        return math.prod(local.shape[1:]) if local.dim() > 1 and storage_order(local)[0] == 0 else 0
+    last = local.dim() - 1
+    workers = math.prod(param.device_mesh.size(n) for n, dim in _sharded(param) if dim == last)
+    whole = local.is_contiguous() and param.shape[-1] % workers == 0
+    return param.shape[-1] // workers if whole else 0
 
 
-def _in_rows(name: str, format: Format, row: int, few: bool) -> Format:
+def _in_rows(name: str, format: Format, row: int) -> Format:
     if format.whole:
         raise ValueError(
             f"formats[{name!r}]={format.spec!r}: needs the whole tensor, so it cannot store a "
             "shard of a DTensor"
         )
     block = getattr(format, "block_size", 1)
-    divisor = row & -row
-    if divisor >= block or block == 1:
+    if row % block == 0 and row:
         return format
+    if block == 1:
+        return format
+    divisor = row & -row
     if divisor < SMALLEST_BLOCK:
-        return FP32() if few else format
+        return FP32()
     given: Any = format
     smaller: Format = replace(given, block_size=divisor)
     return smaller
@@ -116,18 +120,14 @@ def check_placements(name: str, tensor: Tensor) -> None:
         )
 
 
-def _shard_dim(placement: Any) -> int | None:
-    """The tensor dimension that a placement shards, None for a replica."""
-    return None if placement.is_replicate() else placement.dim
+def _sharded(tensor: Any) -> list[tuple[int, int]]:
+    """The mesh dimensions that shard ``tensor``, each with its tensor dimension."""
+    return [(n, p.dim) for n, p in enumerate(tensor.placements) if not p.is_replicate()]
 
 
 def _dims(tensor: Any) -> list[tuple[int, int]]:
-    """The mesh dimensions that shard ``tensor`` into several, each with its tensor dimension."""
-    return [
-        (number, dim)
-        for number, placement in enumerate(tensor.placements)
-        if (dim := _shard_dim(placement)) is not None and tensor.device_mesh.size(number) > 1
-    ]
+    """Those of ``_sharded`` with several workers."""
+    return [(n, dim) for n, dim in _sharded(tensor) if tensor.device_mesh.size(n) > 1]
 
 
 def shard_offset(tensor: Any) -> int:
@@ -162,16 +162,14 @@ def _start(tensor: Any) -> tuple[int, ...]:
     return tuple(offset)
 
 
-def component_shard(param: Any, component: Component) -> torch.Size | None:
+def component_shape(param: Any, component: Component) -> torch.Size:
     """The global shape of a component whose shards are the component's for each shard of ``param``.
 
-    None where blocks of the global tensor are cut by the border of a shard, so that the shards'
-    components are no shards of one tensor.
+    One that is a flat row of blocks has a row for each index of the parameter's first dimension.
     """
-    row = _local_row(param)
-    if not component.per_element and (component.entries or not row or row % component.span):
-        return None
-    return torch.Size(component.shape(param.shape))
+    shape = torch.Size(component.shape(param.shape))
+    flat = not component.per_element and len(shape) == 1 < param.dim()
+    return torch.Size((param.shape[0], shape[0] // max(param.shape[0], 1))) if flat else shape
 
 
 def rewrapped(local: Tensor, param: Any, shape: Sequence[int]) -> Tensor:
@@ -185,6 +183,8 @@ def rewrapped(local: Tensor, param: Any, shape: Sequence[int]) -> Tensor:
     size = torch.Size(shape)
     stride = param.stride() if size == param.shape else _contiguous(size)
     # from_local() would copy offloaded state to the mesh's device
+    if local.dim() != len(size):
+        local = local.view(-1, *size[1:])
     spec = DTensorSpec(
         param.device_mesh, param.placements, TensorMeta(size, tuple(stride), local.dtype)
     )

@@ -28,7 +28,7 @@ from optstate_codecs.plain import plain_value
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.sharding import (
-    component_shard,
+    component_shape,
     is_distributed,
     local_of,
     local_slice,
@@ -76,7 +76,6 @@ class Lent:
         version: of the copy as it was handed out.
         order: the entry for the order of dimensions, which is not a copy, or None.
         order_version: of that.
-        decoded: decoded copies of moments whose blocks cannot be shown as shards, and versions.
     """
 
     param: Tensor
@@ -85,21 +84,12 @@ class Lent:
     version: int
     order: Tensor | None
     order_version: int
-    decoded: Mapping[str, tuple[Tensor, int]]
 
     @classmethod
-    def of(
-        cls,
-        param: Tensor,
-        state: dict[str, Any],
-        step: Tensor,
-        decoded: Mapping[str, Tensor],
-    ) -> Lent:
+    def of(cls, param: Tensor, state: dict[str, Any], step: Tensor) -> Lent:
         """What was handed out, as it is now."""
         order = state.get(DIM_ORDER)
-        version = 0 if order is None else order._version
-        copies = {name: (value, value._version) for name, value in decoded.items()}
-        return cls(param, state, step, step._version, order, version, copies)
+        return cls(param, state, step, step._version, order, 0 if order is None else order._version)
 
 
 def take_back(table: ParameterTable, lent: Sequence[Lent]) -> None:
@@ -110,9 +100,6 @@ def take_back(table: ParameterTable, lent: Sequence[Lent]) -> None:
         if entry.order is not None and entry.order._version != entry.order_version:
             # codes are those of another layout in memory now
             table.forget(entry.param)
-        for name, (value, version) in entry.decoded.items():
-            if value._version != version:
-                entry.state[name] = value
 
 
 @torch.inference_mode(False)
@@ -134,40 +121,21 @@ def packed(optimizer: CodedOptimizer, plain: StateDict) -> tuple[StateDict, list
     for number, state in plain["state"].items():
         if number in params and isinstance(state, dict) and "step" in state:
             step, param = state["step"].clone(), params[number]
-            shown, decoded = state, dict[str, Tensor]()
-            if param in sharded:
-                shown, decoded = _as_shards(param, state, steps[id(state)])
-            plain["state"][number] = {**shown, "step": step}
-            lent.append(Lent.of(param, state, step, decoded))
+            shown = as_shards(param, steps[id(state)]) if param in sharded else {}
+            plain["state"][number] = {**state, **shown, "step": step}
+            lent.append(Lent.of(param, state, step))
     return plain, lent
 
 
-def _as_shards(
-    param: Tensor, state: Mapping[str, Any], param_step: ParamStep
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A DTensor's state with its components as DTensors of the same placements.
-
-    Where a block of the global tensor would be cut by the border of a shard, components of the
-    shards are not shards of one tensor; there the decoded moment is shown, in float32.
-
-    Returns:
-        The entries, and the local tensors of moments that are shown decoded.
-    """
-    shown, copies = dict(state), dict[str, Tensor]()
-    decoded: dict[str, Tensor] = {}
-    for name, declared in param_step.stored.items():
-        shapes = {c.key(name): component_shard(param, c) for c in declared.components}
-        if None in shapes.values():
-            decoded = decoded or decode_param_step(param_step)
-            for key in shapes:
-                del shown[key]
-            copies[name] = decoded[name]
-            shown[name] = rewrapped(decoded[name], param, param.shape)
-        else:
-            for key, shape in shapes.items():
-                assert shape is not None
-                shown[key] = rewrapped(state[key], param, shape)
-    return shown, copies
+def as_shards(param: Tensor, param_step: ParamStep) -> dict[str, Tensor]:
+    """The components of a DTensor's state as DTensors of the same placements; memory is shared."""
+    return {
+        (key := component.key(name)): rewrapped(
+            param_step.state[key], param, component_shape(param, component)
+        )
+        for name, declared in param_step.stored.items()
+        for component in declared.components
+    }
 
 
 def full(optimizer: CodedOptimizer, plain: StateDict) -> StateDict:
@@ -278,64 +246,40 @@ def _shard_of(
     Args:
         where: what messages call the state.
         owner: the parameter.
-        stored: DTensors, or whole tensors, or those of this very shard.
+        stored: DTensors, or whole tensors on each worker.
         moments: the rule's.
         source: the formats of the saved group.
+
+    Raises:
+        ValueError: a shape is not that of a DTensor's state, nor of a plain tensor's.
     """
     local = local_of(owner)
-    # of a plain tensor's checkpoint blocks do not stop at the ends of rows
-    sized = next(
-        (
-            sized
-            for sized in (shard_formats(source, owner), stored_formats(source, owner.numel()))
-            if _has_shapes(stored, bound(sized, owner), owner.shape)
-        ),
-        dict(source),
-    )
-    # moments that were saved decoded, see ``_as_shards``
-    sized = {name: FP32() if name in stored else format for name, format in sized.items()}
-    declared = {c.key(n): c for n, f in bound(sized, local).items() for c in f.components}
-    declared[CORRECTION] = Component(CORRECTION, torch.int8)
-    found, whole = dict(stored), False
-    for key, component in declared.items():
-        value = stored.get(key)
-        if not isinstance(value, Tensor):
-            continue
-        if not is_distributed(value) and value.shape == component.shape(local.shape):
-            continue
-        shape = component_shard(owner, component)
-        if shape is None:
-            whole = True
-        elif value.shape != shape:
-            raise ValueError(
-                f"{where}[{key!r}]: shape {tuple(value.shape)}, must be {tuple(shape)}"
-            )
-        else:
-            found[key] = local_slice(value, owner)
-    if not whole:
+    found, sized = dict(stored), shard_formats(source, owner)
+    parts = {c.key(n): c for n, f in bound(sized, owner).items() for c in f.components}
+    parts[CORRECTION] = Component(CORRECTION, torch.int8)
+    shapes = {key: (component_shape(owner, c), c.shape(owner.shape)) for key, c in parts.items()}
+    values = {key: v for key in shapes if isinstance(v := stored.get(key), Tensor)}
+    if all(value.shape in shapes[key] for key, value in values.items()):
+        for key, value in values.items():
+            shape = shapes[key][0]
+            shard = local_slice(value if is_distributed(value) else value.view(shape), owner)
+            found[key] = shard.reshape(parts[key].shape(local.shape))
         return found, sized
-    # blocks across the borders of shards: decoded as a whole
+    # of a plain tensor, whose blocks do not stop at the ends of rows
+    sized = stored_formats(source, owner.numel())
+    parts = {c.key(n): c for n, f in bound(sized, owner).items() for c in f.components}
+    for key, component in parts.items():
+        given, expected = stored.get(key), component.shape(owner.shape)
+        if isinstance(given, Tensor) and (given.shape != expected or is_distributed(given)):
+            raise ValueError(f"{where}[{key!r}]: shape {tuple(given.shape)}, must be {expected}")
     like = torch.empty_strided(owner.shape, owner.stride(), dtype=owner.dtype, device=local.device)
     order = _saved_order(where, like, stored, sized, {}, None)
     decoded = decode_stored(like, stored, moments, sized, order)
-    for name, format in bound(sized, local).items():
-        for component in format.components:
-            found.pop(component.key(name), None)
-        found[name] = local_slice(decoded[name], owner)
+    for key in parts:
+        found.pop(key, None)
+    found |= {name: local_slice(value, owner) for name, value in decoded.items()}
     found.pop(DIM_ORDER, None)
     return found, dict.fromkeys(sized, FP32())
-
-
-def _has_shapes(
-    stored: Mapping[str, Any], formats: Mapping[str, Format], shape: Sequence[int]
-) -> bool:
-    """Whether the components that are there have the shapes of these formats."""
-    parts = {c.key(name): c for name, f in formats.items() for c in f.components}
-    return all(
-        tuple(value.shape) == component.shape(shape)
-        for key, component in parts.items()
-        if isinstance(value := stored.get(key), Tensor)
-    )
 
 
 def _of_others(state_dict: StateDict) -> dict[Any, Any]:
