@@ -69,7 +69,8 @@ def check_steppable(index: int, param: Tensor) -> None:
         TypeError, ValueError, RuntimeError: what is wrong with it, by name.
     """
     name = f"parameter {index}"
-    check_kind(name, param)
+    check_param(name, param)
+    param = local_of(param)
     # the commonest layout first
     if not param.is_contiguous() and _overlaps(param):
         raise ValueError(

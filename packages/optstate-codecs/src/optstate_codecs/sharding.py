@@ -66,11 +66,14 @@ def shard_formats(formats: Mapping[str, Format], param: Any) -> dict[str, Format
     Raises:
         ValueError: a format needs the whole tensor.
     """
-    row = _row(param)
-    return {
-        name: _in_rows(name, format, row)
-        for name, format in stored_formats(formats, param.numel()).items()
-    }
+    stored, row = stored_formats(formats, param.numel()), _row(param)
+    for name, format in stored.items():
+        if format.for_shape(param.shape, range(param.dim())).whole:
+            raise ValueError(
+                f"formats[{name!r}]={format.spec!r}: needs the whole tensor, so it cannot store a "
+                "shard of a DTensor"
+            )
+    return {name: _in_rows(format, row) for name, format in stored.items()}
 
 
 def _row(param: Any) -> int:
@@ -87,21 +90,13 @@ def _row(param: Any) -> int:
     return param.shape[-1] // workers if whole else 0
 
 
-def _in_rows(name: str, format: Format, row: int) -> Format:
-    if format.whole:
-        raise ValueError(
-            f"formats[{name!r}]={format.spec!r}: needs the whole tensor, so it cannot store a "
-            "shard of a DTensor"
-        )
-    block = getattr(format, "block_size", 1)
-    if row % block == 0 and row:
+def _in_rows(format: Format, row: int) -> Format:
+    given: Any = format
+    block, divisor = getattr(given, "block_size", 1), row & -row
+    if block == 1 or (row and row % block == 0):
         return format
-    if block == 1:
-        return format
-    divisor = row & -row
     if divisor < SMALLEST_BLOCK:
         return FP32()
-    given: Any = format
     smaller: Format = replace(given, block_size=divisor)
     return smaller
 
@@ -140,16 +135,16 @@ def shard_offset(tensor: Any) -> int:
     dims = _dims(tensor)
     if not dims:
         return 0
-    numel = tensor.numel()
+    numel: int = tensor.numel()
     if all(dim == 0 for _, dim in dims) and tensor.dim():
-        start: int = _start(tensor)[0] * (numel // max(tensor.shape[0], 1))
+        start = _start(tensor)[0] * (numel // max(tensor.shape[0], 1))
         if start % OFFSET_MULTIPLE == 0:
-            return start
+            return int(start)
     coordinate, mesh, shard = tensor.device_mesh.get_coordinate(), tensor.device_mesh, 0
     for number, _ in dims:
         shard = shard * mesh.size(number) + coordinate[number]
-    own: int = shard
-    return own * (-(-numel // OFFSET_MULTIPLE) * OFFSET_MULTIPLE)
+
+    return shard * (-(-numel // OFFSET_MULTIPLE) * OFFSET_MULTIPLE)
 
 
 def _start(tensor: Any) -> tuple[int, ...]:
