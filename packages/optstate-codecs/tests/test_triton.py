@@ -20,10 +20,10 @@ from optstate_codecs import (
     OneQ,
     master_weights,
 )
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.triton.buckets import build_buckets
 from optstate_codecs.rules import SGD, Compass, Lion, LPFAdamW, RMSProp
 from optstate_codecs.testing import Trainer
+from optstate_codecs.triton_lib import HAS_TRITON, INTERPRETED
 from optstate_codecs.writes import CORRECTION
 
 FORMATS = {

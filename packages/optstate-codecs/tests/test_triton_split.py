@@ -5,8 +5,8 @@ import torch
 from test_split_master import HALVES, SPLITS, every_kind
 from test_triton import SHAPES, devices, pair
 
-from optstate_codecs.device import jit, tl
 from optstate_codecs.rounding import Counter
+from optstate_codecs.triton_lib import jit, tl
 from optstate_codecs.writes import CORRECTION, parameter_write
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")

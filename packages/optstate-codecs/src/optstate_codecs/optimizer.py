@@ -355,7 +355,7 @@ class CodedOptimizer(torch.optim.Optimizer):
             layouts=found.layouts,
             factor=factor,
             found_inf=found_inf,
-            centres=centres,
+            grad_means=centres,
         )
         if not param_steps[0].param.is_cuda:  # where there is nothing to choose
             request.total = engine.trainable(self.param_groups)

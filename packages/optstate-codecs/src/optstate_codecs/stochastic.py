@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import kernels_run
 from optstate_codecs.rounding import Draw, stochastic_round_bf16
 from optstate_codecs.state.layout import FlatView, is_dense, slices, storage_order
+from optstate_codecs.triton_lib import kernels_run
 
 __all__ = ["SOURCES", "round_"]
 

@@ -48,7 +48,7 @@ def step(request: StepRequest) -> None:
     ):
         (count,) = counted([param_step.state["step"]], request.draw is not None)
         request.counted.append(param_step)
-        centre = None if request.centres is None else request.centres.of(place, grad)
+        centre = None if request.grad_means is None else request.grad_means.expanded(place, grad)
         _step_param(param_step, count, grad, request, centre)
         request.done.append(param_step)
 

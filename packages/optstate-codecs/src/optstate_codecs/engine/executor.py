@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any, Protocol
 
-from optstate_codecs.device import HAS_TRITON, INTERPRETED, VARIABLE
 from optstate_codecs.engine import eager
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.cpu import compiled
@@ -17,6 +16,7 @@ from optstate_codecs.engine.cpu.build import CannotBuild, compiler
 from optstate_codecs.engine.request import ParamStep, StepRequest, layout_of
 from optstate_codecs.engine.triton.buckets import Bucket, build_buckets
 from optstate_codecs.engine.triton.step_tables import RowTable
+from optstate_codecs.triton_lib import BACKEND_VARIABLE, HAS_TRITON, INTERPRETED
 
 __all__ = ["BACKENDS", "Executor", "ResidentExecutor"]
 
@@ -41,13 +41,13 @@ class Plan:
     left: list[int]
     tables: list[RowTable]
     constants: dict[int, dict[str, Any]]
-    centred: Sequence[int]
+    mean_starts: Sequence[int]
 
     def holds(self, request: StepRequest, functions: list[Any]) -> bool:
         """Whether every table still says where things are."""
         if self.functions != functions or not all(map(is_, self.param_steps, request.param_steps)):
             return False
-        if self.centred != (request.centres.places if request.centres else ()):
+        if self.mean_starts != (request.grad_means.starts if request.grad_means else ()):
             return False
         if self.layouts != _layouts(request):
             return False
@@ -101,10 +101,10 @@ class ResidentExecutor:
 
     def __init__(self, backend: str) -> None:
         if backend == "auto":
-            backend = os.environ.get(VARIABLE, "auto")
+            backend = os.environ.get(BACKEND_VARIABLE, "auto")
             if backend not in BACKENDS:
                 allowed = ", ".join(map(repr, BACKENDS))
-                raise ValueError(f"{VARIABLE}={backend!r}: must be one of {allowed}")
+                raise ValueError(f"{BACKEND_VARIABLE}={backend!r}: must be one of {allowed}")
         if backend == "triton" and not HAS_TRITON:
             raise RuntimeError("backend='triton': triton is not installed; pip install triton")
         if backend == "compile":
@@ -213,7 +213,7 @@ class ResidentExecutor:
                 left=left,
                 tables=_tables(buckets),
                 constants={id(bucket): constants(bucket) for bucket in buckets},
-                centred=request.centres.places if request.centres else (),
+                mean_starts=request.grad_means.starts if request.grad_means else (),
             )
             self._plans.move_to_end(key)
             most = PLANS * len(set[int]().union(*self._plans))
@@ -239,10 +239,12 @@ class ResidentExecutor:
             rows = table.values(request.rule, request.hypers, request.draw, busy)
             for bucket, start, stop in table.buckets:
                 scalars = (grads[start:stop], table.row_of[start:stop], rows)
-                centres = (
-                    request.centres.values.get(bucket.tensors.device) if request.centres else None
+                means = (
+                    request.grad_means.values.get(bucket.tensors.device)
+                    if request.grad_means
+                    else None
                 )
-                given = (*scalars, centres, factor, found_inf)
+                given = (*scalars, means, factor, found_inf)
                 launches.setdefault(bucket.stage, []).append((bucket, given))
                 request.counted += bucket.param_steps
         left = dict(request.part(plan.left).stages()) if plan.left else {}

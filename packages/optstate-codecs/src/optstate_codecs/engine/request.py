@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optstate_codecs import counts
 from optstate_codecs.formats import FP32, Format
-from optstate_codecs.gradients.centralization import Centres
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.state.layout import Declaration, bound, is_dense, same_order
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["ParamStep", "StepRequest", "layout_of", "trainable"]
+__all__ = ["GradMeans", "ParamStep", "StepRequest", "layout_of", "trainable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +117,27 @@ class ParamStep:
         )
 
 
+@dataclass(frozen=True)
+class GradMeans:
+    """The means that gradient centralization subtracts from the gradients of a step.
+
+    Attributes:
+        values: on each device, all means in one float32 vector.
+        starts: where a gradient's means begin in its device's vector; -1 where it has none.
+    """
+
+    values: dict[torch.device, Tensor]
+    starts: Sequence[int]
+
+    def expanded(self, position: int, grad: Tensor) -> Tensor | None:
+        """The mean for each element of ``grad``, as an expanded view; None where it has none."""
+        start = self.starts[position]
+        if start < 0:
+            return None
+        means = self.values[grad.device][start : start + grad.shape[0]]
+        return means.view(-1, *[1] * (grad.dim() - 1)).expand_as(grad)
+
+
 @dataclass
 class StepRequest:
     """One step.
@@ -130,7 +151,7 @@ class StepRequest:
         layouts: ``layout_of`` each gradient, the same object where it is the same; empty where
             they are to be found out.
         factor: what gradients are multiplied with, 0-d, or None; read on its device.
-        centres: what is subtracted from gradients before that, or None.
+        grad_means: the means subtracted from gradients before that, or None.
         draw: what keys random numbers in place of the step counts, at least 0, or None.
         done: units that have been stepped, for who wants to know after an exception.
         counted: units whose step count has been raised.
@@ -150,7 +171,7 @@ class StepRequest:
     layouts: Sequence[Any] = ()
     factor: Tensor | None = None
     found_inf: Tensor | None = None
-    centres: Centres | None = None
+    grad_means: GradMeans | None = None
     draw: int | None = None
     total: int = 0
     done: list[ParamStep] = field(default_factory=list)
@@ -181,14 +202,14 @@ class StepRequest:
 
     def part(self, places: Sequence[int]) -> StepRequest:
         """The same step of the units at ``places`` only."""
-        centres = self.centres
+        means = self.grad_means
         return replace(
             self,
             param_steps=[self.param_steps[place] for place in places],
             grads=[self.grads[place] for place in places],
             addresses=[self.addresses[place] for place in places] if self.addresses else (),
             layouts=[self.layouts[place] for place in places] if self.layouts else (),
-            centres=centres and replace(centres, places=[centres.places[p] for p in places]),
+            grad_means=means and replace(means, starts=[means.starts[p] for p in places]),
         )
 
 

@@ -8,39 +8,18 @@ of the first dimension; a step subtracts them from what it reads, so that no gra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import kernels_run
+from optstate_codecs.engine.request import GradMeans
 from optstate_codecs.state.layout import is_dense, storage_order
+from optstate_codecs.triton_lib import kernels_run
 
-__all__ = ["Centres", "centre_shape", "find_centres"]
-
-
-@dataclass(frozen=True)
-class Centres:
-    """What is to be subtracted from the gradients of a step.
-
-    Attributes:
-        values: on each device one row of numbers, float32.
-        places: where a gradient's numbers begin in its device's row; -1 where it has none.
-    """
-
-    values: dict[torch.device, Tensor]
-    places: Sequence[int]
-
-    def of(self, place: int, grad: Tensor) -> Tensor | None:
-        """What to subtract from each element of ``grad``, if anything is."""
-        start = self.places[place]
-        if start < 0:
-            return None
-        numbers = self.values[grad.device][start : start + grad.shape[0]]
-        return numbers.view(-1, *[1] * (grad.dim() - 1)).expand_as(grad)
+__all__ = ["centre_shape", "find_centres"]
 
 
-def find_centres(grads: Sequence[Tensor], shares: Sequence[float]) -> Centres | None:
+def find_centres(grads: Sequence[Tensor], shares: Sequence[float]) -> GradMeans | None:
     """What to subtract from ``grads`` for the ``shares`` of their means; None for nothing."""
     places, ends = [], dict[torch.device, int]()
     for grad, share in zip(grads, shares, strict=True):
@@ -71,7 +50,7 @@ def find_centres(grads: Sequence[Tensor], shares: Sequence[float]) -> Centres | 
             [shares[number] for number in numbers],
             values[device],
         )
-    return Centres(values, places)
+    return GradMeans(values, places)
 
 
 def _kernel_takes(grad: Tensor) -> bool:

@@ -62,7 +62,7 @@ def step(request: StepRequest) -> None:
         zip(request.param_steps, request.grads, strict=True)
     ):
         standing = _standings.get(param_step)
-        if request.centres is not None and request.centres.places[place] >= 0:
+        if request.grad_means is not None and request.grad_means.starts[place] >= 0:
             left.append(place)
             continue
         if standing is None or not standing.holds(grad, variants[param_step.group]):

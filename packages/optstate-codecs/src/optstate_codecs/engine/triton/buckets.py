@@ -48,7 +48,7 @@ class Bucket:
         aligned: whether addresses and element counts are multiples of 16, so that a thread may
             access 16 bytes at once.
         full: whether tensors end where tiles end, so that a kernel need mask nothing.
-        centred: whether something is subtracted from gradients.
+        centralized: whether something is subtracted from gradients.
         stage: of all units.
         tensors: int64 [units, COLUMNS].
         work: int32 [tiles, 2], the tensor and the tile's place in it.
@@ -64,7 +64,7 @@ class Bucket:
     block: int
     aligned: bool
     full: bool
-    centred: bool
+    centralized: bool
     stage: int
     tensors: Tensor
     work: Tensor
@@ -103,8 +103,8 @@ def build_buckets(request: StepRequest) -> tuple[list[Bucket], list[int]]:
             shape = block_shape(formats)
             assert shape is not None
             ends = _aligned(param_step, grad), param_step.param.numel() % (shape[0] * shape[1]) == 0
-            centred = request.centres is not None and request.centres.places[place] >= 0
-            looks = (param_step.write, shape, ends, centred, param_step.stage)
+            centralized = request.grad_means is not None and request.grad_means.starts[place] >= 0
+            looks = (param_step.write, shape, ends, centralized, param_step.stage)
             key = (devices, dtypes, formats, function, *looks)
             members.setdefault(key, []).append(place)
     apply_error_feedback = (
@@ -112,10 +112,12 @@ def build_buckets(request: StepRequest) -> tuple[list[Bucket], list[int]]:
     )
     buckets = []
     for (devices, dtypes, formats, function, *looks), places in members.items():
-        _, (rows, block), (aligned, full), centred, stage = looks
+        _, (rows, block), (aligned, full), centralized, stage = looks
         param_steps = [request.param_steps[place] for place in places]
         begins = (
-            [request.centres.places[p] for p in places] if centred and request.centres else None
+            [request.grad_means.starts[p] for p in places]
+            if centralized and request.grad_means
+            else None
         )
         tables = _tables(param_steps, formats, rows * block, devices[0], begins)
         buckets.append(
@@ -130,7 +132,7 @@ def build_buckets(request: StepRequest) -> tuple[list[Bucket], list[int]]:
                 block,
                 aligned,
                 full,
-                centred,
+                centralized,
                 stage,
                 *tables,
             )
@@ -169,7 +171,7 @@ def _tables(
     formats: Sequence[Format],
     tile: int,
     device: torch.device,
-    centres: Sequence[int] | None,
+    means: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """The tables ``tensors`` and ``work`` of a bucket."""
     table, tiles = [], []
@@ -184,7 +186,7 @@ def _tables(
             param_step.state[c.key(MASTER)].data_ptr() for c in param_step.write.components
         ]
         row += corrections or [0]
-        row += [centres[number], *centre_shape(param_step.param)] if centres else [0, 1, 1]
+        row += [means[number], *centre_shape(param_step.param)] if means else [0, 1, 1]
         row.append(param_step.offset)
         table.append(row)
         tiles.append(-(-param_step.param.numel() // tile))

@@ -10,7 +10,7 @@ scale takes is done once.
 
 Tables (see ``plan.py``). ``tensors``, int64, one row a tensor: element count, parameter, two
 components of each of three moments, two stream keys, what the write keeps, and where its numbers
-begin in ``centres`` with the two of ``centring.centre_shape``, and the place of its first element
+begin in ``means`` with the two of ``centring.centre_shape``, and the place of its first element
 for random numbers. ``grads``: int64 addresses.
 ``rows``: float32 scalars of the rule, one row for each (group, step count), after the step count
 itself. ``row_of``: each tensor's row, int32.
@@ -19,10 +19,11 @@ itself. ``row_of``: each tensor's row, int32.
 from __future__ import annotations
 
 from optstate_codecs.counts import END, OFFSET
-from optstate_codecs.device import (
+from optstate_codecs.engine.triton.dtypes import load_float, pointer_at
+from optstate_codecs.state.moments import SMALLEST_ROOT
+from optstate_codecs.triton_lib import (
     as_bits,
     constant,
-    from_bf16_bits,
     half,
     hash_tile,
     jit,
@@ -34,20 +35,11 @@ from optstate_codecs.device import (
     to_bf16_bits,
     to_bf16_bits_stochastic,
 )
-from optstate_codecs.state.moments import SMALLEST_ROOT
 
 __all__ = ["step_kernel"]
 
 _SMALLEST_ROOT = constant(SMALLEST_ROOT)
 _END, _OFFSET = constant(float(END)), constant(OFFSET)
-
-
-@jit
-def _load_real(pointer, offsets, mask, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
-    if BF16:
-        return from_bf16_bits(tl.load(pointer + offsets, mask=mask, other=0))
-    else:
-        return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
@@ -78,19 +70,13 @@ def _write(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _pointer(entry, DTYPE: tl.constexpr, DIVISIBLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    # an address from memory has lost its alignment: without this, loads are 2 or 4 bytes wide
-    return tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), DIVISIBLE)
-
-
-@jit
 def step_kernel(  # type: ignore[no-untyped-def]
     work,
     tensors,
     grads,
     row_of,
     rows,
-    centres,
+    means,
     grad_scale,
     found_inf,
     ROW: tl.constexpr,
@@ -150,7 +136,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     C_TYPE: tl.constexpr,
     C_DIVISIBLE: tl.constexpr,
     MARKS: tl.constexpr,
-    CENTRED: tl.constexpr,
+    CENTRALIZED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     DIVISIBLE: tl.constexpr,
@@ -190,40 +176,40 @@ def step_kernel(  # type: ignore[no-untyped-def]
     mask = offsets < left
     first_row = tile.to(tl.int64) * ROWS
 
-    p_pointer = _pointer(entry + 1, P_TYPE, DIVISIBLE) + start
-    g_pointer = _pointer(grads + tensor, G_TYPE, DIVISIBLE) + start
+    p_pointer = pointer_at(entry + 1, P_TYPE, DIVISIBLE) + start
+    g_pointer = pointer_at(grads + tensor, G_TYPE, DIVISIBLE) + start
     if SPLIT:
-        c_pointer = _pointer(entry + 10, C_TYPE, C_DIVISIBLE) + start
+        c_pointer = pointer_at(entry + 10, C_TYPE, C_DIVISIBLE) + start
         p = READ(p_pointer, c_pointer, offsets, mask, WRITE_OPTIONS)
     else:
         c_pointer = p_pointer
-        p = _load_real(p_pointer, offsets, mask, P_BF16)
-    g = _load_real(g_pointer, offsets, mask, G_BF16)
-    if CENTRED:
+        p = load_float(p_pointer, offsets, mask, P_BF16)
+    g = load_float(g_pointer, offsets, mask, G_BF16)
+    if CENTRALIZED:
         inside, outside = tl.load(entry + 12), tl.load(entry + 13)
         # in 32 bits but for the tile's first element
         index = start // inside
         within = ((start - index * inside).to(tl.int32) + offsets) // inside.to(tl.int32)
         index = ((index % outside).to(tl.int32) + within) % outside.to(tl.int32)
-        g = g - tl.load(centres + tl.load(entry + 11) + index)
+        g = g - tl.load(means + tl.load(entry + 11) + index)
     if HAS_SCALE:
         g = g * tl.load(grad_scale)
 
-    first0 = _pointer(entry + 2, FIRST0, DIVISIBLE0) + start // SPAN0 * SHARED0
-    second0 = _pointer(entry + 3, SECOND0, 1) + first_row
+    first0 = pointer_at(entry + 2, FIRST0, DIVISIBLE0) + start // SPAN0 * SHARED0
+    second0 = pointer_at(entry + 3, SECOND0, 1) + first_row
     m0 = p
     if MOMENTS >= 1:
         m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, False, OPTIONS0)
     m1 = m0
     m2 = m0
     if MOMENTS >= 2:
-        first1 = _pointer(entry + 4, FIRST1, DIVISIBLE1) + start // SPAN1 * SHARED1
-        second1 = _pointer(entry + 5, SECOND1, 1) + first_row
+        first1 = pointer_at(entry + 4, FIRST1, DIVISIBLE1) + start // SPAN1 * SHARED1
+        second1 = pointer_at(entry + 5, SECOND1, 1) + first_row
         m1, signs1 = LOAD1(first1, second1, offsets, row_offsets, left, False, OPTIONS1)
         signs = signs | signs1
     if MOMENTS >= 3:
-        first2 = _pointer(entry + 6, FIRST2, DIVISIBLE2) + start // SPAN2 * SHARED2
-        second2 = _pointer(entry + 7, SECOND2, 1) + first_row
+        first2 = pointer_at(entry + 6, FIRST2, DIVISIBLE2) + start // SPAN2 * SHARED2
+        second2 = pointer_at(entry + 7, SECOND2, 1) + first_row
         m2, signs2 = LOAD2(first2, second2, offsets, row_offsets, left, False, OPTIONS2)
         signs = signs | signs2
     if MARKS:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import tl
 from optstate_codecs.engine.triton.buckets import COLUMNS, MOMENT_SLOTS, Bucket
+from optstate_codecs.engine.triton.dtypes import triton_type
 from optstate_codecs.engine.triton.kernel import step_kernel
 from optstate_codecs.engine.triton.work_tables import on
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.formats.base import DeviceFunctions
 
-__all__ = ["launch"]
+__all__ = ["constants", "launch"]
 
 # measured on an H200: with more elements registers run out, with fewer warps wait at reductions
 ELEMENTS_PER_WARP = 512
@@ -22,20 +22,6 @@ ELEMENTS_PER_WARP = 512
 # warps are at hand to hide the memory's latency. Tiles of one block in 16 bits need the fewest,
 # tiles of several the most.
 REGISTERS, REGISTERS_NARROW, REGISTERS_ROWS = 80, 72, 96
-
-# how the kernel sees a stored dtype: bfloat16 as 16-bit integers, so that conversions are ours
-_TYPES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "int16",
-    torch.uint8: "uint8",
-    torch.int8: "int8",
-    torch.int16: "int16",
-}
-
-
-def _type(dtype: torch.dtype) -> Any:
-    return getattr(tl, _TYPES[dtype])
 
 
 def constants(bucket: Bucket) -> dict[str, Any]:
@@ -64,8 +50,8 @@ def constants(bucket: Bucket) -> dict[str, Any]:
             f"LOAD{slot}": functions.load,
             f"STORE{slot}": functions.store,
             f"OPTIONS{slot}": functions.options,
-            f"FIRST{slot}": _type(first),
-            f"SECOND{slot}": _type(second),
+            f"FIRST{slot}": triton_type(first),
+            f"SECOND{slot}": triton_type(second),
             f"SQRT{slot}": getattr(format, "domain", "linear") == "sqrt",
             f"STREAM{slot}": stream,
             f"PAIRED{slot}": format.in_pairs,
@@ -85,16 +71,16 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         "WORD1": words[1],
         "EVEN0": even[0],
         "EVEN1": even[1],
-        "P_TYPE": _type(param_step.param.dtype),
+        "P_TYPE": triton_type(param_step.param.dtype),
         "P_BF16": param_step.param.dtype == torch.bfloat16,
-        "G_TYPE": _type(bucket.grad_dtype),
+        "G_TYPE": triton_type(bucket.grad_dtype),
         "G_BF16": bucket.grad_dtype == torch.bfloat16,
         "STOCHASTIC": param_step.write.uses_random,
         "SPLIT": bool(kept),
         "READ": write.load,
         "WRITE": write.store,
         "WRITE_OPTIONS": write.options,
-        "C_TYPE": _type(kept[0].dtype) if kept else None,
+        "C_TYPE": triton_type(kept[0].dtype) if kept else None,
         "C_DIVISIBLE": wide * kept[0].dtype.itemsize if kept else 1,
         "DIVISIBLE": 16 if bucket.aligned else 1,
         "WHOLE": 16 if bucket.aligned else 1,
@@ -137,13 +123,13 @@ def launch(
     grads: Tensor,
     row_of: Tensor,
     rows: Tensor,
-    centres: Tensor | None,
+    means: Tensor | None,
     factor: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
     """Step every tile of the bucket in one launch.
 
-    ``centres`` holds what is subtracted from the gradients of centred buckets; ``factor`` then
+    ``means`` holds what is subtracted from the gradients of centralized buckets; ``factor`` then
     multiplies them, and is the kernel's ``grad_scale``.
     """
     if not bucket.work.shape[0]:
@@ -155,11 +141,11 @@ def launch(
             grads,
             row_of,
             rows,
-            centres if bucket.centred else None,
+            means if bucket.centralized else None,
             factor,
             found_inf,
             ROW=rows.shape[1],
-            CENTRED=bucket.centred,
+            CENTRALIZED=bucket.centralized,
             HAS_SCALE=factor is not None,
             HAS_FOUND_INF=found_inf is not None,
             enable_fp_fusion=False,

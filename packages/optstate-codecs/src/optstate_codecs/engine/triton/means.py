@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import as_float, jit, tl
 from optstate_codecs.engine.capture import capturing, constant_table
-from optstate_codecs.engine.triton.kernel import _load_real
-from optstate_codecs.engine.triton.launch import _type
+from optstate_codecs.engine.triton.dtypes import load_float, triton_type
 from optstate_codecs.engine.triton.work_tables import kept_work_table, on, uploaded
 from optstate_codecs.formats.base import float32_bits
+from optstate_codecs.triton_lib import as_float, jit, tl
 
 __all__ = ["launch", "means_kernel"]
 
@@ -45,7 +44,7 @@ def means_kernel(  # type: ignore[no-untyped-def]
     begin = inside * 0
     while begin < inside:
         offsets = begin + tl.arange(0, CHUNK)
-        total += _load_real(pointer, offsets, offsets < inside, BF16)
+        total += load_float(pointer, offsets, offsets < inside, BF16)
         begin += CHUNK
     share = as_float(tl.load(entry + 3).to(tl.int32))
     mean = tl.sum(total, axis=0) / inside.to(tl.float32)
@@ -78,7 +77,7 @@ def launch(
             table,
             means,
             COLUMNS=COLUMNS,
-            TYPE=_type(dtype),
+            TYPE=triton_type(dtype),
             BF16=dtype == torch.bfloat16,
             CHUNK=CHUNK,
             num_warps=2,

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import half, hash_tile, jit, tl, to_bf16_bits_stochastic
-from optstate_codecs.engine.triton.kernel import _load_real, _pointer
-from optstate_codecs.engine.triton.launch import ELEMENTS_PER_WARP, _type
+from optstate_codecs.engine.triton.dtypes import load_float, pointer_at, triton_type
+from optstate_codecs.engine.triton.launch import ELEMENTS_PER_WARP
 from optstate_codecs.engine.triton.work_tables import kept_work_table, on, uploaded
 from optstate_codecs.rounding import packed_key
+from optstate_codecs.triton_lib import half, hash_tile, jit, tl, to_bf16_bits_stochastic
 
 __all__ = ["launch", "round_kernel"]
 
@@ -36,13 +36,13 @@ def _round_tile(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
 ):
     """Round the ``left`` elements from ``start`` on, element 2 i and 2 i + 1 from one word."""
-    target = _pointer(entry + 1, tl.int16, DIVISIBLE) + start
-    source = _pointer(entry + 2, SOURCE_TYPE, DIVISIBLE) + start
+    target = pointer_at(entry + 1, tl.int16, DIVISIBLE) + start
+    source = pointer_at(entry + 2, SOURCE_TYPE, DIVISIBLE) + start
     offsets = tl.arange(0, TILE)
     mask = offsets < left
-    x = _load_real(source, offsets, mask, SOURCE_BF16)
+    x = load_float(source, offsets, mask, SOURCE_BF16)
     if ADD:
-        x = _load_real(target, offsets, mask, True) + x
+        x = load_float(target, offsets, mask, True) + x
     word = hash_tile(tl.load(entry + 3), tl.load(entry + 4).to(tl.int32), start, offsets)
     tl.store(target + offsets, to_bf16_bits_stochastic(x, half(word, offsets, 0)), mask=mask)
 
@@ -103,7 +103,7 @@ def launch(
             table,
             COLUMNS=COLUMNS,
             ADD=add,
-            SOURCE_TYPE=_type(dtype),
+            SOURCE_TYPE=triton_type(dtype),
             SOURCE_BF16=dtype == torch.bfloat16,
             TILE=TILE,
             num_warps=TILE // ELEMENTS_PER_WARP,
