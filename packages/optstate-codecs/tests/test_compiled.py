@@ -54,9 +54,9 @@ def no_compiler(monkeypatch):
     """A compiler that fails, and nothing built or warned of before."""
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setattr(compiled, "_warned", set())
-    kernels.loops.cache_clear()
+    kernels.compiled_kernel.cache_clear()
     yield
-    kernels.loops.cache_clear()
+    kernels.compiled_kernel.cache_clear()
 
 
 def pair(formats: tuple[str, str], shapes=SHAPES, dtype=torch.float32, **options):
@@ -91,7 +91,7 @@ def run(reference: Trainer, ours: Trainer, steps: int = 4) -> None:
 def stepped_by_loops(trainer: Trainer) -> list[bool]:
     """Of each parameter that has taken a step."""
     param_steps = trainer.optimizer.stored_param_steps()
-    return [compiled._standings[param_step].loops is not None for param_step in param_steps]
+    return [compiled._prepared[param_step].kernel is not None for param_step in param_steps]
 
 
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
@@ -261,7 +261,7 @@ def test_nothing_is_built_twice(monkeypatch) -> None:
     monkeypatch.setattr(
         build, "_compile", lambda *given: compilations.append(given) or real_compile(*given)
     )
-    kernels.loops.cache_clear()
+    kernels.compiled_kernel.cache_clear()
     _, ours = pair(("dynamic8(block_size=32)", "dynamic8(block_size=32, signed=False)"))
     ours.run(6)
     for lr, betas, decay, eps in ((1.0, (0.8, 0.9), 0.0, 1e-8), (0.0, (0.4, 0.9999), 1.0, 0.5)):
@@ -271,7 +271,7 @@ def test_nothing_is_built_twice(monkeypatch) -> None:
     ours.params.append(ours.optimizer.param_groups[1]["params"][0])
     ours.run(2)
     assert (len(built), len(compilations)) == (1, 1)
-    kernels.loops.cache_clear()  # as in another process
+    kernels.compiled_kernel.cache_clear()  # as in another process
     _, again = pair(("dynamic8(block_size=32)", "dynamic8(block_size=32, signed=False)"))
     again.run(1)
     assert (len(built), len(compilations)) == (2, 1)

@@ -89,7 +89,7 @@ def _defaults_stay():
 def forget() -> None:
     """Empty the caches, as in a process that has just begun."""
     forget_tables()
-    kernels.loops.cache_clear()
+    kernels.compiled_kernel.cache_clear()
 
 
 def life(backend: str = "eager", pairs=PAIRS) -> dict[str, torch.Tensor]:
