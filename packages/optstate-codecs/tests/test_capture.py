@@ -112,7 +112,7 @@ def test_a_recorded_step_finds_gradients_that_have_moved(formats) -> None:
     (plan,) = recorded.optimizer.executor._plans.values()
     for table in plan.tables:
         table.on_host = False  # as on a GPU, where counts lie with the parameters
-        table.row_of = table._sort()
+        table.scalar_set = table._assign_sets()
     for side, surroundings in ((plain, nullcontext()), (recorded, recording())):
         give(side, 1)
         with surroundings:

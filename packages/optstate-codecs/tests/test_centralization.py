@@ -87,7 +87,7 @@ def test_as_if_gradients_were_centred_before(layout, device, backend) -> None:
             got.cpu(), expected, rtol=1e-5, atol=2e-6, msg=lambda m, n=number: f"{n}: {m}"
         )
     if backend == "triton":
-        assert all(not plan.left for plan in optimizer.executor._plans.values())
+        assert all(not plan.fallback for plan in optimizer.executor._plans.values())
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")

@@ -93,7 +93,7 @@ def test_a_step_of_decay_alone_is_the_same_to_the_bit(name, dtype, device) -> No
             assert torch.equal(expected, kernel.optimizer.state[theirs][CORRECTION].cpu())
     assert any(reference.optimizer.state[p][CORRECTION].any() for p in reference.params)
     (plan,) = kernel.optimizer.executor._plans.values()
-    assert [len(plan.left), sum(len(bucket.param_steps) for bucket in plan.buckets)] == [0, 8]
+    assert [len(plan.fallback), sum(len(bucket.param_steps) for bucket in plan.buckets)] == [0, 8]
 
 
 @pytest.mark.parametrize("device", devices())

@@ -359,7 +359,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         )
         if not param_steps[0].param.is_cuda:  # where there is nothing to choose
             request.total = engine.trainable(self.param_groups)
-        request.apart = not last
+        request.asynchronous = not last
         self.executor.step(request)
 
     def _kept(self, hypers: Sequence[Any]) -> tuple[list[GroupSpec], dict[Tensor, Any], StateSpec]:

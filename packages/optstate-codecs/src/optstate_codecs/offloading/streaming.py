@@ -103,7 +103,7 @@ class StreamingExecutor(Placement):
             for bank in {id(bank_of(param_step)) for param_step in request.param_steps}:
                 for entry in self._parted.get(bank, ()):
                     entry.version = entry.param_step.state["step"]._version
-            if request.apart:
+            if request.asynchronous:
                 self._hold(request, device_views)
             else:
                 self.join()

@@ -1,19 +1,22 @@
 """The multi-tensor kernel: one launch steps every tile of every tensor in a bucket.
 
-A program owns one tile, ROWS blocks of consecutive elements: it looks up where its tensor lies,
-decodes, updates, encodes and writes. What to decode, update and encode with are device functions
-given as constants, so a new format or rule needs no new kernel.
+A program steps one tile, ROWS blocks of consecutive elements. It reads the tensor's addresses from
+a table, decodes, updates, encodes and writes. The device functions for that are compile-time
+arguments, so that a new format or rule needs no new kernel.
 
-A block is FOLD pieces of the tile, [FOLD * ROWS, BLOCK / FOLD], so that all that a thread holds
-belongs to one block: a block's largest number takes fewer exchanges between threads, and what its
-scale takes is done once.
+A block is FOLD pieces of the tile, [FOLD * ROWS, BLOCK / FOLD], so that all elements of a thread
+belong to one block. Finding a block's maximum then takes fewer exchanges between threads, and each
+thread handles one scale.
 
-Tables (see ``plan.py``). ``tensors``, int64, one row a tensor: element count, parameter, two
-components of each of three moments, two stream keys, what the write keeps, and where its numbers
-begin in ``means`` with the two of ``centring.centre_shape``, and the place of its first element
-for random numbers. ``grads``: int64 addresses.
-``rows``: float32 scalars of the rule, one row for each (group, step count), after the step count
-itself. ``row_of``: each tensor's row, int32.
+Tables, see ``buckets`` and ``step_tables``:
+
+- ``tensors``, int64, COLUMNS a tensor: element count; address of the parameter; addresses of two
+  components of each of three moments; two stream keys; address of the component of the write; the
+  start in ``means`` and the two numbers of ``centralization.centre_shape``; the index of the first
+  element in the numbering of random numbers.
+- ``grads``, int64: addresses of the gradients.
+- ``scalars``, float32, SCALARS for each (group, step count): the step count, then the rule's.
+- ``scalar_set``, int32: the index of each tensor's set of scalars.
 """
 
 from __future__ import annotations
@@ -74,17 +77,17 @@ def step_kernel(  # type: ignore[no-untyped-def]
     work,
     tensors,
     grads,
-    row_of,
-    rows,
+    scalar_set,
+    scalars,
     means,
     grad_scale,
     found_inf,
-    ROW: tl.constexpr,
+    SCALARS: tl.constexpr,
     COLUMNS: tl.constexpr,
     UPDATE: tl.constexpr,
     UPDATE_OPTIONS: tl.constexpr,
-    DELIVER: tl.constexpr,
-    DELIVERS: tl.constexpr,
+    FEEDBACK: tl.constexpr,
+    HAS_FEEDBACK: tl.constexpr,
     MOMENTS: tl.constexpr,
     LOAD0: tl.constexpr,
     STORE0: tl.constexpr,
@@ -156,8 +159,8 @@ def step_kernel(  # type: ignore[no-untyped-def]
     entry = tensors + tensor.to(tl.int64) * COLUMNS
     numel = tl.load(entry)
     start = tile.to(tl.int64) * (ROWS * BLOCK)
-    row = rows + tl.load(row_of + tensor) * ROW
-    count = tl.load(row)
+    scalars += tl.load(scalar_set + tensor) * SCALARS
+    count = tl.load(scalars)
     # ``counts.taken``
     whole = tl.minimum(count, _END).to(tl.int32)
     step = tl.where(count < _END, whole, as_bits(count) - _OFFSET)
@@ -167,7 +170,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     starts = piece_starts(length, FOLD * ROWS, ROWS)
     offsets = starts[:, None] + tl.arange(0, length)[None, :]
     if FULL:
-        # a constant, so that the compiler sees that nothing is masked
+        # a constant, so that the compiler drops the masks
         left = tl.full([], ROWS * BLOCK, tl.int32)
     else:
         left = tl.minimum(numel - start, ROWS * BLOCK).to(tl.int32)
@@ -187,7 +190,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     g = load_float(g_pointer, offsets, mask, G_BF16)
     if CENTRALIZED:
         inside, outside = tl.load(entry + 12), tl.load(entry + 13)
-        # in 32 bits but for the tile's first element
+        # 64-bit arithmetic for the tile's first element only
         index = start // inside
         within = ((start - index * inside).to(tl.int32) + offsets) // inside.to(tl.int32)
         index = ((index % outside).to(tl.int32) + within) % outside.to(tl.int32)
@@ -213,7 +216,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
         m2, signs2 = LOAD2(first2, second2, offsets, row_offsets, left, False, OPTIONS2)
         signs = signs | signs2
     if MARKS:
-        # once for all moments: to know it of a tile takes exchanges between threads
+        # once for all moments, since the minimum over a tile takes exchanges between threads
         marked = tl.min(signs, axis=0) < 0
         if marked:
             m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, True, OPTIONS0)
@@ -234,7 +237,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     if SQRT1:
         m1 = m1 * m1
 
-    p, m0, m1, m2 = UPDATE(p, g, m0, m1, m2, row + 1, UPDATE_OPTIONS)
+    p, m0, m1, m2 = UPDATE(p, g, m0, m1, m2, scalars + 1, UPDATE_OPTIONS)
 
     origin = start + tl.multiple_of(tl.load(entry + 14), 16)
     word0 = offsets
@@ -249,8 +252,8 @@ def step_kernel(  # type: ignore[no-untyped-def]
         even0 = paired_tile(tl.load(entry + 8), step, origin, offsets)
     if EVEN1:
         even1 = paired_tile(tl.load(entry + 9), step, origin, offsets)
-    if not DELIVERS:
-        # first, so that its registers are free
+    if not HAS_FEEDBACK:
+        # before encoding, so that its registers are free
         _write(
             p_pointer,
             c_pointer,
@@ -275,12 +278,12 @@ def step_kernel(  # type: ignore[no-untyped-def]
         random0 = half(even1 if STREAM0 >= 2 else even0, offsets, STREAM0)
     else:
         random0 = half(word1 if STREAM0 >= 2 else word0, offsets, STREAM0)
-    if DELIVERS:
+    if HAS_FEEDBACK:
         kept = STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
         residual = x0 - kept
         if UPDATE_UNITS0:
             residual = residual * tl.maximum(sqrt(m1), _SMALLEST_ROOT)
-        p = DELIVER(p, residual, m1, m2, row + 1, UPDATE_OPTIONS)
+        p = FEEDBACK(p, residual, m1, m2, scalars + 1, UPDATE_OPTIONS)
         _write(
             p_pointer,
             c_pointer,

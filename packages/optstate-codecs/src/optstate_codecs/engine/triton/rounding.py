@@ -1,8 +1,8 @@
-"""The kernel that rounds, or adds and rounds, every tensor of a list in one launch.
+"""The kernel for stochastic rounding, or adding and rounding, of many tensors in one launch.
 
-A program owns one tile. ``table``, int64, one row a tensor: element count, addresses of target and
-source, stream key, count of the draw. Whether a tile may be accessed 16 bytes at once is seen on
-the device, from the addresses and what is left, so that tensors of any size share a launch.
+A program rounds one tile. ``table``, int64, COLUMNS a tensor: element count, addresses of target
+and source, stream key, count of the draw. The device decides whether a tile may be accessed 16
+bytes at once, from the addresses and the elements left, so that tensors of any size share a launch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _round_tile(  # type: ignore[no-untyped-def]
     DIVISIBLE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Round the ``left`` elements from ``start`` on, element 2 i and 2 i + 1 from one word."""
+    """Round ``left`` elements from ``start`` on; elements 2 i and 2 i + 1 share a random word."""
     target = pointer_at(entry + 1, tl.int16, DIVISIBLE) + start
     source = pointer_at(entry + 2, SOURCE_TYPE, DIVISIBLE) + start
     offsets = tl.arange(0, TILE)
@@ -64,7 +64,7 @@ def round_kernel(  # type: ignore[no-untyped-def]
     left = tl.load(entry) - start
     wide = ((tl.load(entry + 1) | tl.load(entry + 2)) & 15) == 0
     if wide & (left >= TILE):
-        # a constant, so that the compiler sees that nothing is masked
+        # a constant, so that the compiler drops the masks
         every = tl.full([], TILE, tl.int32)
         _round_tile(entry, start, every, ADD, SOURCE_TYPE, SOURCE_BF16, 16, TILE)
     else:
@@ -81,22 +81,23 @@ def launch(
     stream: int,
     add: bool,
 ) -> None:
-    """Round all ``sources``, of one dtype, into ``targets``, all of one device, in one launch.
+    """Round ``sources``, all of one dtype and device, into ``targets``, in one launch.
 
-    Each pair is dense and laid out alike; otherwise as ``stochastic.round_``. ``stream`` is even.
+    Each pair is dense with equal strides, and ``stream`` is even. The other arguments are those of
+    ``stochastic.round_``.
     """
     sizes = [target.numel() for target in targets]
     device, dtype = targets[0].device, sources[0].dtype
-    rows = []
+    entries = []
     for size, target, source, number, count in zip(
         sizes, targets, sources, numbers, counts, strict=True
     ):
         key = packed_key(seed, number, stream // 2)
-        rows += [size, target.data_ptr(), source.data_ptr(), key, count]
+        entries += [size, target.data_ptr(), source.data_ptr(), key, count]
     work = kept_work_table(tuple([-(-size // TILE) for size in sizes]), device)
     if not work.shape[0]:
         return  # tensors without elements
-    table = uploaded(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
+    table = uploaded(torch.tensor(entries, dtype=torch.int64, device="cpu"), device)
     with on(device):
         round_kernel[(work.shape[0],)](
             work,
