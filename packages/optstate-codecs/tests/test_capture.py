@@ -84,7 +84,7 @@ def test_a_kernel_that_was_not_warmed_up_raises() -> None:
     optimizer.step()
     with recording():
         params[1].grad = None
-        with pytest.raises(RuntimeError, match="no step yet had just these gradients"):
+        with pytest.raises(RuntimeError, match="no step yet had exactly these gradients"):
             optimizer.step()
         params[1].grad = torch.ones(40)
         with pytest.raises(RuntimeError, match="step counts are on the host"):

@@ -28,6 +28,19 @@ MAGNITUDE = constant(0x7FFFFFFF)
 # added to a float of magnitude below 2^22, this rounds it to an integer, half to even
 ROUNDER = constant(12582912.0)
 
+SQRT = constant("sqrt.approx.ftz.f32 $0, $1;")
+RECIPROCAL = constant("rcp.approx.ftz.f32 $0, $1;")
+FROM_BF16 = constant("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+RAISE_F32, RAISE_S32 = (
+    constant(f"""{{
+    .reg .pred some;
+    setp.gt.f32 some, $2, 0f00000000;
+    mov.b32 $0, $1;
+    @some max.{kind} $0, $1, $3;
+}}""")
+    for kind in ("f32", "s32")
+)
+
 
 @jit
 def fma(a, b, c):  # type: ignore[no-untyped-def]
@@ -65,37 +78,11 @@ def at_least_if_positive(t, LOWEST: tl.constexpr, x):  # type: ignore[no-untyped
     if INTERPRET:
         return tl.where(x > 0, tl.maximum(t, LOWEST), t)
     elif t.dtype == tl.float32:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred some;
-            setp.gt.f32 some, $2, 0f00000000;
-            mov.b32 $0, $1;
-            @some max.f32 $0, $1, $3;
-            }
-            """,
-            "=f,f,f,f",
-            [t, x, tl.full(t.shape, LOWEST, tl.float32)],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
+        low = tl.full(t.shape, LOWEST, tl.float32)
+        return tl.inline_asm_elementwise(RAISE_F32, "=f,f,f,f", [t, x, low], tl.float32, True, 1)
     else:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred some;
-            setp.gt.f32 some, $2, 0f00000000;
-            mov.b32 $0, $1;
-            @some max.s32 $0, $1, $3;
-            }
-            """,
-            "=r,r,f,r",
-            [t, x, tl.full(t.shape, LOWEST, tl.int32)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+        low = tl.full(t.shape, LOWEST, tl.int32)
+        return tl.inline_asm_elementwise(RAISE_S32, "=r,r,f,r", [t, x, low], tl.int32, True, 1)
 
 
 @jit
@@ -104,9 +91,7 @@ def sqrt(x):  # type: ignore[no-untyped-def]
     if INTERPRET:
         return tl.sqrt(x)
     else:
-        return tl.inline_asm_elementwise(
-            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise(SQRT, "=f,f", [x], tl.float32, True, 1)
 
 
 @jit
@@ -115,9 +100,7 @@ def reciprocal(x):  # type: ignore[no-untyped-def]
     if INTERPRET:
         return 1.0 / x
     else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise(RECIPROCAL, "=f,f", [x], tl.float32, True, 1)
 
 
 @jit
@@ -137,11 +120,4 @@ def from_bf16_bits(bits16):  # type: ignore[no-untyped-def]
     if INTERPRET:
         return as_float(bits16.to(tl.int32) << 16)
     else:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=f,=f,r",
-            [bits16],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=2,
-        )
+        return tl.inline_asm_elementwise(FROM_BF16, "=f,=f,r", [bits16], tl.float32, True, 2)

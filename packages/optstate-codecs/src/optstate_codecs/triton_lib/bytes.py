@@ -1,4 +1,8 @@
-"""Device functions that unpack and pack bytes and half bytes, four bytes at a time on a GPU."""
+"""Device functions that unpack and pack bytes and half bytes, four bytes at a time on a GPU.
+
+Each has one form for the interpreter and one in PTX, which works on four elements (the last
+argument of ``inline_asm_elementwise``) and has no side effects (the one before).
+"""
 
 from __future__ import annotations
 
@@ -17,25 +21,69 @@ __all__ = [
 ]
 
 
+def _four(instruction: str) -> str:
+    """PTX for four elements; # is the element's number."""
+    return "\n".join(instruction.replace("#", str(number)) for number in range(4))
+
+
+def _nibbles(bit: int) -> str:
+    """Shifts that bring the low and the high halves of four bytes to bits ``bit`` to bit + 3."""
+    lefts = [bit - 8 * (result % 4) - 4 * (result // 4) for result in range(8)]
+    shifts = [f"shl.b32 $#, $8, {n};" if n >= 0 else f"shr.b32 $#, $8, {-n};" for n in lefts]
+    return "\n".join(shift.replace("#", str(result)) for result, shift in enumerate(shifts))
+
+
+BYTE_FLOAT = constant(_four("prmt.b32 $#, $4, 0x4B000000, 0x744#;"))
+WIDENED = constant(_four("prmt.b32 $#, $4, 0, 0x444#;"))
+TOP_BYTE = constant(_four("prmt.b32 $#, $4, 0, 0x#444;"))
+NIBBLES_20, NIBBLES_21, NIBBLES_22 = map(constant, map(_nibbles, (20, 21, 22)))
+NIBBLE_FLOATS = constant(
+    """{
+    .reg .b32 low, high;
+    shr.b32 high, $8, 4;
+    lop3.b32 low, $8, 0x0f0f0f0f, 0x08080808, 0x6a;
+    lop3.b32 high, high, 0x0f0f0f0f, 0x08080808, 0x6a;
+    """
+    + _four("prmt.b32 $#, low, 0x43000000, 0x7#44;\n")
+    + "".join(f"prmt.b32 ${4 + n}, high, 0x43000000, 0x7{n}44;\n" for n in range(4))
+    + "}"
+)
+PAIR_OF_NIBBLES = constant("""{
+    .reg .b32 a, b, even, odd;
+    prmt.b32 a, $1, $2, 0x0062;
+    prmt.b32 b, $3, $4, 0x0062;
+    prmt.b32 even, a, b, 0x5410;
+    prmt.b32 a, $5, $6, 0x0062;
+    prmt.b32 b, $7, $8, 0x0062;
+    prmt.b32 odd, a, b, 0x5410;
+    shl.b32 odd, odd, 4;
+    lop3.b32 $0, even, odd, 0x0f0f0f0f, 0xe4;
+}""")
+THIRD_BYTE = constant("""{
+    .reg .b32 low, high;
+    prmt.b32 low, $1, $2, 0x0062;
+    prmt.b32 high, $3, $4, 0x0062;
+    prmt.b32 $0, low, high, 0x5410;
+}""")
+THIRD_BYTE_SIGNED = constant("""{
+    .reg .b32 low, high, code, sign;
+    prmt.b32 low, $1, $2, 0x0062;
+    prmt.b32 high, $3, $4, 0x0062;
+    prmt.b32 code, low, high, 0x5410;
+    prmt.b32 low, $5, $6, 0x0073;
+    prmt.b32 high, $7, $8, 0x0073;
+    prmt.b32 sign, low, high, 0x5410;
+    lop3.b32 $0, code, sign, 0x7f7f7f7f, 0xe4;
+}""")
+
+
 @jit
 def byte_float(byte):  # type: ignore[no-untyped-def]
     """2^23 + an unsigned byte, as float32, without an integer conversion."""
     if INTERPRET:
         return as_float(byte.to(tl.int32) | 0x4B000000)
     else:
-        return tl.inline_asm_elementwise(
-            """
-            prmt.b32 $0, $4, 0x4B000000, 0x7440;
-            prmt.b32 $1, $4, 0x4B000000, 0x7441;
-            prmt.b32 $2, $4, 0x4B000000, 0x7442;
-            prmt.b32 $3, $4, 0x4B000000, 0x7443;
-            """,
-            "=f,=f,=f,=f,r",
-            [byte],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=4,
-        )
+        return tl.inline_asm_elementwise(BYTE_FLOAT, "=f,=f,=f,=f,r", [byte], tl.float32, True, 4)
 
 
 @jit
@@ -44,19 +92,7 @@ def widened(byte):  # type: ignore[no-untyped-def]
     if INTERPRET:
         return byte.to(tl.int32)
     else:
-        return tl.inline_asm_elementwise(
-            """
-            prmt.b32 $0, $4, 0, 0x4440;
-            prmt.b32 $1, $4, 0, 0x4441;
-            prmt.b32 $2, $4, 0, 0x4442;
-            prmt.b32 $3, $4, 0, 0x4443;
-            """,
-            "=r,=r,=r,=r,r",
-            [byte],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=4,
-        )
+        return tl.inline_asm_elementwise(WIDENED, "=r,=r,=r,=r,r", [byte], tl.int32, True, 4)
 
 
 @jit
@@ -65,49 +101,22 @@ def top_byte(byte):  # type: ignore[no-untyped-def]
     if INTERPRET:
         return byte.to(tl.int32) << 24
     else:
-        return tl.inline_asm_elementwise(
-            """
-            prmt.b32 $0, $4, 0, 0x0444;
-            prmt.b32 $1, $4, 0, 0x1444;
-            prmt.b32 $2, $4, 0, 0x2444;
-            prmt.b32 $3, $4, 0, 0x3444;
-            """,
-            "=r,=r,=r,=r,r",
-            [byte],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=4,
-        )
-
-
-def _nibbles(bit: int) -> str:
-    """Shifts that bring the low and the high halves of four bytes to bits ``bit`` to bit + 3."""
-    lines = []
-    for place in range(8):
-        by = bit - 8 * (place % 4) - 4 * (place // 4)
-        shift = f"shl.b32 ${place}, $8, {by};" if by >= 0 else f"shr.b32 ${place}, $8, {-by};"
-        lines.append(shift)
-    return "\n".join(lines)
-
-
-NIBBLES_20, NIBBLES_21, NIBBLES_22 = map(constant, map(_nibbles, (20, 21, 22)))
+        return tl.inline_asm_elementwise(TOP_BYTE, "=r,=r,=r,=r,r", [byte], tl.int32, True, 4)
 
 
 @jit
 def nibbles(byte, BIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A byte's low and high half as bits BIT (20 to 22) to BIT + 3 of two int32, among others."""
+    """The low and high half of a byte as bits BIT (20 to 22) to BIT + 3 of two int32.
+
+    Other bits of the results are arbitrary.
+    """
     if INTERPRET:
         return byte.to(tl.int32) << BIT, (byte.to(tl.int32) >> 4) << BIT
     else:
         wide: tl.constexpr = NIBBLES_21 if BIT == 21 else NIBBLES_22
-        return tl.inline_asm_elementwise(
-            NIBBLES_20 if BIT == 20 else wide,
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
-            [byte],
-            dtype=(tl.int32, tl.int32),
-            is_pure=True,
-            pack=4,
-        )
+        asm: tl.constexpr = NIBBLES_20 if BIT == 20 else wide
+        types: tl.constexpr = (tl.int32, tl.int32)
+        return tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,=r,=r,=r,=r,r", [byte], types, True, 4)
 
 
 @jit
@@ -119,27 +128,7 @@ def nibble_floats(byte):  # type: ignore[no-untyped-def]
         return as_float(low | 0x43000000), as_float(high | 0x43000000)
     else:
         return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high;
-            shr.b32 high, $8, 4;
-            lop3.b32 low, $8, 0x0f0f0f0f, 0x08080808, 0x6a;
-            lop3.b32 high, high, 0x0f0f0f0f, 0x08080808, 0x6a;
-            prmt.b32 $0, low, 0x43000000, 0x7044;
-            prmt.b32 $1, low, 0x43000000, 0x7144;
-            prmt.b32 $2, low, 0x43000000, 0x7244;
-            prmt.b32 $3, low, 0x43000000, 0x7344;
-            prmt.b32 $4, high, 0x43000000, 0x7044;
-            prmt.b32 $5, high, 0x43000000, 0x7144;
-            prmt.b32 $6, high, 0x43000000, 0x7244;
-            prmt.b32 $7, high, 0x43000000, 0x7344;
-            }
-            """,
-            "=f,=f,=f,=f,=f,=f,=f,=f,r",
-            [byte],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=4,
+            NIBBLE_FLOATS, "=f,=f,=f,=f,=f,=f,=f,=f,r", [byte], (tl.float32, tl.float32), True, 4
         )
 
 
@@ -150,24 +139,7 @@ def pair_of_nibbles(low, high):  # type: ignore[no-untyped-def]
         return (((low >> 16) & 15) | ((high >> 12) & 240)).to(tl.uint8)
     else:
         return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 a, b, even, odd;
-            prmt.b32 a, $1, $2, 0x0062;
-            prmt.b32 b, $3, $4, 0x0062;
-            prmt.b32 even, a, b, 0x5410;
-            prmt.b32 a, $5, $6, 0x0062;
-            prmt.b32 b, $7, $8, 0x0062;
-            prmt.b32 odd, a, b, 0x5410;
-            shl.b32 odd, odd, 4;
-            lop3.b32 $0, even, odd, 0x0f0f0f0f, 0xe4;
-            }
-            """,
-            "=r,r,r,r,r,r,r,r,r",
-            [low, high],
-            dtype=tl.uint8,
-            is_pure=True,
-            pack=4,
+            PAIR_OF_NIBBLES, "=r,r,r,r,r,r,r,r,r", [low, high], tl.uint8, True, 4
         )
 
 
@@ -177,21 +149,7 @@ def third_byte(word):  # type: ignore[no-untyped-def]
     if INTERPRET:
         return ((word >> 16) & 255).to(tl.uint8)
     else:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high;
-            prmt.b32 low, $1, $2, 0x0062;
-            prmt.b32 high, $3, $4, 0x0062;
-            prmt.b32 $0, low, high, 0x5410;
-            }
-            """,
-            "=r,r,r,r,r",
-            [word],
-            dtype=tl.uint8,
-            is_pure=True,
-            pack=4,
-        )
+        return tl.inline_asm_elementwise(THIRD_BYTE, "=r,r,r,r,r", [word], tl.uint8, True, 4)
 
 
 @jit
@@ -201,21 +159,5 @@ def third_byte_signed(word, x):  # type: ignore[no-untyped-def]
         return (((word >> 16) & 127) | ((as_bits(x) >> 24) & 128)).to(tl.uint8)
     else:
         return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, high, code, sign;
-            prmt.b32 low, $1, $2, 0x0062;
-            prmt.b32 high, $3, $4, 0x0062;
-            prmt.b32 code, low, high, 0x5410;
-            prmt.b32 low, $5, $6, 0x0073;
-            prmt.b32 high, $7, $8, 0x0073;
-            prmt.b32 sign, low, high, 0x5410;
-            lop3.b32 $0, code, sign, 0x7f7f7f7f, 0xe4;
-            }
-            """,
-            "=r,r,r,r,r,r,r,r,r",
-            [word, x],
-            dtype=tl.uint8,
-            is_pure=True,
-            pack=4,
+            THIRD_BYTE_SIGNED, "=r,r,r,r,r,r,r,r,r", [word, x], tl.uint8, True, 4
         )

@@ -18,16 +18,7 @@ except ImportError:  # pragma: no cover - exercised by the isolated session
     triton = None
     tl = None
 
-__all__ = [
-    "BACKEND_VARIABLE",
-    "HAS_TRITON",
-    "INTERPRET",
-    "INTERPRETED",
-    "constant",
-    "jit",
-    "kernels_run",
-    "tl",
-]
+__all__ = ["BACKEND_VARIABLE", "HAS_TRITON", "INTERPRETED", "constant", "jit", "kernels_run", "tl"]
 
 HAS_TRITON = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
