@@ -33,7 +33,7 @@ def kernels_run(where: torch.device) -> bool:
 
 
 def jit(function: Any) -> Any:
-    """``triton.jit``, or the function itself where there is no triton."""
+    """``triton.jit``, or the function itself without triton."""
     return triton.jit(function) if HAS_TRITON else function
 
 

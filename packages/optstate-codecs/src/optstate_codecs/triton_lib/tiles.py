@@ -1,4 +1,4 @@
-"""Device functions for tiles: the pieces of their rows, and reductions over each row."""
+"""Device functions for tiles whose rows are blocks: pieces of rows, and reductions over rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def _nan_max(a, b):  # type: ignore[no-untyped-def]
 
 @jit
 def piece_starts(LENGTH: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where each piece of a tile begins, where one is LENGTH long; rows follow each other.
+    """The first offset of each of a tile's pieces of LENGTH elements.
 
-    The first pieces of all rows come first, then the second pieces, and so on.
+    Rows follow each other in memory. The result has the first pieces of all rows, then the second
+    pieces, and so on.
     """
     piece = tl.arange(0, PIECES)
     return (piece % ROWS) * (LENGTH * (PIECES // ROWS)) + (piece // ROWS) * LENGTH
@@ -25,13 +26,13 @@ def piece_starts(LENGTH: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr)
 
 @jit
 def by_rows(x, rows):  # type: ignore[no-untyped-def]
-    """A tile's pieces [pieces, elements] as [pieces of a row, rows, elements]."""
+    """Reshape a tile from [pieces, elements] to [pieces of a row, rows, elements]."""
     return tl.reshape(x, [x.shape[0] // rows.shape[0], rows.shape[0], x.shape[1]])
 
 
 @jit
 def spread(number, offsets):  # type: ignore[no-untyped-def]
-    """One number for each row as one for each of a tile's pieces, [pieces, 1]."""
+    """Expand one number for each row to each of its pieces, [pieces, 1]."""
     if offsets.shape[0] == number.shape[0]:
         return number[:, None]
     else:
@@ -60,15 +61,15 @@ def row_sum(x, rows):  # type: ignore[no-untyped-def]
 
 @jit
 def row_amax(x, rows, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each row's largest magnitude, as bits: at least ``INF_BITS`` where a row is not finite.
+    """The bits of each row's largest magnitude: at least ``INF_BITS`` where a row is not finite.
 
-    Where not ``SIGNED``, no number is below zero.
+    Without SIGNED, ``x`` has no negative numbers.
     """
     if INTERPRET:
         return row_max(as_bits(x) & MAGNITUDE, rows)
     else:
         x = tl.abs(x) if SIGNED else x
         if x.shape[0] != rows.shape[0]:
-            # a thread holds all pieces of a row that it holds one of: no exchange
+            # all pieces of a row lie in the same threads, so that they exchange nothing
             x = tl.reduce(by_rows(x, rows), 0, _nan_max)
         return as_bits(tl.reduce(x, 1, _nan_max)) & MAGNITUDE
