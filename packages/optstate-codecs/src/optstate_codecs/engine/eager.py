@@ -43,9 +43,8 @@ def step(request: StepRequest) -> None:
         )
     if request.found_inf is not None and bool(request.found_inf):
         return
-    for position, (param_step, grad) in enumerate(
-        zip(request.param_steps, request.grads, strict=True)
-    ):
+    pairs = zip(request.param_steps, request.grads, strict=True)
+    for position, (param_step, grad) in enumerate(pairs):
         (count,) = counted([param_step.state["step"]], request.draw is not None)
         request.counted.append(param_step)
         mean = request.grad_means.expanded(position, grad) if request.grad_means else None

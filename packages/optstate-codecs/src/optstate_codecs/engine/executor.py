@@ -160,11 +160,8 @@ class ResidentExecutor:
 
     @staticmethod
     def _skipped(request: StepRequest) -> bool:
-        return (
-            request.staging is not None
-            and request.found_inf is not None
-            and bool(request.found_inf)
-        )
+        found_inf = request.found_inf
+        return request.staging is not None and found_inf is not None and bool(found_inf)
 
     def _uses_triton(self, request: StepRequest) -> bool:
         cuda = all(param_step.param.is_cuda for param_step in request.param_steps)
@@ -239,6 +236,7 @@ class ResidentExecutor:
                 raise needs_warm_up("step counts are on the host, since capturable was False")
             self._captured.append(plan)
         avoid_copies = request.staging is not None
+        means = request.grad_means.values if request.grad_means else {}
         launches: dict[int, list[tuple[Bucket, tuple[Any, ...]]]] = {}
         for table in plan.tables:
             factor, found_inf = table.to_device(request.factor), table.to_device(request.found_inf)
@@ -247,13 +245,8 @@ class ResidentExecutor:
             grads = table.addresses(plan.addresses, avoid_copies)
             scalars = table.scalars(request.rule, request.hypers, request.draw, avoid_copies)
             for bucket, start, stop in table.buckets:
-                means = (
-                    request.grad_means.values.get(bucket.tensors.device)
-                    if request.grad_means
-                    else None
-                )
                 tables = grads[start:stop], table.scalar_set[start:stop], scalars
-                args = (*tables, means, factor, found_inf)
+                args = (*tables, means.get(bucket.tensors.device), factor, found_inf)
                 launches.setdefault(bucket.stage, []).append((bucket, args))
                 request.counted += bucket.param_steps
         fallback = dict(request.part(plan.fallback).stages()) if plan.fallback else {}

@@ -113,7 +113,7 @@ class Int8(Format):
         inverse = torch.where(step > 0, 1 / step, step)
         code = scaled(x, inverse, self.block_size)
         if self.rounding == "stochastic":
-            code.add_(self._need(draw).centred(x.numel(), x.device))
+            code.add_(self._need(draw).dither(x.numel(), x.device))
         codes.copy_(mark_nonfinite(code.round_().clamp_(-127, 127), x, NAN_CODE))
         scale.copy_(step.view(-1))
 

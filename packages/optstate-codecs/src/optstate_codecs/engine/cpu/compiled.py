@@ -57,17 +57,14 @@ def step(request: StepRequest) -> None:
     variants = [request.rule.variant(hyper) for hyper in request.hypers]
     members: dict[CompiledKernel, list[tuple[int, _Prepared]]] = {}
     fallback = []
-    for position, (param_step, grad) in enumerate(
-        zip(request.param_steps, request.grads, strict=True)
-    ):
-        prepared = _prepared.get(param_step)
+    pairs = zip(request.param_steps, request.grads, strict=True)
+    for position, (param_step, grad) in enumerate(pairs):
+        prepared, variant = _prepared.get(param_step), variants[param_step.group]
         if request.grad_means is not None and request.grad_means.starts[position] >= 0:
             fallback.append(position)
             continue
-        if prepared is None or not prepared.is_valid(grad, variants[param_step.group]):
-            prepared = _prepared[param_step] = _prepare(
-                request, param_step, grad, variants[param_step.group]
-            )
+        if prepared is None or not prepared.is_valid(grad, variant):
+            prepared = _prepared[param_step] = _prepare(request, param_step, grad, variant)
         if prepared.kernel is None:
             fallback.append(position)
         else:
@@ -156,15 +153,8 @@ def _run(
         numel = param_step.param.numel()
         param, *parts = prepared.addresses
         draw = taken(count) if request.draw is None else request.draw
-        table += [
-            numel,
-            blocks,
-            draw,
-            param_step.offset,
-            param,
-            request.grads[position].data_ptr(),
-            *parts,
-        ]
+        table += [numel, blocks, draw, param_step.offset]
+        table += [param, request.grads[position].data_ptr(), *parts]
         key = (param_step.group, count)
         if key not in folded:
             folded[key] = [*request.rule.scalars(request.hypers[param_step.group], count), factor]

@@ -89,9 +89,8 @@ def build_buckets(request: StepRequest) -> tuple[list[Bucket], list[int]]:
     """
     members: dict[Any, list[int]] = {}
     fallback = []
-    for position, (param_step, grad) in enumerate(
-        zip(request.param_steps, request.grads, strict=True)
-    ):
+    pairs = zip(request.param_steps, request.grads, strict=True)
+    for position, (param_step, grad) in enumerate(pairs):
         function = request.rule.device_function(request.hypers[param_step.group])
         stored = param_step.bound
         formats = tuple(stored[moment.name] for moment in param_step.moments)
@@ -109,9 +108,7 @@ def build_buckets(request: StepRequest) -> tuple[list[Bucket], list[int]]:
             layout = (param_step.write, shape, ends, centralized, param_step.stage)
             key = (devices, dtypes, formats, function, *layout)
             members.setdefault(key, []).append(position)
-    apply_error_feedback = (
-        request.rule.device_error_feedback() if request.rule.has_error_feedback else None
-    )
+    feedback = request.rule.device_error_feedback() if request.rule.has_error_feedback else None
     buckets = []
     for (devices, dtypes, formats, function, *layout), positions in members.items():
         _, (rows, block), (aligned, full), centralized, stage = layout
@@ -120,23 +117,8 @@ def build_buckets(request: StepRequest) -> tuple[list[Bucket], list[int]]:
         if centralized and request.grad_means:
             starts = [request.grad_means.starts[p] for p in positions]
         tables = _tables(param_steps, formats, rows * block, devices[0], starts)
-        buckets.append(
-            Bucket(
-                param_steps,
-                positions,
-                formats,
-                function,
-                apply_error_feedback,
-                dtypes[1],
-                rows,
-                block,
-                aligned,
-                full,
-                centralized,
-                stage,
-                *tables,
-            )
-        )
+        contents = param_steps, positions, formats, function, feedback, dtypes[1], rows, block
+        buckets.append(Bucket(*contents, aligned, full, centralized, stage, *tables))
     return buckets, fallback
 
 
@@ -158,12 +140,8 @@ def takes(param_step: ParamStep, grad: Tensor, has_error_feedback: bool = False)
 
 
 def _aligned(param_step: ParamStep, grad: Tensor) -> bool:
-    addresses = [
-        param_step.param.data_ptr(),
-        grad.data_ptr(),
-        *(p.data_ptr() for p in param_step.parts),
-    ]
-    return param_step.param.numel() % 16 == 0 and all(address % 16 == 0 for address in addresses)
+    tensors = [param_step.param, grad, *param_step.parts]
+    return param_step.param.numel() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _tables(

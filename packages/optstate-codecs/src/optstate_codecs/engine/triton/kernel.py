@@ -53,14 +53,12 @@ def _write(  # type: ignore[no-untyped-def]
     word,
     offsets,
     mask,
-    P_TYPE: tl.constexpr,
     P_BF16: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    SPLIT: tl.constexpr,
     WRITE: tl.constexpr,
     WRITE_OPTIONS: tl.constexpr,
 ):
-    if SPLIT:
+    if WRITE is not None:
         WRITE(p_pointer, c_pointer, p, half(word, offsets, 0), offsets, mask, WRITE_OPTIONS)
     elif P_BF16:
         if STOCHASTIC:
@@ -69,7 +67,7 @@ def _write(  # type: ignore[no-untyped-def]
             bits = to_bf16_bits(p)
         tl.store(p_pointer + offsets, bits, mask=mask)
     else:
-        tl.store(p_pointer + offsets, p.to(P_TYPE), mask=mask)
+        tl.store(p_pointer + offsets, p.to(p_pointer.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -255,18 +253,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     if not HAS_FEEDBACK:
         # before encoding, so that its registers are free
         _write(
-            p_pointer,
-            c_pointer,
-            p,
-            word0,
-            offsets,
-            mask,
-            P_TYPE,
-            P_BF16,
-            STOCHASTIC,
-            SPLIT,
-            WRITE,
-            WRITE_OPTIONS,
+            p_pointer, c_pointer, p, word0, offsets, mask, P_BF16, STOCHASTIC, WRITE, WRITE_OPTIONS
         )
 
     x0 = m0
@@ -285,18 +272,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
             residual = residual * tl.maximum(sqrt(m1), _SMALLEST_ROOT)
         p = FEEDBACK(p, residual, m1, m2, scalars + 1, UPDATE_OPTIONS)
         _write(
-            p_pointer,
-            c_pointer,
-            p,
-            word0,
-            offsets,
-            mask,
-            P_TYPE,
-            P_BF16,
-            STOCHASTIC,
-            SPLIT,
-            WRITE,
-            WRITE_OPTIONS,
+            p_pointer, c_pointer, p, word0, offsets, mask, P_BF16, STOCHASTIC, WRITE, WRITE_OPTIONS
         )
     elif MOMENTS >= 1:
         STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
