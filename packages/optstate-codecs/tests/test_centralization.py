@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from optstate_codecs import Adam, CodedOptimizer
-from optstate_codecs.gradients.centralization import centre_shape
+from optstate_codecs.gradients.centralization import mean_layout
 from optstate_codecs.state.layout import FlatView, storage_order
 
 EXACT = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
@@ -41,7 +41,7 @@ def test_the_place_of_an_element_gives_its_first_index(layout) -> None:
     for shape in ((4, 6), (7, 5, 3), (2, 3, 4, 5)):
         first = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
         tensor = laid_out(first, layout)
-        inside, outside = centre_shape(tensor)
+        inside, outside = mean_layout(tensor)
         flat = FlatView(tensor, storage_order(tensor)).read(0, tensor.numel())
         assert torch.equal(flat, torch.arange(tensor.numel()) // inside % outside)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from optstate_codecs.engine.request import ParamStep, StepRequest
 from optstate_codecs.engine.triton.work_tables import work_table
 from optstate_codecs.formats import Format
-from optstate_codecs.gradients.centralization import centre_shape
+from optstate_codecs.gradients.centralization import mean_layout
 from optstate_codecs.rounding import packed_key
 from optstate_codecs.writes import MASTER
 
@@ -164,9 +164,7 @@ def _tables(
             param_step.state[c.key(MASTER)].data_ptr() for c in param_step.write.components
         ]
         entry += corrections or [0]
-        entry += (
-            [mean_starts[number], *centre_shape(param_step.param)] if mean_starts else [0, 1, 1]
-        )
+        entry += [mean_starts[number], *mean_layout(param_step.param)] if mean_starts else [0, 1, 1]
         entry.append(param_step.offset)
         table.append(entry)
         tiles.append(-(-param_step.param.numel() // tile))

@@ -12,7 +12,7 @@ Tables, see ``buckets`` and ``step_tables``:
 
 - ``tensors``, int64, COLUMNS a tensor: element count; address of the parameter; addresses of two
   components of each of three moments; two stream keys; address of the component of the write; the
-  start in ``means`` and the two numbers of ``centralization.centre_shape``; the index of the first
+  start in ``means`` and the two numbers of ``centralization.mean_layout``; the index of the first
   element in the numbering of random numbers.
 - ``grads``, int64: addresses of the gradients.
 - ``scalars``, float32, SCALARS for each (group, step count): the step count, then the rule's.
