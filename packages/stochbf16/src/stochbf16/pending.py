@@ -33,14 +33,14 @@ class Addition:
     version: int
 
     @property
-    def wanted(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the sum is still the parameter's gradient."""
         return self.param.grad is self.total
 
     @property
     def untouched(self) -> bool:
         """Whether the sum has not been zeroed, scaled or replaced since then."""
-        return self.wanted and self.total._version == self.version
+        return self.is_current and self.total._version == self.version
 
 
 class Pending:
@@ -75,7 +75,7 @@ class Pending:
                 left unchanged.
         """
         waiting, self._additions, self.bytes = self._additions.values(), {}, 0
-        additions = [a for a in waiting if (a.untouched if stale else a.wanted)]
+        additions = [a for a in waiting if (a.untouched if stale else a.is_current)]
         if not additions:
             return
         stream = self._stream
