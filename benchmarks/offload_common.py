@@ -219,8 +219,8 @@ def moved_bytes(optimizer: Optimizer) -> int:
     if getattr(optimizer, "offloaded", None) is None:
         return 0
     assert isinstance(optimizer, CodedOptimizer)
-    executor: Any = optimizer.executor
-    return sum(slab.nbytes for slab in executor.slabs)
+    session: Any = optimizer.executor
+    return sum(slab.nbytes for slab in session.slabs)
 
 
 def host_bytes(optimizer: Optimizer) -> int:
@@ -235,5 +235,5 @@ def host_bytes(optimizer: Optimizer) -> int:
         return moved_bytes(optimizer) + (spares.nbytes if spares is not None else 0)
     if not moved_bytes(optimizer):
         return 0
-    executor: Any = optimizer.executor  # type: ignore[attr-defined]
-    return sum(memory.tensor.numel() for slab in executor.slabs for memory in slab.family)
+    session: Any = optimizer.executor  # type: ignore[attr-defined]
+    return sum(memory.tensor.numel() for slab in session.slabs for memory in slab.family)
