@@ -22,6 +22,7 @@ from optstate_codecs.state.layout import storage_order, stored_formats
 __all__ = [
     "any_distributed",
     "check_placements",
+    "check_whole_rows",
     "component_shape",
     "is_distributed",
     "local_of",
@@ -123,6 +124,21 @@ def _sharded(tensor: Any) -> list[tuple[int, int]]:
 def _dims(tensor: Any) -> list[tuple[int, int]]:
     """Those of ``_sharded`` with several workers."""
     return [(n, dim) for n, dim in _sharded(tensor) if tensor.device_mesh.size(n) > 1]
+
+
+def check_whole_rows(option: str, params: Iterable[Tensor]) -> None:
+    """Raise unless every worker has all elements of the rows (first dimension) that it has.
+
+    Raises:
+        ValueError: a DTensor is sharded along another dimension.
+    """
+    for param in params:
+        if is_distributed(param) and any(dim for _, dim in _dims(param)):
+            placements = ", ".join(map(str, param.placements))  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{option}: must be 0 for a DTensor with placements ({placements}), whose rows no "
+                "worker has whole"
+            )
 
 
 def shard_offset(tensor: Any) -> int:

@@ -57,7 +57,7 @@ class StreamingExecutor(Placement):
             ]
             param_steps.sort(key=lambda param_step: (param_step.index, param_step.offset))
             self._forget_others(param_steps)
-        self._seat(param_steps, request.centres is None)
+        self._seat(param_steps, request.grad_means is None)
         self._begun = True
         entries = [
             self._entries[param_step.index, param_step.offset] for param_step in request.param_steps
@@ -103,7 +103,7 @@ class StreamingExecutor(Placement):
             for bank in {id(bank_of(param_step)) for param_step in request.param_steps}:
                 for entry in self._parted.get(bank, ()):
                     entry.version = entry.param_step.state["step"]._version
-            if request.apart:
+            if request.asynchronous:
                 self._hold(request, device_views)
             else:
                 self.join()
@@ -137,16 +137,16 @@ class StreamingExecutor(Placement):
                 layouts.append(request.layouts[place] if request.layouts else layout_of(grad))
             param_steps.append(device_view)
             grads.append(grad)
-        centres = request.centres
-        if centres is not None:
-            centres = replace(centres, places=[centres.places[place] for place, _ in parts])
+        means = request.grad_means
+        if means is not None:
+            means = replace(means, starts=[means.starts[place] for place, _ in parts])
         return replace(
             request,
             param_steps=param_steps,
             grads=grads,
             addresses=addresses,
             layouts=layouts,
-            centres=centres,
+            grad_means=means,
             done=[],
             counted=[],
             staging=self._around,
