@@ -58,16 +58,14 @@ def test_memory_is_that_of_the_shards(results) -> None:
         assert 4 * count <= found["bytes"][0] < 8 * count
 
 
-def test_the_family_is_refused_under_fsdp2(results) -> None:
-    wrap = "use optstate_wrap.wrap(torch.optim.AdamW(...)), which works with FSDP2"
+def test_the_family_trains_under_fsdp2(results) -> None:
+    """Also where a trainer shards the model after its optimizer was made."""
     for result in results:
         found = result["fsdp2"]
-        assert found["family"].startswith("TypeError: params[0]: is a DTensor with placements (")
-        assert found["swapped"].startswith("TypeError: parameter 0: is a DTensor")
-        assert found["family"].endswith(wrap)
-        assert found["swapped"].endswith(wrap)
-        assert found["unchanged"]
-        assert found["states"] == [2.0] * 6
+        assert found["exact family"] < 1e-6
+        # of how far parameters have moved
+        assert found["family"] < 0.1
+        assert found["swapped"] < 0.1
 
 
 def test_what_the_accumulator_advises_adds_in_float32(results) -> None:

@@ -211,20 +211,21 @@ class ParameterTable:
             [every[number][1] for number in numbers],
             chosen,
         )
-        if any_distributed(chosen):
+        sharded = any_distributed(chosen)
+        if sharded:
             found.grads = chosen = [
                 _local_grad(index, every[index][1], grad)
                 for index, grad in zip(numbers, chosen, strict=True)
             ]
         if any(grad.layout is not torch.strided for grad in chosen):
-            self._check(found)
+            self._check(found, sharded)
         addresses = [grad.data_ptr() for grad in chosen]
         layouts = [(grad.dtype, grad.stride()) for grad in chosen]
         last = self._found.get(tuple(numbers))
         # good gradients that lay and looked alike make these good too; where a parameter has
         # changed, its unit is made anew, which checks again
         if last is None or last.addresses != addresses or last.layouts != layouts:
-            self._check(found)
+            self._check(found, sharded)
         if last is not None and last.layouts == layouts:
             layouts = last.layouts
         if last is not None:
@@ -233,9 +234,11 @@ class ParameterTable:
         return found
 
     @staticmethod
-    def _check(found: Gradients) -> None:
+    def _check(found: Gradients, sharded: bool) -> None:
         for entry in found.entries:
             assert entry.grad is not None
+            if not sharded:
+                _local_grad(entry.number, entry.param, entry.grad)
             check_grad(entry.number, local_of(entry.param), entry.grad)
 
     def cached_param_steps(
