@@ -363,6 +363,24 @@ def loading(folder: Path) -> dict[str, Any]:
             found[name, kind, "saved"] = results(model.parameters(), optimizer)
             train(model.parameters(), optimizer, range(3, 6))
             found[name, kind, "continued"] = results(model.parameters(), optimizer)
+    # between shards and plain tensors
+    for name, make in SAVED.items():
+        plain = make_model(dtype_of(name))
+        single = make(plain.parameters())
+        if dist.get_rank() == 0:
+            state = torch.load(folder / f"{name}-full", weights_only=True)
+            names = {key: number for number, (key, _) in enumerate(plain.named_parameters())}
+            numbered = {names[key]: value for key, value in state["optimizer"]["state"].items()}
+            groups = single.state_dict()["param_groups"]
+            single.load_state_dict({"state": numbered, "param_groups": groups})
+            found[name, "single"] = results(plain.parameters(), single)
+        plain = make_model(dtype_of(name))
+        single = make(plain.parameters())
+        train(plain.parameters(), single, range(3))
+        model, optimizer = sharded(make, dtype_of(name))
+        optimizer.load_state_dict(single.state_dict())
+        found[name, "of single"] = results(model.parameters(), optimizer)
+        found[name, "single's"] = results(plain.parameters(), single)
     # torch's own checkpoint, into the family and back
     model, optimizer = sharded(torch_adamw)
     state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}

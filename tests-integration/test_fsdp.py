@@ -88,7 +88,7 @@ def test_fsdp1_is_refused_packed_state_on_every_worker(name, kind, results) -> N
         for message in messages:
             assert message.startswith("RuntimeError: optim_state_dict: FSDP1 cannot gather packed")
             assert "optimizer.full_state_dict()" in message
-            assert "optstate_wrap.wrap" in message
+            assert "use FSDP2 (fully_shard)" in message
         # which is gathered on every worker, or on the first
         assert shapes == SHAPES or rank
 

@@ -119,6 +119,16 @@ def test_checkpoints_of_two_workers_go_on_with_other_numbers(tmp_path: Path) -> 
             elif key[0] == "back":
                 for mine, theirs in zip(ours, loaded["from torch", key[1]], strict=True):
                     assert all(map(torch.equal, mine, theirs))
+            elif key[1] in ("single", "of single", "single's"):
+                continue
             else:
                 name, _, when = key
                 assert_same(name, ours, saved[name, when])
+        for name in ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "split24"):
+            pairs = [(loaded[name, "single"], saved[name, "saved"])]
+            pairs.append((loaded[name, "of single"], loaded[name, "single's"]))
+            for ours, theirs in pairs:
+                for mine, other in zip(ours, theirs, strict=True):
+                    # decoded and encoded anew, with blocks of other lengths
+                    for a, b in zip(mine[2:], other[2:], strict=True):
+                        assert (a - b).norm() <= 0.25 * b.norm(), name

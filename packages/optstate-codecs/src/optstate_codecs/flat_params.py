@@ -27,7 +27,7 @@ WAYS = (
     "FSDP1 cannot gather packed state: give it the decoded state, "
     "FullyShardedDataParallel.optim_state_dict(model, optimizer, optimizer.full_state_dict()); or "
     "have each worker save its own optimizer.state_dict(), for as many workers; or use FSDP2 "
-    "(fully_shard) and optstate_wrap.wrap(torch.optim.AdamW(...))"
+    "(fully_shard)"
 )
 
 

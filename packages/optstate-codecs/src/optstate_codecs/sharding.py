@@ -57,12 +57,16 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def shard_formats(formats: Mapping[str, Format], param: Any) -> dict[str, Format]:
+def shard_formats(formats: Mapping[str, Format], param: Tensor) -> dict[str, Format]:
     """The formats that store moments of a DTensor, the same for any number of workers.
 
     The global size decides which moments are coded. No border of a shard cuts a block: a block size
     that does not divide the elements between borders becomes the largest power of two that does.
     Where that is less than ``SMALLEST_BLOCK``, as in vectors, moments are stored in float32.
+
+    Args:
+        formats: of the group.
+        param: a DTensor; of a plain tensor these are the formats that it would have under FSDP2.
 
     Raises:
         ValueError: a format needs the whole tensor.
@@ -79,14 +83,16 @@ def shard_formats(formats: Mapping[str, Format], param: Any) -> dict[str, Format
 
 def _row(param: Any) -> int:
     """Elements, consecutive in memory, that every border of a shard leaves together."""
-    local, dims = local_of(param), {dim for _, dim in _sharded(param)}
-    if dims <= {0}:
+    local = local_of(param)
+    sharded = _sharded(param) if is_distributed(param) else [(0, 0)]
+    dims = {dim for _, dim in sharded}
+    if not dims:
+        return local.numel()
+    if dims == {0}:
         # of an index of the first dimension, which is the slowest in memory
-        if not dims:
-            return local.numel()
         return math.prod(local.shape[1:]) if local.dim() > 1 and storage_order(local)[0] == 0 else 0
     last = local.dim() - 1
-    workers = math.prod(param.device_mesh.size(n) for n, dim in _sharded(param) if dim == last)
+    workers = math.prod(param.device_mesh.size(n) for n, dim in sharded if dim == last)
     whole = local.is_contiguous() and param.shape[-1] % workers == 0
     return param.shape[-1] // workers if whole else 0
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from optstate_codecs.counts import taken
 from optstate_codecs.engine.request import ParamStep
-from optstate_codecs.formats import FP32, Component, Format, parse_format
+from optstate_codecs.formats import FP32, Format, parse_format
 from optstate_codecs.parameters import ParameterTable
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rounding import Counter
@@ -195,6 +195,8 @@ def load(optimizer: CodedOptimizer, state_dict: StateDict) -> None:
                     param, offset = local_of(owner), shard_offset(owner)
                     stored, source = _shard_of(where, owner, stored, moments, source)
                     formats = shard_formats(formats, owner)
+                else:
+                    stored, source = _of_shards(param, stored, source)
                 _check_state(where, param, stored, source, formats)
                 step = _loaded_step(where, stored["step"])
                 counter = Counter(group["rounding_seed"], taken(float(step)), index, offset)
@@ -256,14 +258,15 @@ def _shard_of(
     local = local_of(owner)
     found, sized = dict(stored), shard_formats(source, owner)
     parts = {c.key(n): c for n, f in bound(sized, owner).items() for c in f.components}
-    parts[CORRECTION] = Component(CORRECTION, torch.int8)
     shapes = {key: (component_shape(owner, c), c.shape(owner.shape)) for key, c in parts.items()}
-    values = {key: v for key in shapes if isinstance(v := stored.get(key), Tensor)}
-    if all(value.shape in shapes[key] for key, value in values.items()):
-        for key, value in values.items():
-            shape = shapes[key][0]
-            shard = local_slice(value if is_distributed(value) else value.view(shape), owner)
-            found[key] = shard.reshape(parts[key].shape(local.shape))
+    # shared by both: one entry an element
+    if CORRECTION in stored:
+        found[CORRECTION] = local_slice(stored[CORRECTION], owner)
+    if all(isinstance(v := stored.get(key), Tensor) and v.shape in shapes[key] for key in parts):
+        for key, component in parts.items():
+            value = stored[key]
+            whole = value if is_distributed(value) else value.view(shapes[key][0])
+            found[key] = local_slice(whole, owner).reshape(component.shape(local.shape))
         return found, sized
     # of a plain tensor, whose blocks do not stop at the ends of rows
     sized = stored_formats(source, owner.numel())
@@ -280,6 +283,37 @@ def _shard_of(
     found |= {name: local_slice(value, owner) for name, value in decoded.items()}
     found.pop(DIM_ORDER, None)
     return found, dict.fromkeys(sized, FP32())
+
+
+def _of_shards(
+    param: Tensor, stored: Mapping[str, Any], source: dict[str, Format]
+) -> tuple[Mapping[str, Any], dict[str, Format]]:
+    """State that was gathered from shards, and its formats; any other state as it is.
+
+    Blocks of shards end with rows, see ``sharding.shard_formats``.
+    """
+    plain = bound(source, param)
+    if _fits(stored, plain, param) or any(format.whole for format in plain.values()):
+        return stored, source
+    sized = shard_formats(source, param)
+    parts = {c.key(n): c for n, f in bound(sized, param).items() for c in f.components}
+    values = {key: v for key in parts if isinstance(v := stored.get(key), Tensor)}
+    if len(values) < len(parts) or any(
+        value.shape != component_shape(param, parts[key]) for key, value in values.items()
+    ):
+        return stored, source
+    shaped = {key: value.reshape(parts[key].shape(param.shape)) for key, value in values.items()}
+    return {**stored, **shaped}, sized
+
+
+def _fits(stored: Mapping[str, Any], formats: Mapping[str, Format], param: Tensor) -> bool:
+    """Whether all components of ``formats`` are there in the shapes that ``param`` asks for."""
+    parts = {c.key(n): c for n, f in formats.items() for c in f.components}
+    return all(
+        isinstance(value := stored.get(key), Tensor)
+        and tuple(value.shape) == component.shape(param.shape)
+        for key, component in parts.items()
+    )
 
 
 def _of_others(state_dict: StateDict) -> dict[Any, Any]:
