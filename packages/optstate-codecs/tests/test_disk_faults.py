@@ -134,5 +134,5 @@ def test_many_slabs_need_no_descriptor_each(path):
     given = [Parameter(torch.ones(600)) for _ in range(300)]
     optimizer = offload(make(given), "disk", path=path, chunk_bytes=1)
     run(given, optimizer, 0, missing=False)
-    assert len(optimizer.executor.slabs) == 300
+    assert len(optimizer.executor.placement.slabs) == 300
     assert len(os.listdir("/proc/self/fd")) <= before + 4

@@ -134,7 +134,7 @@ def test_the_manifest_says_what_groups_hold_after(look, path, tmp_path) -> None:
 
 def test_a_manifest_that_is_right_is_not_written_again(path, tmp_path, monkeypatch) -> None:
     optimizer, given, schedule = begin("lambda", path, tmp_path / "saved")
-    optimizer.executor.place.wait()
+    optimizer.executor.store.wait()
     written = []
     write = disk.write_manifest
     monkeypatch.setattr(disk, "write_manifest", lambda *a: (written.append(1), write(*a)))
@@ -272,7 +272,7 @@ def test_killed_after_the_schedulers_step(when, name, path, tmp_path, exact) -> 
             die()
         write = os.pwrite
         # of the first step's writes some may still be under way
-        optimizer.executor.place.wait()
+        optimizer.executor.store.wait()
         os.pwrite = lambda *arguments: (write(*arguments), die())
         train(given, optimizer, schedule, STOP, STOP + 1)
         optimizer.state  # noqa: B018

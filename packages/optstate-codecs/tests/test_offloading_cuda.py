@@ -81,7 +81,7 @@ def test_a_file_too_and_going_on_from_it(tmp_path) -> None:
     optimizer.step()
     here[1].step()
     _ = optimizer.state
-    optimizer.executor.place.close()
+    optimizer.executor.store.close()
     again = CodedOptimizer(params, Adam(decoupled=True), formats, lr=1e-2)
     offload(again, "disk", path=path, resume=True)
     again.step()
@@ -119,9 +119,9 @@ def test_memory_is_three_chunks_on_the_device_and_the_state_on_the_host() -> Non
     extra = torch.cuda.max_memory_allocated() - held
     # the allocator may give up to a MiB more than it is asked for
     assert extra <= 3 * ((1 << 22) + (1 << 20)) + 2 * table + (1 << 20), extra
-    slabs = sum(slab.nbytes for slab in optimizer.executor.slabs)
+    slabs = sum(slab.nbytes for slab in optimizer.executor.placement.slabs)
     assert slabs <= 1.005 * predicted_state_bytes(optimizer)
-    assert all(slab.memory.tensor.is_pinned() for slab in optimizer.executor.slabs)
+    assert all(slab.memory.tensor.is_pinned() for slab in optimizer.executor.placement.slabs)
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 1 << 25])

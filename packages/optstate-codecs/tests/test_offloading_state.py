@@ -184,11 +184,12 @@ def test_bytes(formats, size, where):
         run(ours, optimizer, time, missing=False)
     stream = optimizer.executor
     predicted = predicted_state_bytes(optimizer)
-    kept = sum(slab.nbytes for slab in stream.slabs)
+    kept = sum(slab.nbytes for slab in stream.placement.slabs)
     assert state_bytes(optimizer) == predicted
     assert predicted - 4 * len(ours) <= kept <= 1.015 * predicted
-    held = sum(slot.untyped_storage().nbytes() for r in stream._rings.values() for slot in r.slots)
-    largest = max(chunk.nbytes for chunk in stream._chunks)
+    rings = stream.placement.rings.by_device.values()
+    held = sum(slot.memory.untyped_storage().nbytes() for ring in rings for slot in ring.slots)
+    largest = max(chunk.nbytes for chunk in stream.placement.chunks)
     assert held == 3 * largest
     assert largest <= max(1.05 * size, 8192 * 9)
 
@@ -202,10 +203,11 @@ def test_what_is_dropped_is_freed_at_once(where):
         for time in range(3):
             run(ours, optimizer, time)
         stream = optimizer.executor
-        known = [weakref.ref(stream), weakref.ref(stream.place)]
-        known += [weakref.ref(memory) for slab in stream.slabs for memory in slab.family]
-        known += [weakref.ref(slot) for ring in stream._rings.values() for slot in ring.slots]
-        del stream, optimizer
+        known = [weakref.ref(stream), weakref.ref(stream.store)]
+        known += [weakref.ref(memory) for slab in stream.placement.slabs for memory in slab.family]
+        rings = stream.placement.rings.by_device.values()
+        known += [weakref.ref(slot.memory) for ring in rings for slot in ring.slots]
+        del stream, optimizer, rings
         assert [reference for reference in known if reference() is not None] == []
     finally:
         gc.enable()

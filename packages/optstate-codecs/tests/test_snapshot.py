@@ -256,7 +256,7 @@ def test_what_is_in_slabs_is_not_copied(away, counted):
     """Taking one makes no memory; steps make one for each slab that they change, and no more."""
     pair = paired(EXACT, away).run(2, missing=False)
     optimizer, ours = pair.optimizers[1], pair.params[1]
-    slabs = len(optimizer.executor.slabs)
+    slabs = len(optimizer.executor.placement.slabs)
     assert slabs > 2
     counted.since()
     taken = snapshot(optimizer)
@@ -294,7 +294,7 @@ def test_what_is_in_slabs_is_not_copied(away, counted):
 def test_a_file_has_no_more_than_it_needs(tmp_path):
     path = tmp_path / "state"
     pair = paired(EXACT, {"store": "disk", "path": path}).run(2, missing=False)
-    slabs, before = pair.optimizers[1].executor.slabs, path.stat().st_size
+    slabs, before = pair.optimizers[1].executor.placement.slabs, path.stat().st_size
     # regions begin at pages
     once = sum(-(-slab.nbytes // 4096) * 4096 for slab in slabs)
     assert before == 4096 + 2 * once
@@ -462,11 +462,11 @@ def test_outlives_the_optimizer_and_keeps_only_its_memory(away):
             run(ours, optimizer, time)
         stream = optimizer.executor
         assert isinstance(stream, StreamingExecutor)
-        memories = [memory for slab in stream.slabs for memory in slab.family]
+        memories = [memory for slab in stream.placement.slabs for memory in slab.family]
         held = [weakref.ref(memory) for memory in memories if memory.holders]
         free = [weakref.ref(memory) for memory in memories if not memory.holders]
-        assert len(held) == len(stream.slabs)
-        free += [weakref.ref(one) for one in (optimizer, stream, stream.place)]
+        assert len(held) == len(stream.placement.slabs)
+        free += [weakref.ref(one) for one in (optimizer, stream, stream.store)]
         del stream, memories, optimizer
         assert [reference for reference in free if reference() is not None] == []
         assert_same(taken.state_dict(), expected)

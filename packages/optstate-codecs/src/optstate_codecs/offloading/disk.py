@@ -67,7 +67,7 @@ class DiskStateStore(StateStore):
         self.groups: GroupValues | None = None
         # what the manifest says, or will
         self._said: dict[str, Any] | None = None
-        self._shown: set[int] = set()
+        self._protected: set[int] = set()
         self._reads: dict[int, tuple[Chunk, Task]] = {}
         # the last of each chunk, and of each slot
         self._writes: dict[Chunk, Task] = {}
@@ -160,11 +160,11 @@ class DiskStateStore(StateStore):
         return slab
 
     def writable(self, memory: Memory) -> bool:
-        return super().writable(memory) and id(memory) not in self._shown
+        return super().writable(memory) and id(memory) not in self._protected
 
-    def show(self, memories: Iterable[Memory]) -> None:
+    def protect(self, memories: Iterable[Memory]) -> None:
         """The manifest names these."""
-        self._shown = set(map(id, memories))
+        self._protected = set(map(id, memories))
 
     def check(self) -> None:
         self._check_size(self._end)
@@ -263,7 +263,7 @@ class DiskStateStore(StateStore):
 
     def commit(self, describe: Callable[[], dict[str, Any]]) -> None:
         content = describe()
-        self.show(content.pop("memories"))
+        self.protect(content.pop("memories"))
         counts = content.pop("counts")
         tasks = [task for task in (*self._writes.values(), self._written) if task is not None]
         if self.groups is not None:

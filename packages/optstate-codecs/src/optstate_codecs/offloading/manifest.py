@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["VERSION", "manifest_path", "read_manifest", "write_manifest"]
+import torch
+from torch import Tensor
+
+from optstate_codecs.offloading.placement import Placement
+from optstate_codecs.state.layout import storage_order
+
+__all__ = ["VERSION", "describe", "manifest_path", "read_manifest", "write_manifest"]
 
 VERSION = 1
 # of what it says; others may be there
@@ -97,3 +104,53 @@ def write_manifest(path: Path, content: dict[str, Any], sync: bool) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def describe(placement: Placement) -> dict[str, Any]:
+    """The content of a manifest, as ``DiskStateStore.commit`` takes it.
+
+    Besides the manifest's own keys there are ``memories``, which hold the slabs, and ``counts``,
+    a function that returns the parameters' step counts.
+    """
+    slabs = placement.slabs
+    numbers = {id(slab): number for number, slab in enumerate(slabs)}
+    entries = [entry for entry in placement.entries if entry.slab is not None]
+    return {
+        "chunk_bytes": placement.chunk_bytes,
+        "memories": [slab.memory for slab in slabs],
+        "counts": _counts([entry.param_step.state["step"] for entry in entries]),
+        "slabs": [
+            {"bytes": slab.nbytes, "offset": slab.memory.offset}
+            | {"others": [m.offset for m in slab.family if m is not slab.memory]}
+            for slab in slabs
+        ],
+        "parameters": [
+            {
+                "number": entry.param_step.index,
+                "shape": list(entry.param_step.param.shape),
+                "order": list(storage_order(entry.param_step.param)),
+                "slab": numbers[id(entry.slab)],
+                "parts": len(entry.parts),
+                "starts": entry.starts,
+            }
+            for entry in entries
+        ],
+    }
+
+
+def _counts(steps: Sequence[Tensor]) -> Callable[[], list[float]]:
+    """A function that returns the present step counts; only its call waits for a device."""
+    if all(step.device.type == "cpu" for step in steps):
+        values = [float(step) for step in steps]
+        return lambda: values
+    together = torch.stack([step.to(steps[0].device) for step in steps])
+    copy = together.to("cpu", non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(together.device))
+
+    def read() -> list[float]:
+        event.synchronize()
+        values: list[float] = copy.tolist()
+        return values
+
+    return read

@@ -34,11 +34,11 @@ class Offload:
     def again(self, optimizer: CodedOptimizer) -> None:
         """Have a copy of an optimizer keep its state as the first does; a file is not shared."""
         optimizer.offloaded = how = replace(self, store="host", path=None)
-        optimizer.executor = how.stream(optimizer, HostStateStore())
+        optimizer.executor = how.new_executor(optimizer, HostStateStore())
 
-    def stream(self, optimizer: CodedOptimizer, place: StateStore) -> StreamingExecutor:
-        """A session that keeps the optimizer's state in ``place``."""
-        return StreamingExecutor(optimizer.backend, place, self.chunk_bytes, self.resident_bytes)
+    def new_executor(self, optimizer: CodedOptimizer, store: StateStore) -> StreamingExecutor:
+        """A session that keeps the optimizer's state in ``store``."""
+        return StreamingExecutor(optimizer.backend, store, self.chunk_bytes, self.resident_bytes)
 
 
 def offload(
@@ -105,28 +105,28 @@ def offload(
     if optimizer.offloaded is not None:
         raise ValueError(f"optimizer: its state is offloaded already ({optimizer.offloaded.store})")
     how = Offload(store, None if path is None else str(path), sync, chunk_bytes, resident_bytes)
-    place: Any = _place_of(path, resume, sync)
+    state_store: Any = _make_store(path, resume, sync)
     try:
         if resume:
             # parts are what they were
-            how = replace(how, chunk_bytes=place.manifest["chunk_bytes"])
-        stream = how.stream(optimizer, place)
+            how = replace(how, chunk_bytes=state_store.manifest["chunk_bytes"])
+        executor = how.new_executor(optimizer, state_store)
         if store == "disk":
-            # no reference to the optimizer, which has the stream
-            place.groups, this = GroupValues(optimizer.param_groups), ref(optimizer)
-            stream.every = lambda: _stored_param_steps(this())
+            # no reference to the optimizer, which has the executor
+            state_store.groups, this = GroupValues(optimizer.param_groups), ref(optimizer)
+            executor.all_param_steps = lambda: _stored_param_steps(this())
         # from here on state belongs on the host
         optimizer.offloaded = how
         if resume:
-            resume_from(optimizer, stream, place)
-            place.groups.take()
+            resume_from(optimizer, executor.placement, state_store)
+            state_store.groups.take()
         else:
             _move(optimizer)
     except BaseException:
         optimizer.offloaded = None
-        place.close(remove=not resume)
+        state_store.close(remove=not resume)
         raise
-    optimizer.executor = stream
+    optimizer.executor = executor
     return optimizer
 
 
@@ -181,7 +181,7 @@ def _move(optimizer: CodedOptimizer) -> None:
         state.update(parts)
 
 
-def _place_of(path: str | Path | None, resume: bool, sync: bool) -> StateStore:
+def _make_store(path: str | Path | None, resume: bool, sync: bool) -> StateStore:
     """The host, or the file at ``path``."""
     if path is None:
         return HostStateStore()

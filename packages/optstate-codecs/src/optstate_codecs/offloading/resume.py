@@ -9,8 +9,8 @@ from torch import Tensor
 
 from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.offloading.group_values import UNSAID, Group, plain
-from optstate_codecs.offloading.slabs import ALIGNMENT, Slab, Starts, apart
-from optstate_codecs.offloading.streaming import StreamingExecutor
+from optstate_codecs.offloading.placement import Placement
+from optstate_codecs.offloading.slabs import ALIGNMENT, Slab, Starts, own_storage_view
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.state.building import counts_on_device, share_steps
 from optstate_codecs.state.layout import Declaration, bound, empty_state, storage_order
@@ -31,28 +31,26 @@ def _like(old: Any, new: Any) -> Any:
     return new
 
 
-def resume_from(
-    optimizer: CodedOptimizer, stream: StreamingExecutor, place: DiskStateStore
-) -> None:
-    """Give the optimizer the state, step counts and hyper-parameters that a place's manifest names.
+def resume_from(optimizer: CodedOptimizer, placement: Placement, store: DiskStateStore) -> None:
+    """Give the optimizer the state, step counts and hyper-parameters that a store's manifest names.
 
     Args:
         optimizer: with the parameters and formats of the one that made the file.
-        stream: without units yet; it gets those of the manifest.
-        place: opened with ``resume``.
+        placement: an empty one; it gets the parameters of the manifest.
+        store: opened with ``resume``.
 
     Raises:
         ValueError: the file is not such an optimizer's; nothing has changed.
     """
-    manifest = place.manifest
+    manifest = store.manifest
     assert manifest is not None
-    where = str(place.manifest_path)
+    where = str(store.manifest_path)
     try:
         groups = _merged(optimizer, manifest["param_groups"], where)
         slabs = []
         for slab in manifest["slabs"]:
             offsets = [slab["offset"], *slab["others"]]
-            family = [place.mapped(offset, slab["bytes"]) for offset in offsets]
+            family = [store.mapped(offset, slab["bytes"]) for offset in offsets]
             slabs.append(Slab(family, family[0]))
         every = [(n, param) for n, group in enumerate(groups) for param in group["params"]]
         states: dict[int, dict[str, Any]] = {}
@@ -77,7 +75,7 @@ def resume_from(
         optimizer.state[param] = state
         loaded.append((param, state, counts_on_device(optimizer.param_groups[group])))
     share_steps(loaded)
-    stream.resume(_by_slab(optimizer, manifest, slabs))
+    placement.resume(_by_slab(optimizer, manifest, slabs))
 
 
 def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[Group]:
@@ -143,7 +141,7 @@ def _shown(
         start = entry["starts"][key]
         if start < 0 or start % ALIGNMENT or start + like.nbytes > memory.numel():
             raise ValueError(f"{name}: {key} at byte {start} does not fit into its slab")
-        state[key] = apart(memory, start, like)
+        state[key] = own_storage_view(memory, start, like)
     return state
 
 

@@ -23,7 +23,7 @@ __all__ = ["Chunk", "Memory", "Part", "PlacementEntry", "Region", "Slab", "Start
 # components begin where any dtype, and any access of a thread, may begin
 ALIGNMENT = 128
 # parts begin where blocks of any size begin
-BORDER = 8192
+PART_ALIGNMENT = 8192
 
 
 # of a unit's components in its slab, by state key
@@ -156,10 +156,10 @@ class PlacementEntry:
 
     def view(self, key: str, memory: Memory) -> Tensor:
         """A component as it is kept in a memory of the slab."""
-        return apart(memory.tensor, self.starts[key], self.like[key])
+        return own_storage_view(memory.tensor, self.starts[key], self.like[key])
 
 
-def apart(memory: Tensor, start: int, like: Tensor) -> Tensor:
+def own_storage_view(memory: Tensor, start: int, like: Tensor) -> Tensor:
     """``view_bytes_as`` on the host, with a storage of its own: savers refuse mixed dtypes."""
     if like.numel() == 0:
         return torch.empty_like(like, device="cpu")
@@ -212,24 +212,24 @@ def arrange(
         for each slab its units, and the parts of each, ``chunk`` still missing. Units of one part
         each are one chunk together; of one unit with several parts, each is a chunk.
     """
-    row: list[ParamStep] = []
+    together: list[ParamStep] = []
     filled = 0
     for param_step in param_steps:
         size, numel = size_of(param_step), param_step.param.numel()
         if size > chunk_bytes and cut and divisible(param_step):
-            most = max(1, numel * chunk_bytes // size // BORDER) * BORDER
+            most = max(1, numel * chunk_bytes // size // PART_ALIGNMENT) * PART_ALIGNMENT
             # parts as even as their borders allow
-            step = -(-numel // -(-numel // most) // BORDER) * BORDER
+            step = -(-numel // -(-numel // most) // PART_ALIGNMENT) * PART_ALIGNMENT
             starts = range(0, numel, step)
             yield [param_step], [[Part(start, min(start + step, numel), None) for start in starts]]
             continue
-        if row and filled + size > chunk_bytes:
-            yield row, [[Part(0, one.param.numel(), None)] for one in row]
-            row, filled = [], 0
-        row.append(param_step)
+        if together and filled + size > chunk_bytes:
+            yield together, [[Part(0, one.param.numel(), None)] for one in together]
+            together, filled = [], 0
+        together.append(param_step)
         filled += size
-    if row:
-        yield row, [[Part(0, one.param.numel(), None)] for one in row]
+    if together:
+        yield together, [[Part(0, one.param.numel(), None)] for one in together]
 
 
 def device_view_of(
@@ -274,25 +274,25 @@ def in_order(tensor: Tensor, like: Tensor) -> Tensor:
 
 def entries_of(
     param_steps: Sequence[ParamStep],
-    rows: list[list[Part]],
+    parts_of: list[list[Part]],
     slab: Slab,
     given: Sequence[Starts] | None = None,
 ) -> list[PlacementEntry]:
     """Give units their places in a slab, and make its chunks.
 
     Args:
-        param_steps: of the slab, as many as ``rows``.
-        rows: their parts, from ``arrange``.
+        param_steps: of the slab, as many as ``parts_of``.
+        parts_of: their parts, from ``arrange``.
         slab: without chunks yet.
         given: where the components of each begin, if they are there already; others that were
             between them may be no more.
     """
     entries, start = [], 0
     together = Chunk(param_steps[0].param.device, slab.memory)
-    for place, (param_step, parts) in enumerate(zip(param_steps, rows, strict=True)):
+    for number, (param_step, parts) in enumerate(zip(param_steps, parts_of, strict=True)):
         starts, like = {}, layout(param_step)
         for key, value in like.items():
-            starts[key] = start if given is None else given[place][key]
+            starts[key] = start if given is None else given[number][key]
             start += aligned(value.nbytes)
         if len(parts) == 1:
             parts[0].chunk, parts[0].offsets = together, starts

@@ -111,13 +111,13 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
         )
     check_params(optimizer)
     saved = optimizer.state_dict()
-    stream = optimizer.executor
+    executor = optimizer.executor
     kept: dict[int, Memory] = {}
-    if isinstance(stream, StreamingExecutor):
+    if isinstance(executor, StreamingExecutor):
         # by the tensor that the optimizer shows, which somebody may have put another for
         kept = {
             id(entry.values[key]): entry.slab.memory
-            for entry in stream.entries
+            for entry in executor.placement.entries
             if entry.slab is not None
             for key in entry.starts
         }

@@ -97,7 +97,7 @@ class StateStore(ABC):
     def supersede(self) -> None:  # noqa: B027
         """What was committed has nothing to do with what groups hold until the next time."""
 
-    def show(self, memories: Iterable[Memory]) -> None:  # noqa: B027
+    def protect(self, memories: Iterable[Memory]) -> None:  # noqa: B027
         """What is known outside of this process is kept in these."""
 
     def forget(self) -> None:  # noqa: B027

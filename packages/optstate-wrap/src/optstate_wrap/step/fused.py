@@ -131,7 +131,7 @@ class Fused:
         if self._executor is None:
             self._executor = self.store.session()
             if isinstance(self._executor, StreamingExecutor):
-                self._executor.watch = self._moved
+                self._executor.placement.watch = self._moved
                 self.store.synchronize = self._executor.synchronize
         return self._executor
 
@@ -148,7 +148,7 @@ class Fused:
         ready = self._ready.pop(param, None)
         if ready is not None:
             if isinstance(self._executor, StreamingExecutor):
-                self._executor.release(ready.param_steps)
+                self._executor.placement.release(ready.param_steps)
             for param_step in ready.param_steps:
                 del self._owners[id(param_step)]
 
