@@ -254,7 +254,7 @@ def test_a_parameter_that_moves_goes_on(kind, chunk, monkeypatch) -> None:
         params = parameters()
         optimizer = make(params)
         if chunk > 256 and hasattr(optimizer, "engine"):
-            optimizer.engine.encoder.chunk = chunk
+            optimizer.engine.encoder.chunk_size = chunk
         step(params, optimizer, 2)
         gaps = lambda p: torch.stack([p, p], -1)[..., 0]  # noqa: E731
         for move in (torch.clone, relaid, relaid, gaps, relaid):
@@ -283,7 +283,7 @@ def test_a_parameter_that_is_transposed_where_it_lies_goes_on(make, chunk) -> No
         params = parameters(((24, 24),))
         optimizer = maker(params)
         if chunk > 256 and hasattr(optimizer, "engine"):
-            optimizer.engine.encoder.chunk = chunk
+            optimizer.engine.encoder.chunk_size = chunk
         for _ in range(3):
             step(params, optimizer, 2)
             params[0].data = params[0].data.t()

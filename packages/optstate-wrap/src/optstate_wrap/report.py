@@ -53,7 +53,7 @@ def report(optimizer: Optimizer, store: Store, states: States) -> WrapperMemoryR
 def _records_of(store: Store) -> Iterable[Record]:
     """Every record as it is kept."""
     for param in store:
-        yield from store.kept(param)
+        yield from store.records(param)
 
 
 def _plain_bytes(store: Store) -> int:

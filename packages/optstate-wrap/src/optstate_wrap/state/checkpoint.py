@@ -20,14 +20,13 @@ from torch.optim import Optimizer
 
 from optstate_codecs.plain import plain_value
 from optstate_wrap.hooks import STATE_DICT_HOOKS, save_with_hooks
-from optstate_wrap.state.record import Coded, Record
-from optstate_wrap.state.store import OffloadedTensor
+from optstate_wrap.state.record import Coded, OffloadedTensor, Record
 from optstate_wrap.step.chunked import Engine
 
 if TYPE_CHECKING:
     from optstate_wrap.wrapper import OptimizerWrapper
 
-__all__ = ["KEY", "alone", "numbered", "packed", "plain"]
+__all__ = ["KEY", "independent_copy", "packed", "params_by_number", "plain"]
 
 KEY = "optstate_wrap"
 StateDict = dict[str, Any]
@@ -45,7 +44,10 @@ def plain(wrapper: OptimizerWrapper) -> StateDict:
         saved = _decoded(wrapper)
         progress.update(_progress(wrapper.engine))
         if foreign := wrapper.engine.states.foreign:
-            of = {n: list(foreign.get(p, ())) for n, p in numbered(saved, wrapper.inner).items()}
+            of = {
+                n: list(foreign.get(p, ()))
+                for n, p in params_by_number(saved, wrapper.inner).items()
+            }
             progress["foreign"] = {number: keys for number, keys in of.items() if keys}
         return saved
 
@@ -77,17 +79,19 @@ def packed(wrapper: OptimizerWrapper) -> StateDict:
     """What is stored, as it is stored: about as large as the state."""
     engine, states = wrapper.engine, wrapper.engine.states
     states.write_back()
-    saved = Optimizer.state_dict(_Hollow(wrapper.inner))
-    state: dict[Any, Any] = {key: alone(value) for key, value in states.extra.items()}
-    for number, param in numbered(saved, wrapper.inner).items():
+    saved = Optimizer.state_dict(_GroupsOnly(wrapper.inner))
+    state: dict[Any, Any] = {key: independent_copy(value) for key, value in states.extra.items()}
+    for number, param in params_by_number(saved, wrapper.inner).items():
         entry: dict[str, Any] = {}
         if param in engine.store:
-            records = engine.store.kept(param)
+            records = engine.store.records(param)
             entry["parts"] = [_packed_record(record) for record in records]
             if len(records) > 1:
                 entry["order"] = list(engine.store.layout(param).order)
         if param in states.foreign:
-            entry["foreign"] = {k: alone(value) for k, value in states.foreign[param].items()}
+            entry["foreign"] = {
+                k: independent_copy(value) for k, value in states.foreign[param].items()
+            }
         if entry:
             state[number] = entry
     groups = plain_value(saved["param_groups"])
@@ -95,14 +99,14 @@ def packed(wrapper: OptimizerWrapper) -> StateDict:
     return {**saved, "state": state, "param_groups": groups, KEY: progress}
 
 
-def numbered(saved: Mapping[str, Any], inner: Optimizer) -> dict[int, Tensor]:
+def params_by_number(saved: Mapping[str, Any], inner: Optimizer) -> dict[int, Tensor]:
     """The parameters by the numbers that a state dict gives them."""
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     params = [param for group in inner.param_groups for param in group["params"]]
     return dict(zip(numbers, params, strict=True))
 
 
-class _Hollow(Optimizer):
+class _GroupsOnly(Optimizer):
     """An optimizer's groups without its state, so that torch numbers them."""
 
     def __init__(self, inner: Optimizer) -> None:
@@ -128,12 +132,12 @@ def _packed_record(record: Record) -> dict[str, Any]:
             "root": value.root,
         }
         if isinstance(value, Coded)
-        else alone(value)
+        else independent_copy(value)
         for key, value in record.items()
     }
 
 
-def alone(value: Any) -> Any:
+def independent_copy(value: Any) -> Any:
     """A copy that no step changes, with a storage of its own."""
     value = value.tensor if isinstance(value, OffloadedTensor) else value
     return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from optstate_wrap.state.encoder import Encoder
 from optstate_wrap.state.inference import ordinary_tensors
-from optstate_wrap.state.parts import cut, joined, length, pieces_like
+from optstate_wrap.state.param_chunks import ParamChunk
 from optstate_wrap.state.record import Coded, Record, decode_state, reencode
+from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_numel, slice_state
 from optstate_wrap.state.store import Store
 from optstate_wrap.step.fused import Fused
-from optstate_wrap.step.pieces import ParamChunk
 
 __all__ = ["States"]
 
@@ -143,32 +143,34 @@ class States:
         self.store.clear()
         self.fused.forget()
 
-    def lend(self, piece: ParamChunk) -> dict[str, Any]:
-        """What is foreign in the state of a piece, as the optimizer is to see it in its step."""
-        foreign = self.foreign.get(piece.param, {})
-        if piece.parts == 1:
+    def foreign_entries(self, chunk: ParamChunk) -> dict[str, Any]:
+        """What is foreign in the state of a chunk, as the optimizer is to see it in its step."""
+        foreign = self.foreign.get(chunk.param, {})
+        if chunk.parts == 1:
             return dict(foreign)
-        order = self.store.layout(piece.param).order
+        order = self.store.layout(chunk.param).order
         return {
             # a view, where it lies in memory as the parameter does
-            key: value.permute(order).reshape(-1)[piece.start : piece.stop]
-            if isinstance(value, Tensor) and value.shape == piece.param.shape
+            key: value.permute(order).reshape(-1)[chunk.start : chunk.stop]
+            if isinstance(value, Tensor) and value.shape == chunk.param.shape
             else value
             for key, value in foreign.items()
         }
 
-    def regain(self, piece: ParamChunk, state: dict[str, Any]) -> None:
-        """Take from the state of a stepped piece what was lent."""
-        foreign = self.foreign.get(piece.param)
+    def take_foreign_back(self, chunk: ParamChunk, state: dict[str, Any]) -> None:
+        """Take from the state of a stepped chunk what was lent."""
+        foreign = self.foreign.get(chunk.param)
         if foreign is not None:
             now = {key: state.pop(key) for key in foreign if key in state}
-            if piece.parts == 1:
-                self.foreign[piece.param] = now
+            if chunk.parts == 1:
+                self.foreign[chunk.param] = now
 
-    def recut(self, param: Tensor, pieces: Sequence[ParamChunk]) -> None:
-        """Store the records of a parameter anew, by other pieces."""
+    def resplit(self, param: Tensor, chunks: Sequence[ParamChunk]) -> None:
+        """Store the records of a parameter anew, by other chunks."""
         own, encode = self._decoded(param, shared=False), self.encoder.encode
-        self.store.save(param, [encode(piece, piece.data(), cut(own, piece)) for piece in pieces])
+        self.store.save(
+            param, [encode(chunk, chunk.data(), slice_state(own, chunk)) for chunk in chunks]
+        )
 
     def _whole(self, param: Tensor, shared: bool) -> dict[str, Any]:
         own = self._decoded(param, shared) if param in self.store else {}
@@ -177,25 +179,27 @@ class States:
     def _decoded(self, param: Tensor, shared: bool) -> dict[str, Any]:
         """The optimizer's own state of a parameter; ``shared``: what is not coded is not copied."""
         with ordinary_tensors():
-            of = self._kept_pieces(param)
+            of = self._stored_chunks(param)
             records = [record or {} for record in self.store.load(of)]
             states = [_shared(r, param) if shared else decode_state(r, param) for r in records]
-            return joined(states, of, self.store.layout(param))
+            return join_states(states, of, self.store.layout(param))
 
-    def _kept_pieces(self, param: Tensor) -> list[ParamChunk]:
-        """The pieces that a parameter's records are of."""
-        return pieces_like(param, [length(record) for record in self.store.kept(param)])
+    def _stored_chunks(self, param: Tensor) -> list[ParamChunk]:
+        """The chunks that a parameter's records are of."""
+        return chunks_of_lengths(
+            param, [record_numel(record) for record in self.store.records(param)]
+        )
 
     def _kept(self, param: Tensor, state: Mapping[str, Any]) -> frozenset[str]:
         """Keys whose value in a state is what is stored."""
-        records = self.store.peek(param)
+        records = self.store.latest_records(param)
         stored = {**(records[0] if len(records) == 1 else {}), **self.foreign.get(param, {})}
         return frozenset(key for key, value in state.items() if stored.get(key) is value)
 
     def _store(self, param: Tensor, shown: _Shown) -> None:
         """Store the whole of a state; what has not changed stays as it is stored."""
         changed = shown.changed()
-        stored = set(self.store.peek(param)[0]) if param in self.store else set()
+        stored = set(self.store.latest_records(param)[0]) if param in self.store else set()
         own, foreign = dict[str, Any](), dict[str, Any]()
         for key, value in shown.state.items():
             (own if self._is_own(param, key, stored) else foreign)[key] = value
@@ -217,20 +221,20 @@ class States:
         return not stored if self.known is None else key in self.known
 
     def _store_own(self, param: Tensor, own: Mapping[str, Any], changed: set[str]) -> None:
-        pieces = self.encoder.pieces_of(param)
-        olds: list[Record] = [{} for _ in pieces]
+        chunks = self.encoder.chunks_of(param)
+        olds: list[Record] = [{} for _ in chunks]
         layout = None
-        if pieces and param in self.store:
-            number = pieces[0].number
-            kept, layout = self._kept_pieces(param), self.store.layout(param)
+        if chunks and param in self.store:
+            number = chunks[0].number
+            kept, layout = self._stored_chunks(param), self.store.layout(param)
             if len(kept) == 1 or kept[-1].stop == torch.Size(layout.shape).numel():
-                pieces = [replace(piece, number=number) for piece in kept]
+                chunks = [replace(chunk, number=number) for chunk in kept]
                 olds = [record or {} for record in self.store.load(kept)]
         records = []
-        for piece, old in zip(pieces, olds, strict=True):
-            part, counter = cut(own, piece, layout), self.encoder.counter(piece)
+        for chunk, old in zip(chunks, olds, strict=True):
+            part, counter = slice_state(own, chunk, layout), self.encoder.counter(chunk)
             formats = self.encoder.formats(param, part)
-            records.append(reencode(old, part, changed, piece.like(), formats, counter))
+            records.append(reencode(old, part, changed, chunk.like(), formats, counter))
         # of a parameter that is not the optimizer's, nobody knows how it would be stored
         self.store.save(param, records or [dict(own)], layout)
 

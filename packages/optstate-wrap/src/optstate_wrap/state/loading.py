@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from optstate_codecs.formats import as_format
 from optstate_wrap.hooks import load_with_hooks
 from optstate_wrap.probe import Findings, why_not
-from optstate_wrap.state.checkpoint import KEY, alone, numbered
+from optstate_wrap.state.checkpoint import KEY, independent_copy, params_by_number
 from optstate_wrap.state.inference import ordinary_tensors
-from optstate_wrap.state.parts import cut, joined, length, pieces_like
+from optstate_wrap.state.param_chunks import Layout, ParamChunk
 from optstate_wrap.state.record import Coded, Record, decode_state
-from optstate_wrap.step.pieces import Layout, ParamChunk
+from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_numel, slice_state
 
 if TYPE_CHECKING:
     from optstate_wrap.wrapper import OptimizerWrapper
@@ -44,7 +44,7 @@ def _load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
             raise KeyError(f"state_dict: missing key {key!r}")
     progress, saved = state_dict.get(KEY, {}), state_dict["state"]
     groups = _merged_groups(inner, state_dict["param_groups"])
-    params = numbered(state_dict, inner)
+    params = params_by_number(state_dict, inner)
     # a key that is no number is the optimizer's own business
     unknown = [n for n in saved if n not in params and isinstance(n, int)]
     if unknown:
@@ -65,7 +65,7 @@ def _load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
             for entry in entries
             if entry.foreign
         }
-        extra = {key: alone(value) for key, value in saved.items() if key not in params}
+        extra = {key: independent_copy(value) for key, value in saved.items() if key not in params}
         states.forget()
         engine.fused.forget()
         engine.store.replace(new)
@@ -123,7 +123,7 @@ class _Entry:
         param: whose it is.
         own: the optimizer's own state, decoded or, for each part, packed.
         foreign: what the optimizer does not make.
-        order: of the parameter's dimensions in memory when it was cut.
+        order: of the parameter's dimensions in memory when it was split.
     """
 
     where: str
@@ -180,8 +180,8 @@ def _records(
     """The records of every saved state, one parameter after the other."""
     engine, findings = wrapper.engine, wrapper.findings
     plan: dict[Tensor, list[ParamChunk]] = {}
-    for piece in engine.encoder.plan():
-        plan.setdefault(piece.param, []).append(piece)
+    for chunk in engine.encoder.split():
+        plan.setdefault(chunk.param, []).append(chunk)
     groups = {p: group for group in engine.inner.param_groups for p in group["params"]}
     new: dict[Tensor, list[Record]] = {}
     for entry in entries:
@@ -191,29 +191,29 @@ def _records(
         if is_packed:
             records = _unpacked(entry, engine.inner, findings)
             if _cut_alike(entry, records, plan[param]):
-                new[param] = engine.store.placed([records])[0]
+                new[param] = engine.store.to_store([records])[0]
                 continue
-            of = pieces_like(param, [length(record) for record in records])
+            of = chunks_of_lengths(param, [record_numel(record) for record in records])
             layout = _layout(entry)
-            state = joined([decode_state(record, param) for record in records], of, layout)
+            state = join_states([decode_state(record, param) for record in records], of, layout)
         _check(entry.where, state, param, findings)
         records = []
-        for piece in plan[param]:
+        for chunk in plan[param]:
             part = {
                 key: _placed(key, value, param, groups[param], findings, is_packed)
-                for key, value in cut(state, piece).items()
+                for key, value in slice_state(state, chunk).items()
             }
-            records.append(engine.encoder.encode(piece, piece.data(), part))
-        new[param] = engine.store.placed([records])[0]
+            records.append(engine.encoder.encode(chunk, chunk.data(), part))
+        new[param] = engine.store.to_store([records])[0]
     return new
 
 
-def _cut_alike(entry: _Entry, records: Sequence[Record], pieces: Sequence[ParamChunk]) -> bool:
-    """Whether records are of the very pieces that a parameter is stepped in."""
-    if len(records) == len(pieces) == 1:
+def _cut_alike(entry: _Entry, records: Sequence[Record], chunks: Sequence[ParamChunk]) -> bool:
+    """Whether records are of the very chunks that a parameter is stepped in."""
+    if len(records) == len(chunks) == 1:
         return True
-    lengths = [piece.stop - piece.start for piece in pieces]
-    alike = [length(record) for record in records] == lengths
+    lengths = [chunk.stop - chunk.start for chunk in chunks]
+    alike = [record_numel(record) for record in records] == lengths
     return alike and _layout(entry) == Layout.of(entry.param)
 
 
@@ -241,7 +241,7 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
             else:
                 record[key] = _own(value, param)
         records.append(record)
-    lengths = [length(record) for record in records]
+    lengths = [record_numel(record) for record in records]
     if len(records) > 1 and sum(lengths) != param.numel():
         raise ValueError(f"{where}: parts of {sum(lengths)} elements, must be {param.numel()}")
     for record, numel in zip(records, lengths, strict=True):

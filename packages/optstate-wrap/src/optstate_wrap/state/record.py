@@ -24,6 +24,7 @@ from optstate_wrap.state.sharding import local_of, rewrapped
 
 __all__ = [
     "Coded",
+    "OffloadedTensor",
     "Record",
     "codable",
     "decode_state",
@@ -80,6 +81,18 @@ class Coded:
     def to(self, device: torch.device) -> Coded:
         """The same with its components on ``device``."""
         return replace(self, parts=tuple(part.to(device) for part in self.parts))
+
+
+@dataclass(frozen=True)
+class OffloadedTensor:
+    """A tensor that is kept elsewhere than where it is used."""
+
+    tensor: Tensor
+    device: torch.device
+
+    def copy_to_device(self) -> Tensor:
+        """A copy of the tensor where it is used."""
+        return self.tensor.to(self.device, copy=True)
 
 
 def codable(value: Any, like: Tensor) -> bool:
@@ -302,7 +315,7 @@ def tensors_of(record: Any) -> Iterable[Tensor]:
         yield from record.parts
     elif isinstance(record, Tensor):
         yield record
-    elif hasattr(record, "back"):
+    elif isinstance(record, OffloadedTensor):
         yield record.tensor
     elif isinstance(record, Mapping):
         for value in record.values():

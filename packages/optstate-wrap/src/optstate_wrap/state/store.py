@@ -1,24 +1,22 @@
 """Where records live between steps, as something to load from and to store to.
 
-A store takes the records of a whole chunk at once, so that it can move them as one slab.
+A store takes the records of a whole batch at once, so that it can move them as one slab.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from optstate_codecs.engine import ResidentExecutor
 from optstate_codecs.offloading import StreamingExecutor
+from optstate_wrap.state.param_chunks import Layout, ParamChunk
 from optstate_wrap.state.record import Record
-from optstate_wrap.step.pieces import Layout, ParamChunk
 
-__all__ = ["DeviceStore", "OffloadedTensor", "Records", "Store"]
+__all__ = ["DeviceStore", "Records", "Store"]
 
 Records = list[list[Record]]
 
@@ -26,59 +24,59 @@ Records = list[list[Record]]
 class Store(ABC):
     """Records by parameter, a list of one for each part.
 
-    ``load`` brings the records of a chunk to the parameters' device; ``save`` makes new ones what
+    ``load`` brings the records of a batch to the parameters' device; ``save`` makes new ones what
     is stored, all at once: if it raises, what was stored before still is.
     """
 
     name: ClassVar[str]
 
     def __init__(self) -> None:
-        self._kept: dict[Tensor, list[Record]] = {}
+        self.entries: dict[Tensor, list[Record]] = {}
         # of parameters in parts, the layout by which they were cut
         self._layouts: dict[Tensor, Layout] = {}
         #: has all that a session still stores where the records show it
         self.synchronize: Callable[[], None] | None = None
 
     def __contains__(self, param: object) -> bool:
-        return param in self._kept
+        return param in self.entries
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._kept)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.entries)
 
-    def kept(self, param: Tensor) -> list[Record]:
+    def records(self, param: Tensor) -> list[Record]:
         """What is stored of a parameter, where it is stored."""
         if self.synchronize is not None:
             self.synchronize()
-        return self._kept[param]
+        return self.entries[param]
 
-    def peek(self, param: Tensor) -> Sequence[Record]:
+    def latest_records(self, param: Tensor) -> Sequence[Record]:
         """The same, of whose tensors nobody may read the numbers: they may be under way.
 
         Nothing, where nothing is stored.
         """
-        return self._kept.get(param, ())
+        return self.entries.get(param, ())
 
-    def load(self, chunk: Sequence[ParamChunk]) -> list[Record | None]:
-        """The records of a chunk beside their parameters, None where there is none yet."""
+    def load(self, batch: Sequence[ParamChunk]) -> list[Record | None]:
+        """The records of a batch beside their parameters, None where there is none yet."""
         return [
-            self.fetched(self.kept(piece.param)[piece.part], piece.param)
-            if piece.param in self
+            self.to_device(self.records(chunk.param)[chunk.part], chunk.param)
+            if chunk.param in self
             # what has not been stepped
             else None
-            for piece in chunk
+            for chunk in batch
         ]
 
     def save(self, param: Tensor, records: list[Record], layout: Layout | None = None) -> None:
         """Store the records of a whole parameter, cut by ``layout``, None: that which it has."""
-        self.swap([param], self.placed([records]))
+        self.swap([param], self.to_store([records]))
         self._lay(param, records, layout)
 
     def swap(self, params: Sequence[Tensor], records: Records) -> None:
         """Keep these records of whole parameters, already ``placed``, for those that were."""
-        self._kept.update(zip(params, records, strict=True))
+        self.entries.update(zip(params, records, strict=True))
         for param, parts in zip(params, records, strict=True):
             self._lay(param, parts, None)
 
@@ -95,13 +93,13 @@ class Store(ABC):
     def discard(self, records: Sequence[Record]) -> None:  # noqa: B027
         """Nobody keeps these records, which were ``placed``, or their tensors are others now."""
 
-    def expect(self, rows: Sequence[Sequence[ParamChunk]]) -> None:  # noqa: B027
+    def expect(self, batches: Sequence[Sequence[ParamChunk]]) -> None:  # noqa: B027
         """A step is going to ``load`` these chunks, in order."""
 
     def end(self, whole: bool) -> None:  # noqa: B027
         """The step that expected chunks is over, or, if not ``whole``, a part of a step."""
 
-    def lent(self, tensor: Tensor) -> bool:
+    def is_staged(self, tensor: Tensor) -> bool:
         """Whether a tensor that was loaded is a copy of what is kept."""
         return False
 
@@ -110,20 +108,20 @@ class Store(ABC):
 
     def replace(self, kept: dict[Tensor, list[Record]]) -> None:
         """Keep these, already ``placed``, and nothing else."""
-        self._kept = kept
+        self.entries = kept
         self._layouts = {param: Layout.of(param) for param, r in kept.items() if len(r) > 1}
 
     def drop(self, param: Tensor) -> None:
         """Forget a parameter's records."""
-        del self._kept[param]
+        del self.entries[param]
         self._layouts.pop(param, None)
 
     def clear(self) -> None:
         """Forget everything."""
-        self._kept.clear()
+        self.entries.clear()
         self._layouts.clear()
 
-    def session(self) -> ResidentExecutor | StreamingExecutor:
+    def make_executor(self) -> ResidentExecutor | StreamingExecutor:
         """What steps units whose state is kept here."""
         return ResidentExecutor("auto")
 
@@ -134,11 +132,11 @@ class Store(ABC):
         return {**self.__dict__, "synchronize": None}
 
     @abstractmethod
-    def placed(self, records: Records) -> Records:
+    def to_store(self, records: Records) -> Records:
         """The records as this store keeps them."""
 
     @abstractmethod
-    def fetched(self, record: Record, param: Tensor) -> Record:
+    def to_device(self, record: Record, param: Tensor) -> Record:
         """A kept record, beside its parameter."""
 
 
@@ -147,20 +145,8 @@ class DeviceStore(Store):
 
     name = "device"
 
-    def placed(self, records: Records) -> Records:
+    def to_store(self, records: Records) -> Records:
         return records
 
-    def fetched(self, record: Record, param: Tensor) -> Record:
+    def to_device(self, record: Record, param: Tensor) -> Record:
         return record
-
-
-@dataclass(frozen=True)
-class OffloadedTensor:
-    """A tensor that is kept elsewhere than where it is used."""
-
-    tensor: Tensor
-    device: torch.device
-
-    def back(self) -> Tensor:
-        """A copy of the tensor where it is used."""
-        return self.tensor.to(self.device, copy=True)

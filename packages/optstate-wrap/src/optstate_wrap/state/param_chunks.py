@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from optstate_codecs.state.layout import is_dense, storage_order
 
-__all__ = ["Layout", "ParamChunk", "chunks", "default_chunk", "pieces"]
+__all__ = ["Layout", "ParamChunk", "default_chunk_size", "make_batches", "split_params"]
 
 # parameters in a chunk: on a GPU so many that launches do not count; on a CPU so few that
 # what a step is undone from fits into its cache
@@ -82,18 +82,18 @@ class ParamChunk:
         return view
 
     def gradient(self) -> Tensor:
-        """The gradient of the piece, which has one."""
+        """The gradient of the chunk, which has one."""
         grad = self.param.grad
         assert grad is not None
         return grad if self.parts == 1 else self._view(grad)
 
     def data(self) -> Tensor:
-        """The elements that the piece's step writes."""
+        """The elements that the chunk's step writes."""
         data = self.param.detach()
         return data if self.parts == 1 else self._view(data)
 
     def like(self) -> Tensor:
-        """A tensor of the piece's shape, in its order, whose numbers nobody may read."""
+        """A tensor of the chunk's shape, in its order, whose numbers nobody may read."""
         if self.parts == 1:
             return self.param.detach()
         # of the parameter as it was cut, which it need not be any more
@@ -104,12 +104,14 @@ class ParamChunk:
         return ordered.reshape(-1)[self.start : self.stop]
 
 
-def default_chunk(device: torch.device, away: bool) -> int:
+def default_chunk_size(device: torch.device, away: bool) -> int:
     """Parameters in a chunk where nobody says, with state beside them or ``away``."""
     return CHUNK_CPU if device.type == "cpu" else CHUNK_AWAY if away else CHUNK_CUDA
 
 
-def pieces(groups: Sequence[Mapping[str, Any]], size: int, splittable: bool) -> list[ParamChunk]:
+def split_params(
+    groups: Sequence[Mapping[str, Any]], size: int, splittable: bool
+) -> list[ParamChunk]:
     """Every parameter of ``groups``, in order, cut where it is larger than ``size``.
 
     One that a group has several times, which torch warns of, is there once.
@@ -134,8 +136,8 @@ def pieces(groups: Sequence[Mapping[str, Any]], size: int, splittable: bool) -> 
                 starts = range(0, numel, size) if cut else range(1)
                 for part, start in enumerate(starts):
                     stop = min(start + size, numel) if cut else numel
-                    piece = ParamChunk(param, number, index, start, stop, part, len(starts), count)
-                    found.append(piece)
+                    chunk = ParamChunk(param, number, index, start, stop, part, len(starts), count)
+                    found.append(chunk)
             number += 1
     return found
 
@@ -150,15 +152,15 @@ def _divisible(param: Tensor) -> bool:
     return type(param) in (Tensor, Parameter) and param.layout is torch.strided and is_dense(param)
 
 
-def chunks(of: Iterable[ParamChunk], size: int) -> list[list[ParamChunk]]:
-    """Neighbouring pieces in rows of at most ``size`` elements, or of one piece."""
-    rows: list[list[ParamChunk]] = []
+def make_batches(of: Iterable[ParamChunk], size: int) -> list[list[ParamChunk]]:
+    """Neighbouring chunks in batches of at most ``size`` elements, or of one chunk."""
+    batches: list[list[ParamChunk]] = []
     filled = 0
-    for piece in of:
-        length = piece.stop - piece.start
-        if not rows or filled + length > size:
-            rows.append([])
+    for chunk in of:
+        length = chunk.stop - chunk.start
+        if not batches or filled + length > size:
+            batches.append([])
             filled = 0
-        rows[-1].append(piece)
+        batches[-1].append(chunk)
         filled += length
-    return rows
+    return batches
