@@ -116,7 +116,7 @@ class OptimizerWrapper(Delegate):
         self.state.update(existing)
         self.engine.states.forget()
 
-    def examine(self) -> None:
+    def examine(self) -> Findings:
         """Find out what the inner optimizer allows with the hyper-parameters that it has now.
 
         Raises:
@@ -137,6 +137,7 @@ class OptimizerWrapper(Delegate):
         self.engine.encoder.chunked = self.findings.chunked
         self.engine.encoder.splittable = self.findings.splittable
         self.engine.states.known = self.findings.known
+        return self.findings
 
     @property
     def state(self) -> Any:
@@ -258,14 +259,14 @@ class OptimizerWrapper(Delegate):
 
         It also has the policy's progress, under a key that ``torch.optim`` passes over.
         """
-        return checkpoint.plain(self)
+        return checkpoint.plain(self, self.engine.states)
 
     def packed_state_dict(self) -> dict[str, Any]:
         """What is stored as it is stored: tensors and plain Python values, as small as the state.
 
         Loaded into a wrapper with the same arguments, training goes on bit for bit.
         """
-        return checkpoint.packed(self)
+        return checkpoint.packed(self.engine.states)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a plain state dict, the inner optimizer's or this one's, or a packed one.
@@ -277,11 +278,11 @@ class OptimizerWrapper(Delegate):
         Raises:
             TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
         """
-        loading.load(self, state_dict)
+        loading.load(self, self.engine.states, self.examine, state_dict)
 
     def memory_report(self) -> WrapperMemoryReport:
         """Count what parameters, gradients and state take now, in bytes."""
-        return report(self, self.engine.store, self.engine.states)
+        return report(self.engine.states)
 
     def unwrap(self) -> Optimizer:
         """The inner optimizer with its state decoded; this wrapper has none left.

@@ -13,18 +13,15 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.plain import plain_value
 from optstate_wrap.hooks import STATE_DICT_HOOKS, save_with_hooks
+from optstate_wrap.state.decoded import DecodedStates
 from optstate_wrap.state.record import Coded, OffloadedTensor, Record
-from optstate_wrap.step.chunked import Engine
-
-if TYPE_CHECKING:
-    from optstate_wrap.wrapper import OptimizerWrapper
 
 __all__ = ["KEY", "independent_copy", "packed", "params_by_number", "plain"]
 
@@ -32,31 +29,28 @@ KEY = "optstate_wrap"
 StateDict = dict[str, Any]
 
 
-def plain(wrapper: OptimizerWrapper) -> StateDict:
+def plain(wrapper: Optimizer, states: DecodedStates) -> StateDict:
     """The inner optimizer's own state dict, decoded, with the policy's progress.
 
     What is decoded for other devices goes to the host, one parameter after the other: a device may
     have no room for it.
     """
-    progress: dict[str, Any] = {}
+    inner, progress = states.encoder.inner, dict[str, Any]()
 
     def save() -> StateDict:
-        saved = _decoded(wrapper)
-        progress.update(_progress(wrapper.engine))
-        if foreign := wrapper.engine.states.foreign:
-            of = {
-                n: list(foreign.get(p, ()))
-                for n, p in params_by_number(saved, wrapper.inner).items()
-            }
+        saved = _decoded(states)
+        progress.update(_progress(states))
+        if foreign := states.foreign:
+            of = {n: list(foreign.get(p, ())) for n, p in params_by_number(saved, inner).items()}
             progress["foreign"] = {number: keys for number, keys in of.items() if keys}
         return saved
 
-    return {**save_with_hooks(wrapper, wrapper.inner, save), KEY: progress}
+    return {**save_with_hooks(wrapper, inner, save), KEY: progress}
 
 
-def _decoded(wrapper: OptimizerWrapper) -> StateDict:
+def _decoded(states: DecodedStates) -> StateDict:
     """The inner optimizer's own state dict, with the state that is stored."""
-    inner, states = wrapper.inner, wrapper.engine.states
+    inner = states.encoder.inner
     kept = inner.state
     inner.state = defaultdict(dict, {param: _on_host(states.copy(param)) for param in states})
     inner.state.update(states.extra)
@@ -75,19 +69,19 @@ def _on_host(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def packed(wrapper: OptimizerWrapper) -> StateDict:
+def packed(states: DecodedStates) -> StateDict:
     """What is stored, as it is stored: about as large as the state."""
-    engine, states = wrapper.engine, wrapper.engine.states
+    inner, store = states.encoder.inner, states.store
     states.write_back()
-    saved = Optimizer.state_dict(_GroupsOnly(wrapper.inner))
+    saved = Optimizer.state_dict(_GroupsOnly(inner))
     state: dict[Any, Any] = {key: independent_copy(value) for key, value in states.extra.items()}
-    for number, param in params_by_number(saved, wrapper.inner).items():
+    for number, param in params_by_number(saved, inner).items():
         entry: dict[str, Any] = {}
-        if param in engine.store:
-            records = engine.store.records(param)
+        if param in store:
+            records = store.records(param)
             entry["parts"] = [_packed_record(record) for record in records]
             if len(records) > 1:
-                entry["order"] = list(engine.store.layout(param).order)
+                entry["order"] = list(store.layout(param).order)
         if param in states.foreign:
             entry["foreign"] = {
                 k: independent_copy(value) for k, value in states.foreign[param].items()
@@ -95,7 +89,7 @@ def packed(wrapper: OptimizerWrapper) -> StateDict:
         if entry:
             state[number] = entry
     groups = plain_value(saved["param_groups"])
-    progress = {**_progress(engine), "packed": True}
+    progress = {**_progress(states), "packed": True}
     return {**saved, "state": state, "param_groups": groups, KEY: progress}
 
 
@@ -117,8 +111,8 @@ class _GroupsOnly(Optimizer):
             setattr(self, name, {})
 
 
-def _progress(engine: Engine) -> dict[str, Any]:
-    return {"steps": engine.steps, "policy": engine.encoder.policy.state_dict()}
+def _progress(states: DecodedStates) -> dict[str, Any]:
+    return {"steps": states.encoder.steps, "policy": states.encoder.policy.state_dict()}
 
 
 def _packed_record(record: Record) -> dict[str, Any]:

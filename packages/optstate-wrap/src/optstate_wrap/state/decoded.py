@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ from optstate_wrap.state.param_chunks import ParamChunk
 from optstate_wrap.state.record import Coded, Record, decode_state, reencode
 from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_numel, slice_state
 from optstate_wrap.state.store import Store
-from optstate_wrap.step.fused import Fused
 
-__all__ = ["States"]
+__all__ = ["DecodedStates"]
 
 
 @dataclass
@@ -61,7 +60,17 @@ def _version(value: Any) -> int | None:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
-class States:
+class RecordUser(Protocol):
+    """Code that keeps references to stored records between steps."""
+
+    def forget(self) -> None:
+        """Drop the references to all records."""
+
+    def release(self, param: Tensor) -> None:
+        """Drop the references to the records of ``param``, which then hold its latest state."""
+
+
+class DecodedStates:
     """Every parameter's state as the inner optimizer keeps it, over the records of a store.
 
     Args:
@@ -76,7 +85,7 @@ class States:
         known: the keys that the optimizer makes; None: nobody knows.
     """
 
-    def __init__(self, store: Store, encoder: Encoder, fused: Fused) -> None:
+    def __init__(self, store: Store, encoder: Encoder, fused: RecordUser) -> None:
         self.store = store
         self.encoder = encoder
         self.fused = fused
@@ -142,6 +151,18 @@ class States:
         self.extra, self.foreign = {}, {}
         self.store.clear()
         self.fused.forget()
+
+    def replace(
+        self,
+        records: dict[Tensor, list[Record]],
+        foreign: dict[Tensor, dict[str, Any]],
+        extra: dict[Any, Any],
+    ) -> None:
+        """Replace all state: stored records, foreign entries and extra entries."""
+        self.forget()
+        self.fused.forget()
+        self.store.replace(records)
+        self.foreign, self.extra = foreign, extra
 
     def foreign_entries(self, chunk: ParamChunk) -> dict[str, Any]:
         """What is foreign in the state of a chunk, as the optimizer is to see it in its step."""

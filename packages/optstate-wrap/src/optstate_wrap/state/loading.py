@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,29 +16,35 @@ from optstate_codecs.formats import as_format
 from optstate_wrap.hooks import load_with_hooks
 from optstate_wrap.probe import Findings, why_not
 from optstate_wrap.state.checkpoint import KEY, independent_copy, params_by_number
+from optstate_wrap.state.decoded import DecodedStates
 from optstate_wrap.state.inference import ordinary_tensors
 from optstate_wrap.state.param_chunks import Layout, ParamChunk
 from optstate_wrap.state.record import Coded, Record, decode_state
 from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_numel, slice_state
 
-if TYPE_CHECKING:
-    from optstate_wrap.wrapper import OptimizerWrapper
-
 __all__ = ["load"]
 
 
-def load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
+def load(
+    wrapper: Optimizer,
+    states: DecodedStates,
+    examine: Callable[[], Findings],
+    state_dict: Mapping[str, Any],
+) -> None:
     """Check and convert the whole of ``state_dict``, then put it in place.
 
     Under ``torch.inference_mode()`` too, what is loaded may be stepped outside of it.
     """
     with ordinary_tensors():
-        load_with_hooks(wrapper, wrapper.inner, state_dict, partial(_load, wrapper))
+        inner = states.encoder.inner
+        load_with_hooks(wrapper, inner, state_dict, partial(_load, states, examine))
 
 
-def _load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
-    engine, inner, states = wrapper.engine, wrapper.inner, wrapper.engine.states
-    policy = wrapper.policy
+def _load(
+    states: DecodedStates, examine: Callable[[], Findings], state_dict: Mapping[str, Any]
+) -> None:
+    encoder = states.encoder
+    inner, policy = encoder.inner, encoder.policy
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise KeyError(f"state_dict: missing key {key!r}")
@@ -51,31 +57,28 @@ def _load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
         raise KeyError(f"state_dict['state']: unknown parameter {unknown[0]!r}")
 
     before = [dict(group) for group in inner.param_groups]
-    steps, progressed = engine.steps, copy.deepcopy(policy.state_dict())
+    steps, progressed = encoder.steps, copy.deepcopy(policy.state_dict())
     try:
         _fill(inner.param_groups, groups)
-        wrapper.examine()
-        engine.steps = int(progress.get("steps", _steps_of(saved)))
+        findings = examine()
+        encoder.steps = int(progress.get("steps", _steps_of(saved)))
         if "policy" in progress:
             policy.load_state_dict(progress["policy"])
-        entries = _entries(saved, params, wrapper.findings, progress)
-        new = _records(wrapper, entries, bool(progress.get("packed")))
+        entries = _entries(saved, params, findings, progress)
+        new = _records(states, findings, entries, bool(progress.get("packed")))
         foreign = {
             entry.param: {key: _own(value, entry.param) for key, value in entry.foreign.items()}
             for entry in entries
             if entry.foreign
         }
         extra = {key: independent_copy(value) for key, value in saved.items() if key not in params}
-        states.forget()
-        engine.fused.forget()
-        engine.store.replace(new)
+        states.replace(new, foreign, extra)
     except BaseException:
         _fill(inner.param_groups, before)
-        wrapper.examine()
-        engine.steps = steps
+        examine()
+        encoder.steps = steps
         policy.load_state_dict(progressed)
         raise
-    states.foreign, states.extra = foreign, extra
 
 
 def _steps_of(state: Mapping[Any, Any]) -> int:
@@ -175,23 +178,23 @@ def _all_foreign(
 
 
 def _records(
-    wrapper: OptimizerWrapper, entries: Sequence[_Entry], is_packed: bool
+    states: DecodedStates, findings: Findings, entries: Sequence[_Entry], is_packed: bool
 ) -> dict[Tensor, list[Record]]:
     """The records of every saved state, one parameter after the other."""
-    engine, findings = wrapper.engine, wrapper.findings
+    encoder, store = states.encoder, states.store
     plan: dict[Tensor, list[ParamChunk]] = {}
-    for chunk in engine.encoder.split():
+    for chunk in encoder.split():
         plan.setdefault(chunk.param, []).append(chunk)
-    groups = {p: group for group in engine.inner.param_groups for p in group["params"]}
+    groups = {p: group for group in encoder.inner.param_groups for p in group["params"]}
     new: dict[Tensor, list[Record]] = {}
     for entry in entries:
         param, state = entry.param, entry.own
         if not state:
             continue
         if is_packed:
-            records = _unpacked(entry, engine.inner, findings)
+            records = _unpacked(entry, encoder.inner, findings)
             if _cut_alike(entry, records, plan[param]):
-                new[param] = engine.store.to_store([records])[0]
+                new[param] = store.to_store([records])[0]
                 continue
             of = chunks_of_lengths(param, [record_numel(record) for record in records])
             layout = _layout(entry)
@@ -203,8 +206,8 @@ def _records(
                 key: _placed(key, value, param, groups[param], findings, is_packed)
                 for key, value in slice_state(state, chunk).items()
             }
-            records.append(engine.encoder.encode(chunk, chunk.data(), part))
-        new[param] = engine.store.to_store([records])[0]
+            records.append(encoder.encode(chunk, chunk.data(), part))
+        new[param] = store.to_store([records])[0]
     return new
 
 

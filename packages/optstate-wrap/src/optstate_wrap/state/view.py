@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate_wrap.state.decoded import States
+from optstate_wrap.state.decoded import DecodedStates
 
 __all__ = ["StateView"]
 
@@ -18,7 +18,7 @@ class StateView(MutableMapping[Any, dict[str, Any]]):
     A parameter without state has an empty one.
     """
 
-    def __init__(self, states: States) -> None:
+    def __init__(self, states: DecodedStates) -> None:
         self._states = states
 
     def __getitem__(self, key: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from optstate_codecs.engine import ParamStep
 from optstate_codecs.errors import StepError
 from optstate_wrap.delegate import unhooked_step
 from optstate_wrap.policies import Policy
-from optstate_wrap.state.decoded import States
+from optstate_wrap.state.decoded import DecodedStates
 from optstate_wrap.state.encoder import Encoder
 from optstate_wrap.state.param_chunks import Layout, ParamChunk, make_batches
 from optstate_wrap.state.record import Coded, Record, decode_state, select
@@ -73,7 +73,7 @@ class Engine:
         self.timer = Timer()
         self.scratch = Scratch()
         self.fused = Fused(fused, seed, store)
-        self.states = States(store, self.encoder, self.fused)
+        self.states = DecodedStates(store, self.encoder, self.fused)
 
     @property
     def steps(self) -> int:
