@@ -298,7 +298,7 @@ def test_parts_that_were_cut_by_another_order_are_read_and_loaded_by_it() -> Non
     expected = optimizer.state[params[0]]["exp_avg"].clone()
     packed = copy.deepcopy(optimizer.packed_state_dict())
     params[0].data = relaid(params[0])
-    optimizer.engine.states.forget()
+    optimizer.engine.states.discard_read_states()
     assert torch.equal(optimizer.state[params[0]]["exp_avg"], expected)
     optimizer.load_state_dict(packed)
     assert torch.equal(optimizer.state[params[0]]["exp_avg"], expected)
@@ -307,7 +307,7 @@ def test_parts_that_were_cut_by_another_order_are_read_and_loaded_by_it() -> Non
     assert torch.equal(twin.state[twin.param_groups[0]["params"][0]]["exp_avg"], expected)
     twin.state[twin.param_groups[0]["params"][0]]["exp_avg"].mul_(2)
     twin.engine.states.write_back()
-    twin.engine.states.forget()
+    twin.engine.states.discard_read_states()
     assert torch.equal(twin.state[twin.param_groups[0]["params"][0]]["exp_avg"], 2 * expected)
 
 

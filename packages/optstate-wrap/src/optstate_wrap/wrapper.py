@@ -17,7 +17,7 @@ from optstate_wrap.policies import Policy, WarmupPolicy
 from optstate_wrap.probe import Findings, first_param, probe
 from optstate_wrap.report import WrapperMemoryReport, report
 from optstate_wrap.state import checkpoint, loading
-from optstate_wrap.state.param_chunks import LEAST, ParamChunk, default_chunk_size
+from optstate_wrap.state.param_chunks import MIN_CHUNK_SIZE, ParamChunk, default_chunk_size
 from optstate_wrap.state.store import Store
 from optstate_wrap.state.view import StateView
 from optstate_wrap.step.checks import check_params, check_records
@@ -84,8 +84,8 @@ class OptimizerWrapper(Delegate):
             raise TypeError(f"optimizer: must be a torch.optim.Optimizer, not wrapped, got {got}")
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"policy={policy!r}: must be a Policy, got {type(policy).__name__}")
-        chunk_size = _chunk_size("chunk_size", chunk_size, LEAST)
-        chunk_size_on_cuda = _chunk_size("chunk_size_on_cuda", chunk_size_on_cuda, LEAST)
+        chunk_size = _chunk_size("chunk_size", chunk_size, MIN_CHUNK_SIZE)
+        chunk_size_on_cuda = _chunk_size("chunk_size_on_cuda", chunk_size_on_cuda, MIN_CHUNK_SIZE)
         initial_chunk_size = _chunk_size("initial_chunk_size", initial_chunk_size, 1)
         rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
         profile = checks.flag("profile", profile)
@@ -114,7 +114,7 @@ class OptimizerWrapper(Delegate):
         self.examine()
         existing, optimizer.state = optimizer.state, type(optimizer.state)(dict)
         self.state.update(existing)
-        self.engine.states.forget()
+        self.engine.states.discard_read_states()
 
     def examine(self) -> Findings:
         """Find out what the inner optimizer allows with the hyper-parameters that it has now.

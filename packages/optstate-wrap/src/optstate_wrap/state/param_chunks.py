@@ -1,4 +1,4 @@
-"""Which parameters, and which parts of large ones, are stepped together."""
+"""Parameters split into chunks, and chunks gathered into batches that are stepped together."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from optstate_codecs.state.layout import is_dense, storage_order
 
 __all__ = ["Layout", "ParamChunk", "default_chunk_size", "make_batches", "split_params"]
 
-# parameters in a chunk: on a GPU so many that launches do not count; on a CPU so few that
-# what a step is undone from fits into its cache
+# Elements in a batch. On a GPU, large enough to hide the cost of launches; on a CPU, small enough
+# that the copies for undoing a step stay in its cache.
 CHUNK_CUDA = 1 << 24
 CHUNK_CPU = 1 << 21
-# of state that comes from the host, three chunks are on the GPU
-CHUNK_AWAY = 1 << 23
-LEAST = 256
-# parts begin where blocks of any size begin
-BORDER = 8192
+# With offloaded state, the GPU holds three batches at a time.
+CHUNK_OFFLOADED = 1 << 23
+MIN_CHUNK_SIZE = 256
+# Chunks begin where blocks of any size begin.
+BLOCK_ALIGNMENT = 8192
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ class Layout:
 
     @classmethod
     def of(cls, param: Tensor) -> Layout:
-        """The layout that a parameter has now."""
+        """The current layout of a parameter."""
         return cls(tuple(param.shape), storage_order(param))
 
 
 @dataclass(frozen=True, eq=False)
 class ParamChunk:
-    """A parameter, or elements ``start`` to ``stop`` of one in its storage order.
+    """A whole parameter, or its elements ``start`` to ``stop`` in storage order.
 
     Attributes:
         param: the whole parameter.
-        number: its place in the optimizer, counted over all groups.
-        group: the number of its param group.
-        part: its place among the parts of the parameter.
-        parts: how many parts the parameter has.
-        times: how often its group has the parameter, and the optimizer so steps it.
+        number: index of the parameter in the optimizer, counted over all groups.
+        group: index of its param group.
+        part: index of the chunk among the chunks of its parameter.
+        parts: number of chunks that the parameter is split into.
+        times: how often its group lists the parameter; the optimizer steps it that often.
     """
 
     param: Tensor
@@ -63,11 +63,11 @@ class ParamChunk:
 
     @property
     def last(self) -> bool:
-        """Whether the parameter's step is complete with it."""
+        """Whether this is the last chunk of its parameter."""
         return self.part == self.parts - 1
 
     def stand_in(self) -> Tensor:
-        """What the inner optimizer is given: the parameter, or a parameter that views the part."""
+        """The tensor that the inner optimizer steps: the parameter, or a view of the slice."""
         if self.parts == 1:
             return self.param
         view = self._view(self.param.detach()).requires_grad_(self.param.requires_grad)
@@ -82,21 +82,21 @@ class ParamChunk:
         return view
 
     def gradient(self) -> Tensor:
-        """The gradient of the chunk, which has one."""
+        """The gradient of the chunk, which must exist."""
         grad = self.param.grad
         assert grad is not None
         return grad if self.parts == 1 else self._view(grad)
 
     def data(self) -> Tensor:
-        """The elements that the chunk's step writes."""
+        """The elements of the parameter that a step of this chunk writes."""
         data = self.param.detach()
         return data if self.parts == 1 else self._view(data)
 
     def like(self) -> Tensor:
-        """A tensor of the chunk's shape, in its order, whose numbers nobody may read."""
+        """A tensor with the shape and memory order of the chunk; its values are undefined."""
         if self.parts == 1:
             return self.param.detach()
-        # of the parameter as it was cut, which it need not be any more
+        # the parameter may have another layout now than when it was split
         return torch.empty(self.stop - self.start, dtype=self.param.dtype, device="meta")
 
     def _view(self, tensor: Tensor) -> Tensor:
@@ -104,27 +104,27 @@ class ParamChunk:
         return ordered.reshape(-1)[self.start : self.stop]
 
 
-def default_chunk_size(device: torch.device, away: bool) -> int:
-    """Parameters in a chunk where nobody says, with state beside them or ``away``."""
-    return CHUNK_CPU if device.type == "cpu" else CHUNK_AWAY if away else CHUNK_CUDA
+def default_chunk_size(device: torch.device, offloaded: bool) -> int:
+    """Elements in a batch by default, for state on ``device`` or ``offloaded`` to the host."""
+    return CHUNK_CPU if device.type == "cpu" else CHUNK_OFFLOADED if offloaded else CHUNK_CUDA
 
 
 def split_params(
     groups: Sequence[Mapping[str, Any]], size: int, splittable: bool
 ) -> list[ParamChunk]:
-    """Every parameter of ``groups``, in order, cut where it is larger than ``size``.
+    """The chunks of all parameters in ``groups``, in order.
 
-    One that a group has several times, which torch warns of, is there once.
+    A parameter that a group lists several times, which torch warns about, is returned once.
 
     Args:
         groups: an optimizer's param groups.
-        size: elements; parts begin at multiples of it, rounded down to a multiple of 256, where a
-            processor's vectors begin, or of 8,192 where it is larger than that.
-        splittable: whether the optimizer steps a part as it would step it within the whole.
+        size: elements in a chunk at most. Chunks begin at multiples of ``size`` rounded down to a
+            multiple of 256, where a processor's vectors begin, or of 8,192 if it is at least that.
+        splittable: whether stepping a slice of a parameter gives the result of stepping the whole.
     """
-    border = BORDER if size >= BORDER else LEAST if size >= LEAST else 1
-    size = size // border * border
-    found = []
+    alignment = max(a for a in (1, MIN_CHUNK_SIZE, BLOCK_ALIGNMENT) if a <= max(size, 1))
+    size = size // alignment * alignment
+    chunks = []
     number = 0
     for index, group in enumerate(groups):
         times = _times(group["params"])
@@ -132,18 +132,18 @@ def split_params(
             count = 1 if times is None else times.pop(id(param), 0)
             if count:
                 numel = param.numel()
-                cut = splittable and numel > size and _divisible(param)
-                starts = range(0, numel, size) if cut else range(1)
+                split = splittable and numel > size and _divisible(param)
+                starts = range(0, numel, size) if split else range(1)
                 for part, start in enumerate(starts):
-                    stop = min(start + size, numel) if cut else numel
+                    stop = min(start + size, numel) if split else numel
                     chunk = ParamChunk(param, number, index, start, stop, part, len(starts), count)
-                    found.append(chunk)
+                    chunks.append(chunk)
             number += 1
-    return found
+    return chunks
 
 
 def _times(params: Sequence[Tensor]) -> Counter[int] | None:
-    """How often each parameter is there, by identity; None where each is there once."""
+    """How often each parameter is listed, by ``id``; None if all are listed once."""
     numbers = list(map(id, params))
     return Counter(numbers) if len(set(numbers)) < len(numbers) else None
 
@@ -152,15 +152,15 @@ def _divisible(param: Tensor) -> bool:
     return type(param) in (Tensor, Parameter) and param.layout is torch.strided and is_dense(param)
 
 
-def make_batches(of: Iterable[ParamChunk], size: int) -> list[list[ParamChunk]]:
-    """Neighbouring chunks in batches of at most ``size`` elements, or of one chunk."""
+def make_batches(chunks: Iterable[ParamChunk], size: int) -> list[list[ParamChunk]]:
+    """Consecutive chunks in batches of at most ``size`` elements, or of one larger chunk."""
     batches: list[list[ParamChunk]] = []
     filled = 0
-    for chunk in of:
-        length = chunk.stop - chunk.start
-        if not batches or filled + length > size:
+    for chunk in chunks:
+        numel = chunk.stop - chunk.start
+        if not batches or filled + numel > size:
             batches.append([])
             filled = 0
         batches[-1].append(chunk)
-        filled += length
+        filled += numel
     return batches

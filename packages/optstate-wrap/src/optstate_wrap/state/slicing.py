@@ -1,4 +1,4 @@
-"""The state of a whole parameter, from the states of its parts and back."""
+"""Slices the state of a whole parameter into the states of its chunks, and joins them again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["chunks_of_lengths", "join_states", "record_numel", "slice_state"]
 def join_states(
     states: Sequence[Mapping[str, Any]], chunks: Sequence[ParamChunk], layout: Layout
 ) -> dict[str, Any]:
-    """One state of the states of all ``chunks`` of a parameter.
+    """The state of a whole parameter, from the states of all its chunks.
 
-    What has an entry per element is joined; of anything else all parts have the same.
+    Values with an entry per element are concatenated. Of others, the first chunk's is taken.
 
     Args:
-        states: of the chunks.
-        chunks: of the parameter.
-        layout: that the parameter had when it was split.
+        states: one for each chunk.
+        chunks: all chunks of the parameter.
+        layout: of the parameter when it was split.
     """
     if len(states) == 1:
         return dict(states[0])
@@ -44,29 +44,29 @@ def join_states(
 def slice_state(
     state: Mapping[str, Any], chunk: ParamChunk, layout: Layout | None = None
 ) -> dict[str, Any]:
-    """The state of one part of a parameter whose whole state is given; copies of tensors.
+    """The state of one chunk; if the parameter is split, tensors are copied.
 
     Args:
         state: of the whole parameter.
-        chunk: the part.
-        layout: of the parameter, by which ``chunk`` was split; None: that which it has now.
+        chunk: of the parameter.
+        layout: of the parameter when it was split; None: its current layout.
     """
     if chunk.parts == 1:
         return dict(state)
     layout = Layout.of(chunk.param) if layout is None else layout
-    part: dict[str, Any] = {}
+    sliced: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.dim() and value.shape == layout.shape:
             flat = value.permute(layout.order).reshape(-1)
-            part[key] = flat[chunk.start : chunk.stop].clone()
+            sliced[key] = flat[chunk.start : chunk.stop].clone()
         else:
-            # each part counts its own steps
-            part[key] = value.clone() if isinstance(value, Tensor) else value
-    return part
+            # each chunk has its own step count
+            sliced[key] = value.clone() if isinstance(value, Tensor) else value
+    return sliced
 
 
 def chunks_of_lengths(param: Tensor, lengths: Sequence[int]) -> list[ParamChunk]:
-    """Pieces of a parameter that have ``lengths``; whose places in the optimizer do not matter."""
+    """Chunks of ``param`` with these numbers of elements; their number and group are 0."""
     if len(lengths) == 1:
         return [ParamChunk(param, 0, 0, 0, param.numel())]
     starts = [0, *accumulate(lengths)]
@@ -77,7 +77,7 @@ def chunks_of_lengths(param: Tensor, lengths: Sequence[int]) -> list[ParamChunk]
 
 
 def record_numel(record: Record) -> int:
-    """Elements of the part that a record is of."""
+    """Elements of the chunk whose state a record holds."""
     for value in record.values():
         if isinstance(value, Coded):
             return value.numel

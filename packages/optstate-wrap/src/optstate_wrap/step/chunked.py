@@ -105,7 +105,7 @@ class Engine:
         plan = [chunk for chunk in self.encoder.split() if some is None or chunk.param in some]
         if check is not None:
             check(plan)
-        self.states.forget()
+        self.states.discard_read_states()
         self._resplit(plan)
         transaction = Transaction(self.store, self.scratch)
         batches: list[list[ParamChunk]] = [plan]
