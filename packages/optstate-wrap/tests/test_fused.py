@@ -76,7 +76,9 @@ class Run:
 
     @property
     def fused_parameters(self) -> int:
-        return sum(bool(ready.param_steps) for ready in self.optimizer.engine.fused._ready.values())
+        return sum(
+            bool(ready.param_steps) for ready in self.optimizer.engine.fused._prepared.values()
+        )
 
 
 def assert_alike(ours: Run, theirs: Run, rate: float = 2e-3) -> None:
@@ -176,7 +178,7 @@ def test_presets_step_every_dtype_in_it(dtype, variance) -> None:
             before = param.detach().clone()
             param.grad = torch.randn_like(param)
             optimizer.step()
-        assert optimizer.engine.fused._ready[param].param_steps
+        assert optimizer.engine.fused._prepared[param].param_steps
         moved = (param.detach().double() - before.double()).abs().max()
         assert 0 < moved < 0.02
 

@@ -222,7 +222,7 @@ def test_what_cannot_be_stepped_in_parts_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("module", "phase"),
-    [(chunked, "decode_state"), (chunked, "own_step"), (encoder, "encode_state")],
+    [(chunked, "decode_state"), (chunked, "unhooked_step"), (encoder, "encode_state")],
     ids=["decode", "step", "encode"],
 )
 def test_an_error_in_a_part_leaves_all_usable(module, phase, problem, monkeypatch) -> None:

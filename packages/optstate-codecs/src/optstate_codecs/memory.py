@@ -114,7 +114,7 @@ def local_elements(tensor: Tensor) -> int:
 
 def memory_report(optimizer: Optimizer) -> MemoryReport:
     """Count what any optimizer's parameters, gradients and state take now, in bytes."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = list(dict.fromkeys(p for group in optimizer.param_groups for p in group["params"]))
     return MemoryReport(
         parameters=sum(map(local_elements, params)),
         parameter_bytes=storage_bytes(params),

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from optstate_wrap.hooks import STATE_DICT_HOOKS
 
-__all__ = ["Delegate", "load_into", "own_step"]
+__all__ = ["Delegate", "load_into", "unhooked_step"]
 
 #: group options that say how a step is computed here, not what it computes
 FLAGS = ("capturable", "foreach", "fused")
@@ -29,7 +29,7 @@ class Delegate(Optimizer):
 
     inner: Optimizer
 
-    def _share(self) -> None:
+    def share_hooks(self) -> None:
         """Take the inner optimizer's hooks for one's own."""
         self._warned_capturable_if_run_uncaptured = True
         for name in HOOKS:
@@ -41,15 +41,15 @@ class Delegate(Optimizer):
         values = {key: value for key, value in state.items() if key in TORCH}
         vars(self).update({key: value for key, value in state.items() if key not in TORCH})
         if "inner" in state:
-            self._begin()
+            self.attach_inner()
         if values:
-            self._given(values)
+            self.set_torch_state(values)
 
-    def _begin(self) -> None:
+    def attach_inner(self) -> None:
         """Take up what this has in common with the inner optimizer."""
-        self._share()
+        self.share_hooks()
 
-    def _given(self, values: dict[str, Any]) -> None:
+    def set_torch_state(self, values: dict[str, Any]) -> None:
         """Take new ``state``, ``param_groups`` or ``defaults``."""
         self.inner.__setstate__(values)
 
@@ -72,7 +72,7 @@ class Delegate(Optimizer):
         self.inner.defaults = value
 
 
-def own_step(inner: Optimizer) -> Callable[..., Any]:
+def unhooked_step(inner: Optimizer) -> Callable[..., Any]:
     """The optimizer's ``step`` without the hooks that torch puts around it."""
     step = type(inner).step
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]

@@ -22,12 +22,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from optstate_codecs.tables import in_mode
-from optstate_wrap.delegate import own_step
+from optstate_wrap.delegate import unhooked_step
 from optstate_wrap.policies import ConfigurablePolicy
 from optstate_wrap.state.store import DeviceStore
 from optstate_wrap.step.chunked import Engine
 
-__all__ = ["Findings", "first_of", "probe", "why_not"]
+__all__ = ["Findings", "first_param", "probe", "why_not"]
 
 # one group's tensors: odd, of one row, and of three dimensions
 _log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _reason(
     inner: Optimizer, param: torch.dtype, grad: torch.dtype, state: torch.dtype
 ) -> str | None:
     twin, params = _twin(inner, MATRICES, state)
-    step = own_step(twin)
+    step = unhooked_step(twin)
     for tiny in params:
         tiny.grad = torch.ones_like(tiny)
     try:
@@ -147,7 +147,7 @@ def _quietly(inner: Optimizer) -> Iterator[None]:
 
 
 def _key(inner: Optimizer) -> Any:
-    first = first_of(inner)
+    first = first_param(inner)
     return (
         type(inner),
         (first.device.type, first.dtype),
@@ -157,7 +157,7 @@ def _key(inner: Optimizer) -> Any:
     )
 
 
-def first_of(inner: Optimizer) -> Tensor:
+def first_param(inner: Optimizer) -> Tensor:
     """The first parameter; a number on the host where there is none."""
     params = [param for group in inner.param_groups for param in group["params"][:1]]
     return params[0] if params else torch.zeros((), dtype=torch.float32, device="cpu")
@@ -165,7 +165,7 @@ def first_of(inner: Optimizer) -> Tensor:
 
 def _device(inner: Optimizer) -> torch.device:
     """Where to try it: beside the first parameter, but where numbers are."""
-    return _with_numbers(first_of(inner).device)
+    return _with_numbers(first_param(inner).device)
 
 
 def _on_real_device() -> AbstractContextManager[object]:
@@ -271,7 +271,7 @@ def _twin(
 ) -> tuple[Optimizer, list[Parameter]]:
     """An optimizer of the same class and attributes for tiny parameters, with no state."""
     if dtype is None:
-        like = first_of(inner).dtype
+        like = first_param(inner).dtype
         dtype = like if like.is_floating_point else torch.float32
     memo: dict[int, Any] = {}
     groups, params = [], []

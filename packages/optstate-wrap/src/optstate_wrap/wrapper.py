@@ -14,14 +14,14 @@ from optstate_codecs import checks
 from optstate_wrap.delegate import Delegate
 from optstate_wrap.offload.host import make_store
 from optstate_wrap.policies import Policy, WarmupPolicy
-from optstate_wrap.probe import Findings, first_of, probe
+from optstate_wrap.probe import Findings, first_param, probe
 from optstate_wrap.report import WrapperMemoryReport, report
 from optstate_wrap.state import checkpoint, loading
+from optstate_wrap.state.param_chunks import MIN_CHUNK_SIZE, ParamChunk, default_chunk_size
 from optstate_wrap.state.store import Store
 from optstate_wrap.state.view import StateView
-from optstate_wrap.step.checks import refuse_params, refuse_records
+from optstate_wrap.step.checks import check_params, check_records
 from optstate_wrap.step.chunked import Engine
-from optstate_wrap.step.pieces import LEAST, ParamChunk, default_chunk
 from optstate_wrap.step.timing import now
 
 __all__ = ["OptimizerWrapper"]
@@ -84,8 +84,8 @@ class OptimizerWrapper(Delegate):
             raise TypeError(f"optimizer: must be a torch.optim.Optimizer, not wrapped, got {got}")
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"policy={policy!r}: must be a Policy, got {type(policy).__name__}")
-        chunk_size = _chunk_size("chunk_size", chunk_size, LEAST)
-        chunk_size_on_cuda = _chunk_size("chunk_size_on_cuda", chunk_size_on_cuda, LEAST)
+        chunk_size = _chunk_size("chunk_size", chunk_size, MIN_CHUNK_SIZE)
+        chunk_size_on_cuda = _chunk_size("chunk_size_on_cuda", chunk_size_on_cuda, MIN_CHUNK_SIZE)
         initial_chunk_size = _chunk_size("initial_chunk_size", initial_chunk_size, 1)
         rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
         profile = checks.flag("profile", profile)
@@ -97,26 +97,26 @@ class OptimizerWrapper(Delegate):
         )
         if store is None:
             store = "host" if policy.device_resident is False else "device"
-        device = first_of(optimizer).device
+        device = first_param(optimizer).device
         if device.type != "cpu" and chunk_size_on_cuda is not None:
             chunk_size = chunk_size_on_cuda
-        kept = make_store(store, pin_memory)
-        away = kept.name == "host"
-        chunk = default_chunk(device, away) if chunk_size is None else chunk_size
-        start = chunk if initial_chunk_size is None else min(initial_chunk_size, chunk)
+        records = make_store(store, pin_memory)
+        on_host = records.name == "host"
+        batch_size = default_chunk_size(device, on_host) if chunk_size is None else chunk_size
+        first = batch_size if initial_chunk_size is None else min(initial_chunk_size, batch_size)
         self.inner = optimizer
-        self.engine = Engine(optimizer, policy, kept, chunk, start, rounding_seed, fused)
+        self.engine = Engine(optimizer, policy, records, batch_size, first, rounding_seed, fused)
         self.engine.timer.on = profile
         self.strict = strict
         self.last_step_timings: dict[str, float] = {}
         self._warned = False
-        self._share()
+        self.share_hooks()
         self.examine()
         existing, optimizer.state = optimizer.state, type(optimizer.state)(dict)
         self.state.update(existing)
-        self.engine.states.forget()
+        self.engine.states.discard_read_states()
 
-    def examine(self) -> None:
+    def examine(self) -> Findings:
         """Find out what the inner optimizer allows with the hyper-parameters that it has now.
 
         Raises:
@@ -137,6 +137,7 @@ class OptimizerWrapper(Delegate):
         self.engine.encoder.chunked = self.findings.chunked
         self.engine.encoder.splittable = self.findings.splittable
         self.engine.states.known = self.findings.known
+        return self.findings
 
     @property
     def state(self) -> Any:
@@ -181,10 +182,10 @@ class OptimizerWrapper(Delegate):
     def _step_supports_amp_scaling(self) -> bool:
         return self.steps_in_parts or bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
-    def _refuse(self, plan: Sequence[ParamChunk]) -> None:
-        """Raise if a parameter of some pieces cannot be stepped."""
-        refuse_params((p.number, p.param, p.param.grad) for p in plan if not p.part)
-        refuse_records(self.inner, plan, self.engine.store, self.findings)
+    def _check(self, plan: Sequence[ParamChunk]) -> None:
+        """Raise if a parameter of some chunks cannot be stepped."""
+        check_params((p.number, p.param, p.param.grad) for p in plan if not p.part)
+        check_records(self.inner, plan, self.engine.store, self.findings)
 
     def refuse_parts(self) -> None:
         """Raise if what a step does to a parameter depends on the gradients of others."""
@@ -200,7 +201,7 @@ class OptimizerWrapper(Delegate):
         if factor is not None:
             for grad in [p.grad for p in dict.fromkeys(params) if p.grad is not None]:
                 grad.mul_(factor.to(grad.device))
-        self.engine.step(some=set(params), refuse=self._refuse)
+        self.engine.step(some=set(params), check=self._check)
 
     def join_parts(self) -> None:
         """Have the current stream wait for the parts that were stepped."""
@@ -245,7 +246,7 @@ class OptimizerWrapper(Delegate):
         vars(self.inner).update(scaling)
         try:
             # a closure that is still to be called makes the gradients
-            returned = engine.step(closure, refuse=self._refuse if closure is None else None)
+            returned = engine.step(closure, check=self._check if closure is None else None)
         finally:
             for name in scaling:
                 delattr(self.inner, name)
@@ -258,14 +259,14 @@ class OptimizerWrapper(Delegate):
 
         It also has the policy's progress, under a key that ``torch.optim`` passes over.
         """
-        return checkpoint.plain(self)
+        return checkpoint.plain(self, self.engine.states)
 
     def packed_state_dict(self) -> dict[str, Any]:
         """What is stored as it is stored: tensors and plain Python values, as small as the state.
 
         Loaded into a wrapper with the same arguments, training goes on bit for bit.
         """
-        return checkpoint.packed(self)
+        return checkpoint.packed(self.engine.states)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a plain state dict, the inner optimizer's or this one's, or a packed one.
@@ -277,11 +278,11 @@ class OptimizerWrapper(Delegate):
         Raises:
             TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
         """
-        loading.load(self, state_dict)
+        loading.load(self, self.engine.states, self.examine, state_dict)
 
     def memory_report(self) -> WrapperMemoryReport:
         """Count what parameters, gradients and state take now, in bytes."""
-        return report(self, self.engine.store, self.engine.states)
+        return report(self.engine.states)
 
     def unwrap(self) -> Optimizer:
         """The inner optimizer with its state decoded; this wrapper has none left.
@@ -302,7 +303,7 @@ class OptimizerWrapper(Delegate):
         names = ("inner", "engine", "strict", "findings", "_warned", "last_step_timings")
         return {name: getattr(self, name) for name in names}
 
-    def _given(self, values: dict[str, Any]) -> None:
+    def set_torch_state(self, values: dict[str, Any]) -> None:
         inner, empty = self.inner, self.inner.state
         inner.__setstate__(values)
         state, inner.state = inner.state, empty

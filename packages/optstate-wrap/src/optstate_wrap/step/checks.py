@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_wrap.probe import Findings, why_not
-from optstate_wrap.state.record import Coded
+from optstate_wrap.state.param_chunks import ParamChunk
+from optstate_wrap.state.record import Coded, OffloadedTensor
 from optstate_wrap.state.sharding import local_of
-from optstate_wrap.state.store import OffloadedTensor, Store
-from optstate_wrap.step.pieces import ParamChunk
+from optstate_wrap.state.store import Store
 
-__all__ = ["Given", "refuse_params", "refuse_records", "refuse_state"]
+__all__ = ["ParamGrad", "check_params", "check_records", "check_state"]
 
 
 #: the number of a parameter, the parameter, and its gradient
-Given = tuple[int, Tensor, Tensor | None]
+ParamGrad = tuple[int, Tensor, Tensor | None]
 
 
-def refuse_params(params: Iterable[Given], offloaded: bool = False) -> None:
+def check_params(params: Iterable[ParamGrad], offloaded: bool = False) -> None:
     """Raise unless every parameter can be stepped with its gradient.
 
     Args:
@@ -65,27 +65,27 @@ def _shares_memory(param: Tensor) -> bool:
     return any(n > 1 and stride == 0 for n, stride in zip(param.shape, param.stride(), strict=True))
 
 
-def refuse_records(
-    inner: Optimizer, pieces: Iterable[ParamChunk], store: Store, findings: Findings
+def check_records(
+    inner: Optimizer, chunks: Iterable[ParamChunk], store: Store, findings: Findings
 ) -> None:
     """Raise unless what is stored of every parameter with a gradient fits the parameter."""
-    for piece in pieces:
-        param = piece.param
-        if piece.part or (grad := param.grad) is None:
+    for chunk in chunks:
+        param = chunk.param
+        if chunk.part or (grad := param.grad) is None:
             continue
-        records = store.peek(param)
+        records = store.latest_records(param)
         if not records:
             continue
-        given, shape = (piece.number, param, grad), None
+        given, shape = (chunk.number, param, grad), None
         if len(records) == 1:
             shape = param.shape
         elif (kept := store.layout(param).shape) != param.shape:
-            raise _of_shape(piece.number, "state", kept, param.shape)
+            raise _of_shape(chunk.number, "state", kept, param.shape)
         device = None if store.name == "host" else param.device
-        refuse_state(inner, findings, given, records[0], shape, device)
+        check_state(inner, findings, given, records[0], shape, device)
 
 
-def refuse_state(
+def check_state(
     inner: Optimizer,
     findings: Findings,
     given: tuple[int, Tensor, Tensor],

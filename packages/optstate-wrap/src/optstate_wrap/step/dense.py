@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from optstate_codecs import CodedOptimizer
 from optstate_codecs.state.layout import is_dense
-from optstate_wrap.step.replaced import replaced
+from optstate_wrap.step.swapped_params import swapped_params
 
-__all__ = ["dense_for_fused", "laid_like", "same_strides"]
+__all__ = ["dense_for_fused", "same_strides", "with_strides_of"]
 
 
 def same_strides(tensor: Tensor, like: Tensor) -> bool:
@@ -30,7 +30,7 @@ def same_strides(tensor: Tensor, like: Tensor) -> bool:
     return all(size <= 1 or a == b for size, a, b in of)
 
 
-def laid_like(tensor: Tensor, like: Tensor) -> Tensor:
+def with_strides_of(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor with the strides of ``like``, which is dense: itself, or a copy."""
     if same_strides(tensor, like):
         return tensor
@@ -57,12 +57,12 @@ def dense_for_fused(inner: Optimizer) -> Iterator[None]:
             if not is_dense(param):
                 data = torch.empty_like(param.detach()).copy_(param.detach())
                 stepped = copies[param] = Parameter(data, param.requires_grad)
-            grad = laid_like(param.grad, stepped)
+            grad = with_strides_of(param.grad, stepped)
             if grad is not stepped.grad:
                 grads.append((stepped, stepped.grad))
                 stepped.grad = grad
             _lay_state(inner, param, stepped)
-        with replaced(inner, copies):
+        with swapped_params(inner, copies):
             yield
         for param, copy in copies.items():
             param.detach().copy_(copy.detach())
@@ -96,4 +96,4 @@ def _lay_state(inner: Optimizer, param: Tensor, like: Tensor) -> None:
     state = inner.state.get(param, {})
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == like.shape and _plain(value):
-            state[key] = laid_like(value, like)
+            state[key] = with_strides_of(value, like)

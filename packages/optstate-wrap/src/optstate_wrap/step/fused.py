@@ -27,11 +27,11 @@ from optstate_codecs.offloading import StreamingExecutor
 from optstate_codecs.rules import SGD, Adam, Moment, Rule
 from optstate_codecs.state.layout import inverse_order
 from optstate_codecs.writes import parameter_write
-from optstate_wrap.state.record import Coded, Record
-from optstate_wrap.state.store import OffloadedTensor, Store
-from optstate_wrap.step.pieces import Layout, ParamChunk
+from optstate_wrap.state.param_chunks import Layout, ParamChunk
+from optstate_wrap.state.record import Coded, OffloadedTensor, Record
+from optstate_wrap.state.store import Store
 
-__all__ = ["Fused", "Undecoded", "ValueAccess", "rule_of"]
+__all__ = ["Fused", "KeysOnly", "ValueAccess", "rule_of"]
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -53,7 +53,7 @@ def rule_of(inner: Optimizer) -> Rule | None:
 def _same_bits(inner: Optimizer) -> bool:
     """Whether the engine steps exact state to the very bits that ``inner`` would.
 
-    The kernel's square roots are off by a last place here and there, and so are sums in torch's
+    The kernel's square roots are off in the last bit here and there, and so are sums in torch's
     fused and capturable steps.
     """
     groups = inner.param_groups
@@ -64,13 +64,13 @@ def _same_bits(inner: Optimizer) -> bool:
 
 
 @dataclass(eq=False)
-class _Ready:
-    """The pieces of a parameter as the engine steps them, and what that was made from."""
+class _Prepared:
+    """The chunks of a parameter as the engine steps them, and what that was made from."""
 
     param_steps: list[ParamStep]
     records: Sequence[Record]
     values: list[Any]
-    place: tuple[Any, ...]
+    memory: tuple[Any, ...]
     formats: Mapping[str, Format]
     moments: tuple[Moment, ...]
 
@@ -79,7 +79,7 @@ class ValueAccess(LookupError):
     """Somebody wanted a number that is not decoded."""
 
 
-class Undecoded(Mapping[str, Any]):
+class KeysOnly(Mapping[str, Any]):
     """The keys of a state, for policies that need no more; a look at a value raises."""
 
     def __init__(self, record: Record) -> None:
@@ -99,7 +99,7 @@ class Undecoded(Mapping[str, Any]):
 
 
 class Fused:
-    """The engine, and the pieces that it has stepped.
+    """The engine, and the chunks that it has stepped.
 
     Args:
         wanted: None takes float32 parameters only; True also bfloat16 and float16 ones, in float32
@@ -122,40 +122,40 @@ class Fused:
         """Let go of all records."""
         self._executor = None
         self.store.synchronize = None
-        self._ready: dict[Tensor, _Ready] = {}
-        self._owners: dict[int, tuple[_Ready, Record]] = {}
+        self._prepared: dict[Tensor, _Prepared] = {}
+        self._owners: dict[int, tuple[_Prepared, Record]] = {}
         self.done: list[ParamStep] = []
 
-    def _begin(self) -> ResidentExecutor | StreamingExecutor:
+    def _get_executor(self) -> ResidentExecutor | StreamingExecutor:
         """The session, which is made with the first step."""
         if self._executor is None:
-            self._executor = self.store.session()
+            self._executor = self.store.make_executor()
             if isinstance(self._executor, StreamingExecutor):
-                self._executor.placement.watch = self._moved
+                self._executor.placement.watch = self._on_state_moved
                 self.store.synchronize = self._executor.synchronize
         return self._executor
 
-    def _moved(self, param_step: ParamStep) -> None:
+    def _on_state_moved(self, param_step: ParamStep) -> None:
         """The state of a unit is in other tensors now: its record takes these."""
         if id(param_step) in self._owners:
-            ready, record = self._owners[id(param_step)]
-            _put_back(param_step, record)
+            prepared, record = self._owners[id(param_step)]
+            _update_record(param_step, record)
             self.store.discard([record])
-            ready.values = [value for r in ready.records for value in r.values()]
+            prepared.values = [value for r in prepared.records for value in r.values()]
 
     def release(self, param: Tensor) -> None:
         """Have the engine step a parameter no more; its records show its state."""
-        ready = self._ready.pop(param, None)
-        if ready is not None:
+        prepared = self._prepared.pop(param, None)
+        if prepared is not None:
             if isinstance(self._executor, StreamingExecutor):
-                self._executor.placement.release(ready.param_steps)
-            for param_step in ready.param_steps:
+                self._executor.placement.release(prepared.param_steps)
+            for param_step in prepared.param_steps:
                 del self._owners[id(param_step)]
 
-    def begins(self, inner: Optimizer) -> bool:
+    def start_step(self, inner: Optimizer) -> bool:
         """Take up the hyper-parameters of a step; whether there is something to do for this."""
         self._rule = rule = None if self.wanted is False else rule_of(inner)
-        self._exact = isinstance(self._begin(), StreamingExecutor) and (
+        self._exact = isinstance(self._get_executor(), StreamingExecutor) and (
             self.wanted or _same_bits(inner)
         )
         if rule is not None:
@@ -164,80 +164,82 @@ class Fused:
                 return True
             except (TypeError, ValueError):
                 pass  # what is no hyper-parameter here may be one there
-        for param in list(self._ready):
+        for param in list(self._prepared):
             self.release(param)
         return False
 
-    def takes(
-        self, pieces: Sequence[ParamChunk], records: Sequence[Record], formats: Mapping[str, Format]
+    def param_steps_for(
+        self, chunks: Sequence[ParamChunk], records: Sequence[Record], formats: Mapping[str, Format]
     ) -> list[ParamStep]:
-        """All pieces of one parameter as units, or none.
+        """All chunks of one parameter as units, or none.
 
         Args:
-            pieces: of the parameter, which has a gradient.
-            records: of the pieces, beside the parameter.
+            chunks: of the parameter, which has a gradient.
+            records: of the chunks, beside the parameter.
             formats: that its state is to have after the step, by key.
         """
-        rule, param = self._rule, pieces[0].param
+        rule, param = self._rule, chunks[0].param
         assert rule is not None
-        moments = rule.moments(self._hypers[pieces[0].group])
+        moments = rule.moments(self._hypers[chunks[0].group])
         values = [value for record in records for value in record.values()]
-        ready, place = self._ready.get(param), _place(param)
+        prepared, memory = self._prepared.get(param), _memory_key(param)
         if (
-            ready is not None
+            prepared is not None
             and _dense(param.grad)
-            and ready.place == place
-            and len(ready.values) == len(values)
-            and all(map(is_, ready.values, values))
-            and ready.formats == formats
-            and ready.moments == moments
-            and not any(param_step.moved() for param_step in ready.param_steps)
+            and prepared.memory == memory
+            and len(prepared.values) == len(values)
+            and all(map(is_, prepared.values, values))
+            and prepared.formats == formats
+            and prepared.moments == moments
+            and not any(param_step.moved() for param_step in prepared.param_steps)
         ):
-            return ready.param_steps
-        param_steps = self._param_steps(pieces, records, formats, moments)
+            return prepared.param_steps
+        param_steps = self._param_steps(chunks, records, formats, moments)
         # what is not stepped here gets new records, and the old ones must not stay for this
         self.release(param)
         if param_steps:
             self.store.wait()
-            ready = _Ready(param_steps, records, values, place, dict(formats), moments)
-            self._ready[param] = ready
-            self._owners |= {id(u): (ready, r) for u, r in zip(param_steps, records, strict=True)}
+            prepared = _Prepared(param_steps, records, values, memory, dict(formats), moments)
+            self._prepared[param] = prepared
+            self._owners |= {
+                id(u): (prepared, r) for u, r in zip(param_steps, records, strict=True)
+            }
         return param_steps
 
     def _param_steps(
         self,
-        pieces: Sequence[ParamChunk],
+        chunks: Sequence[ParamChunk],
         records: Sequence[Record],
         formats: Mapping[str, Format],
         moments: tuple[Moment, ...],
     ) -> list[ParamStep]:
-        param, grad = pieces[0].param, pieces[0].param.grad
+        param, grad = chunks[0].param, chunks[0].param.grad
         dtypes = (torch.float32, *HALF) if self.wanted else (torch.float32,)
         plain = type(param) in (Tensor, Parameter) and type(grad) is Tensor
         # what is there several times, the inner optimizer steps in its own way
-        if not (plain and pieces[0].times == 1 and param.dtype in dtypes and _dense(grad)):
+        if not (plain and chunks[0].times == 1 and param.dtype in dtypes and _dense(grad)):
             return []
         names, counted = [moment.name for moment in moments], isinstance(self._rule, Adam)
         param_steps = []
-        for piece, record in zip(pieces, records, strict=True):
+        for chunk, record in zip(chunks, records, strict=True):
             stored = _stored(record, names, formats, counted, self._exact)
-            if stored is None or not (piece.parts > 1 or _lie_alike(record, param)):
+            if stored is None or not (chunk.parts > 1 or _same_memory_order(record, param)):
                 return []
-            param_step = self._param_step(piece, record, moments, stored)
+            param_step = self._param_step(chunk, record, moments, stored)
             # elsewhere than on a CPU, what the kernel does not take is no faster
-            if param.device.type != "cpu" and not takes(param_step, piece.gradient()):
+            if param.device.type != "cpu" and not takes(param_step, chunk.gradient()):
                 return []
             param_steps.append(param_step)
         return param_steps
 
     def _param_step(
         self,
-        piece: ParamChunk,
+        chunk: ParamChunk,
         record: Record,
         moments: tuple[Moment, ...],
         stored: dict[str, Format],
     ) -> ParamStep:
-        param = piece.data() if piece.parts > 1 else piece.param
+        param = chunk.data() if chunk.parts > 1 else chunk.param
         # where it is not kept, only whether a step is the first one counts: one made the record
         state: dict[str, Any] = {"step": record.get("step", None)}
         if state["step"] is None:
@@ -249,18 +251,18 @@ class Fused:
             else:
                 state[name] = value.tensor if isinstance(value, OffloadedTensor) else value
         write = parameter_write("nearest", param.dtype)
-        places = (piece.number, piece.group, piece.start)
+        places = (chunk.number, chunk.group, chunk.start)
         return ParamStep(param, state, moments, stored, write, self.seed, *places)
 
     def step(
         self,
         inner: Optimizer,
         param_steps: Sequence[ParamStep],
-        pieces: Sequence[ParamChunk],
+        chunks: Sequence[ParamChunk],
         draw: int,
         last: bool,
     ) -> None:
-        """Step ``param_steps`` of ``pieces``; ``done`` is then those that have been stepped.
+        """Step ``param_steps`` of ``chunks``; ``done`` is then those that have been stepped.
 
         ``last`` says whether more of the same step is to come.
 
@@ -268,7 +270,7 @@ class Fused:
         """
         self.done = []
         assert self._rule is not None
-        grads = [piece.gradient() for piece in pieces]
+        grads = [chunk.gradient() for chunk in chunks]
         scale = getattr(inner, "grad_scale", None)
         request = StepRequest(
             self._rule,
@@ -283,7 +285,7 @@ class Fused:
         )
         self.done = request.done
         request.apart = not last
-        self._begin().step(request)
+        self._get_executor().step(request)
         # where the host skips a step, all are as they should be
         self.done = list(param_steps)
 
@@ -309,12 +311,12 @@ def _dense(grad: Tensor | None) -> bool:
     return grad is not None and grad.layout is torch.strided
 
 
-def _place(param: Tensor) -> tuple[Any, ...]:
+def _memory_key(param: Tensor) -> tuple[Any, ...]:
     """Where and as what a parameter lies in memory, which ``.data`` may change."""
     return param.data_ptr(), param.dtype, param.device, param.shape, param.stride()
 
 
-def _lie_alike(record: Record, param: Tensor) -> bool:
+def _same_memory_order(record: Record, param: Tensor) -> bool:
     """Whether what is stored lies in the order of the parameter's dimensions in memory."""
     now = Layout.of(param)
     for value in record.values():
@@ -375,7 +377,7 @@ def _components(name: str, coded: Coded) -> dict[str, Tensor]:
     }
 
 
-def _put_back(param_step: ParamStep, record: Record) -> None:
+def _update_record(param_step: ParamStep, record: Record) -> None:
     """Make the tensors of a unit's state those of its record."""
     for name in param_step.formats:
         value = record[name]

@@ -10,7 +10,7 @@ from torch import Tensor
 from optstate_codecs.offloading.pinned import empty_pinned
 from optstate_codecs.state.layout import is_dense, view_bytes_as
 
-__all__ = ["Scratch", "movable"]
+__all__ = ["Scratch", "copyable_as_bytes"]
 
 BLOCK = 1 << 20
 ALIGNMENT = 64
@@ -35,7 +35,7 @@ class Scratch:
 
         There it is for the stream that is the current one.
         """
-        if not movable(tensor):
+        if not copyable_as_bytes(tensor):
             return tensor.clone()
         away = away and tensor.is_cuda
         where = None if away else tensor.device
@@ -78,6 +78,6 @@ class Scratch:
         return {"_blocks": {}, "_used": {}}
 
 
-def movable(tensor: Tensor) -> bool:
+def copyable_as_bytes(tensor: Tensor) -> bool:
     """Whether a tensor can be copied as a row of bytes: neither sparse, sharded nor with gaps."""
     return tensor.layout is torch.strided and not hasattr(tensor, "to_local") and is_dense(tensor)

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate_wrap.state.param_chunks import ParamChunk
 from optstate_wrap.state.record import Record
 from optstate_wrap.state.store import Store
-from optstate_wrap.step.pieces import ParamChunk
 from optstate_wrap.step.scratch import Scratch
 
-__all__ = ["Transaction", "borrowed", "changes", "put", "restore"]
+__all__ = ["Transaction", "group_changes", "guarded_inner", "restore_groups", "set_entries"]
 
 # of a parameter in parts, what it was stays on the device if it is not larger
 UNDO_BYTES = 1 << 26
@@ -33,30 +33,30 @@ class Transaction:
         self._new: dict[Tensor, list[Record]] = {}
         self._numbers: dict[Tensor, int] = {}
 
-    def keep(self, tensor: Tensor, away: bool = False) -> None:
+    def save(self, tensor: Tensor, away: bool = False) -> None:
         """Note what a tensor is, before it is stepped in place; ``away`` from the device."""
         self._before.append((tensor, self.scratch.copy_of(tensor, away)))
 
-    def keep_all(self, chunk: Sequence[ParamChunk]) -> None:
-        """Note what the parameters of a chunk are.
+    def save_params(self, batch: Sequence[ParamChunk]) -> None:
+        """Note what the parameters of a batch are.
 
         Where state is on the host, so is what a very large one was: until all of its parts are
         stepped, that would take more of the device than the state that comes and goes.
         """
-        for piece in chunk:
-            large = piece.parts > 1 and piece.param.nbytes > UNDO_BYTES
-            self.keep(piece.data(), large and self.store.name == "host")
+        for chunk in batch:
+            large = chunk.parts > 1 and chunk.param.nbytes > UNDO_BYTES
+            self.save(chunk.data(), large and self.store.name == "host")
 
-    def add(self, chunk: Sequence[ParamChunk], records: Sequence[Record]) -> None:
-        """The pieces of a chunk are stepped, and ``records`` are their new states."""
-        placed = self.store.placed([[record] for record in records])
-        for piece, (record,) in zip(chunk, placed, strict=True):
-            self._new.setdefault(piece.param, []).append(record)
-            self._numbers[piece.param] = piece.number
+    def add(self, batch: Sequence[ParamChunk], records: Sequence[Record]) -> None:
+        """The chunks of a batch are stepped, and ``records`` are their new states."""
+        placed = self.store.to_store([[record] for record in records])
+        for chunk, (record,) in zip(batch, placed, strict=True):
+            self._new.setdefault(chunk.param, []).append(record)
+            self._numbers[chunk.param] = chunk.number
 
-    def commit(self, chunk: Sequence[ParamChunk]) -> None:
-        """Keep what is complete, after the last piece of a chunk."""
-        if not chunk or not chunk[-1].last:
+    def commit(self, batch: Sequence[ParamChunk]) -> None:
+        """Keep what is complete, after the last chunk of a batch."""
+        if not batch or not batch[-1].last:
             return
         # a parameter whose optimizer keeps nothing of it has no record
         new, self._new = self._new, {}
@@ -76,7 +76,7 @@ class Transaction:
 
 
 @contextmanager
-def borrowed(inner: Optimizer) -> Iterator[list[dict[str, Any]]]:
+def guarded_inner(inner: Optimizer) -> Iterator[list[dict[str, Any]]]:
     """The inner optimizer with its hooks out of reach; afterwards, with its own groups again.
 
     Yields:
@@ -93,7 +93,7 @@ def borrowed(inner: Optimizer) -> Iterator[list[dict[str, Any]]]:
     try:
         yield before
     except BaseException:
-        restore(groups, before)
+        restore_groups(groups, before)
         raise
     finally:
         inner.param_groups, inner.state = groups, state
@@ -119,18 +119,18 @@ def _kept(value: Any) -> Any:
     return None
 
 
-def restore(groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> None:
+def restore_groups(groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> None:
     """Make the groups hold what they held: the same objects with the same values."""
     for group, values in zip(groups, before, strict=True):
         for key in [key for key in group if key != "params" and key not in values]:
             del group[key]
-    put(groups, before)
+    set_entries(groups, before)
 
 
-def changes(
+def group_changes(
     groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Of what the groups hold now, what they did not hold ``before``, as ``put`` takes it."""
+    """Values that the groups hold now and did not hold ``before``, for ``set_entries``."""
     return [
         {key: entry for key, entry in new.items() if key not in old or _differ(entry, old[key])}
         for new, old in zip(snapshot(groups), before, strict=True)
@@ -145,7 +145,7 @@ def _differ(entry: tuple[Any, Any], old: tuple[Any, Any]) -> bool:
     return kept is not None and (not isinstance(value, Tensor) or bool(kept[0] != old[1][0]))
 
 
-def put(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
+def set_entries(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
     """Let the groups hold these values, besides what else they hold."""
     for group, values in zip(groups, entries, strict=True):
         for key, (value, kept) in values.items():

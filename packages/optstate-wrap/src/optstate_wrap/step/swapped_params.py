@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["replaced"]
+__all__ = ["swapped_params"]
 
 
 @contextmanager
-def replaced(inner: Optimizer, by: Mapping[Tensor, Tensor]) -> Iterator[None]:
+def swapped_params(inner: Optimizer, by: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """Inside, groups have ``by``'s values where they had its keys, and so has the state.
 
     What is inside may load a state dict, which makes new groups of as many parameters.
