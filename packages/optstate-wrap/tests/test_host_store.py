@@ -199,16 +199,16 @@ def test_reading_copying_and_setting_state_between_steps(problem, same, cls) -> 
 
 def test_runs_are_copied_at_once_and_nothing_between_them() -> None:
     device = torch.device("cpu")
-    slab = slabs.Slab(torch.arange(160, dtype=torch.uint8), device)
+    slab = slabs.RecordSlab(torch.arange(160, dtype=torch.uint8), device)
     inside = [view_bytes_as(slab.memory, 16 * n, torch.empty(3)) for n in range(8)]
     alone = torch.full((3,), 7.0)
     items = [transfers.Item(tensor, slab) for tensor in inside]
     items = [*items[:2], transfers.Item(alone, None), *items[2:4], items[6], items[5]]
-    offsets, nbytes = slabs.layout([item.tensor for item in items])
+    offsets, nbytes = slabs.pack([item.tensor for item in items])
     room = torch.zeros(nbytes, dtype=torch.uint8)
     found = list(transfers._runs(room, items, offsets))
     assert [source.numel() for source, _ in found] == [3, 28, 28, 12, 12]
-    lane = transfers.StateRing(device)
-    slot = lane.bring(items)
+    ring = transfers.StateRing(device)
+    slot = ring.bring(items)
     for item in items:
         assert torch.equal(slot.views[id(item.tensor)], item.tensor)

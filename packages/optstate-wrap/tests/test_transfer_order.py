@@ -5,7 +5,6 @@ come after whatever another one has done with it that it is in conflict with.
 """
 
 from collections import defaultdict
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -73,36 +72,32 @@ class Races:
                 self.found.append((other.kind, stream.kind))
         self.used[storage.data_ptr()].append((stream, stream.work(), write))
 
-    @contextmanager
-    def on(self, stream):
-        before, self.current = self.current, stream
-        yield
-        self.current = before
+    def switch(self, stream) -> None:
+        self.current = stream
 
 
 @pytest.fixture
 def races(monkeypatch):
     races = Races()
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "stream", races.on)
+    monkeypatch.setattr(torch.cuda, "set_stream", races.switch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: races.current)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     real = {name: getattr(transfers.StateRing, name) for name in ("__init__", "enter", "send")}
     copy = torch.Tensor.copy_
 
-    def init(lane, device) -> None:
-        real["__init__"](lane, device)
-        lane._streams = Stream("load"), Stream("store")
-        for slot in lane._slots:
-            slot.loaded = Event()
+    def init(ring, device) -> None:
+        real["__init__"](ring, device)
+        ring.streams.load, ring.streams.store = Stream("load"), Stream("store")
 
-    def enter(lane, slot) -> None:
-        real["enter"](lane, slot)
-        races.use(slot.room, True)
+    def enter(ring, slot) -> None:
+        real["enter"](ring, slot)
+        races.use(slot.memory, True)
 
-    def send(lane, slot, tensors, slab) -> None:
-        races.use(slot.room, True)  # it has just been stepped
-        real["send"](lane, slot, tensors, slab)
+    def send(ring, slot, tensors, slab) -> None:
+        races.use(slot.memory, True)  # it has just been stepped
+        real["send"](ring, slot, tensors, slab)
 
     def copied(self, source, non_blocking=False):
         races.use(source, False)

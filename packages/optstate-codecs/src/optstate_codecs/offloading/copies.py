@@ -79,15 +79,20 @@ class CopyStreams:
             if outer != self.device.index:
                 torch.cuda.set_device(outer)
 
+    @property
+    def current(self) -> Any:
+        """The device's current stream, or None."""
+        return None if self.load is None else torch.cuda.current_stream(self.device)
+
     def follow(self, stream: Any) -> None:
         """Have a stream wait for all work that the current stream has been given so far."""
         if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self.device))
+            stream.wait_stream(self.current)
 
     def join(self, stream: Any) -> None:
         """Have the current stream wait for all work that a stream has been given so far."""
         if stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+            self.current.wait_stream(stream)
 
     def share(self, memories: Sequence[Tensor]) -> None:
         """Let the streams use memory that was just allocated on the current stream.
@@ -98,11 +103,6 @@ class CopyStreams:
             self.follow(stream)
             for memory in memories if stream is not None else ():
                 memory.record_stream(stream)
-
-    def mark(self, slot: Slot) -> None:
-        """Let the slot be overwritten once the current stream has done its work so far."""
-        if self.load is not None:
-            slot.freed = record(slot.freed, torch.cuda.current_stream(self.device))
 
     def wait(self) -> None:
         """Wait on the host until all copies have been made."""

@@ -229,11 +229,8 @@ class Rings:
 
     def hold(self, held: object, nbytes: int) -> None:
         """Keep tensors that a partial step reads until current streams have waited for it."""
-        marks: list[tuple[torch.device, Any]] = []
-        for device, ring in self.by_device.items():
-            worker = ring.streams.worker
-            marks.append((device, None if worker is None else worker.record_event()))
-        self._held.add(held, nbytes, marks)
+        workers = [(device, ring.streams.worker) for device, ring in self.by_device.items()]
+        self._held.add(held, nbytes, [(device, record(None, one)) for device, one in workers])
 
     def join(self) -> None:
         """Have the current streams wait for all that has been stepped."""

@@ -23,7 +23,7 @@ __all__ = ["Chunk", "Memory", "Part", "PlacementEntry", "Region", "Slab", "Start
 # components begin where any dtype, and any access of a thread, may begin
 ALIGNMENT = 128
 # parts begin where blocks of any size begin
-PART_ALIGNMENT = 8192
+BLOCK_ALIGNMENT = 8192
 
 
 # of a unit's components in its slab, by state key
@@ -180,9 +180,9 @@ def layout(param_step: ParamStep) -> dict[str, Tensor]:
     }
 
 
-def aligned(nbytes: int) -> int:
-    """The next multiple of ``ALIGNMENT``."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """The next multiple of ``alignment``."""
+    return -(-nbytes // alignment) * alignment
 
 
 def size_of(param_step: ParamStep) -> int:
@@ -217,9 +217,9 @@ def arrange(
     for param_step in param_steps:
         size, numel = size_of(param_step), param_step.param.numel()
         if size > chunk_bytes and cut and divisible(param_step):
-            most = max(1, numel * chunk_bytes // size // PART_ALIGNMENT) * PART_ALIGNMENT
+            most = max(1, numel * chunk_bytes // size // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
             # parts as even as their borders allow
-            step = -(-numel // -(-numel // most) // PART_ALIGNMENT) * PART_ALIGNMENT
+            step = -(-numel // -(-numel // most) // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
             starts = range(0, numel, step)
             yield [param_step], [[Part(start, min(start + step, numel), None) for start in starts]]
             continue

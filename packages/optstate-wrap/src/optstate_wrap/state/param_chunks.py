@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from optstate_codecs.offloading.slabs import BLOCK_ALIGNMENT
 from optstate_codecs.state.layout import is_dense, storage_order
 
 __all__ = ["Layout", "ParamChunk", "default_chunk_size", "make_batches", "split_params"]
@@ -22,8 +23,6 @@ CHUNK_CPU = 1 << 21
 # With offloaded state, the GPU holds three batches at a time.
 CHUNK_OFFLOADED = 1 << 23
 MIN_CHUNK_SIZE = 256
-# Chunks begin where blocks of any size begin.
-BLOCK_ALIGNMENT = 8192
 
 
 @dataclass(frozen=True)
