@@ -1,4 +1,4 @@
-"""Where state lives while it is not stepped: host memory or a file, and how a step streams it."""
+"""Offload optimizer state to host memory or a file, and step it in chunks on the device."""
 
 from optstate_codecs.offloading.offload import STORES, Offload, offload, synchronize
 from optstate_codecs.offloading.snapshot import Snapshot, snapshot

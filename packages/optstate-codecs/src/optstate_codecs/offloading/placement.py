@@ -245,8 +245,7 @@ class Placement:
                 offloaded.append(param_step)
                 continue
             self._resident[device] = self._resident.get(device, 0) + size
-            part = Part(0, param_step.param.numel(), None)
-            entry = PlacementEntry(param_step, None, {}, [part], layout(param_step))
+            entry = PlacementEntry(param_step, None, {}, Part.whole(param_step), layout(param_step))
             self._entries[_key(param_step)] = entry
             self._keep_on_device(entry)
         for together, parts in arrange(offloaded, self.chunk_bytes, cut):
@@ -255,9 +254,14 @@ class Placement:
     def _add_slab(self, param_steps: Sequence[ParamStep], parts: list[list[Part]]) -> None:
         """Copy state to a new slab."""
         slab = self.store.allocate(sum(map(size_of, param_steps)))
-        for entry in entries_of(param_steps, parts, slab):
+        entries = entries_of(param_steps, parts, slab)
+        for entry in entries:
             for key in entry.starts:
                 entry.view(key, slab.memory).copy_(entry.param_step.state[key])
+        self._add_entries(slab, entries)
+
+    def _add_entries(self, slab: Slab, entries: Sequence[PlacementEntry]) -> None:
+        for entry in entries:
             self._view_slab_anew(entry)
             self._entries[_key(entry.param_step)] = entry
         self.slabs.append(slab)
@@ -272,13 +276,10 @@ class Placement:
                 they are in parts.
         """
         for slab, param_steps, starts, cut in slabs:
-            parts = [[Part(0, param_step.param.numel(), None)] for param_step in param_steps]
+            parts = list(map(Part.whole, param_steps))
             if cut:
                 ((_, parts),) = arrange(param_steps, self.chunk_bytes, True)
-            for entry in entries_of(param_steps, parts, slab, starts):
-                self._view_slab_anew(entry)
-                self._entries[_key(entry.param_step)] = entry
-            self.slabs.append(slab)
+            self._add_entries(slab, entries_of(param_steps, parts, slab, starts))
         self._rebuild()
         self.store.protect(slab.memory for slab, *_ in slabs)
 

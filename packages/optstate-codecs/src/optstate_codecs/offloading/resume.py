@@ -1,4 +1,4 @@
-"""Going on from a file: what its manifest says is checked whole before the optimizer changes."""
+"""Resume an offloaded optimizer from a state file: check its whole manifest, then load it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["resume_from"]
 
 
 def _like(old: Any, new: Any) -> Any:
-    """A value of a manifest in the type that the group has it in."""
+    """A value from a manifest in the type of the group's present value."""
     if isinstance(old, Tensor):
         return old.fill_(new)
     if isinstance(new, list):
@@ -32,15 +32,15 @@ def _like(old: Any, new: Any) -> Any:
 
 
 def resume_from(optimizer: CodedOptimizer, placement: Placement, store: DiskStateStore) -> None:
-    """Give the optimizer the state, step counts and hyper-parameters that a store's manifest names.
+    """Load state, step counts and hyper-parameters from the manifest and the file of a store.
 
     Args:
-        optimizer: with the parameters and formats of the one that made the file.
-        placement: an empty one; it gets the parameters of the manifest.
-        store: opened with ``resume``.
+        optimizer: has the parameters and formats of the optimizer that wrote the file.
+        placement: an empty placement, which gets the parameters of the manifest.
+        store: was opened with ``resume``.
 
     Raises:
-        ValueError: the file is not such an optimizer's; nothing has changed.
+        ValueError: the file does not fit the optimizer; nothing has changed.
     """
     manifest = store.manifest
     assert manifest is not None
@@ -60,7 +60,7 @@ def resume_from(optimizer: CodedOptimizer, placement: Placement, store: DiskStat
                 raise ValueError(f"{where}: parameter {number}: of {len(every)}, each once")
             group, param = groups[every[number][0]], every[number][1]
             slab = slabs[entry["slab"]]
-            states[number] = _shown(
+            states[number] = _state_in(
                 optimizer, group, param, entry, slab, f"{where}: parameter {number}"
             )
     except (TypeError, KeyError, AttributeError, IndexError) as error:
@@ -79,7 +79,7 @@ def resume_from(optimizer: CodedOptimizer, placement: Placement, store: DiskStat
 
 
 def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[Group]:
-    """The optimizer's groups as they will be."""
+    """The optimizer's groups with the values of the manifest."""
     if len(saved) != len(optimizer.param_groups):
         raise ValueError(
             f"{where}: {len(saved)} param groups, must be {len(optimizer.param_groups)}"
@@ -109,7 +109,7 @@ def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[G
     return merged
 
 
-def _shown(
+def _state_in(
     optimizer: CodedOptimizer,
     group: Group,
     param: Tensor,
@@ -117,7 +117,7 @@ def _shown(
     slab: Slab,
     name: str,
 ) -> dict[str, Any]:
-    """A parameter's state as tensors in its slab."""
+    """A parameter's state as views of its slab."""
     if list(param.shape) != entry["shape"]:
         raise ValueError(f"{name}: shape {tuple(entry['shape'])}, must be {tuple(param.shape)}")
     if list(storage_order(param)) != entry["order"]:
@@ -150,7 +150,7 @@ def _by_slab(
     manifest: dict[str, Any],
     slabs: list[Slab],
 ) -> list[tuple[Slab, list[ParamStep], list[Starts], bool]]:
-    """Each slab with the units of its parameters, their places, and whether they are in parts."""
+    """Each slab with its parameters, where their components begin, and whether they are cut."""
     entries = manifest["parameters"]
     param_steps = {param_step.index: param_step for param_step in optimizer.stored_param_steps()}
     members: list[list[ParamStep]] = [[] for _ in slabs]
