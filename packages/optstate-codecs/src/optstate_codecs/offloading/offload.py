@@ -32,7 +32,7 @@ class Offload:
     resident_bytes: int = 0
 
     def again(self, optimizer: CodedOptimizer) -> None:
-        """Offload the state of a copy of an optimizer likewise, but to the host: files are not shared."""
+        """Offload a copy of an optimizer likewise, but to the host: a file is not shared."""
         optimizer.offloaded = how = replace(self, store="host", path=None)
         optimizer.executor = how.new_executor(optimizer, HostStateStore())
 
