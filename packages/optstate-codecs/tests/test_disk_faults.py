@@ -16,11 +16,6 @@ from optstate_codecs.offloading import manifest, offload
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "state"
-
-
-@pytest.fixture
 def pair(path):
     return Pair(make, store="disk", path=path, chunk_bytes=9000).run(3)
 

@@ -61,11 +61,6 @@ def said(path) -> list[dict]:
     return json.loads(path.with_name("state.json").read_text())["param_groups"]
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "state"
-
-
 @pytest.fixture(params=SCHEDULES)
 def name(request):
     return request.param

@@ -30,14 +30,6 @@ FORMATS = {
 }
 
 
-@pytest.fixture(params=["host", "disk"])
-def where(request, tmp_path):
-    """The arguments that say where state is to be."""
-    if request.param == "host":
-        return {"store": "host"}
-    return {"store": "disk", "path": tmp_path / "state"}
-
-
 @pytest.mark.parametrize("size", ["tiny", "small"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name, size):

@@ -112,14 +112,6 @@ class Watched:
                     assert torch.equal(value, found[key]), f"parameter {index}: {key}"
 
 
-@pytest.fixture(params=["host", "disk"])
-def where(request, tmp_path):
-    """The arguments that say where state is to be."""
-    if request.param == "host":
-        return {"store": "host"}
-    return {"store": "disk", "path": tmp_path / "state"}
-
-
 PHASES = {
     "load": (Ring, "_load", False),
     "loaded": (Ring, "_load", True),

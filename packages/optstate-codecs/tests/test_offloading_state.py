@@ -20,14 +20,6 @@ DYNAMIC = ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic
 SIZES = (1 << 25, 9000)
 
 
-@pytest.fixture(params=["host", "disk"])
-def where(request, tmp_path):
-    """The arguments that say where state is to be."""
-    if request.param == "host":
-        return {"store": "host"}
-    return {"store": "disk", "path": tmp_path / "state"}
-
-
 @pytest.fixture(params=SIZES)
 def pair(request, where):
     return Pair(adam(*EXACT, lr=0.01), chunk_bytes=request.param, **where).run(3)
@@ -187,7 +179,7 @@ def test_bytes(formats, size, where):
     kept = sum(slab.nbytes for slab in stream.placement.slabs)
     assert state_bytes(optimizer) == predicted
     assert predicted - 4 * len(ours) <= kept <= 1.015 * predicted
-    rings = stream.placement.rings.by_device.values()
+    rings = stream.placement.rings.values()
     held = sum(slot.memory.untyped_storage().nbytes() for ring in rings for slot in ring.slots)
     largest = max(chunk.nbytes for chunk in stream.placement.chunks)
     assert held == 3 * largest
@@ -205,7 +197,7 @@ def test_what_is_dropped_is_freed_at_once(where):
         stream = optimizer.executor
         known = [weakref.ref(stream), weakref.ref(stream.store)]
         known += [weakref.ref(memory) for slab in stream.placement.slabs for memory in slab.family]
-        rings = stream.placement.rings.by_device.values()
+        rings = stream.placement.rings.values()
         known += [weakref.ref(slot.memory) for ring in rings for slot in ring.slots]
         del stream, optimizer, rings
         assert [reference for reference in known if reference() is not None] == []

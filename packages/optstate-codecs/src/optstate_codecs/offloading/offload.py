@@ -10,9 +10,10 @@ from weakref import ref
 from optstate_codecs import checks
 from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.offloading.group_values import GroupValues
+from optstate_codecs.offloading.placement import CHUNK_BYTES, Placement
 from optstate_codecs.offloading.resume import resume_from
 from optstate_codecs.offloading.store import HostStateStore, StateStore
-from optstate_codecs.offloading.streaming import CHUNK_BYTES, StreamingExecutor
+from optstate_codecs.offloading.streaming import StreamingExecutor
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.param_checks import check_params
 
@@ -38,7 +39,8 @@ class Offload:
 
     def new_executor(self, optimizer: CodedOptimizer, store: StateStore) -> StreamingExecutor:
         """A new executor that keeps the optimizer's state in ``store``."""
-        return StreamingExecutor(optimizer.backend, store, self.chunk_bytes, self.resident_bytes)
+        placement = Placement(store, self.chunk_bytes, self.resident_bytes)
+        return StreamingExecutor(optimizer.backend, placement)
 
 
 def offload(

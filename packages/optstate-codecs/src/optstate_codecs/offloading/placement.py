@@ -27,7 +27,10 @@ from optstate_codecs.offloading.slabs import (
 )
 from optstate_codecs.offloading.store import StateStore
 
-__all__ = ["RESIDENT", "Placement"]
+__all__ = ["CHUNK_BYTES", "RESIDENT", "Placement"]
+
+# copies of half the size are as fast, but cost the host twice the work
+CHUNK_BYTES = 1 << 26
 
 # the stage of parameters whose state stays on the device
 RESIDENT = -1
@@ -44,7 +47,7 @@ class Placement:
 
     Args:
         store: where state is kept.
-        chunk_bytes: bytes of state that move at a time.
+        chunk_bytes: bytes of state that move at a time; three times as much is on the device.
         resident_bytes: bytes of state that stay on each device, the first parameters' first.
 
     Attributes:
@@ -57,7 +60,9 @@ class Placement:
         watch: called with each parameter whose state tensors were replaced, or None.
     """
 
-    def __init__(self, store: StateStore, chunk_bytes: int, resident_bytes: int) -> None:
+    def __init__(
+        self, store: StateStore, chunk_bytes: int = CHUNK_BYTES, resident_bytes: int = 0
+    ) -> None:
         self.store = store
         self.chunk_bytes = chunk_bytes
         self.resident_bytes = resident_bytes
@@ -93,9 +98,8 @@ class Placement:
         self.keep_targets()
         self.pending = self.store.restate() or self.pending
         if self.pending:
-            self.rings.wait()
             # the caller may change the state that it can see from here on
-            self.rings.forget()
+            self.rings.flush()
             self.pending = False
         if any(slab.stale for slab in self.slabs):
             for entry in self._entries.values():
@@ -163,8 +167,7 @@ class Placement:
         # asks every entry of a slab, so that none reports an old change at a later step
         together = [entry for number in slabs for entry in self._sharing.get(number, ())]
         if sum(entry.changed() for entry in together):
-            self.rings.wait()
-            self.rings.forget()
+            self.rings.flush()
 
     def place(self, param_steps: Sequence[ParamStep], cut: bool) -> None:
         """Place the state of every parameter that is not placed as it is now.
@@ -229,7 +232,7 @@ class Placement:
                 entry.view(key, target).copy_(value)
             for chunk in slab.chunks:
                 chunk.memory = target
-            self.rings.by_device[param_step.param.device].forget()
+            self.rings[param_step.param.device].forget()
         entry.param_step = param_step
         self._view_slab_anew(entry)
         return True
@@ -305,8 +308,7 @@ class Placement:
 
     def _rebuild(self) -> None:
         """Number the chunks, and make the rings large enough and all device views anew."""
-        self.rings.wait()
-        self.rings.clear()
+        self.rings.flush(order=True)
         entries = self._entries.values()
         self._parted, self._sharing = {}, {}
         for entry in entries:
@@ -341,7 +343,7 @@ class Placement:
             if part.chunk is None:
                 part.device_view = replace(param_step, stage=RESIDENT)
                 continue
-            slot = self.rings.by_device[part.chunk.device].slots[part.chunk.slot]
+            slot = self.rings[part.chunk.device].slots[part.chunk.slot]
             whole = len(entry.parts) == 1
             part.device_view = device_view_of(
                 param_step, part, whole, slot.memory, count, part.chunk.number

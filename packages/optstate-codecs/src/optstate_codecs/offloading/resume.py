@@ -151,17 +151,16 @@ def _by_slab(
     slabs: list[Slab],
 ) -> list[tuple[Slab, list[ParamStep], list[Starts], bool]]:
     """Each slab with its parameters, where their components begin, and whether they are cut."""
-    entries = manifest["parameters"]
     param_steps = {param_step.index: param_step for param_step in optimizer.stored_param_steps()}
-    members: list[list[ParamStep]] = [[] for _ in slabs]
-    starts: list[list[Starts]] = [[] for _ in slabs]
-    cut = [False] * len(slabs)
-    for entry in entries:
-        members[entry["slab"]].append(param_steps[entry["number"]])
-        starts[entry["slab"]].append(entry["starts"])
-        cut[entry["slab"]] = entry["parts"] > 1
+    members: dict[int, list[dict[str, Any]]] = {}
+    for entry in manifest["parameters"]:
+        members.setdefault(entry["slab"], []).append(entry)
     return [
-        (slab, mine, begins, parted)
-        for slab, mine, begins, parted in zip(slabs, members, starts, cut, strict=True)
-        if mine
+        (
+            slabs[number],
+            [param_steps[entry["number"]] for entry in entries],
+            [entry["starts"] for entry in entries],
+            entries[-1]["parts"] > 1,
+        )
+        for number, entries in sorted(members.items())
     ]

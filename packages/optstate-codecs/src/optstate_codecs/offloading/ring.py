@@ -180,9 +180,8 @@ class Ring:
             slot.chunk = None
         self.store.forget()
 
-    def clear(self) -> None:
-        """Discard loaded chunks and their order."""
-        self.forget()
+    def forget_order(self) -> None:
+        """Discard the order of chunks."""
         self._next.clear()
         self._last = None
 
@@ -192,30 +191,27 @@ class Ring:
         self.streams.wait()
 
 
-class Rings:
+class Rings(dict[torch.device, Ring]):
     """The rings of all devices, and what partial steps on their worker streams still read.
 
     Args:
         store: where chunks are kept.
-
-    Attributes:
-        by_device: the rings.
     """
 
     def __init__(self, store: StateStore) -> None:
+        super().__init__()
         self.store = store
-        self.by_device: dict[torch.device, Ring] = {}
         self._held = HeldQueue(WAITING, least=1)
 
     def fit(self, device: torch.device, nbytes: int) -> None:
         """Make the device's ring, or a larger one if a chunk of ``nbytes`` does not fit."""
-        if device not in self.by_device or self.by_device[device].nbytes < nbytes:
-            self.by_device.pop(device, None)
-            self.by_device[device] = Ring(device, nbytes, self.store)
+        if device not in self or self[device].nbytes < nbytes:
+            self.pop(device, None)
+            self[device] = Ring(device, nbytes, self.store)
 
     def expect(self, order: Sequence[Chunk]) -> None:
         """Take the chunks of a step, in order, before any is entered."""
-        for device, ring in self.by_device.items():
+        for device, ring in self.items():
             if mine := [chunk for chunk in order if chunk.device == device]:
                 ring.expect(mine)
 
@@ -223,38 +219,34 @@ class Rings:
     def working(self) -> Iterator[None]:
         """Run the body on the worker streams, after all work of the current streams so far."""
         with ExitStack() as stack:
-            for ring in self.by_device.values():
+            for ring in self.values():
                 stack.enter_context(ring.working())
             yield
 
     def hold(self, held: object, nbytes: int) -> None:
         """Keep tensors that a partial step reads until current streams have waited for it."""
-        workers = [(device, ring.streams.worker) for device, ring in self.by_device.items()]
+        workers = [(device, ring.streams.worker) for device, ring in self.items()]
         self._held.add(held, nbytes, [(device, record(None, one)) for device, one in workers])
 
     def join(self) -> None:
         """Have the current streams wait for all that has been stepped."""
-        for ring in self.by_device.values():
+        for ring in self.values():
             ring.streams.join(ring.streams.worker)
         self._held.clear()
 
-    def store_rest(self) -> None:
-        """Store chunks that were stepped and not stored because of an exception."""
-        for ring in self.by_device.values():
-            ring.store_rest()
+    def flush(self, order: bool = False) -> None:
+        """Store all chunks, then discard them, and their order too if ``order``.
 
-    def forget(self) -> None:
-        """Discard loaded chunks: their kept state has been changed, or may be."""
-        for ring in self.by_device.values():
+        This is needed before kept state is read again after a change, or may be changed.
+        """
+        self.wait()
+        for ring in self.values():
             ring.forget()
-
-    def clear(self) -> None:
-        """Discard loaded chunks and their order."""
-        for ring in self.by_device.values():
-            ring.clear()
+            if order:
+                ring.forget_order()
 
     def wait(self) -> None:
         """Wait on the host until the store keeps all that has been stepped."""
-        for ring in self.by_device.values():
+        for ring in self.values():
             ring.wait()
         self.store.wait()

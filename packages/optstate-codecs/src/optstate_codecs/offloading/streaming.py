@@ -21,13 +21,8 @@ from optstate_codecs.errors import StepError
 from optstate_codecs.offloading.manifest import describe
 from optstate_codecs.offloading.placement import RESIDENT, Placement
 from optstate_codecs.offloading.slabs import Part, PlacementEntry, in_order
-from optstate_codecs.offloading.store import StateStore
 
-__all__ = ["CHUNK_BYTES", "StreamingExecutor"]
-
-# copies of half the size are as fast, but cost the host twice the work; three chunks are on the
-# device at a time
-CHUNK_BYTES = 1 << 26
+__all__ = ["StreamingExecutor"]
 
 
 class StreamingExecutor:
@@ -35,26 +30,17 @@ class StreamingExecutor:
 
     Args:
         backend: of the engine, see ``ResidentExecutor``.
-        store: where state is kept.
-        chunk_bytes: bytes of state that move at a time; three times as much is on the device.
-        resident_bytes: bytes of state that stay on each device, the first parameters' first.
+        placement: where each parameter's state is; empty at first.
 
     Attributes:
-        placement: where each parameter's state is.
         all_param_steps: gives the parameters of all state that exists, when a step is to leave all
             of it in the store; None where state may stay elsewhere until it is stepped.
     """
 
-    def __init__(
-        self,
-        backend: str,
-        store: StateStore,
-        chunk_bytes: int = CHUNK_BYTES,
-        resident_bytes: int = 0,
-    ) -> None:
+    def __init__(self, backend: str, placement: Placement) -> None:
         self.backend = backend
-        self.store = store
-        self.placement = Placement(store, chunk_bytes, resident_bytes)
+        self.placement = placement
+        self.store = placement.store
         self.all_param_steps: Callable[[], Sequence[ParamStep]] | None = None
         self._executor = ResidentExecutor(backend)
         self._generation = 0
@@ -107,7 +93,8 @@ class StreamingExecutor:
         if not self._begun:
             # values that a scheduler has set since the last step belong to that step
             self.store.restate()
-        placement.rings.store_rest()
+        for ring in placement.rings.values():
+            ring.store_rest()
         placement.reload_edited(request.param_steps)
         param_steps = list(request.param_steps)
         if self.all_param_steps is not None and not self._begun:
@@ -165,7 +152,7 @@ class StreamingExecutor:
             yield
             return
         chunk = self.placement.chunks[stage]
-        ring = self.placement.rings.by_device[chunk.device]
+        ring = self.placement.rings[chunk.device]
         ring.enter(chunk)
         slab = self.placement.slab_of(stage)
         if slab.target is None:

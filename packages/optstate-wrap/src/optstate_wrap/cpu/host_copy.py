@@ -167,10 +167,6 @@ class HostCopies:
         """The gradient on the host that no step has used yet, or None."""
         return self.made[param].host.grad if param in self.made else None
 
-    def has_gradient(self, param: Tensor) -> bool:
-        """Whether there is a gradient on the host that no step has used yet."""
-        return self.gradient(param) is not None
-
     def begin(self, params: Iterable[Tensor]) -> None:
         """Have copies of these parameters wait for the work of their devices so far."""
         for device in {param.device for param in params}:

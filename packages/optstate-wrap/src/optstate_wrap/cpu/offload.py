@@ -190,7 +190,7 @@ class CPUOffloadOptimizer(Delegate):
             # in the order in which they are stepped, so that the first are copied first
             for param in large:
                 self._take(param)
-                if self._whole or self._copies.has_gradient(param):
+                if self._whole or self._copies.gradient(param) is not None:
                     copied[param] = self._copies.of(param)
                     copied[param].fetch()
             step_in_batches(self.inner, copied)
@@ -240,7 +240,7 @@ class CPUOffloadOptimizer(Delegate):
         holders: list[Tensor] = []
         params = (p for group in self.inner.param_groups for p in group["params"])
         for param in dict.fromkeys(params):
-            if self._copies.has_gradient(param):
+            if self._copies.gradient(param) is not None:
                 self._copies.of(param).wait()
                 param = self._copies.of(param).host
             holders.append(param)

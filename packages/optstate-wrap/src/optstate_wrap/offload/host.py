@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.offloading import CHUNK_BYTES, HostStateStore, StreamingExecutor
+from optstate_codecs.offloading import CHUNK_BYTES, HostStateStore, Placement, StreamingExecutor
 from optstate_codecs.offloading.copies import SLOTS
 from optstate_codecs.state.layout import view_bytes_as
 from optstate_wrap.offload.slabs import RecordSlab, Spares, pack
@@ -77,7 +77,8 @@ class HostStore(Store):
 
     def make_executor(self) -> StreamingExecutor:
         store = HostStateStore(self.pin_memory)
-        return StreamingExecutor("auto", store, self.chunk_bytes, self.resident_bytes)
+        placement = Placement(store, self.chunk_bytes, self.resident_bytes)
+        return StreamingExecutor("auto", placement)
 
     def records(self, param: Tensor) -> list[Record]:
         self.wait()
