@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 import torch
-from offloads import Pair, gradient, params, run
+from offloads import Fault, Pair, gradient, injected, params, run
 from subjects import adam
 
 from optstate_codecs.engine import eager
@@ -20,26 +20,6 @@ FORMATS = {
     "fp32": ("fp32", "fp32"),
     "dynamic8": ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)"),
 }
-
-
-class Fault(Exception):
-    """What is injected."""
-
-
-def injected(monkeypatch, owner, name: str, at: int, error=Fault, after: bool = False) -> list:
-    """Have the call number ``at`` of a method raise, before or after it does what it does."""
-    real, calls, raised = getattr(owner, name), count(), []
-
-    def method(*args, **kwargs):
-        if next(calls) != at:
-            return real(*args, **kwargs)
-        raised.append(at)
-        if after:
-            real(*args, **kwargs)
-        raise error("injected")
-
-    monkeypatch.setattr(owner, name, method)
-    return raised
 
 
 class Watched:

@@ -7,12 +7,12 @@ import io
 import os
 import threading
 import weakref
-from itertools import count
+from functools import partial
 
 import pytest
 import torch
 from files import files, reopened
-from offloads import Pair, assert_alike, params, run
+from offloads import Pair, assert_alike, injected, params, run
 from subjects import adam
 
 from optstate_codecs import GradientRelease, snapshot
@@ -307,14 +307,7 @@ def test_a_file_has_no_more_than_it_needs(tmp_path):
 def test_a_full_disk(tmp_path, monkeypatch):
     pair = paired(DYNAMIC, {"store": "disk", "path": tmp_path / "state"}).run(2, missing=False)
     taken, expected = snapshot(pair.optimizers[1]), now(pair.optimizers[1])
-    calls, real = count(), os.posix_fallocate
-
-    def some(*args):
-        if next(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args)
-
-    monkeypatch.setattr(os, "posix_fallocate", some)
+    injected(monkeypatch, os, "posix_fallocate", 2, partial(OSError, errno.ENOSPC))
     pair.run(1, missing=False)
     before = [p.detach().clone() for p in pair.params[1]]
     with pytest.raises(OSError, match="no room"):
@@ -342,14 +335,7 @@ def test_a_step_that_fails(at, where, monkeypatch):
     pair = paired(adam("int8", "fp32", lr=0.01, backend="eager"), where, 200_000)
     pair.run(2, missing=False)
     expected, taken = now(pair.optimizers[1]), snapshot(pair.optimizers[1])
-    real, calls = eager._step_param, count()
-
-    def step_param(*args, **kwargs):
-        if next(calls) == at:
-            raise ArithmeticError("injected")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(eager, "_step_param", step_param)
+    injected(monkeypatch, eager, "_step_param", at)
     with pytest.raises(StepError) as info:
         run(pair.params[1], pair.optimizers[1], 2, missing=False)
     monkeypatch.undo()
@@ -372,16 +358,8 @@ def test_a_step_that_fails_within_a_parameter(at, where, monkeypatch):
     offload(pair.optimizers[0], chunk_bytes=SIZE)
     pair.run(2, missing=False)
     expected, taken = now(pair.optimizers[1]), snapshot(pair.optimizers[1])
-    real = eager._step_param
     for ours, optimizer in pair.each():
-        calls = count()
-
-        def step_param(*args, calls=calls, **kwargs):
-            if next(calls) == at:
-                raise ArithmeticError("injected")
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(eager, "_step_param", step_param)
+        injected(monkeypatch, eager, "_step_param", at)
         with pytest.raises(StepError) as info:
             run(ours, optimizer, 2, missing=False)
         monkeypatch.undo()
