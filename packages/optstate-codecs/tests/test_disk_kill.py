@@ -4,12 +4,11 @@ import os
 import random
 import signal
 import time
-import traceback
-import warnings
 from collections import deque
 
 import pytest
 import torch
+from files import forked
 from offloads import run
 from subjects import adam
 from torch.nn import Parameter
@@ -95,23 +94,13 @@ def _train(path, begin: int, given, resume: bool, held: int, said: int) -> None:
 
 def _killed(after: float, *arguments) -> int:
     """Train in a process of its own that is killed; the last number of steps that it said."""
-    reads, writes = os.pipe()
-    with warnings.catch_warnings():
-        # some versions warn of the threads that there are, which the child has no use for
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            os.close(reads)
-            torch.set_num_threads(1)
-            _slow(os, "pwrite", 0.02)
-            _slow(type(arguments[0]), "replace", 0.04)
-            _train(*arguments, writes)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    os.close(writes)
+
+    def work(pipe: int) -> None:
+        _slow(os, "pwrite", 0.02)
+        _slow(type(arguments[0]), "replace", 0.04)
+        _train(*arguments, pipe)
+
+    child, reads = forked(work)
     first = os.read(reads, 8)
     time.sleep(after)
     os.kill(child, signal.SIGKILL)

@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
-from files import files
+from files import files, forked
 from offloads import gradient, params
 from subjects import EXACT
 from torch.optim import lr_scheduler
@@ -238,18 +237,7 @@ def test_a_scheduler_may_be_made_from_a_later_epoch(path, tmp_path) -> None:
 
 def killed(work) -> None:
     """Do it in a process of its own, and kill that when it says so, which it waits for."""
-    reads, writes = os.pipe()
-    with warnings.catch_warnings():
-        # some versions warn of the threads that there are, which the child has no use for
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            work(lambda: (os.write(writes, b"x"), signal.pause()))
-        finally:
-            os._exit(1)
-    os.close(writes)
+    child, reads = forked(lambda pipe: work(lambda: (os.write(pipe, b"x"), signal.pause())))
     said = os.read(reads, 1)
     os.close(reads)
     os.kill(child, signal.SIGKILL)

@@ -62,14 +62,16 @@ class CopyStreams:
                 self.worker = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def on(self, stream: Any) -> Iterator[None]:
-        """Run the body on one of the streams; None: where it would run anyway.
+    def on(self, stream: Any, follow: bool = False) -> Iterator[None]:
+        """Run the body on one of the streams, after ``follow`` if set; None: where it runs anyway.
 
-        ``torch.cuda.stream`` does the same with more queries, which count for short copies.
+        ``torch.cuda.stream`` needs more queries, which count for short copies.
         """
         if stream is None:
             yield
             return
+        if follow:
+            self.follow(stream)
         outer, before = torch.cuda.current_device(), torch.cuda.current_stream(self.device)
         torch.cuda.set_stream(stream)
         try:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import ref
+from weakref import WeakMethod
 
 from optstate_codecs import checks
-from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.offloading.group_values import GroupValues
 from optstate_codecs.offloading.placement import CHUNK_BYTES, Placement
 from optstate_codecs.offloading.resume import resume_from
@@ -116,8 +115,9 @@ def offload(
         executor = how.new_executor(optimizer, state_store)
         if store == "disk":
             # a weak reference, since the optimizer refers to the executor
-            state_store.groups, this = GroupValues(optimizer.param_groups), ref(optimizer)
-            executor.all_param_steps = lambda: _stored_param_steps(this())
+            collect: Any = WeakMethod(optimizer.stored_param_steps)
+            executor.all_param_steps = lambda: collect()()
+            state_store.groups = GroupValues(optimizer.param_groups)
         # from here on, state is made on the host
         optimizer.offloaded = how
         if resume:
@@ -156,11 +156,6 @@ def synchronize(optimizer: CodedOptimizer) -> None:
     if not isinstance(given, CodedOptimizer):
         raise TypeError(f"optimizer: {type(given).__name__}, must be an optimizer of the family")
     optimizer.executor.synchronize()
-
-
-def _stored_param_steps(optimizer: CodedOptimizer | None) -> list[ParamStep]:
-    assert optimizer is not None
-    return optimizer.stored_param_steps()
 
 
 def _check_params(optimizer: CodedOptimizer) -> None:

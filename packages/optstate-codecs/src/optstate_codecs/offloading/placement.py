@@ -53,6 +53,7 @@ class Placement:
     Attributes:
         slabs: the slabs that state is in.
         chunks: the chunks of all slabs, by number.
+        slab_of: the slab of each chunk, by number.
         rings: the device memory that chunks pass through.
         pending: whether the store may still lack state that was stepped, or hold manifest values
             that are to be waited for.
@@ -68,12 +69,12 @@ class Placement:
         self.resident_bytes = resident_bytes
         self.slabs: list[Slab] = []
         self.chunks: list[Chunk] = []
+        self.slab_of: list[Slab] = []
         self.rings = Rings(store)
         self.pending = False
         self.generation = 0
         self.watch: Callable[[ParamStep], None] | None = None
         self._entries: dict[Key, PlacementEntry] = {}
-        self._slab_of: list[Slab] = []
         # entries with several parts by the tensor that holds their counts, and entries by slab
         self._parted: dict[int, list[PlacementEntry]] = {}
         self._sharing: dict[int, list[PlacementEntry]] = {}
@@ -87,10 +88,6 @@ class Placement:
     def entry(self, param_step: ParamStep) -> PlacementEntry:
         """The entry of a parameter that has been placed."""
         return self._entries[_key(param_step)]
-
-    def slab_of(self, number: int) -> Slab:
-        """The slab of the chunk with this number."""
-        return self._slab_of[number]
 
     def synchronize(self) -> None:
         """Wait until all is stored, and make the state tensors views of where it is."""
@@ -111,27 +108,25 @@ class Placement:
     def keep_targets(self) -> None:
         """Have each slab keep the memory that the step has written it to."""
         for slab in self.slabs:
-            if slab.target is None:
-                continue
-            if slab.target is not slab.memory:
-                self._copy_missed(slab, [c for c in slab.chunks if c.memory is slab.memory])
-                slab.memory, slab.stale = slab.target, True
+            target = slab.target
+            if target is not None and target is not slab.memory:
+                # chunks that the step has not reached are copied to where the others are now
+                missed = [chunk for chunk in slab.chunks if chunk.memory is slab.memory]
+                if missed:
+                    self.rings.wait()
+                for chunk in missed:
+                    pairs = zip(chunk.pieces(slab.memory), chunk.pieces(target), strict=True)
+                    for (old, _), (new, _) in pairs:
+                        new.copy_(old)
+                    chunk.memory = target
+                slab.memory, slab.stale = target, True
             slab.target = None
 
-    def _copy_missed(self, slab: Slab, missed: Sequence[Chunk]) -> None:
-        """Copy chunks that a step has not reached to the memory that the others are in now."""
-        assert slab.target is not None
-        if missed:
-            self.rings.wait()
-        for chunk in missed:
-            pairs = zip(chunk.pieces(slab.memory), chunk.pieces(slab.target), strict=True)
-            for (old, _), (new, _) in pairs:
-                new.copy_(old)
-            chunk.memory = slab.target
-
-    def _view_slab(self, entry: PlacementEntry) -> None:
-        """Make state tensors views of their slab, except those that the user has replaced."""
+    def _view_slab(self, entry: PlacementEntry, anew: bool = False) -> None:
+        """Make state tensors views of their slab; unless ``anew``, not those the user replaced."""
         assert entry.slab is not None
+        if anew:
+            entry.values = dict(entry.param_step.state)
         state, shown = entry.param_step.state, entry.values
         untouched = not entry.param_step.moved()
         for key in entry.starts:
@@ -144,11 +139,6 @@ class Placement:
         entry.changed()
         if self.watch is not None:
             self.watch(entry.param_step)
-
-    def _view_slab_anew(self, entry: PlacementEntry) -> None:
-        """Make all state tensors views of their slab."""
-        entry.values = dict(entry.param_step.state)
-        self._view_slab(entry)
 
     def _keep_on_device(self, entry: PlacementEntry) -> None:
         """Move state that is to stay there to its parameter's device."""
@@ -234,7 +224,7 @@ class Placement:
                 chunk.memory = target
             self.rings[param_step.param.device].forget()
         entry.param_step = param_step
-        self._view_slab_anew(entry)
+        self._view_slab(entry, anew=True)
         return True
 
     def _add(self, device: torch.device, param_steps: Sequence[ParamStep], cut: bool) -> None:
@@ -265,7 +255,7 @@ class Placement:
 
     def _add_entries(self, slab: Slab, entries: Sequence[PlacementEntry]) -> None:
         for entry in entries:
-            self._view_slab_anew(entry)
+            self._view_slab(entry, anew=True)
             self._entries[_key(entry.param_step)] = entry
         self.slabs.append(slab)
 
@@ -319,7 +309,7 @@ class Placement:
         self.slabs = [slab for slab in self.slabs if id(slab) in self._sharing]
         pairs = [(chunk, slab) for slab in self.slabs for chunk in slab.chunks]
         self.chunks = [chunk for chunk, _ in pairs]
-        self._slab_of = [slab for _, slab in pairs]
+        self.slab_of = [slab for _, slab in pairs]
         for number, chunk in enumerate(self.chunks):
             chunk.number = number
         for device in dict.fromkeys(chunk.device for chunk in self.chunks):

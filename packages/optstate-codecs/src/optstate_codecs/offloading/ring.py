@@ -76,16 +76,6 @@ class Ring:
         self._next: dict[Chunk, Chunk] = {}
         self._last: Chunk | None = None
 
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Run the body on the worker stream, after all work of the current stream so far.
-
-        Chunks are entered and left in the body.
-        """
-        self.streams.follow(self.streams.worker)
-        with self.streams.on(self.streams.worker):
-            yield
-
     def enter(self, chunk: Chunk) -> None:
         """Have the chunk's state in its slot for the worker."""
         if self._last is not None:
@@ -139,21 +129,19 @@ class Ring:
     def _look_ahead(self, chunk: Chunk) -> None:
         """Load the slot's next chunk, and have the store prepare the one after it."""
         follower = self._following(chunk)
-        if follower is not None and follower is not chunk and self.store.ready(follower):
+        if follower is not None and self.store.ready(follower):
             self._load(follower)
-            after = self._following(follower)
-            if after is not None and after is not follower:
-                self.store.prepare(after)
-        elif follower is not None and follower is not chunk:
+            follower = self._following(follower)
+        if follower is not None:
             self.store.prepare(follower)
 
     def _following(self, chunk: Chunk) -> Chunk | None:
-        """The next chunk in this one's slot, as far as it is known."""
+        """The next other chunk in this one's slot, as far as it is known."""
         found = self._next.get(chunk)
         # chunks take the slots in turn, except where one step ends and the next begins
         for _ in range(2 * SLOTS):
             if found is None or found.slot == chunk.slot:
-                return found
+                return None if found is chunk else found
             found = self._next.get(found)
         return None
 
@@ -217,10 +205,13 @@ class Rings(dict[torch.device, Ring]):
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Run the body on the worker streams, after all work of the current streams so far."""
+        """Run the body on the worker streams, after all work of the current streams so far.
+
+        Chunks are entered and left in the body.
+        """
         with ExitStack() as stack:
             for ring in self.values():
-                stack.enter_context(ring.working())
+                stack.enter_context(ring.streams.on(ring.streams.worker, follow=True))
             yield
 
     def hold(self, held: object, nbytes: int) -> None:

@@ -7,7 +7,6 @@ stores the slab in another memory; see ``StateStore.target``.
 from __future__ import annotations
 
 from copy import deepcopy
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -59,12 +58,7 @@ class Snapshot:
     def __enter__(self) -> Snapshot:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -65,7 +65,7 @@ class StreamingExecutor:
         placement = self.placement
         placement.copy_counts(entries)
         stages = sorted({view.stage for view in device_views.param_steps} - {RESIDENT})
-        for slab in map(placement.slab_of, stages):
+        for slab in map(placement.slab_of.__getitem__, stages):
             if slab.target is None:
                 # if a snapshot holds the slab, this allocates memory: before anything changes
                 self.store.target(slab)
@@ -112,34 +112,27 @@ class StreamingExecutor:
 
     def _device_views(self, request: StepRequest, parts: Sequence[tuple[int, Part]]) -> StepRequest:
         """The request for the device views of parts, each with its parameter's number in it."""
-        param_steps, grads, addresses, layouts = [], [], [], []
+        views = request.part([number for number, _ in parts])
+        param_steps, grads, addresses = [], list(views.grads), list(views.addresses)
+        layouts = list(views.layouts or map(layout_of, grads))
         flat: dict[int, Tensor] = {}
-        for number, part in parts:
-            param_step, grad = request.param_steps[number], request.grads[number]
-            device_view = part.device_view
+        for place, (number, part) in enumerate(parts):
+            param, device_view = request.param_steps[number].param, part.device_view
             assert device_view is not None
-            if device_view.param is not param_step.param:
+            param_steps.append(device_view)
+            if device_view.param is not param:
                 if number not in flat:
                     # once for all parts: a gradient in another order is copied
-                    flat[number] = in_order(grad, param_step.param)
-                grad = flat[number][part.start : part.stop]
-                addresses.append(grad.data_ptr())
-                layouts.append((grad.dtype, part.stop - part.start))
-            else:
-                addresses.append(request.addresses[number])
-                layouts.append(request.layouts[number] if request.layouts else layout_of(grad))
-            param_steps.append(device_view)
-            grads.append(grad)
-        centres = request.centres
-        if centres is not None:
-            centres = replace(centres, places=[centres.places[number] for number, _ in parts])
+                    flat[number] = in_order(request.grads[number], param)
+                grads[place] = grad = flat[number][part.start : part.stop]
+                addresses[place] = grad.data_ptr()
+                layouts[place] = (grad.dtype, part.stop - part.start)
         return replace(
-            request,
+            views,
             param_steps=param_steps,
             grads=grads,
             addresses=addresses,
             layouts=layouts,
-            centres=centres,
             done=[],
             counted=[],
             staging=self._staged,
@@ -154,7 +147,7 @@ class StreamingExecutor:
         chunk = self.placement.chunks[stage]
         ring = self.placement.rings[chunk.device]
         ring.enter(chunk)
-        slab = self.placement.slab_of(stage)
+        slab = self.placement.slab_of[stage]
         if slab.target is None:
             slab.target = self.store.target(slab)
         ring.hold(chunk)

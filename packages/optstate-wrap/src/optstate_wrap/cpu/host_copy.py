@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,13 +33,6 @@ class HostStreams(CopyStreams):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.held = HeldQueue(WAITING)
-
-    @contextmanager
-    def to_host(self) -> Iterator[None]:
-        """Run the body's copies to the host after all work that the device has so far."""
-        self.follow(self.store)
-        with self.on(self.store):
-            yield
 
     def begin(self) -> None:
         """Have later copies wait for the device's work so far, and for copies to the device."""
@@ -93,7 +85,7 @@ class HostCopy:
         old, streams = self.host.grad, self.streams
         if self._buffer is None or self._buffer.dtype != grad.dtype:
             self._buffer = _pinned_like(grad)
-        with streams.to_host():
+        with streams.on(streams.store, follow=True):
             if old is None:
                 self._buffer.copy_(grad, non_blocking=True)
             else:
@@ -106,7 +98,7 @@ class HostCopy:
 
     def fetch(self) -> None:
         """Copy the parameter to the host as it is now, so that weights loaded since count."""
-        with self.streams.to_host():
+        with self.streams.on(self.streams.store, follow=True):
             self.host.detach().copy_(self.param, non_blocking=True)
         self._arrived = record(None, self.streams.store)
 

@@ -92,10 +92,7 @@ class StateRing:
         """Begin to store tensors in a slab, in the layout of ``pack``, and leave the slot."""
         offsets, nbytes = pack(tensors)
         old, memory = slot.memory, self._fit(slot, nbytes)
-        to = [
-            view_bytes_as(memory, offset, tensor)
-            for tensor, offset in zip(tensors, offsets, strict=True)
-        ]
+        to = [view_bytes_as(memory, at, one) for one, at in zip(tensors, offsets, strict=True)]
         # tensors stepped in place are there already; those that move must not be overwritten
         moved = [
             (view, tensor.clone() if old is memory and _inside(tensor, memory) else tensor)
