@@ -31,13 +31,15 @@ class Pair:
     Args:
         make: builds an optimizer from a list of parameters.
         build: makes the parameters.
+        offloaded: False: not yet.
         options: of ``offload``.
     """
 
-    def __init__(self, make: Callable, build: Callable = params, **options) -> None:
+    def __init__(self, make, build: Callable = params, offloaded=True, **options) -> None:
         self.make, self.build = make, build
         self.params = build(), build()
-        self.optimizers = make(self.params[0]), offload(make(self.params[1]), **options)
+        first, second = map(make, self.params)
+        self.optimizers = first, offload(second, **options) if offloaded else second
         self.time = 0
 
     def each(self):

@@ -91,11 +91,11 @@ def test_parameters_that_moved(pair):
     pair.run(3).check()
 
 
-def _saved(state_dict):
+def _saved(value, weights_only=True):
     file = io.BytesIO()
-    torch.save(state_dict, file)
+    torch.save(value, file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(file, weights_only=weights_only)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -150,10 +150,7 @@ def test_copies_go_their_own_way(how, where):
     elif how == "pickle":
         ours, optimizer = pickle.loads(pickle.dumps(both))
     else:
-        file = io.BytesIO()
-        torch.save(both, file)
-        file.seek(0)
-        ours, optimizer = torch.load(file, weights_only=False)
+        ours, optimizer = _saved(both, weights_only=False)
     assert optimizer.offloaded.store == "host"
     assert optimizer.offloaded.path is None
     frozen = {i: s["step"].clone() for i, s in enumerate(optimizer.state.values())}

@@ -29,7 +29,7 @@ SIZE = 9000
 
 @pytest.fixture(params=["host", "disk", "resident", "beside"])
 def anywhere(request, path):
-    """Those of every place that state can be in; None: beside the parameters."""
+    """Those of every store, and of resident state; None: not offloaded."""
     return {
         "host": {"store": "host"},
         "disk": {"store": "disk", "path": path},
@@ -40,11 +40,7 @@ def anywhere(request, path):
 
 def paired(make, where, size=SIZE):
     """Two optimizers, the second with its state there."""
-    if where is not None:
-        return Pair(make, chunk_bytes=size, **where)
-    pair = Pair(make)
-    pair.optimizers = pair.optimizers[0], make(pair.params[1])
-    return pair
+    return Pair(make, chunk_bytes=size, **where) if where else Pair(make, offloaded=False)
 
 
 def now(optimizer):
@@ -71,17 +67,17 @@ def assert_same(first, second, where="state_dict"):
 
 
 class Counted:
-    """How many memories places have made since this was asked last."""
+    """How many memories stores have made since this was asked last."""
 
     def __init__(self, monkeypatch) -> None:
         self.calls = 0
-        for place in (HostStateStore, DiskStateStore):
-            monkeypatch.setattr(place, "new", self._counting(place.new))
+        for store in (HostStateStore, DiskStateStore):
+            monkeypatch.setattr(store, "new", self._counting(store.new))
 
     def _counting(self, real):
-        def new(place, nbytes):
+        def new(store, nbytes):
             self.calls += 1
-            return real(place, nbytes)
+            return real(store, nbytes)
 
         return new
 

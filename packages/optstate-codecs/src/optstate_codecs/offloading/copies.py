@@ -122,14 +122,9 @@ def wait_for(stream: Any, *events: Any) -> None:
 
 
 def record(event: Any, stream: Any) -> Any:
-    """Record an event after all work of a stream so far.
+    """Record an event, or a new one if it is None, after a stream's work so far, and return it.
 
-    Args:
-        event: the event to use again; None makes one.
-        stream: the stream; without one there is no event.
-
-    Returns:
-        The event, or None without a stream.
+    Without a stream, nothing is recorded.
     """
     if stream is None:
         return event

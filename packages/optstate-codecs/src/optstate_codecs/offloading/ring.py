@@ -162,16 +162,14 @@ class Ring:
             if slot.unstored is not None:
                 self._store(slot.unstored)
 
-    def forget(self) -> None:
-        """Discard loaded chunks, all of which are stored: their kept state has been changed."""
+    def forget(self, order: bool = False) -> None:
+        """Discard loaded chunks, all of which are stored, and with ``order`` also their order."""
         for slot in self.slots:
             slot.chunk = None
         self.store.forget()
-
-    def forget_order(self) -> None:
-        """Discard the order of chunks."""
-        self._next.clear()
-        self._last = None
+        if order:
+            self._next.clear()
+            self._last = None
 
     def wait(self) -> None:
         """Wait on the host until all chunks are stored."""
@@ -232,9 +230,7 @@ class Rings(dict[torch.device, Ring]):
         """
         self.wait()
         for ring in self.values():
-            ring.forget()
-            if order:
-                ring.forget_order()
+            ring.forget(order)
 
     def wait(self) -> None:
         """Wait on the host until the store keeps all that has been stepped."""

@@ -68,10 +68,8 @@ class CPUOffloadOptimizer(Delegate):
         minimal_size: int = 4096,
         **kwargs: Any,
     ) -> None:
-        offload_gradients = checks.flag("offload_gradients", offload_gradients)
-        minimal_size = checks.whole_number("minimal_size", minimal_size)
-        self.offload_gradients = offload_gradients
-        self.minimal_size = minimal_size
+        self.offload_gradients = checks.flag("offload_gradients", offload_gradients)
+        self.minimal_size = checks.whole_number("minimal_size", minimal_size)
         self.inner = optimizer_class(params, **kwargs)
         closure = inspect.signature(unhooked_step(self.inner)).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:

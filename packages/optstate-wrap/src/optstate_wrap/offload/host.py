@@ -86,7 +86,7 @@ class HostStore(Store):
 
     def wait(self) -> None:
         for ring in self._rings.values():
-            ring.wait()
+            ring.streams.wait()
 
     def expect(self, batches: Sequence[Sequence[ParamChunk]]) -> None:
         self._forget_batches()

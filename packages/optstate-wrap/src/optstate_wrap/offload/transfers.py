@@ -101,7 +101,7 @@ class StateRing:
         ]
         for view, tensor in moved:
             view.copy_(tensor)
-        self._mark(slot)
+        slot.freed = record(slot.freed, self.streams.current)
         store = self.streams.store
         with self.streams.on(store):
             wait_for(store, slot.freed)
@@ -114,7 +114,7 @@ class StateRing:
     def leave(self, slot: BatchSlot) -> None:
         """Free the slot once the current stream has done its work with it, if it used it."""
         if slot.busy:
-            self._mark(slot)
+            slot.freed = record(slot.freed, self.streams.current)
         slot.busy = False
         slot.views = {}
 
@@ -126,14 +126,6 @@ class StateRing:
                 slot.memory = None
         if whole:
             self._most = 0
-
-    def wait(self) -> None:
-        """Wait on the host until everything has been copied."""
-        self.streams.wait()
-
-    def _mark(self, slot: BatchSlot) -> None:
-        """Have the slot's next user wait for the current stream's work so far."""
-        slot.freed = record(slot.freed, self.streams.current)
 
     def _fit(self, slot: BatchSlot, nbytes: int) -> Tensor:
         """The slot's memory, which is allocated anew if it is too small."""
