@@ -1,9 +1,9 @@
-"""Times adding one micro-batch's gradients in bfloat16, and says what 512 of them come to.
+"""Times the addition of a micro-batch's gradients in bfloat16; errors of sums of 512.
 
     python benchmarks/accumulate.py --layout llama1b --device cuda
     python benchmarks/accumulate.py --layout tiny --device cpu --batches 16
 
-"add" is the addition alone, of gradients that are there already: read a sum and a gradient, write
+"add" is the addition alone, of existing gradients: read a sum and a gradient, write
 a sum, 6 bytes a parameter; "share" is that over the bandwidth of a copy, measured in the same run.
 "backward" is a whole backward that makes each parameter a gradient and adds it, hooks included.
 Times are as in step_time.py. The errors are those of sums against float64, over elements: the norm
@@ -39,7 +39,7 @@ Attach = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 def peer() -> Any:
-    """The other package with such an accumulator, or None."""
+    """torchastic, the other package with such an accumulator, or None."""
     try:
         return importlib.import_module("torchastic").StochasticAccumulator
     except Exception:  # a peer that does not import here is a peer that is not installed
@@ -58,7 +58,7 @@ def torchastic(module: nn.Module) -> Any:
 
 
 def attachments() -> dict[str, Attach]:
-    """What adds gradients in a backward."""
+    """By name, contexts in which a backward adds gradients."""
     found: dict[str, Attach] = {
         "stochbf16": StochasticAccumulator,
         "stochbf16 at once": partial(StochasticAccumulator, bucket_bytes=0),
@@ -70,7 +70,7 @@ def attachments() -> dict[str, Attach]:
 
 
 def additions(sums: list[nn.Parameter], news: list[Tensor]) -> dict[str, Add]:
-    """What adds gradients that are there: each call adds all of ``news``."""
+    """By name, functions that add existing gradients: each call adds all of ``news``."""
 
     def ours(limit: int) -> None:
         pending = Pending(sums[0].device)
@@ -147,7 +147,7 @@ def times(layout: str, device: torch.device, repeats: int, bandwidth: float) -> 
 
 
 def errors(kind: str, device: torch.device, batches: int, numel: int) -> Iterable[Any]:
-    """Rows of what sums of many gradients have lost."""
+    """Rows of the errors of sums of many gradients."""
     level, deviation = GRADIENTS[kind]
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, numel, device=device, generator=generator)

@@ -1,4 +1,4 @@
-"""The table from which the tutorial chooses, gathered from the results of the other scripts.
+"""Prints the tutorial's table of choices from the results of the other scripts.
 
 Run after those; `tests-integration` compares what it prints with the page.
 """

@@ -4,7 +4,7 @@
     python benchmarks/convergence.py --task digits --only AdamW --only AdamW8bit
 
 Every run of a seed has the same initial weights, data order and schedule (warm-up, then a cosine);
-gradients are clipped at norm 1. What counts is the paired difference of the held-out loss from
+gradients are clipped at norm 1. The result is the paired difference of the held-out loss from
 torch's AdamW, beside two yardsticks: exact AdamW in another implementation, which differs by
 rounding alone, and Adam without momentum, which a task must be able to tell apart.
 """

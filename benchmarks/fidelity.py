@@ -1,7 +1,7 @@
 """Compares the updates of every format with those of exact Adam, on the recursion.
 
-All arrangements and an Adam in float64 see the same gradients; ``optstate_codecs.testing.fidelity``
-says what is measured. Prints the tables of the docs, and writes a JSON file and a plot.
+All arrangements and an Adam in float64 get the same gradients; ``optstate_codecs.testing.fidelity``
+defines the measures. Prints the tables of the docs, and writes a JSON file and a plot.
 
     python benchmarks/fidelity.py --steps 3000 --out benchmarks/results/fidelity.json
 """
@@ -41,7 +41,7 @@ QUOTED = 0.999
 MATRIX_ROWS = 32
 BARS = ("dense", "5 % sparse")
 SR = "stochastic"
-# what delivers at once what storing the first moment leaves out
+# arrangements with error feedback
 FED_BACK = ("turbo 5.25, flush", "turbo 4.25, sign")
 
 Formats = tuple[Format | str, Format | str]
@@ -88,7 +88,7 @@ def arrangements() -> dict[str, Formats]:
 
 
 def in_matrices() -> dict[str, Formats]:
-    """What is compared where scales differ by row and column."""
+    """The arrangements that are compared where scales differ by row and column."""
     first4, rank1 = Int4.first_moment(), "linear4(normalization=rank1)"
     shared = {name: arrangements()[name] for name in ("4-bit", "4-bit, as published")}
     return {
@@ -140,7 +140,7 @@ def measure(steps: int, last: int, numel: int) -> dict[str, list[dict[str, objec
 
 
 def listed(found: dict[str, dict[str, Fidelity]], beta2: float) -> list[dict[str, object]]:
-    """What was found as rows of the file."""
+    """The results as rows of the file."""
     return [
         {"arrangement": name, "gradients": kind, "beta2": beta2}
         | {key: round(value, 5) for key, value in asdict(fidelity).items()}
@@ -165,7 +165,7 @@ def by_kind(result: dict[str, list], key: str = "rows") -> list[list[str]]:
 
 
 def overall(result: dict[str, list]) -> list[list[str]]:
-    """What each arrangement costs, and its worst over all that was measured."""
+    """The bits of each arrangement, and its worst results over all measurements."""
     heads = ["bits", *(f"gain, {bar}" for bar in BARS), "longest", "spread", "path"]
     lines = [["all beta2", *heads, "drift", "same codes"]]
     for (name, formats), probe in zip(arrangements().items(), result["probes"], strict=True):
@@ -229,7 +229,7 @@ def texts(arranged: dict[str, Formats]) -> dict[str, list[str]]:
 
 
 def setup(steps: int, last: int, numel: int) -> dict[str, object]:
-    """What has to be the same to get the same numbers."""
+    """The settings and versions that determine the numbers."""
     return {
         "steps": steps,
         "last": last,

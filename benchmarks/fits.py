@@ -1,4 +1,4 @@
-"""Which models fit on which cards, by how their optimizer's state is stored and where it is.
+"""Computes which models fit on which GPUs, by the format and the store of optimizer state.
 
     python benchmarks/fits.py
 
@@ -37,7 +37,7 @@ LEFT = 1_500_000_000
 # gradients that are released while the backward pass goes on; a larger tensor's is one by itself
 BUCKET: int = signature(GradientRelease).parameters["bucket_bytes"].default
 # what is read and what is written pass through as much again on the host
-DISK_ROOMS = 2 * SLOTS * CHUNK_BYTES
+DISK_BUFFERS = 2 * SLOTS * CHUNK_BYTES
 OURS = {**FORMATS, "TurboAdam": TurboAdam}
 NAMES = {"int8": "8-bit"}
 
@@ -48,41 +48,41 @@ def params_of(model: str) -> list[Parameter]:
 
 
 def count(model: str) -> Iterator[dict[str, Any]]:
-    """A model's rows."""
+    """The rows of a model."""
     params = params_of(model)
     numel, held = sum(p.numel() for p in params), sum(p.nbytes for p in params)
     released = max(BUCKET, *(p.nbytes for p in params))
     key = {"model": model, "parameters": numel}
     # all in float32, which is how torch's has float32 state; it keeps a count for each tensor
-    yield {**key, "format": "torch AdamW, all fp32", "place": "device"} | placed(
+    yield {**key, "format": "torch AdamW, all fp32", "place": "device"} | stored(
         2 * held, 2 * held, 2 * released, 8 * numel + 4 * len(params), "device"
     )
     for name, make in OURS.items():
         state = predicted_state_bytes(make(params, lr=1e-3))
-        for place in ("device", "host", "disk"):
-            row = placed(held, held, released, state, place)
-            yield {**key, "format": NAMES.get(name, name), "place": place} | row
+        for store in ("device", "host", "disk"):
+            row = stored(held, held, released, state, store)
+            yield {**key, "format": NAMES.get(name, name), "place": store} | row
 
 
-def placed(params: int, grads: int, released: int, state: int, place: str) -> dict[str, Any]:
+def stored(params: int, grads: int, released: int, state: int, store: str) -> dict[str, Any]:
     """Bytes on the device with all gradients and with few, on the host and in a file."""
-    here = state if place == "device" else SLOTS * CHUNK_BYTES
-    # some wait for state that is on its way
-    few = released if place == "device" else min(grads, released + WAITING)
+    here = state if store == "device" else SLOTS * CHUNK_BYTES
+    # some gradients wait for state that is being loaded
+    few = released if store == "device" else min(grads, released + WAITING)
     device = {"all": params + grads + here, "released": params + few + here}
     return {
         "state_bytes": state,
         "device_bytes": device["all"],
         "device_bytes_released": device["released"],
-        "host_bytes": {"device": 0, "host": state, "disk": DISK_ROOMS}[place],
-        # a step is written beside the one before
-        "file_bytes": 2 * state if place == "disk" else 0,
+        "host_bytes": {"device": 0, "host": state, "disk": DISK_BUFFERS}[store],
+        # a step does not overwrite the state of the step before
+        "file_bytes": 2 * state if store == "disk" else 0,
         "cards": {str(card): verdict(card, device) for card in CARDS},
     }
 
 
 def verdict(card: int, device: dict[str, int]) -> str:
-    """Whether what is needed leaves enough of a card."""
+    """Whether the needed bytes leave enough of a card free."""
     room = card * 10**9 - LEFT
     if device["all"] <= room:
         return "yes"
@@ -98,7 +98,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def gb(nbytes: int) -> str:
-    """Gigabytes; nothing for none."""
+    """Gigabytes as text; empty for zero."""
     return f"{nbytes / 1e9:.1f}" if nbytes else ""
 
 
@@ -112,15 +112,15 @@ def section(model: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         if row["place"] == "disk":
             continue
-        away = row["place"] == "host"
+        offloaded = row["place"] == "host"
         cells = [
             row["format"],
-            "host or disk" if away else "device",
+            "host or disk" if offloaded else "device",
             gb(row["device_bytes"]),
             gb(row["device_bytes_released"]),
             *(row["cards"][str(card)] for card in CARDS),
             gb(row["host_bytes"]),
-            gb(files[row["format"]]) if away else "",
+            gb(files[row["format"]]) if offloaded else "",
         ]
         yield f"| {' | '.join(cells)} |"
 

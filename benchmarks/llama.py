@@ -1,4 +1,4 @@
-"""A model of Llama's kind in plain torch, with random weights made where they are to be."""
+"""A model of Llama's kind in plain torch, with random weights made on its device."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""State in host memory or in a file: what a step takes, and what a training step takes.
+"""Times of optimizer steps and training steps with state in host memory or in a file.
 
     python benchmarks/offload.py step train finetune7b disk
     python benchmarks/offload.py step --only "int8 offloaded" --chunk-mib 16
     python benchmarks/offload.py step train finetune7b disk --small --device cpu
 
 `step` steps 1.1e9 parameters with every format offloaded, beside the floor: the bytes of state over
-what the bus carries each way when both ways run, measured just before. Beside them are optimizers
-whose state is resident, and torchao's, whose step is on the CPU; its time is from gradients that
-are ready on the device, which its hooks copy to the host, to parameters that are. Milliseconds are
-those of a step among several in a row, "issued" until the first returned. `train` trains a model of
-as many parameters on 4,096 and 8,192 tokens a step; milliseconds are from one step's end to the
-next's, with nobody waiting between; "released" has the optimizer step beside the backward.
-`finetune7b` trains 6.7e9 parameters and compares the most memory with that of a run without an
-optimizer. `disk` steps 200 million parameters whose state is in a file, which the system may keep
-in memory. Each part is measured anew and takes its place in the JSON.
+the bus's bandwidth each way while both ways run, measured just before. For comparison it steps
+optimizers with resident state, and torchao's, which steps on the CPU. Its time begins when
+gradients are ready on the device, which its hooks copy to the host, and ends with parameters there.
+Milliseconds are those of one of several steps without waits; "issued" is until the first returned.
+`train` trains a model of as many parameters on 4,096 and 8,192 tokens a step; milliseconds are from
+one step's end to the next's, without waits between; "released" steps during the backward pass.
+`finetune7b` trains 6.7e9 parameters and compares the peak memory with that of a run without an
+optimizer. `disk` steps 200 million parameters whose state is in a file, which the system may cache.
+Each part is measured anew and replaces its results in the JSON.
 """
 
 from __future__ import annotations

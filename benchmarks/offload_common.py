@@ -1,4 +1,4 @@
-"""What the parts of the offload benchmark share: who is measured, the bus, and counts of memory."""
+"""Shared by the parts of the offload benchmark: contestants, bus bandwidth, counts of memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Make = Callable[..., CodedOptimizer]
 
 
 def _adamw(format_: str) -> Make:
-    """Exact arithmetic on moments that are stored so."""
+    """AdamW with both moments in this format."""
     formats = dict.fromkeys(("exp_avg", "exp_avg_sq"), format_)
     return partial(CodedOptimizer, rule=Adam(decoupled=True), formats=formats)
 
@@ -41,7 +41,7 @@ FORMATS: dict[str, Make] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run is measured on.
+    """The device and the sizes of a run.
 
     Attributes:
         device: that steps.
@@ -60,25 +60,25 @@ class Contestant:
 
     Attributes:
         make: it, from parameters.
-        place: where its state is: "host", "device", or "cpu", where the step is too.
+        store: where its state is: "host", "device", or "cpu", where the step is too.
         dtypes: of parameters that it is measured with.
         family: whether it is one of ours, which can step beside the backward.
     """
 
     name: str
     make: Callable[[Sequence[Parameter], Sizes], Optimizer]
-    place: str
+    store: str
     dtypes: tuple[str, ...] = ("bfloat16",)
     family: bool = False
 
 
 def streamed(make: Make, params: Sequence[Parameter], sizes: Sizes) -> Optimizer:
-    """One of the family with its state in host memory."""
+    """An optimizer of the family with its state in host memory."""
     return offload(make(params, lr=1e-3), chunk_bytes=sizes.chunk_bytes)
 
 
 def torchaos(gradients: bool, params: Sequence[Parameter], sizes: Sizes) -> Optimizer:
-    """The peer whose step is on the CPU."""
+    """torchao's optimizer that steps on the CPU."""
     from torchao.optim import CPUOffloadOptimizer
 
     made: Optimizer = CPUOffloadOptimizer(
@@ -90,7 +90,7 @@ def torchaos(gradients: bool, params: Sequence[Parameter], sizes: Sizes) -> Opti
 def wrapped(
     state: dict[str, str] | None, options: dict[str, bool], params: Sequence[Parameter], _: Sizes
 ) -> Optimizer:
-    """torch's AdamW in an ``OffloadOptimizer``, in chunks as large as that chooses."""
+    """torch's AdamW in an ``OffloadOptimizer`` with its default chunk size."""
     inner = AdamW(params, lr=1e-3, fused=state is None)
     return OffloadOptimizer(inner, state, **options)
 
@@ -99,7 +99,7 @@ WRAPPED = {"exp_avg": "int8(block_size=256)", "exp_avg_sq": "oneq(bits=8,block_s
 
 
 def contestants() -> dict[str, Contestant]:
-    """Everyone, by name."""
+    """All contestants, by name."""
     both = ("float32", "bfloat16")
     made = [
         Contestant(f"{name} offloaded", partial(streamed, make), "host", dtypes, True)
@@ -122,7 +122,7 @@ def contestants() -> dict[str, Contestant]:
 
 
 def unhook(params: Iterable[Parameter]) -> None:
-    """Take away what optimizers have hung onto parameters, which keeps both from being freed."""
+    """Remove the hooks that optimizers put on parameters, which keep both from being freed."""
     for param in params:
         (param._post_accumulate_grad_hooks or {}).clear()
         param.grad = None
@@ -130,7 +130,7 @@ def unhook(params: Iterable[Parameter]) -> None:
 
 @contextmanager
 def clean(device: torch.device) -> Iterator[None]:
-    """Leave nothing behind on the device."""
+    """Free all memory on the device."""
     try:
         yield
     finally:
@@ -138,18 +138,18 @@ def clean(device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            # torch keeps pinned memory that is freed, too
+            # torch also keeps freed pinned memory
             getattr(torch._C, "_host_emptyCache", lambda: None)()
 
 
 def bus(sizes: Sizes) -> dict[str, float]:
     """Bytes a second between pinned host memory and the device, in copies of 32 MiB.
 
-    "both" is each way while both run, which is what state that streams can reach.
+    "both" is each way while both run, the most that a transfer of state can reach.
     """
     device, cuda = sizes.device, sizes.device.type == "cuda"
     nbytes, rooms, rounds = (1 << 16, 2, 2) if sizes.small else (1 << 25, 8, 64)
-    # several of each, or the processor's cache would answer for the memory
+    # several of each, so that the processor's cache does not hold them
     sources = [empty_pinned(nbytes, cuda).fill_(1) for _ in range(rooms)]
     sinks = [empty_pinned(nbytes, cuda).fill_(1) for _ in range(rooms)]
     there = [torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -192,13 +192,13 @@ def reserved(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin to look for the most bytes anew."""
+    """Reset the peak of allocated bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 def process_bytes(peak: bool = False) -> int:
-    """Bytes of this process in memory, now or at most; 0 where the system does not say."""
+    """Resident bytes of this process, now or at their peak; 0 where they are not known."""
     try:
         return resident("VmHWM" if peak else "VmRSS")
     except OSError:
@@ -206,16 +206,16 @@ def process_bytes(peak: bool = False) -> int:
 
 
 def forget_process_peak() -> None:
-    """Begin to look for the most bytes of this process anew, where the system lets us."""
+    """Reset the peak of resident bytes, where the system allows it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def moved_bytes(optimizer: Optimizer) -> int:
-    """Bytes of state that a step brings to the device, and back; 0 where none moves."""
+    """Bytes of state that a step copies to the device and back; 0 if none."""
     if isinstance(optimizer, OptimizerWrapper):
-        away = optimizer.engine.store.name == "host"
-        return optimizer.memory_report().state_bytes if away else 0
+        on_host = optimizer.engine.store.name == "host"
+        return optimizer.memory_report().state_bytes if on_host else 0
     if getattr(optimizer, "offloaded", None) is None:
         return 0
     assert isinstance(optimizer, CodedOptimizer)

@@ -1,4 +1,4 @@
-"""The tables of offloaded state in the docs, from what `offload.py` has measured.
+"""Writes the docs' tables of offloaded state from the results of `offload.py`.
 
     python benchmarks/offload_page.py
 
@@ -26,7 +26,7 @@ Columns = dict[str, Callable[[Report], str]]
 
 
 def grid(columns: Columns, rows: Sequence[Report]) -> str:
-    """A table in Markdown, without the columns in which no row has anything."""
+    """A Markdown table, without columns that are empty in all rows."""
     cells = [(head, [cell(row) for row in rows]) for head, cell in columns.items()]
     kept = [(head, *column) for head, column in cells if any(column)]
     lines = [f"| {' | '.join(line)} |" for line in zip(*kept, strict=True)]
@@ -34,7 +34,7 @@ def grid(columns: Columns, rows: Sequence[Report]) -> str:
 
 
 def name_of(row: Report, versions: dict[str, str]) -> str:
-    """An optimizer as the docs call it."""
+    """The name of an optimizer in the docs."""
     name: str = row["optimizer"]
     if name == "torch fused":
         return "`torch.optim.AdamW(fused=True)`"
@@ -45,7 +45,7 @@ def name_of(row: Report, versions: dict[str, str]) -> str:
 
 
 def number(row: Report, key: str, digits: int, unit: float = 1) -> str:
-    """A figure of a row, nothing where it has none."""
+    """A number of a row as text; empty if it has none."""
     if "error" in row:
         return "failed" if key == "ms" else ""
     return f"{row[key] / unit:.{digits}f}" if row.get(key) is not None else ""
@@ -57,7 +57,7 @@ def figure(key: str, digits: int, unit: float = 1) -> Callable[[Report], str]:
 
 
 def setup_of(part: Report) -> str:
-    """Where it ran."""
+    """The machine and versions of a run."""
     setup = part["setup"]
     bus, triton = setup["bus_gb_s"], setup["versions"].get("triton", "none")
     return (
@@ -69,12 +69,12 @@ def setup_of(part: Report) -> str:
 
 
 def note_of(part: Report) -> str:
-    """What whoever measured it has to say of it."""
+    """The note in the results, if any."""
     return f" ({part['note'][0].upper()}{part['note'][1:]}.)" if "note" in part else ""
 
 
 def waiting(part: Report) -> str:
-    """Which of the steps that stream wait for the device."""
+    """The steps of offloaded state that wait for the device."""
     rows = [row for row in part["result"] if row["place"] == "host"]
     waits = [row["optimizer"] for row in rows if row.get("without_waiting") is not True]
     which = ", ".join(dict.fromkeys(waits))
@@ -87,7 +87,7 @@ def text(sentences: str) -> str:
 
 
 def steps(part: Report) -> str:
-    """What a step takes, by itself."""
+    """The table of step times."""
     versions = part["setup"]["versions"]
     columns: Columns = {
         "optimizer": lambda row: name_of(row, versions),
@@ -104,7 +104,7 @@ def steps(part: Report) -> str:
 
 
 def streamed(part: Report) -> str:
-    """Of these, what streams, in short."""
+    """The short table of steps with offloaded state."""
     columns: Columns = {
         "state": lambda row: row["optimizer"].removesuffix(" offloaded"),
         "parameters": lambda row: DTYPES[row["dtype"]],
@@ -117,7 +117,7 @@ def streamed(part: Report) -> str:
 
 
 def training(part: Report) -> str:
-    """What a training step takes."""
+    """The table of training steps."""
     versions = part["setup"]["versions"]
     columns: Columns = {
         "optimizer": lambda row: name_of(row, versions),
@@ -131,7 +131,7 @@ def training(part: Report) -> str:
 
 
 def finetuned(part: Report) -> str:
-    """The time and the memory of the large model."""
+    """The table of times and memory of the large model."""
     columns: Columns = {
         "gradients": lambda row: "released" if row["released"] else "kept",
         "ms": figure("ms", 0),
@@ -144,7 +144,7 @@ def finetuned(part: Report) -> str:
 
 
 def on_disk(part: Report) -> str:
-    """What a step takes whose state is in a file."""
+    """The table of steps with state in a file."""
     columns: Columns = {
         "`sync`": lambda row: str(row["sync"]),
         "ms": figure("ms", 0),
@@ -155,17 +155,17 @@ def on_disk(part: Report) -> str:
 
 
 def billions(row: Report) -> str:
-    """How many parameters."""
+    """The number of parameters in billions, as text."""
     return f"{row['parameters'] / 1e9:.2f}e9 parameters"
 
 
 def sized(part: Report) -> Report:
-    """A row that says how large the model is."""
+    """A row that contains the model's size."""
     return next(row for row in part["result"] if "parameters" in row)
 
 
 def benchmarks(report: Report) -> str:
-    """All of it."""
+    """The tables of the benchmarks page."""
     step, train, large, disk = (report[p] for p in ("step", "train", "finetune7b", "disk"))
     tensors = sized(step)["tensors"]
     return "\n\n".join(
@@ -196,7 +196,7 @@ def benchmarks(report: Report) -> str:
 
 
 def concepts(report: Report) -> str:
-    """What is to be seen at a glance."""
+    """The short table of the concepts page."""
     step = report["step"]
     begin = text(f"A step of {billions(sized(step))}. {setup_of(step)}")
     return "\n\n".join([begin, streamed(step), waiting(step)])

@@ -1,4 +1,4 @@
-"""The time of a step whose state is away, beside the time that the bus takes for the bytes."""
+"""The time of a step with offloaded state, beside the bus's time for the bytes."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ def tensors(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> list[Pa
 
 
 def stepper(optimizer: Optimizer, params: Sequence[Parameter]) -> Callable[[], None]:
-    """A step, from gradients that are ready on the device to parameters that are there."""
+    """A step, from gradients on the device to parameters on the device."""
     if not hasattr(optimizer, "param_d2h_map"):
         return optimizer.step  # type: ignore[return-value]
     # it takes gradients to the host in hooks of the backward pass, last parameter first
     grads = [param.grad for param in params]
 
-    def deliver_and_step() -> None:
+    def copy_and_step() -> None:
         for param, grad in zip(reversed(params), reversed(grads), strict=True):
             param.grad = grad
             for hook in (param._post_accumulate_grad_hooks or {}).values():
                 hook(param)
         optimizer.step()
 
-    return deliver_and_step
+    return copy_and_step
 
 
 def windows(
     step: Callable[[], None], device: torch.device, count: int, steps: int
 ) -> tuple[float, float]:
-    """Median milliseconds of a step in rows of steps, and until a first one has been issued."""
+    """Median milliseconds of one of several steps, and until the first one has been issued."""
     spent, issued = [], []
     for _ in range(count):
         synchronize(device)
@@ -78,7 +78,7 @@ def windows(
 
 
 def without_waiting(step: Callable[[], None], device: torch.device) -> str | bool | None:
-    """Whether a step waits for the device nowhere; what torch says if it does."""
+    """Whether a step never waits for the device; otherwise torch's error."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -95,7 +95,7 @@ def without_waiting(step: Callable[[], None], device: torch.device) -> str | boo
 def measure(
     one: Contestant, shapes: Shapes, dtype: torch.dtype, sizes: Sizes, both_ways: float
 ) -> dict[str, Any]:
-    """One row."""
+    """The results of one contestant."""
     device = sizes.device
     params = tensors(shapes, dtype, device)
     synchronize(device)
@@ -132,14 +132,14 @@ def measure(
     if moved := moved_bytes(optimizer):
         floor = 1e3 * moved / both_ways
         row |= {"bytes_each_way": moved, "floor_ms": floor, "times_floor": ms / floor}
-    if one.place != "cpu":
+    if one.store != "cpu":
         row["without_waiting"] = without_waiting(step, device)
     unhook(params)
     return row
 
 
 def run_step(sizes: Sizes, link: dict[str, float], only: list[str], dtypes: list[str]) -> list[Any]:
-    """Every contestant with every dtype that it is measured with."""
+    """Results of every contestant with each of its dtypes."""
     shapes = LAYOUTS["tiny" if sizes.small else "llama1b"]()
     rows: list[dict[str, Any]] = []
     print(f"{'step':37}{'dtype':10}      ms  issued   floor  ratio  extra  host B/p  waits")
@@ -147,7 +147,7 @@ def run_step(sizes: Sizes, link: dict[str, float], only: list[str], dtypes: list
         for dtype in one.dtypes:
             if (only and one.name not in only) or (dtypes and dtype not in dtypes):
                 continue
-            key = {"optimizer": one.name, "dtype": dtype, "place": one.place}
+            key = {"optimizer": one.name, "dtype": dtype, "place": one.store}
             with clean(sizes.device):
                 try:
                     row = measure(one, shapes, getattr(torch, dtype), sizes, link["both"])
@@ -159,7 +159,7 @@ def run_step(sizes: Sizes, link: dict[str, float], only: list[str], dtypes: list
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as it is printed."""
+    """A row of results as text."""
     begin = f"{row['optimizer']:37}{row['dtype']:10}"
     if "error" in row:
         return begin + row["error"][:80]
@@ -192,7 +192,7 @@ def run_disk(sizes: Sizes, folder: Path | None) -> list[Any]:
 
 
 def disk_row(shapes: Shapes, sizes: Sizes, path: Path, sync: bool) -> dict[str, Any]:
-    """Milliseconds of a step until the file has all of it, in rows of steps."""
+    """Milliseconds of one of several steps, until the file has all of its state."""
     params = tensors(shapes, torch.bfloat16, sizes.device)
     made = AdamW8bit(params, lr=1e-3)
     optimizer = offload(made, "disk", path=path, sync=sync, chunk_bytes=sizes.chunk_bytes)

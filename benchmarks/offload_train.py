@@ -1,4 +1,4 @@
-"""Training steps of whole models with the state of their optimizer away."""
+"""Training steps of whole models with offloaded optimizer state."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def train_step(model: Llama, tokens: Tensor, optimizer: Optimizer | None) -> Non
 def paced(
     model: Llama, tokens: Tensor, optimizer: Optimizer | None, device: torch.device, steps: int
 ) -> tuple[float, float]:
-    """Median and mean milliseconds from one step's end to the next's, without waiting between."""
+    """Median and mean milliseconds from one step's end to the next's, without waits between."""
     synchronize(device)
     begin = perf_counter()
     marks: list[Any] = []
@@ -80,7 +80,7 @@ BUCKET = 1 << 27
 
 
 def stepped_in_backward(optimizer: Optimizer | None, released: bool) -> AbstractContextManager[Any]:
-    """What training steps run in: ``released`` has the optimizer step beside the backward."""
+    """A context for training steps: ``released`` steps during the backward pass."""
     if not released or optimizer is None:
         return nullcontext()
     return GradientRelease(optimizer, bucket_bytes=BUCKET)
@@ -89,7 +89,7 @@ def stepped_in_backward(optimizer: Optimizer | None, released: bool) -> Abstract
 def train_row(
     one: Contestant | None, released: bool, sizes: Sizes, tokens: Tensor
 ) -> dict[str, Any]:
-    """One optimizer; None: forward and backward alone."""
+    """The results of one optimizer; None: forward and backward alone."""
     device = sizes.device
     torch.manual_seed(0)
     model = Llama(CONFIGS["tiny" if sizes.small else "1b"], device)
@@ -127,12 +127,12 @@ def run_train(sizes: Sizes, only: list[str]) -> list[Any]:
 
 
 def run_tokens(sizes: Sizes, only: Sequence[str], sequences: int) -> list[Any]:
-    """So many sequences of 2,048 tokens a step."""
+    """Results with so many sequences of 2,048 tokens a step."""
     tokens = text(sizes, CONFIGS["tiny" if sizes.small else "1b"].vocabulary, sequences, 2048)
     rows: list[dict[str, Any]] = []
     print(f"{f'train, {tokens.numel()} tokens':37}      ms    mean  / AdamW8bit  peak GB  host B/p")
     everyone: dict[str, Contestant | None] = {"no optimizer": None}
-    resident_first = sorted(contestants().values(), key=lambda one: one.place != "device")
+    resident_first = sorted(contestants().values(), key=lambda one: one.store != "device")
     everyone |= {one.name: one for one in resident_first}
     everyone |= {one.name + RELEASED: one for one in resident_first if one.family}
     resident_ms = None
@@ -162,7 +162,7 @@ def run_tokens(sizes: Sizes, only: Sequence[str], sequences: int) -> list[Any]:
 
 
 def run_finetune(sizes: Sizes, name: str) -> list[Any]:
-    """Steps of a model of 7e9 parameters, checkpointed, and the most memory with and without."""
+    """Steps of a checkpointed model of 7e9 parameters; peak memory with and without a step."""
     rows = []
     for released in (False, True):
         with clean(sizes.device):
@@ -176,7 +176,7 @@ def run_finetune(sizes: Sizes, name: str) -> list[Any]:
 
 
 def finetune(sizes: Sizes, name: str, released: bool) -> dict[str, Any]:
-    """The peak may be that of a run without an optimizer and half a gigabyte."""
+    """Fine-tune with offloaded state; the peak may exceed a plain run's by half a gigabyte."""
     device, config = sizes.device, CONFIGS["tiny" if sizes.small else "7b"]
     torch.manual_seed(0)
     model = Llama(config, device, checkpointed=True)

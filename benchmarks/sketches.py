@@ -24,7 +24,7 @@ A spec is "V | M":
                 q      the unit is that mean; when levels are chosen, by least squares
         ROUND   n      to nearest
                 p      stochastic, in pairs of steps
-        FLUSH   the share of beta1 / (1 - beta1) (m - what is kept) that the update delivers
+        FLUSH   the share of beta1 / (1 - beta1) (m - stored m) that is added to the update
         x       u is of the exact root, as above; without it, r was exact
         zNULL   what is below NULL root mean squares counts as zero
 
@@ -154,7 +154,7 @@ def choose(x: Tensor, levels: tuple[float, ...], r: Tensor, lift: float = 0.0) -
 
 
 def make_v(text: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """What rounds roots [blocks, BLOCK] with uniforms."""
+    """Makes a function that rounds roots [blocks, BLOCK] with uniforms."""
     if text == "f":
         return lambda root, r: root
     head, _, lift = text.partition("/")
@@ -175,7 +175,7 @@ def make_v(text: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def make_m(text: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """What rounds update units [blocks, BLOCK] with uniforms."""
+    """Makes a function that rounds update units [blocks, BLOCK] with uniforms."""
     head, scale = text.split(",")[:2]
     levels = levels_m(head)
 
@@ -226,7 +226,7 @@ def make_step(spec: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         if null:
             u = torch.where(u.abs() < null * u.square().mean(1, keepdim=True).sqrt(), 0.0, u)
         rounded = torch.where(kept > 0, round_m(u, r), 0.0)
-        # no bias correction: what is left out would come at later steps, which have less
+        # no bias correction: the residual would enter later steps, which have less
         late = float(flush) * b1 / (1 - b1) * (u - rounded) * root
         return rounded, kept, (m * correct_m + late) / denominator
 

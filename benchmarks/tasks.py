@@ -1,4 +1,4 @@
-"""What the convergence study trains: three small tasks on real data, the same for every optimizer.
+"""The tasks of the convergence study: three small ones on real data, the same for every optimizer.
 
 `gpt` is a byte GPT of 31.6 million parameters on Shakespeare's plays, for a GPU; `toy-gpt` the same
 with 0.6 million; `digits` a convolution on scikit-learn's handwritten digits. A task's data order

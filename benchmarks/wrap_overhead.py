@@ -1,4 +1,4 @@
-"""What wrapping costs: milliseconds of a step beside those of the plain optimizer.
+"""The cost of wrapping: milliseconds of a step beside those of the plain optimizer.
 
     python benchmarks/wrap_overhead.py
     python benchmarks/wrap_overhead.py --device cuda --layers 72

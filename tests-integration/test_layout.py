@@ -1,6 +1,7 @@
 """How the sources hang together: no import circles, no private names of others, short files."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,3 +118,41 @@ def test_files_are_short_and_say_what_they_hold(name: str) -> None:
     text = MODULES[name].read_text()
     assert len(text.splitlines()) <= LONGEST
     assert (ast.get_docstring(TREES[name]) or "").strip()
+
+
+def used_by(*folders: str) -> set[str]:
+    """The modules and folders beside these of ``optstate_codecs`` that their modules import."""
+    found = set()
+    for name, tree in TREES.items():
+        if name.split(".")[:2] in [["optstate_codecs", folder] for folder in folders]:
+            found |= {other.split(".")[1] for other in imports(tree) if other.count(".")}
+    return found - set(folders)
+
+
+def test_formats_rules_and_writes_know_nothing_of_the_engine() -> None:
+    used = used_by("formats", "rules", "writes")
+    assert used >= {"rounding", "checks"}
+    folders = {path.parent.name for path in MODULES.values() if path.name == "__init__.py"}
+    assert used & folders <= {"triton_lib"}
+    assert not used & {"optimizer", "parameters", "views", "memory"}
+
+
+def test_the_engine_knows_nothing_of_optimizers() -> None:
+    used = used_by("engine")
+    assert used >= {"formats", "rules", "writes"}
+    assert not used & {"optimizer", "parameters", "offloading", "views", "memory", "testing"}
+
+
+def test_the_module_map_has_every_folder_and_names_what_exists() -> None:
+    text = (ROOT / "docs" / "concepts" / "module-map.md").read_text()
+    sections = re.split(r"^## Folders of (\w+)$", text, flags=re.MULTILINE)[1:]
+    for package, section in zip(sections[::2], sections[1::2], strict=True):
+        (source,) = ROOT.glob(f"packages/*/src/{package}")
+        table = section.partition("| folder |")[2].partition("\n\n")[0]
+        folders = {path.parent for path in source.glob("*/**/__init__.py")}
+        expected = {f"{folder.relative_to(source).as_posix()}/" for folder in folders}
+        assert set(re.findall(r"^\| `(\S+)` \|", table, re.MULTILINE)) == expected
+    sources = [path for path in ROOT.glob("packages/*/src/*") if path.name in sections]
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
+    assert len(named) > 25
+    assert {path for path in named if not any((s / path).exists() for s in sources)} == set()

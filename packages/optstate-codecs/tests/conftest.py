@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
+from optstate_codecs.triton_lib import HAS_TRITON, INTERPRETED
 
 sys.path.insert(0, str(Path(__file__).parent))
 

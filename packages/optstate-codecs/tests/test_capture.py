@@ -84,7 +84,7 @@ def test_a_kernel_that_was_not_warmed_up_raises() -> None:
     optimizer.step()
     with recording():
         params[1].grad = None
-        with pytest.raises(RuntimeError, match="no step yet had just these gradients"):
+        with pytest.raises(RuntimeError, match="no step yet had exactly these gradients"):
             optimizer.step()
         params[1].grad = torch.ones(40)
         with pytest.raises(RuntimeError, match="step counts are on the host"):
@@ -112,7 +112,7 @@ def test_a_recorded_step_finds_gradients_that_have_moved(formats) -> None:
     (plan,) = recorded.optimizer.executor._plans.values()
     for table in plan.tables:
         table.on_host = False  # as on a GPU, where counts lie with the parameters
-        table.row_of = table._sort()
+        table.scalar_set = table._assign_sets()
     for side, surroundings in ((plain, nullcontext()), (recorded, recording())):
         give(side, 1)
         with surroundings:

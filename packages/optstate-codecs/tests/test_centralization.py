@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from optstate_codecs import Adam, CodedOptimizer
-from optstate_codecs.gradients.centralization import centre_shape
+from optstate_codecs.gradients.centralization import mean_layout
 from optstate_codecs.state.layout import FlatView, storage_order
 
 EXACT = {"exp_avg": "fp32", "exp_avg_sq": "fp32"}
@@ -41,7 +41,7 @@ def test_the_place_of_an_element_gives_its_first_index(layout) -> None:
     for shape in ((4, 6), (7, 5, 3), (2, 3, 4, 5)):
         first = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
         tensor = laid_out(first, layout)
-        inside, outside = centre_shape(tensor)
+        inside, outside = mean_layout(tensor)
         flat = FlatView(tensor, storage_order(tensor)).read(0, tensor.numel())
         assert torch.equal(flat, torch.arange(tensor.numel()) // inside % outside)
 
@@ -87,7 +87,7 @@ def test_as_if_gradients_were_centred_before(layout, device, backend) -> None:
             got.cpu(), expected, rtol=1e-5, atol=2e-6, msg=lambda m, n=number: f"{n}: {m}"
         )
     if backend == "triton":
-        assert all(not plan.left for plan in optimizer.executor._plans.values())
+        assert all(not plan.fallback for plan in optimizer.executor._plans.values())
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")

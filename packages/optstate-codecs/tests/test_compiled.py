@@ -1,4 +1,4 @@
-"""Law 7 on a CPU: compiled loops give the reference's bits; and what happens without a compiler."""
+"""Law 7 on a CPU: compiled kernels give the reference's bits; and steps without a compiler."""
 
 import ctypes
 import shlex
@@ -54,13 +54,13 @@ def no_compiler(monkeypatch):
     """A compiler that fails, and nothing built or warned of before."""
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setattr(compiled, "_warned", set())
-    kernels.loops.cache_clear()
+    kernels.compiled_kernel.cache_clear()
     yield
-    kernels.loops.cache_clear()
+    kernels.compiled_kernel.cache_clear()
 
 
 def pair(formats: tuple[str, str], shapes=SHAPES, dtype=torch.float32, **options):
-    """The reference and the loops, over equal parameters."""
+    """The reference and the kernels, over equal parameters."""
     return twins.pair("compile", (*formats, formats[0]), shapes, dtype, **options)
 
 
@@ -74,7 +74,7 @@ def compare(reference: Trainer, ours: Trainer) -> None:
 
 
 def tolerance(like: torch.Tensor) -> dict:
-    """None; but where torch rounds the ends of tensors otherwise than the rest, loops do not."""
+    """None; but where torch rounds the ends of tensors otherwise than the rest, kernels do not."""
     operations = ("add", "addcmul", "lerp")
     if all(rounds_once(name) is rounds_once(name, TAIL) for name in operations):
         return {"rtol": 0, "atol": 0, "equal_nan": True}
@@ -88,10 +88,10 @@ def run(reference: Trainer, ours: Trainer, steps: int = 4) -> None:
         compare(reference, ours)
 
 
-def stepped_by_loops(trainer: Trainer) -> list[bool]:
+def stepped_by_kernels(trainer: Trainer) -> list[bool]:
     """Of each parameter that has taken a step."""
     param_steps = trainer.optimizer.stored_param_steps()
-    return [compiled._standings[param_step].loops is not None for param_step in param_steps]
+    return [compiled._prepared[param_step].kernel is not None for param_step in param_steps]
 
 
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
@@ -99,7 +99,7 @@ def test_same_codes_for_every_format(formats) -> None:
     reference, ours = pair(formats)
     run(reference, ours, steps=6)
     # torch.optim's roots, which fp32 formats take, have no form in C where they are not exact
-    assert set(stepped_by_loops(ours)) == {formats != FORMATS["fp32"] or sqrt_is_exact()}
+    assert set(stepped_by_kernels(ours)) == {formats != FORMATS["fp32"] or sqrt_is_exact()}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_same_codes_for_every_rule(rule, options) -> None:
     formats = ("dynamic8(block_size=64, rounding=stochastic)", "fp32")
     reference, ours = pair(formats, rule=rule, **options)
     run(reference, ours)
-    assert all(stepped_by_loops(ours))
+    assert all(stepped_by_kernels(ours))
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_same_codes_for_every_rule(rule, options) -> None:
 def test_same_codes_for_every_option(dtype, options) -> None:
     reference, ours = pair(FORMATS["dynamic8"], dtype=dtype, **options)
     run(reference, ours)
-    assert all(stepped_by_loops(ours))
+    assert all(stepped_by_kernels(ours))
 
 
 @pytest.mark.parametrize("name", ["dynamic8", "fp32", "4-bit"])
 def test_rows_that_are_not_finite_or_out_of_range(name) -> None:
-    """They take the slow loops; 1e-25 has a square that no float holds."""
+    """They take the slow functions; 1e-25 has a square that no float holds."""
     reference, ours = pair(FORMATS[name], ((5, 1024), (1500,)))
     for value in (float("nan"), float("inf"), -float("inf"), 1e-25, 1e25):
         for trainer in (reference, ours):
@@ -193,13 +193,13 @@ def test_layouts_and_what_is_left_to_the_reference() -> None:
                 param.grad = torch.empty_like(param).copy_(grad)
             trainer.optimizer.step()
     compare(reference, ours)
-    assert stepped_by_loops(ours) == [True, True, False, False, False]
+    assert stepped_by_kernels(ours) == [True, True, False, False, False]
 
 
 def test_formats_without_a_form_in_c_are_left_to_the_reference() -> None:
     reference, ours = pair(("dynamic4(block_size=128)", SECOND), ((300,),))
     run(reference, ours, steps=2)
-    assert stepped_by_loops(ours) == [False]
+    assert stepped_by_kernels(ours) == [False]
 
 
 def test_nothing_beyond_a_tensor_is_touched() -> None:
@@ -261,7 +261,7 @@ def test_nothing_is_built_twice(monkeypatch) -> None:
     monkeypatch.setattr(
         build, "_compile", lambda *given: compilations.append(given) or real_compile(*given)
     )
-    kernels.loops.cache_clear()
+    kernels.compiled_kernel.cache_clear()
     _, ours = pair(("dynamic8(block_size=32)", "dynamic8(block_size=32, signed=False)"))
     ours.run(6)
     for lr, betas, decay, eps in ((1.0, (0.8, 0.9), 0.0, 1e-8), (0.0, (0.4, 0.9999), 1.0, 0.5)):
@@ -271,7 +271,7 @@ def test_nothing_is_built_twice(monkeypatch) -> None:
     ours.params.append(ours.optimizer.param_groups[1]["params"][0])
     ours.run(2)
     assert (len(built), len(compilations)) == (1, 1)
-    kernels.loops.cache_clear()  # as in another process
+    kernels.compiled_kernel.cache_clear()  # as in another process
     _, again = pair(("dynamic8(block_size=32)", "dynamic8(block_size=32, signed=False)"))
     again.run(1)
     assert (len(built), len(compilations)) == (2, 1)

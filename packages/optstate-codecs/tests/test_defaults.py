@@ -23,7 +23,7 @@ from optstate_codecs import FP8, Adam, GradientRelease, Int4, Minifloat
 from optstate_codecs.convert import adam_state_dict
 from optstate_codecs.engine.cpu import kernels
 from optstate_codecs.formats import format_names, parse_format
-from optstate_codecs.gradients.centralization import find_centres
+from optstate_codecs.gradients.centralization import find_grad_means
 from optstate_codecs.gradients.grad_norm import nonfinite
 from optstate_codecs.offloading import offload, snapshot
 from optstate_codecs.rounding import Draw
@@ -89,7 +89,7 @@ def _defaults_stay():
 def forget() -> None:
     """Empty the caches, as in a process that has just begun."""
     forget_tables()
-    kernels.loops.cache_clear()
+    kernels.compiled_kernel.cache_clear()
 
 
 def life(backend: str = "eager", pairs=PAIRS) -> dict[str, torch.Tensor]:
@@ -128,20 +128,20 @@ def test_kernels(name) -> None:
 
 @pytest.mark.parametrize("write", ["nearest", "split24"])
 @pytest.mark.parametrize("name", ["dynamic8", "dynamic8-10", "fp8", "4-bit", "minifloat"])
-def test_what_is_recorded_for_compiled_loops(name, write) -> None:
+def test_what_is_recorded_for_compiled_kernels(name, write) -> None:
     rule = Adam()
     moments = rule.moments(rule.hyper(rule.defaults()))
     formats = tuple(map(parse_format, PAIRS[name]))
     written = parameter_write(write, torch.bfloat16)
-    kind = kernels.KernelSpec(
+    spec = kernels.KernelSpec(
         rule, (False, False), moments, formats, written, False, torch.float32, 7
     )
-    expected = kernels.source(kind)
+    expected = kernels.source(spec)
     for dtype, device in DEFAULTS:
         with torch_defaults(dtype, device):
-            assert kernels.source(kind) == expected
+            assert kernels.source(spec) == expected
     with torch.inference_mode():
-        assert kernels.source(kind) == expected
+        assert kernels.source(spec) == expected
 
 
 @NEEDS_COMPILER
@@ -320,9 +320,9 @@ def test_counts_that_are_converted(dtype, device) -> None:
 def test_numbers_of_gradients(dtype, device) -> None:
     grads = [torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), torch.zeros(0)]
     with torch_defaults(dtype, device):
-        centres = find_centres(grads, [1.0, 1.0])
+        means = find_grad_means(grads, [1.0, 1.0])
         nothing = nonfinite(grads[1:])
-    (values,) = centres.values.values()
+    (values,) = means.values.values()
     torch.testing.assert_close(values, grads[0].double().mean(1).float(), rtol=1e-5, atol=1e-7)
     assert nothing.dtype == torch.float32
 

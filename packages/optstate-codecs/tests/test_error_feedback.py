@@ -106,7 +106,7 @@ def test_loops_leave_it_to_the_reference(first: str) -> None:
     )
     assert torch.equal(eager[0], ours[0])
     (param_step,) = ours[1].stored_param_steps()
-    assert compiled._standings[param_step].loops is None
+    assert compiled._prepared[param_step].kernel is None
 
 
 def test_the_flag_is_one() -> None:

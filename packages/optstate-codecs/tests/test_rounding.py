@@ -49,12 +49,12 @@ def test_neighbours_share_a_word_and_swap_its_halves(start: int, stream: int) ->
 
 
 def test_draws_do_not_depend_on_how_they_are_cut() -> None:
-    whole = Draw(1, 2, 3, 4).centred(1000)
+    whole = Draw(1, 2, 3, 4).dither(1000)
     odd = [(0, 333), (333, 334), (667, 333)]
-    assert torch.equal(whole, torch.cat([Draw(1, 2, 3, 4).at(s).centred(n) for s, n in odd]))
-    parts = torch.cat([Draw(1, 2, 3, 4).at(s).centred(250) for s in range(0, 1000, 250)])
+    assert torch.equal(whole, torch.cat([Draw(1, 2, 3, 4).at(s).dither(n) for s, n in odd]))
+    parts = torch.cat([Draw(1, 2, 3, 4).at(s).dither(250) for s in range(0, 1000, 250)])
     assert torch.equal(whole, parts)
-    assert torch.equal(Counter(1, 2, 3, offset=250).stream(4).centred(250), whole[250:500])
+    assert torch.equal(Counter(1, 2, 3, offset=250).stream(4).dither(250), whole[250:500])
 
 
 def test_known_values() -> None:
@@ -64,11 +64,11 @@ def test_known_values() -> None:
 
 
 def test_streams_steps_parameters_and_seeds_are_independent() -> None:
-    base = Draw(0, 1, 0, 2).centred(1 << 16)
+    base = Draw(0, 1, 0, 2).dither(1 << 16)
     others = [Draw(1, 1, 0, 2), Draw(0, 2, 0, 2), Draw(0, 1, 1, 2), Draw(0, 1, 0, 3)]
     others += [Draw(2**32, 1, 0, 2), Draw(0, 1, 0, 4)]
     for other in others:
-        sample = torch.stack([base, other.centred(1 << 16)])
+        sample = torch.stack([base, other.dither(1 << 16)])
         assert abs(float(torch.corrcoef(sample)[0, 1])) < 0.02
         # streams 2 and 3 swap halves between neighbours, so those two are compared two apart
         assert abs(float(torch.corrcoef(torch.stack([base[2:], sample[1][:-2]]))[0, 1])) < 0.02
@@ -76,8 +76,8 @@ def test_streams_steps_parameters_and_seeds_are_independent() -> None:
 
 @pytest.mark.parametrize("stream", [2, 3])
 def test_uniform_over_elements_and_over_steps(stream: int) -> None:
-    elements = Draw(0, 5, 1, stream).centred(1 << 18)
-    steps = torch.cat([Draw(0, t, 1, stream).at(12345).centred(64) for t in range(4096)])
+    elements = Draw(0, 5, 1, stream).dither(1 << 18)
+    steps = torch.cat([Draw(0, t, 1, stream).at(12345).dither(64) for t in range(4096)])
     for draws in (elements, steps):
         counts = torch.histc(draws, 256, -0.5, 0.5)
         chi_squared = float(((counts - 1024) ** 2 / 1024).sum())

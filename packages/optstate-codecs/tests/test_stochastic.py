@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from optstate_codecs import device
 from optstate_codecs.rounding import Draw, stochastic_round_bf16
 from optstate_codecs.stochastic import SOURCES, STREAM, round_
+from optstate_codecs.triton_lib import core
 
 # several tiles, tails of every kind, one element, none, no dimensions
 SHAPES = ((64, 64), (61, 83), (4097,), (129,), (16,), (1,), (0,), ())
@@ -127,7 +127,7 @@ def test_one_launch_for_all_and_only_tables_beside(monkeypatch: pytest.MonkeyPat
 
 
 def test_plain_torch_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "HAS_TRITON", True)
+    monkeypatch.setattr(core, "HAS_TRITON", True)
     for wanted, kernels in (("auto", True), ("triton", True), ("eager", False)):
-        monkeypatch.setenv(device.VARIABLE, wanted)
-        assert device.kernels_run(torch.device("cuda")) is kernels
+        monkeypatch.setenv(core.BACKEND_VARIABLE, wanted)
+        assert core.kernels_run(torch.device("cuda")) is kernels

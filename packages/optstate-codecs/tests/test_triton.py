@@ -20,10 +20,10 @@ from optstate_codecs import (
     OneQ,
     master_weights,
 )
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.engine.triton.buckets import build_buckets
 from optstate_codecs.rules import SGD, Compass, Lion, LPFAdamW, RMSProp
 from optstate_codecs.testing import Trainer
+from optstate_codecs.triton_lib import HAS_TRITON, INTERPRETED
 from optstate_codecs.writes import CORRECTION
 
 FORMATS = {
@@ -113,7 +113,7 @@ def test_what_rounding_leaves_out_is_delivered_alike(name, device) -> None:
     reference, kernel = pair(FORMATS[name], device, FEW, rule=rule)
     run(reference, kernel)
     # by the kernel: the reference cannot be captured
-    assert all(not plan.left for plan in kernel.optimizer.executor._plans.values())
+    assert all(not plan.fallback for plan in kernel.optimizer.executor._plans.values())
 
 
 @pytest.mark.parametrize("device", devices())
@@ -172,7 +172,7 @@ def test_same_codes_for_one_moment_and_none(rule, options, formats, device) -> N
         )
         run(reference, kernel)
         # by the kernel, every one of them
-        assert all(not plan.left for plan in kernel.optimizer.executor._plans.values())
+        assert all(not plan.fallback for plan in kernel.optimizer.executor._plans.values())
 
 
 @pytest.mark.parametrize("device", devices())
@@ -196,7 +196,7 @@ def test_same_codes_for_ema_rules(rule, options, formats, device) -> None:
         FORMATS[formats], device, FEW, rule=rule, dtype=dtype, write=write, **options
     )
     run(reference, kernel)
-    assert all(not plan.left for plan in kernel.optimizer.executor._plans.values())
+    assert all(not plan.fallback for plan in kernel.optimizer.executor._plans.values())
 
 
 @pytest.mark.parametrize("device", devices())
@@ -252,7 +252,7 @@ def test_layouts_and_what_the_kernel_leaves_to_the_reference(device) -> None:
             trainer.optimizer.step()
     compare(reference, kernel)
     (plan,) = kernel.optimizer.executor._plans.values()
-    assert len(plan.left) == 2
+    assert len(plan.fallback) == 2
     assert sum(len(bucket.param_steps) for bucket in plan.buckets) == 2
 
 
@@ -440,4 +440,4 @@ def test_tensors_are_stepped_on_their_own_gpu() -> None:
         reference, kernel = pair(FORMATS["dynamic8"], "cuda:1", FEW, **options)
         with torch.cuda.device(0):
             run(reference, kernel)
-        assert all(not plan.left for plan in kernel.optimizer.executor._plans.values())
+        assert all(not plan.fallback for plan in kernel.optimizer.executor._plans.values())

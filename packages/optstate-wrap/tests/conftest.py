@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
 from optstate_codecs.testing.subject import normal
+from optstate_codecs.triton_lib import HAS_TRITON, INTERPRETED
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
+from optstate_codecs.triton_lib import HAS_TRITON, INTERPRETED
 from stochbf16 import pending
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -61,7 +61,7 @@ def test_same_numbers(make, device: str, backend: str) -> None:
             theirs.data.copy_(ours.data)
     assert different <= max(2, 1e-3 * total)
     if backend == "triton":
-        assert all(not plan.left for plan in other.optimizer.executor._plans.values())
+        assert all(not plan.fallback for plan in other.optimizer.executor._plans.values())
 
 
 @pytest.mark.cuda

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optstate_codecs.device import HAS_TRITON, INTERPRETED
+from optstate_codecs.triton_lib import HAS_TRITON, INTERPRETED
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
-"""Operations that round once on every processor, and how torch's own round on this one.
+"""Correctly rounded square root and multiply-add, and tests of how torch rounds its own.
 
-``torch.sqrt`` takes MKL's root on an x86 processor, which is off by an ulp for a fifth of all
-numbers, and torch multiplies and adds with one rounding or with two, as the instructions allow that
-its loops are built with (``ATEN_CPU_CAPABILITY`` chooses among those). Formats call the operations
-here, so that codes depend on nothing but numbers. Rules with float32 moments do what
-``torch.optim`` does, and compiled loops what the rules do: they ask here what that is.
+On x86 processors ``torch.sqrt`` calls MKL, whose result is off by an ulp for a fifth of all
+numbers. Torch's multiply-add rounds once or twice, depending on the instruction set that its loops
+use (``ATEN_CPU_CAPABILITY`` selects it). Formats call the operations here, so that codes are the
+same on every processor. Rules with float32 moments follow ``torch.optim`` and so torch's rounding;
+compiled kernels find out here which that is.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ __all__ = [
     "sqrt_is_exact",
 ]
 
-#: whether operations are recorded, to be repeated on other numbers
+#: whether operations are being traced for a compiled kernel
 recorded: ContextVar[bool] = ContextVar("recorded", default=False)
 
-# elements that torch steps by whole vectors, and that it steps one by one
+# element counts that torch computes in whole vectors, and one by one
 WHOLE, TAIL = 1024, 7
 
 
 def sqrt(x: Tensor) -> Tensor:
     """The square root of each element, rounded once; a new tensor."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
-        # without memory that numpy could read
+        # these tensors have no memory that numpy could read
         return x.double().sqrt_().to(x.dtype)
     if x.device.type != "cpu" or recorded.get():
         return x.sqrt()
@@ -54,11 +54,11 @@ def multiply_add(x: Tensor, factor: float, offset: float, out: Tensor | None = N
         x: float32.
         factor: rounded to float32 first.
         offset: the same.
-        out: where to put it, if not in a new tensor.
+        out: receives the result; None: a new tensor.
     """
     start = torch.full((), offset, dtype=torch.float32, device=x.device)
-    asked = x.device.type == "cpu" and not (recorded.get() or torch.compiler.is_compiling())
-    if asked and not (rounds_once("add") and rounds_once("add", TAIL)):
+    on_host = x.device.type == "cpu" and not (recorded.get() or torch.compiler.is_compiling())
+    if on_host and not (rounds_once("add") and rounds_once("add", TAIL)):
         return _in_double(x, factor, start, out)
     return torch.add(start, x, alpha=factor, out=out)
 
@@ -68,7 +68,7 @@ def _in_double(x: Tensor, factor: float, start: Tensor, out: Tensor | None) -> T
     product = x.double() * float(torch.tensor(factor, dtype=torch.float32, device="cpu"))
     other = start.double()
     total = product + other
-    # what the sum leaves out (Knuth's two-sum) makes it odd, so that no tie is rounded twice
+    # where the sum is inexact (Knuth's two-sum), round it to odd, so that no tie is rounded twice
     other_part = total - product
     error = (product - (total - other_part)) + (other - other_part)
     bits = total.view(torch.int64)
@@ -80,31 +80,31 @@ def _in_double(x: Tensor, factor: float, start: Tensor, out: Tensor | None) -> T
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """The sum of each row of a matrix, [rows, 1], added up in an order that nothing changes."""
+    """The sum of each row of a matrix, [rows, 1], in the same order on every device."""
     while (columns := x.shape[1]) > 1:
         half = columns // 2
-        # the first half and the second; of an odd number, the one between them is left as it is
+        # add the second half to the first; the middle one of an odd number stays
         x = torch.cat([x[:, :half] + x[:, columns - half :], x[:, half : columns - half]], 1)
     return x
 
 
 @cache
 def sqrt_is_exact() -> bool:
-    """Whether ``torch.sqrt`` rounds correctly on the host."""
+    """Whether ``torch.sqrt`` is correctly rounded on the host."""
     x = _numbers(4 * WHOLE, 0).abs()
     return torch.equal(x.sqrt(), x.double().sqrt().to(torch.float32))
 
 
 @cache
 def rounds_once(operation: str, count: int = WHOLE) -> bool | None:
-    """Whether torch, where it multiplies and adds on the host, rounds only the sum.
+    """Whether torch's multiply-add on the host rounds only the sum (True), or the product too.
 
     Args:
         operation: "add" with ``alpha``, "addcmul", or "lerp".
         count: elements of a tensor, ``WHOLE`` or ``TAIL``.
 
     Returns:
-        None where torch does neither that nor round product and sum.
+        None where torch rounds in neither way.
     """
     pieces = (_numbers(WHOLE // count * count, seed) for seed in (1, 2, 3))
     a, b, c = (piece.view(-1, count) for piece in pieces)
@@ -117,7 +117,7 @@ def rounds_once(operation: str, count: int = WHOLE) -> bool | None:
         start, product = a, (b * factor).double() * c
     else:
         got = [x.lerp(y, w) for x, y in zip(a, b, strict=True) for w in (factor, 1 - factor)]
-        # from the nearer end
+        # torch starts from the nearer end
         start = torch.stack([a, b], 1).view(-1, count)
         product = torch.stack([b - a, a - b], 1).view(-1, count).double() * factor
     result = torch.stack(got)

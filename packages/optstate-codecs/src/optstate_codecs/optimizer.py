@@ -15,7 +15,7 @@ from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.flat_params import is_flat, refuse_gathering
 from optstate_codecs.formats import Format, as_format
-from optstate_codecs.gradients.centralization import find_centres
+from optstate_codecs.gradients.centralization import find_grad_means
 from optstate_codecs.gradients.grad_norm import gradient_factor, nonfinite
 from optstate_codecs.param_checks import check_kind
 from optstate_codecs.parameters import Entry, GroupSpec, ParameterTable, StateSpec
@@ -342,10 +342,10 @@ class CodedOptimizer(torch.optim.Optimizer):
         param_steps = self._table.cached_param_steps(self.param_groups, found, *self._kept(hypers))
         if factor is None:
             factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
-        centres = None
+        means = None
         shares = [plain_value(group["centralization"]) for group in self.param_groups]
         if any(shares):
-            centres = find_centres(grads, [shares[group] for group in found.groups])
+            means = find_grad_means(grads, [shares[group] for group in found.groups])
         request = engine.StepRequest(
             self.rule,
             param_steps,
@@ -355,11 +355,11 @@ class CodedOptimizer(torch.optim.Optimizer):
             layouts=found.layouts,
             factor=factor,
             found_inf=found_inf,
-            centres=centres,
+            grad_means=means,
         )
         if not param_steps[0].param.is_cuda:  # where there is nothing to choose
             request.total = engine.trainable(self.param_groups)
-        request.apart = not last
+        request.asynchronous = not last
         self.executor.step(request)
 
     def _kept(self, hypers: Sequence[Any]) -> tuple[list[GroupSpec], dict[Tensor, Any], StateSpec]:

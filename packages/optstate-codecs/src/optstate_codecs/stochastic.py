@@ -1,7 +1,7 @@
-"""Lists of tensors rounded stochastically to bfloat16, or added and rounded, in one launch.
+"""Stochastic rounding of many tensors to bfloat16, or adding and rounding, in one launch.
 
-The same bits on every device: element e of tensor n draws from (seed, count, n, e), elements
-counted in the target's storage order.
+Element e of tensor n draws from (seed, count, n, e), with elements counted in the target's storage
+order, so that the bits are the same on every device.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import kernels_run
 from optstate_codecs.rounding import Draw, stochastic_round_bf16
 from optstate_codecs.state.layout import FlatView, is_dense, slices, storage_order
+from optstate_codecs.triton_lib import kernels_run
 
 __all__ = ["SOURCES", "round_"]
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
-# of a parameter's streams those that optimizers leave free: with the same seed, what a gradient
-# and what its parameter draw are independent
+# a stream that optimizers do not use: with the same seed, the draws of a gradient and of its
+# parameter are independent
 STREAM = 8
 
 
@@ -34,47 +34,47 @@ def round_(
     *,
     add: bool = False,
 ) -> None:
-    """Store each source, or with ``add`` the sum of target and source, rounded, in its target.
+    """Round each source, or with ``add`` the sum of target and source, into its target.
 
-    Arithmetic is in float32, and no temporary is larger than a slice. On CUDA devices where triton
-    is installed, all pairs of one device and source dtype are one launch on its current stream.
+    Arithmetic is in float32, and no temporary is larger than a slice. On CUDA devices with triton,
+    all pairs of one device and source dtype share one launch on the device's current stream.
 
     Args:
         targets: bfloat16; none twice.
         sources: of ``SOURCES``, each of its target's shape and device.
         seed: 0 to 2^63 - 1.
-        numbers: what tells the tensors apart, 0 to 2^63 - 1; with the counts they key the draws.
+        numbers: identify the tensors, 0 to 2^63 - 1; with the counts they key the draws.
         counts: 0 to 2^31 - 1; a tensor's draws of different counts are independent.
-        add: whether targets are added to.
+        add: whether to add sources to targets.
     """
     launches: dict[Any, list[int]] = {}
-    for place, (target, source) in enumerate(zip(targets, sources, strict=True)):
+    for position, (target, source) in enumerate(zip(targets, sources, strict=True)):
         if _kernel_takes(target, source):
-            launches.setdefault((target.device, source.dtype), []).append(place)
+            launches.setdefault((target.device, source.dtype), []).append(position)
         else:
-            draw = Draw(seed, counts[place], numbers[place], STREAM)
+            draw = Draw(seed, counts[position], numbers[position], STREAM)
             _round_in_slices(target, source, draw, add)
-    for places in launches.values():
-        # imported with the first launch, so that CPU users never load triton
+    for positions in launches.values():
+        # imported with the first launch, so that CPU users never import the kernel
         from optstate_codecs.engine.triton.rounding import launch
 
-        chosen = [targets[place] for place in places]
+        chosen = [targets[p] for p in positions]
         launch(
             chosen,
-            [sources[place] for place in places],
+            [sources[p] for p in positions],
             seed,
-            [numbers[place] for place in places],
-            [counts[place] for place in places],
+            [numbers[p] for p in positions],
+            [counts[p] for p in positions],
             STREAM,
             add,
         )
         for target in chosen:
-            # autograd has to see what torch has not written
+            # tells autograd of writes that torch has not made
             torch.autograd.graph.increment_version(target)
 
 
 def _kernel_takes(target: Tensor, source: Tensor) -> bool:
-    """Whether both are plain, dense, laid out alike, and where the kernel runs."""
+    """Whether the kernel runs there and both are plain and dense with equal strides."""
     plain = (Tensor, torch.nn.Parameter)
     return (
         kernels_run(target.device)

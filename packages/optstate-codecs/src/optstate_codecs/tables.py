@@ -1,8 +1,7 @@
-"""Constant tables, made once and kept; what is made inside a mode is not kept.
+"""A cache for constant tensors, which is bypassed inside torch's modes.
 
-A mode (``torch.inference_mode``, a ``FakeTensorMode``, a compiler that traces) decides which kind
-of tensor is made in it: an inference tensor, or one without numbers. Kept, it would be wrong in
-later steps.
+A mode (``torch.inference_mode``, a ``FakeTensorMode``, a compiler that traces) changes the kind of
+tensor made in it: an inference tensor, or one without data. Later steps could not use it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _forget: list[Callable[[], None]] = []
 
 
 def in_mode() -> bool:
-    """Whether tensors that are made now may be of another kind than usual."""
+    """Whether a mode is active that changes the kind of new tensors."""
     return (
         torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
@@ -33,13 +32,13 @@ def in_mode() -> bool:
 def cached_table(
     maxsize: int | None = None,
 ) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """``functools.lru_cache`` for functions that make a constant tensor.
+    """``functools.lru_cache`` for functions that return a constant tensor.
 
-    Inside a mode the function makes the table anew at each call. It has to name dtype and device
-    of the table, so that the table does not depend on torch's defaults at the first call.
+    Inside a mode the function runs at each call. It has to pass dtype and device explicitly, so
+    that the tensor does not depend on torch's defaults at the first call.
 
     Args:
-        maxsize: how many tables are kept; None: all.
+        maxsize: how many tensors are cached; None: all.
 
     Example:
         >>> @cached_table()
@@ -63,6 +62,6 @@ def cached_table(
 
 
 def forget_tables() -> None:
-    """Drop all tables that are kept. They are made again when they are needed."""
+    """Clear all caches; tables are made again on the next call."""
     for forget in _forget:
         forget()

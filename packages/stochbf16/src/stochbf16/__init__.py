@@ -1,4 +1,4 @@
-"""Training in pure bfloat16: optimizers and gradient accumulation that round stochastically."""
+"""Pure bfloat16 training: optimizers and gradient accumulation with stochastic rounding."""
 
 from stochbf16.accumulator import StochasticAccumulator
 from stochbf16.optimizers import SGD, Adam, AdamW, Compass, Lion, LPFAdamW, RMSProp

@@ -1,9 +1,9 @@
-"""Gradient accumulation in bfloat16 whose additions are rounded stochastically.
+"""Gradient accumulation in bfloat16 with stochastic rounding, by hooks on parameters.
 
-The sum is ``p.grad``, where optimizers, clipping and ``zero_grad`` look for it. A hook before
-autograd's addition takes the sum out of ``p.grad``, so that autograd leaves the new gradient there
-without copying it; a hook after it puts the sum back and lets the new gradient wait. What waits is
-added in one launch whenever it reaches ``bucket_bytes``, and at the end of the backward.
+The sum is ``p.grad``, as optimizers, clipping and ``zero_grad`` expect. A hook before autograd's
+accumulation takes the sum out of ``p.grad``, so that autograd stores the new gradient there without
+a copy. A hook after it puts the sum back and queues the new gradient. Queued gradients are added in
+one launch when they reach ``bucket_bytes``, and at the end of the backward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stochbf16.pending import Addition, Pending
 
 __all__ = ["HookHandle", "StochasticAccumulator"]
 
-# what to do with parameters whose gradients autograd never adds
+# advice in the error for DTensor parameters, whose gradients autograd does not accumulate
 SHARDED = (
     "let FSDP2 add in float32, with set_requires_gradient_sync(False) and "
     "MixedPrecisionPolicy(reduce_dtype=torch.float32)"
@@ -39,26 +39,26 @@ _attached: WeakSet[StochasticAccumulator] = WeakSet()
 
 
 class StochasticAccumulator:
-    """Adds the gradients of micro-batches in bfloat16 without losing the small ones.
+    """Adds the gradients of micro-batches in bfloat16 without losing small ones.
 
-    While attached, every ``backward()`` adds to the bfloat16 ``p.grad`` that it finds with
-    stochastic rounding: what is lost in one addition is made up for in others. The first gradient
-    after ``zero_grad`` is kept as it is. Gradients of other dtypes, sparse ones, subclasses of
-    ``Tensor`` and ``create_graph=True`` are left to autograd. Where ``torch.distributed`` is
-    initialised, or a parameter has other hooks that see its sum, every gradient is added at once,
-    in a launch of its own.
+    While attached, every ``backward()`` adds to an existing bfloat16 ``p.grad`` with stochastic
+    rounding, so that rounding errors cancel in the mean. The first gradient after ``zero_grad`` is
+    stored unchanged. Autograd itself accumulates gradients of other dtypes, sparse ones, subclasses
+    of ``Tensor`` and those of ``create_graph=True``. Where ``torch.distributed`` is initialised, or
+    a parameter has other hooks that see its sum, each gradient is added at once, in its own launch.
 
-    The n-th addition to a parameter draws from (``rounding_seed``, n, its place): nothing is stored
-    but counts.
+    The n-th addition to a parameter draws from (``rounding_seed``, n, the parameter's index), so
+    that only counts are stored.
 
     Args:
         params: a module or its parameters. Those that require gradients when it is attached get
             hooks.
-        bucket_bytes: of gradients, may wait on a device for a common launch; this is also about
-            how much memory they take in addition.
+        bucket_bytes: how many bytes of gradients may be queued on a device; about that much memory
+            is used in addition.
         rounding_seed: 0 to 2^63 - 1. Data-parallel workers that reduce once an accumulation, under
-            ``no_sync``, average more of the rounding out if each has its own. Where every
-            micro-batch is reduced in bfloat16, which rounds to nearest, they should share one.
+            ``no_sync``, should have different seeds, so that more of the rounding averages out.
+            Where every micro-batch is reduced in bfloat16, which rounds to nearest, they should
+            share one.
 
     Example:
         >>> model = nn.Linear(4, 2, dtype=torch.bfloat16)
@@ -83,19 +83,19 @@ class StochasticAccumulator:
         self._seed = rounding_seed
         self._counts = [0] * len(self._params)
         self._hooks: dict[int, tuple[RemovableHandle, RemovableHandle]] = {}
-        # gradients of several devices come in threads of their own
+        # autograd runs hooks in one thread a device
         self._lock = RLock()
         self._pending: dict[torch.device, Pending] = {}
-        # sums between the two hooks of their parameter, and the backward that runs them
+        # sums between the two hooks of their parameter, with the backward's graph task
         self._taken: dict[int, tuple[int, Tensor]] = {}
         self._task = -1
         self._accumulates = self._at_once = False
 
     def attach(self) -> StochasticAccumulator:
-        """Begin to add stochastically; nothing changes where it is attached already.
+        """Add the hooks; does nothing where they exist.
 
         Raises:
-            TypeError: a parameter is a ``DTensor``; nothing has changed.
+            TypeError: a parameter is a ``DTensor``; no hook was added.
         """
         with self._lock:
             for number, param in enumerate(self._params):
@@ -110,14 +110,14 @@ class StochasticAccumulator:
     def _add_hooks(self, param: Any, number: int) -> tuple[RemovableHandle, RemovableHandle]:
         before = param.register_hook(partial(untraced(self._before), number))
         after = param.register_post_accumulate_grad_hook(partial(weakly(self._after), number))
-        # first, so that the others find the sum
+        # first, so that other hooks find the sum in ``p.grad``
         hooks = _hooks_after(param)
         others = [(key, hooks.pop(key)) for key in list(hooks) if key != after.id]
         hooks.update(others)
         return before, after
 
     def detach(self) -> None:
-        """Add what waits and remove the hooks; sums stay in ``p.grad``."""
+        """Add queued gradients and remove the hooks; sums stay in ``p.grad``."""
         for number in list(self._hooks):
             self._release(number)
         _attached.discard(self)
@@ -134,18 +134,18 @@ class StochasticAccumulator:
         self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed, and how many additions each parameter has had."""
+        """The seed, and the number of additions to each parameter."""
         return {"rounding_seed": self._seed, "additions": list(self._counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on drawing where the accumulator that was saved would have."""
+        """Continue the random numbers of the saved accumulator."""
         if set(state_dict) != {"rounding_seed", "additions"}:
             keys = ", ".join(map(repr, state_dict))
             raise KeyError(f"state_dict: must have 'rounding_seed' and 'additions', has {keys}")
         seed = checks.whole_number("rounding_seed", state_dict["rounding_seed"])
         counts = [
-            checks.whole_number(f"additions[{place}]", count)
-            for place, count in enumerate(state_dict["additions"])
+            checks.whole_number(f"additions[{number}]", count)
+            for number, count in enumerate(state_dict["additions"])
         ]
         if len(counts) != len(self._params):
             raise ValueError(
@@ -155,15 +155,16 @@ class StochasticAccumulator:
 
     @staticmethod
     def assign_hooks(model: nn.Module) -> list[HookHandle]:
-        """Attach an accumulator to ``model``; one handle a parameter removes its hooks."""
+        """Attach an accumulator to ``model`` and return a handle for each parameter's hooks."""
         accumulator = StochasticAccumulator(model).attach()
         return [HookHandle(accumulator, number) for number in accumulator._hooks]
 
     @staticmethod
     def reassign_grad_buffer(model: nn.Module) -> None:
-        """Add what an interrupted backward left waiting; otherwise nothing is to be done.
+        """Add the gradients that an interrupted backward left queued.
 
-        Sums are in ``p.grad`` all the time; the method is there for code that moved them.
+        Sums are always in ``p.grad``; the method exists for code written for accumulators that kept
+        them elsewhere.
         """
         params = set(model.parameters())
         for accumulator in list(_attached):
@@ -178,7 +179,7 @@ class StochasticAccumulator:
         if new is None or total is None or not _is_sum(total) or torch.is_grad_enabled():
             return
         if not param.requires_grad:
-            return  # frozen since the forward: autograd is going to drop the gradient
+            return  # frozen since the forward: autograd drops the gradient
         with self._lock:
             self._notice_backward(param)
             if not self._accumulates:
@@ -187,11 +188,11 @@ class StochasticAccumulator:
             param.grad = None
 
     def _after(self, number: int, param: Tensor) -> None:
-        """Put the sum back, and let the new gradient wait."""
+        """Put the sum back into ``p.grad``, and queue the new gradient."""
         with self._lock:
             task, total = self._taken.pop(number, (-1, None))
             if total is None or task != torch._C._current_graph_task_id():
-                return  # what another hook's error left may since have been zeroed
+                return  # left by another hook's error; it may have been zeroed since
             new, param.grad = param.grad, total
             if new is None:
                 return
@@ -207,7 +208,7 @@ class StochasticAccumulator:
                 pending.add(self._seed)
 
     def _notice_backward(self, param: Tensor) -> None:
-        """At the first gradient of a backward, find out what it does."""
+        """At the first gradient of a backward, find out whether it accumulates gradients."""
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return
@@ -225,13 +226,13 @@ class StochasticAccumulator:
             engine.queue_callback(untraced(self._finish))
 
     def _finish(self) -> None:
-        """At the end of a backward."""
+        """Add all queued gradients at the end of a backward."""
         with self._lock:
             for pending in self._pending.values():
                 pending.add(self._seed)
 
     def _add_stale(self) -> None:
-        """Add what a backward that raised has left, unless somebody has begun anew."""
+        """Add what an interrupted backward left queued, unless its sums have changed since."""
         for pending in self._pending.values():
             pending.add(self._seed, stale=True)
 
@@ -247,14 +248,14 @@ class StochasticAccumulator:
 
 
 class HookHandle:
-    """Removes the hooks that a ``StochasticAccumulator`` has on one parameter."""
+    """Removes the hooks of a ``StochasticAccumulator`` from one parameter."""
 
     def __init__(self, accumulator: StochasticAccumulator, number: int) -> None:
         self._accumulator = accumulator
         self._number = number
 
     def remove(self) -> None:
-        """Add what waits and remove the hooks, if they are still there."""
+        """Add queued gradients and remove the hooks, if they still exist."""
         self._accumulator._release(self._number)
 
 
@@ -263,21 +264,21 @@ def _parameters(params: nn.Module | Iterable[Tensor]) -> list[Tensor]:
     if isinstance(given, Tensor):
         raise TypeError("params: must be a module or an iterable of its parameters, got Tensor")
     found = list(dict.fromkeys(given))
-    for place, param in enumerate(found):
+    for number, param in enumerate(found):
         if not isinstance(param, Tensor):
-            raise TypeError(f"params[{place}]: must be a tensor, got {type(param).__name__}")
+            raise TypeError(f"params[{number}]: must be a tensor, got {type(param).__name__}")
         if not param.is_leaf:
-            raise ValueError(f"params[{place}]: must be a leaf, got the result of an operation")
+            raise ValueError(f"params[{number}]: must be a leaf, got the result of an operation")
     return found
 
 
 def _hooks_after(param: Any) -> Any:
-    """All hooks of ``register_post_accumulate_grad_hook``, in the order that they run in."""
+    """All hooks of ``register_post_accumulate_grad_hook``, in the order in which they run."""
     return param._post_accumulate_grad_hooks
 
 
 def _is_sum(grad: Tensor) -> bool:
-    """Whether new gradients are added to ``grad`` here and not by autograd."""
+    """Whether the accumulator, and not autograd, adds new gradients to ``grad``."""
     return (
         type(grad) is Tensor
         and grad.dtype == torch.bfloat16
@@ -297,10 +298,10 @@ def _is_addable(new: Tensor, total: Tensor) -> bool:
 
 
 def _accumulates(param: Tensor) -> bool:
-    """Whether the backward that is running adds to gradients, as ``autograd.grad`` does not."""
+    """Whether the running backward accumulates gradients, which ``autograd.grad`` does not."""
     node = torch.autograd.graph.get_gradient_edge(param).node
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:
-        # what it says of a leaf whose gradient is only returned
+        # raised for a leaf whose gradient is only returned
         return False

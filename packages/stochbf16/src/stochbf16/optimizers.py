@@ -1,4 +1,4 @@
-"""Optimizers whose state and parameters are bfloat16, rounded stochastically."""
+"""Optimizers with bfloat16 state and parameters, rounded stochastically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DECAY_MODES = ("plain", "bias_corrected")
 
 
 class _PureBF16(CodedOptimizer):
-    """A rule whose moments are all bfloat16."""
+    """The base of optimizers whose moments are all bfloat16."""
 
     storage_options = ()
 
@@ -41,8 +41,8 @@ class AdamW(_PureBF16):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with bfloat16 state: 4 bytes a parameter.
 
     Arithmetic is float32. Both moments, ``ema`` and ``ema_squared``, and bfloat16 parameters are
-    rounded stochastically, so that what is too small for bfloat16's 8 bits is kept in the mean.
-    Parameters of other dtypes are stepped in their own and rounded to nearest.
+    rounded stochastically, so that changes below bfloat16's precision are kept in the mean.
+    Parameters of other dtypes keep their dtype and are rounded to nearest.
 
     Args:
         params: tensors, ``named_parameters()``, or dicts of param groups; bfloat16, float16,
@@ -51,13 +51,13 @@ class AdamW(_PureBF16):
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the root of the second moment, at least 0.
         weight_decay: the parameter is multiplied by ``1 - lr * weight_decay``; at least 0.
-        centralization: how much of its mean over all dimensions but the first is subtracted from
-            the gradient of a tensor of two dimensions or more, from 0 to 1 (Yong et al.,
-            arXiv:2004.01461, at 1).
-        weight_decay_mode: "plain", or "bias_corrected" for ``lr / (1 - beta1^t)`` in place of
-            ``lr`` in the decay, as torchastic has it: ten times as much at first.
-        master_weight_bits: 24 or 32 keeps what rounding leaves of bfloat16 and float16
-            parameters, 1 or 2 bytes each, in place of stochastic rounding.
+        centralization: share, from 0 to 1, of the gradient's mean over all dimensions but the first
+            that is subtracted from it, for tensors of two dimensions or more (1: Yong et al.,
+            arXiv:2004.01461).
+        weight_decay_mode: "plain", or "bias_corrected" for a decay by ``lr / (1 - beta1^t)``, as in
+            torchastic: ten times ``lr`` at first.
+        master_weight_bits: 24 or 32 stores the rounding error of bfloat16 and float16 parameters,
+            in 1 or 2 bytes each, instead of rounding stochastically.
         **options: ``amsgrad``, ``maximize``, ``rounding_seed``, ``backend``, ``skip_nonfinite``,
             ``max_grad_norm`` (see ``CodedOptimizer``), and the flags ``foreach``, ``fused``,
             ``capturable``, ``differentiable``.
@@ -135,8 +135,8 @@ class Compass(_PureBF16):
     """Compass with bfloat16 state: 4 bytes a parameter.
 
     The gradient plus ``amp_fac`` times its running mean, over the root of that sum's second
-    moment; see ``optstate_codecs.rules.Compass``. First steps are ``lr / (1 - beta1)`` long, a
-    hundred times ``lr`` by default: warm the rate up. Other arguments are ``AdamW``'s, but for
+    moment; see ``optstate_codecs.rules.Compass``. The first steps are ``lr / (1 - beta1)`` long,
+    a hundred times ``lr`` by default, so warm the rate up. Other arguments are ``AdamW``'s, but for
     ``amsgrad``.
 
     Args:

@@ -1,4 +1,4 @@
-"""Gradients that wait until enough of them are there to be added in one launch."""
+"""Queues of gradients that are added to their sums in one launch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["Addition", "Pending"]
 
 @dataclass(eq=False)
 class Addition:
-    """A new gradient and the sum that it is to be added to.
+    """A queued addition of a new gradient to a sum.
 
     Attributes:
-        param: whose gradients they are.
-        number: its place in the accumulator.
-        count: how many additions it has had, this one included.
+        param: the parameter.
+        number: its index in the accumulator.
+        count: the number of additions to it, including this one.
         total: the sum, which is ``param.grad``.
         new: the new gradient.
-        version: of ``total`` when the gradient came.
+        version: autograd's version of ``total`` when the gradient was queued.
     """
 
     param: Tensor
@@ -33,20 +33,20 @@ class Addition:
     version: int
 
     @property
-    def wanted(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the sum is still the parameter's gradient."""
         return self.param.grad is self.total
 
     @property
     def untouched(self) -> bool:
-        """Whether nobody has zeroed, scaled or replaced the sum since the gradient came."""
-        return self.wanted and self.total._version == self.version
+        """Whether the sum has not been zeroed, scaled or replaced since then."""
+        return self.is_current and self.total._version == self.version
 
 
 class Pending:
-    """The additions that wait on one device, all made on one stream.
+    """The queued additions of one device, whose gradients were computed on one CUDA stream.
 
-    Gradients are added, and their memory is given back, on the stream that they were made on.
+    Gradients are added and freed on that stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class Pending:
         self._stream: torch.cuda.Stream | None = None
 
     def append(self, addition: Addition, seed: int) -> None:
-        """Let ``addition`` wait; those of another stream, or to the same sum, are made first."""
+        """Queue ``addition``; first make those queued on another stream or for the same sum."""
         stream = self._current()
         if addition.number in self._additions or stream != self._raw:
             self.add(seed)
@@ -67,29 +67,29 @@ class Pending:
         self.bytes += addition.new.nbytes
 
     def add(self, seed: int, *, stale: bool = False) -> None:
-        """Add what waits, in one launch a dtype.
+        """Make the queued additions, in one launch a dtype, and empty the queue.
 
         Args:
             seed: of the draws.
-            stale: whether the backward has ended long since, so that sums which somebody has
-                touched are left as they are.
+            stale: whether their backward was interrupted. Sums that have changed since are then
+                left unchanged.
         """
         waiting, self._additions, self.bytes = self._additions.values(), {}, 0
-        additions = [a for a in waiting if (a.untouched if stale else a.wanted)]
+        additions = [a for a in waiting if (a.untouched if stale else a.is_current)]
         if not additions:
             return
-        made_on = self._stream
-        if made_on is None or self._raw == self._current():
+        stream = self._stream
+        if stream is None or self._raw == self._current():
             _add(additions, seed)
             return
-        with torch.cuda.stream(made_on):
+        with torch.cuda.stream(stream):
             _add(additions, seed)
-        torch.cuda.current_stream(self.device).wait_stream(made_on)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def _current(self) -> int | None:
         if self.device.type != "cuda":
             return None
-        # as the kernel's launcher does: it costs a tenth of a torch.cuda.Stream
+        # as triton's launcher does: it takes a tenth of the time of a torch.cuda.Stream
         stream: int = torch._C._cuda_getCurrentRawStream(self.device.index)
         return stream
 

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 of one tensor, with torch's random numbers for a seed."""
+"""Stochastic rounding of one tensor to bfloat16, seeded by torch's random number generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optstate_codecs.stochastic import SOURCES, round_
 
 __all__ = ["stochastic_round", "stochastic_round_"]
 
-# each worker rounds what it has
+# advice in the errors for DTensors
 LOCAL = "round its .to_local()"
 
 
@@ -21,29 +21,29 @@ def stochastic_round_(
 ) -> Tensor:
     """Store ``source`` in the bfloat16 ``target``, rounded up or down so that the mean is exact.
 
-    What bfloat16 can hold is stored as it is; NaN and infinities stay what they are, and a finite
-    value becomes infinite only where rounding to nearest would make it so. No gradient flows
-    through it. One integer is drawn from ``generator``, and every element's random bits follow
-    from it: after ``torch.manual_seed`` they are the same again, on every device.
+    Values that bfloat16 represents, NaN and infinities are unchanged. A finite value becomes
+    infinite only where rounding to nearest makes it infinite too. No gradient flows through the
+    operation. One integer drawn from ``generator`` is the seed of every element's random bits:
+    after ``torch.manual_seed`` they are the same again, on every device.
 
     Args:
         target: bfloat16, any layout.
         source: float32, float16 or bfloat16 of the same shape, on the same device.
-        generator: where the integer comes from; torch's default CPU generator where it is None.
-            One of a GPU makes the host wait for it.
+        generator: source of the seed; None: torch's default CPU generator. A generator of a GPU
+            makes the host wait for the GPU.
 
     Returns:
         ``target``.
 
     Raises:
-        RuntimeError: a CUDA graph is being recorded; it would repeat its random bits.
+        RuntimeError: a CUDA graph is being captured; replays would repeat the random bits.
 
     Example:
         >>> weight = torch.ones(3, dtype=torch.bfloat16)
         >>> weight = stochastic_round_(weight, weight.float() - 1e-3)  # 0.99609375 or 1.0
     """
     if torch.compiler.is_compiling():
-        # not in no_grad, which an error in a compiled graph leaves switched on
+        # no_grad would stay on after an error in a compiled graph, so gradients are cut here
         torch.ops.optstate.stochastic_round_(target.detach(), source.detach(), generator)
     else:
         _round(target, source, generator)
@@ -67,7 +67,7 @@ def _round(target: Tensor, source: Tensor, generator: torch.Generator | None) ->
 
 
 def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """``source`` rounded to a new bfloat16 tensor; otherwise as ``stochastic_round_``.
+    """Round ``source`` to a new bfloat16 tensor; otherwise as ``stochastic_round_``.
 
     Example:
         >>> stochastic_round(torch.full((2,), 0.5)).tolist()
@@ -102,5 +102,5 @@ def _seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(bound, (), generator=generator, dtype=dtype, device=device))
 
 
-# the draw too: inductor's random numbers are not torch's
+# the op includes the draw of the seed, since inductor's random numbers differ from torch's
 define("stochastic_round_(Tensor(a!) target, Tensor source, Generator? generator) -> ()", _round)

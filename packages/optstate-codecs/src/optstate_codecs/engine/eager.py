@@ -1,6 +1,6 @@
-"""The step in plain torch operations: the reference, and the path for any device.
+"""The reference step in plain torch operations, which runs on any device.
 
-A tensor is stepped in slices, so that decoded moments never exist for more than one slice.
+A tensor is stepped slice by slice, so that decoded moments exist for one slice only.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = ["StepSpec", "step", "step_slice"]
 
 
 def step(request: StepRequest) -> None:
-    """Step every unit: its parameter and its state change in place.
+    """Step every parameter of a request: parameters and state change in place.
 
     Raises:
-        RuntimeError: a CUDA graph is being recorded; step counts are read by the host here.
+        RuntimeError: a CUDA graph is being captured; the host reads step counts here.
     """
     if capturing():
         param_step = request.param_steps[0]
@@ -43,50 +43,51 @@ def step(request: StepRequest) -> None:
         )
     if request.found_inf is not None and bool(request.found_inf):
         return
-    for place, (param_step, grad) in enumerate(
-        zip(request.param_steps, request.grads, strict=True)
-    ):
+    pairs = zip(request.param_steps, request.grads, strict=True)
+    for position, (param_step, grad) in enumerate(pairs):
         (count,) = counted([param_step.state["step"]], request.draw is not None)
         request.counted.append(param_step)
-        centre = None if request.centres is None else request.centres.of(place, grad)
-        _step_param(param_step, count, grad, request, centre)
+        mean = request.grad_means.expanded(position, grad) if request.grad_means else None
+        _step_param(param_step, count, grad, request, mean)
         request.done.append(param_step)
 
 
 def _step_param(
-    param_step: ParamStep, count: float, grads: Tensor, request: StepRequest, centre: Tensor | None
+    param_step: ParamStep, count: float, grad: Tensor, request: StepRequest, mean: Tensor | None
 ) -> None:
     rule, hyper, factor = request.rule, request.hypers[param_step.group], request.factor
     order = storage_order(param_step.param)
-    param, grad = FlatView(param_step.param, order), FlatView(grads, order)
+    param, grads = FlatView(param_step.param, order), FlatView(grad, order)
     formats = param_step.bound
-    centres = None if centre is None else FlatView(centre, order)
+    means = None if mean is None else FlatView(mean, order)
     state = FlatState(param_step.state, {**formats, MASTER: param_step.write}, order)
     draw = taken(count) if request.draw is None else request.draw
     counter = Counter(param_step.seed, draw, param_step.index, param_step.offset)
     compute = torch.float64 if param_step.param.dtype == torch.float64 else torch.float32
 
-    how = StepSpec(
+    spec = StepSpec(
         rule, rule.variant(hyper), param_step.moments, formats, param_step.write, param_step.plain
     )
     scalars = rule.scalars(hyper, count)
 
     for start, stop in slices(param_step.param, formats.values()):
-        slope = grad.read(start, stop).to(compute)
-        if centres is not None:
-            slope = slope - centres.read(start, stop)
+        part = grads.read(start, stop).to(compute)
+        if means is not None:
+            part = part - means.read(start, stop)
         if factor is not None:
-            slope = slope * factor.to(slope.device, compute)
-        old, parts = param.read(start, stop), state.slice(start, stop)
-        param.write(start, stop, step_slice(how, old, slope, parts, scalars, counter, start))
+            part = part * factor.to(part.device, compute)
+        old, components = param.read(start, stop), state.slice(start, stop)
+        new = step_slice(spec, old, part, components, scalars, counter, start)
+        param.write(start, stop, new)
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What decides which operations a step is made of.
+    """Everything that the operations of a step depend on.
 
     Attributes:
-        rule, variant: the mathematics, and what of the hyper-parameters picks its operations.
+        rule: the update rule.
+        variant: ``rule.variant``: the hyper-parameters that select operations.
         moments, formats, write, plain: as in a ``ParamStep``.
     """
 
@@ -99,14 +100,14 @@ class StepSpec:
 
     @property
     def square_root(self) -> SquareRoot:
-        """What takes roots: with the bits of ``torch.optim`` where it takes this step too."""
+        """The square root: ``torch.optim``'s own where it has this step too, else rounded once."""
         return torch.sqrt if self.plain and self.rule.in_torch else exact.sqrt
 
 
 def step_slice(
-    how: StepSpec,
+    spec: StepSpec,
     old: Tensor,
-    slope: Tensor,
+    grad: Tensor,
     parts: Mapping[str, Sequence[Tensor]],
     scalars: Sequence[Scalar],
     counter: Counter,
@@ -115,25 +116,25 @@ def step_slice(
     """One step of one slice: ``parts`` change in place, and so may ``old``.
 
     Args:
-        how: the operations.
+        spec: the operations.
         old: the parameter's elements, flat, in its dtype.
-        slope: their gradient in the dtype to compute in, float32 or float64.
+        grad: their gradient in the dtype to compute in, float32 or float64.
         parts: the matching slices of the state's components.
-        scalars: what the rule folded for this step.
+        scalars: ``rule.scalars`` for this step.
         counter: keys the random numbers.
-        start: the place of the slice's first element.
+        start: the index of the slice's first element.
 
     Returns:
         The new elements; ``old`` where they were written into it.
     """
-    compute = slope.dtype
-    value = how.write.read(old, parts[MASTER]).to(compute)
-    decoded = decode_slice(how.moments, how.formats, parts, compute, slope.numel())
-    how.rule.apply(value, slope, decoded, scalars, how.variant, how.square_root)
-    encode_slice(how.moments, how.formats, decoded, parts, counter, start)
-    if how.rule.has_error_feedback:
-        residual = quantization_residual(how.moments[0], how.formats, decoded, parts)
-        how.rule.apply_error_feedback(
-            value, residual, decoded, scalars, how.variant, how.square_root
+    compute = grad.dtype
+    value = spec.write.read(old, parts[MASTER]).to(compute)
+    decoded = decode_slice(spec.moments, spec.formats, parts, compute, grad.numel())
+    spec.rule.apply(value, grad, decoded, scalars, spec.variant, spec.square_root)
+    encode_slice(spec.moments, spec.formats, decoded, parts, counter, start)
+    if spec.rule.has_error_feedback:
+        residual = quantization_residual(spec.moments[0], spec.formats, decoded, parts)
+        spec.rule.apply_error_feedback(
+            value, residual, decoded, scalars, spec.variant, spec.square_root
         )
-    return how.write.write(value, parts[MASTER], counter.stream(0).at(start))
+    return spec.write.write(value, parts[MASTER], counter.stream(0).at(start))

@@ -1,4 +1,4 @@
-"""The engine as an optimizer holds it: chooses the backend and keeps plans between steps."""
+"""Executors: the protocol an optimizer steps through, and the one for resident state."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any, Protocol
 
-from optstate_codecs.device import HAS_TRITON, INTERPRETED, VARIABLE
 from optstate_codecs.engine import eager
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.cpu import compiled
 from optstate_codecs.engine.cpu.build import CannotBuild, compiler
 from optstate_codecs.engine.request import ParamStep, StepRequest, layout_of
 from optstate_codecs.engine.triton.buckets import Bucket, build_buckets
-from optstate_codecs.engine.triton.step_tables import RowTable
+from optstate_codecs.engine.triton.step_tables import StepTable
+from optstate_codecs.triton_lib import BACKEND_VARIABLE, HAS_TRITON, INTERPRETED
 
 __all__ = ["BACKENDS", "Executor", "ResidentExecutor"]
 
 BACKENDS = ("auto", "eager", "compile", "triton")
-# plans are keyed by which parameters have gradients; models that route keep a few, and those that
-# step in parts as many as cover this many whole ones
+# launch plans that are kept, one for each set of parameters that had gradients; of steps in parts,
+# as many as cover this many whole steps
 PLANS = 8
-# building loops takes a second or two, which 2^20 elements win back in about a hundred steps
+# building a kernel takes a second or two, which 2^20 elements win back in about a hundred steps
 WORTH_BUILDING = 1 << 20
 
 
 @dataclass
-class Plan:
-    """What is kept for one set of units: its buckets, and what they were built from."""
+class LaunchPlan:
+    """The launches that step one set of parameters, and the inputs they were built from.
+
+    Attributes:
+        aligned: which gradients begin at a multiple of 16 bytes.
+        functions: the rule's device function for each group.
+        fallback: positions of the parameters that the reference steps.
+        constants: each bucket's compile-time arguments, by the bucket's id.
+        mean_starts: ``GradMeans.starts``, empty without means.
+    """
 
     param_steps: list[ParamStep]
     layouts: list[Any]
@@ -38,16 +46,16 @@ class Plan:
     addresses: list[int]
     functions: list[Any]
     buckets: list[Bucket]
-    left: list[int]
-    tables: list[RowTable]
+    fallback: list[int]
+    tables: list[StepTable]
     constants: dict[int, dict[str, Any]]
-    centred: Sequence[int]
+    mean_starts: Sequence[int]
 
-    def holds(self, request: StepRequest, functions: list[Any]) -> bool:
-        """Whether every table still says where things are."""
+    def is_valid(self, request: StepRequest, functions: list[Any]) -> bool:
+        """Whether the plan's tables fit this request too."""
         if self.functions != functions or not all(map(is_, self.param_steps, request.param_steps)):
             return False
-        if self.centred != (request.centres.places if request.centres else ()):
+        if self.mean_starts != (request.grad_means.starts if request.grad_means else ()):
             return False
         if self.layouts != _layouts(request):
             return False
@@ -59,12 +67,12 @@ class Plan:
 
 
 def _layouts(request: StepRequest) -> list[Any]:
-    """What a plan depends on in the gradients, besides where they are in memory."""
+    """Dtype, shape and strides of every gradient."""
     return list(request.layouts or map(layout_of, request.grads))
 
 
 def _aligned(request: StepRequest) -> list[bool]:
-    """Which gradients begin where a thread may access 16 bytes at once."""
+    """Which gradients begin at a multiple of 16 bytes, so that a thread may access 16 at once."""
     return [address % 16 == 0 for address in request.addresses]
 
 
@@ -75,47 +83,48 @@ class Executor(Protocol):
         """Step every parameter of the request."""
 
     def join(self) -> None:
-        """Have the current stream wait for partial steps."""
+        """Make the current stream wait for asynchronous steps."""
 
     def finish(self, complete: bool = True) -> None:
-        """A step is over: complete, or broken off by an exception."""
+        """Called after a step; ``complete`` is False where an exception ended it."""
 
     def supersede(self) -> None:
-        """State and group values are about to be replaced."""
+        """Called before state and group values are replaced."""
 
     def synchronize(self) -> None:
         """Wait until all state is stored where ``optimizer.state`` shows it."""
 
 
 class ResidentExecutor:
-    """Runs jobs on one backend and remembers their plans.
+    """Runs step requests on one backend and keeps their launch plans.
 
     Args:
-        backend: "auto" takes Triton on CUDA devices where it is installed; on a CPU compiled
-            loops, from 2^20 elements on and where there is a C++ compiler; and the reference
-            elsewhere. The environment variable OPTSTATE_BACKEND stands in for "auto".
+        backend: "auto" takes Triton on CUDA devices where it is installed; compiled kernels on a
+            CPU, from 2^20 elements on and where there is a C++ compiler; and the reference
+            elsewhere. The environment variable OPTSTATE_BACKEND replaces "auto".
 
     Raises:
-        RuntimeError: "triton" or "compile" was asked for by name and cannot run here.
+        ValueError: OPTSTATE_BACKEND is no backend.
+        RuntimeError: "triton" or "compile" was requested by name and cannot run here.
     """
 
     def __init__(self, backend: str) -> None:
         if backend == "auto":
-            backend = os.environ.get(VARIABLE, "auto")
+            backend = os.environ.get(BACKEND_VARIABLE, "auto")
             if backend not in BACKENDS:
                 allowed = ", ".join(map(repr, BACKENDS))
-                raise ValueError(f"{VARIABLE}={backend!r}: must be one of {allowed}")
+                raise ValueError(f"{BACKEND_VARIABLE}={backend!r}: must be one of {allowed}")
         if backend == "triton" and not HAS_TRITON:
             raise RuntimeError("backend='triton': triton is not installed; pip install triton")
         if backend == "compile":
             self._with_compiler(compiler)
         self.backend = backend
-        self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
-        # a graph reads the tables of its plan as long as it is replayed
-        self._captured: list[Plan] = []
+        self._plans: OrderedDict[tuple[int, ...], LaunchPlan] = OrderedDict()
+        # kept alive, since replays of a graph read the tables of its plan
+        self._captured: list[LaunchPlan] = []
 
     def step(self, request: StepRequest) -> None:
-        """Step every unit of the job."""
+        """Step every parameter of the request."""
         if not request.param_steps:
             return
         try:
@@ -125,39 +134,36 @@ class ResidentExecutor:
             raise
 
     def join(self) -> None:
-        """Have the current stream wait for steps that were taken apart, of which there are none."""
+        """Do nothing: no step is asynchronous here."""
 
     def finish(self, complete: bool = True) -> None:
-        """A step has been taken, ``complete`` or broken off; nothing is under way here."""
+        """Do nothing: no work goes on after a step here."""
 
     def supersede(self) -> None:
-        """State and groups' values are about to be replaced; nothing of them is kept here."""
+        """Do nothing: the executor keeps no copy of state or group values."""
 
     def synchronize(self) -> None:
-        """Have all state where it is shown, which here it always is."""
+        """Do nothing: resident state is always where ``optimizer.state`` shows it."""
 
     def _run(self, request: StepRequest) -> None:
-        if self._kernel_runs(request):
+        if self._uses_triton(request):
             self._launch(self._plan(request), request)
             return
         if self._skipped(request):
             return
-        # of the whole job, however it is staged: its bits are not to depend on that
+        # elements of the whole step, so that stages and parts do not change the backend or the bits
         total = request.total or sum(param_step.param.numel() for param_step in request.param_steps)
         for stage, part in request.stages():
             with request.around(stage):
-                if not self._loops_run(part, total >= WORTH_BUILDING):
+                if not self._run_compiled(part, total >= WORTH_BUILDING):
                     eager.step(part)
 
     @staticmethod
     def _skipped(request: StepRequest) -> bool:
-        return (
-            request.staging is not None
-            and request.found_inf is not None
-            and bool(request.found_inf)
-        )
+        found_inf = request.found_inf
+        return request.staging is not None and found_inf is not None and bool(found_inf)
 
-    def _kernel_runs(self, request: StepRequest) -> bool:
+    def _uses_triton(self, request: StepRequest) -> bool:
         cuda = all(param_step.param.is_cuda for param_step in request.param_steps)
         if self.backend == "triton" and not (cuda or INTERPRETED):
             raise RuntimeError(
@@ -166,8 +172,8 @@ class ResidentExecutor:
             )
         return self.backend == "triton" or (self.backend == "auto" and cuda and HAS_TRITON)
 
-    def _loops_run(self, request: StepRequest, large: bool) -> bool:
-        """Step the job by compiled loops, if that is asked for or worth it and possible."""
+    def _run_compiled(self, request: StepRequest, large: bool) -> bool:
+        """Step the request with compiled kernels where requested, or possible and worth it."""
         if self.backend not in ("auto", "compile"):
             return False
         on_cpu = all(param_step.param.device.type == "cpu" for param_step in request.param_steps)
@@ -192,28 +198,28 @@ class ResidentExecutor:
                 "clang++, name one in the environment variable CXX, or use backend='eager'"
             ) from error
 
-    def _plan(self, request: StepRequest) -> Plan:
+    def _plan(self, request: StepRequest) -> LaunchPlan:
         key = tuple([param_step.index for param_step in request.param_steps])
         functions = [request.rule.device_function(hyper) for hyper in request.hypers]
         plan = self._plans.get(key)
-        if plan is None or not plan.holds(request, functions):
+        if plan is None or not plan.is_valid(request, functions):
             if capturing():
-                raise needs_warm_up("no step yet had just these gradients, laid out like these")
-            # kernels are imported with the first plan, so that CPU users never load triton
-            from optstate_codecs.engine.triton.launch import constants
+                raise needs_warm_up("no step yet had exactly these gradients in these layouts")
+            # imported with the first plan, so that CPU users never import the kernels
+            from optstate_codecs.engine.triton.launch import kernel_constants
 
-            buckets, left = build_buckets(request)
-            plan = self._plans[key] = Plan(
+            buckets, fallback = build_buckets(request)
+            plan = self._plans[key] = LaunchPlan(
                 param_steps=list(request.param_steps),
                 layouts=_layouts(request),
                 aligned=_aligned(request),
                 addresses=list(request.addresses),
                 functions=functions,
                 buckets=buckets,
-                left=left,
+                fallback=fallback,
                 tables=_tables(buckets),
-                constants={id(bucket): constants(bucket) for bucket in buckets},
-                centred=request.centres.places if request.centres else (),
+                constants={id(bucket): kernel_constants(bucket) for bucket in buckets},
+                mean_starts=request.grad_means.starts if request.grad_means else (),
             )
             self._plans.move_to_end(key)
             most = PLANS * len(set[int]().union(*self._plans))
@@ -222,44 +228,42 @@ class ResidentExecutor:
         self._plans.move_to_end(key)
         return plan
 
-    def _launch(self, plan: Plan, request: StepRequest) -> None:
+    def _launch(self, plan: LaunchPlan, request: StepRequest) -> None:
         from optstate_codecs.engine.triton.launch import launch
 
         if capturing() and plan.buckets and not any(plan is kept for kept in self._captured):
             if any(table.on_host for table in plan.tables):
                 raise needs_warm_up("step counts are on the host, since capturable was False")
             self._captured.append(plan)
-        busy = request.staging is not None
+        avoid_copies = request.staging is not None
+        means = request.grad_means.values if request.grad_means else {}
         launches: dict[int, list[tuple[Bucket, tuple[Any, ...]]]] = {}
         for table in plan.tables:
-            factor, found_inf = table.beside(request.factor), table.beside(request.found_inf)
+            factor, found_inf = table.to_device(request.factor), table.to_device(request.found_inf)
             if not table.advance(found_inf, request.draw is not None):
-                continue  # nothing of it is launched
-            grads = table.addresses(plan.addresses, busy)
-            rows = table.values(request.rule, request.hypers, request.draw, busy)
+                continue  # the whole table's step is skipped
+            grads = table.addresses(plan.addresses, avoid_copies)
+            scalars = table.scalars(request.rule, request.hypers, request.draw, avoid_copies)
             for bucket, start, stop in table.buckets:
-                scalars = (grads[start:stop], table.row_of[start:stop], rows)
-                centres = (
-                    request.centres.values.get(bucket.tensors.device) if request.centres else None
-                )
-                given = (*scalars, centres, factor, found_inf)
-                launches.setdefault(bucket.stage, []).append((bucket, given))
+                tables = grads[start:stop], table.scalar_set[start:stop], scalars
+                args = (*tables, means.get(bucket.tensors.device), factor, found_inf)
+                launches.setdefault(bucket.stage, []).append((bucket, args))
                 request.counted += bucket.param_steps
-        left = dict(request.part(plan.left).stages()) if plan.left else {}
-        for stage in sorted({*launches, *left}):
+        fallback = dict(request.part(plan.fallback).stages()) if plan.fallback else {}
+        for stage in sorted({*launches, *fallback}):
             with request.around(stage):
-                if stage in left:
-                    eager.step(left[stage])
-                for bucket, given in launches.get(stage, ()):
-                    launch(bucket, plan.constants[id(bucket)], *given)
+                if stage in fallback:
+                    eager.step(fallback[stage])
+                for bucket, args in launches.get(stage, ()):
+                    launch(bucket, plan.constants[id(bucket)], *args)
                     request.done += bucket.param_steps
 
 
-def _tables(buckets: list[Bucket]) -> list[RowTable]:
+def _tables(buckets: list[Bucket]) -> list[StepTable]:
     """One table for all buckets whose parameters, and whose step counts, share a device."""
-    together: dict[Any, list[Bucket]] = {}
+    members: dict[Any, list[Bucket]] = {}
     for bucket in buckets:
         param_step = bucket.param_steps[0]
         devices = (param_step.param.device, param_step.state["step"].device)
-        together.setdefault(devices, []).append(bucket)
-    return [RowTable(members) for members in together.values()]
+        members.setdefault(devices, []).append(bucket)
+    return [StepTable(group) for group in members.values()]

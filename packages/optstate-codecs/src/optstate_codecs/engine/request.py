@@ -1,4 +1,4 @@
-"""What the engine is given: each parameter's share of a step, and what changes every step."""
+"""Step requests: the parameters, state and gradients of one step, as the engine takes them."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optstate_codecs import counts
 from optstate_codecs.formats import FP32, Format
-from optstate_codecs.gradients.centralization import Centres
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.state.layout import Declaration, bound, is_dense, same_order
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["ParamStep", "StepRequest", "layout_of", "trainable"]
+__all__ = ["GradMeans", "ParamStep", "StepRequest", "layout_of", "trainable"]
 
 
 @dataclass(frozen=True, eq=False)
 class ParamStep:
-    """One parameter, and everything about its step that stays the same from step to step.
+    """One parameter with its state, and all settings of its step that stay the same between steps.
 
-    Loops and kernels read and write memory at addresses that were noted once for each unit. So
-    whoever keeps a unit between steps asks whether it has ``moved``, and makes another one if so.
+    Kernels read and write memory at addresses that are taken once for each ``ParamStep``. Code that
+    keeps one between steps has to check ``moved`` and, where that is true, make a new one.
 
     Attributes:
         param: the parameter, any real floating dtype and layout.
         state: ``optimizer.state[param]``: ``step`` and the components of every moment and of the
             write.
         moments: the rule's moments, in its order.
-        formats: the format of each moment, as the group has them; ``bound`` to the parameter they
-            say what is stored.
+        formats: the format of each moment, as the group has them. ``bound`` gives them for the
+            parameter's shape.
         write: how the parameter is read and written.
         seed: the optimizer's ``rounding_seed``.
-        index: the parameter's place in the optimizer, counted over all groups.
-        group: the number of its param group.
-        offset: the place of the first element in what random numbers are counted over: not 0 where
-            the parameter is a part of a larger one. A multiple of 16.
-        stage: units of one stage are stepped together, and stages one after the other.
+        index: the parameter's index in the optimizer, counted over all groups.
+        group: the index of its param group.
+        offset: the index of the first element in the numbering of random numbers, a multiple of 16:
+            not 0 where the parameter is a part of a larger one.
+        stage: parameters of one stage are stepped together, and stages one after the other.
     """
 
     param: Tensor
@@ -60,19 +60,16 @@ class ParamStep:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """The keys of the state that a step uses: the count, then the components in order."""
+        """The state keys that a step uses: the step count, then the components in order."""
         stored = self.stored.items()
         return ("step", *(c.key(name) for name, declared in stored for c in declared.components))
 
     def note(self) -> None:
-        """Take where parameter and state are now for where they belong."""
+        """Note the current addresses and layouts, which ``moved`` compares with."""
         self._noted[:] = self._where()
 
     def moved(self) -> bool:
-        """Whether parameter or state are elsewhere in memory, or of another shape, than noted.
-
-        That is so too where entries were added to the state, or taken from it.
-        """
+        """Whether an address, the parameter's layout or the number of state entries has changed."""
         try:
             return self._noted != self._where()
         except (KeyError, AttributeError):
@@ -85,18 +82,18 @@ class ParamStep:
 
     @property
     def bound(self) -> dict[str, Format]:
-        """The format of each moment as it stores one of the parameter's shape."""
+        """The format of each moment, bound to the parameter's shape."""
         return bound(self.formats, self.param)
 
     @property
     def plain(self) -> bool:
-        """Whether all moments are stored in float32, and nothing is rounded at random."""
+        """Whether all moments are float32 and nothing is rounded stochastically."""
         stored = self.bound.values()
         return all(isinstance(f, FP32) for f in stored) and not self.write.uses_random
 
     @property
     def stored(self) -> dict[str, Declaration]:
-        """What declares the components of the state: each moment's format, then the write."""
+        """The declarations of the state's components: each moment's format, then the write."""
         return {**self.bound, MASTER: self.write}
 
     @property
@@ -105,7 +102,7 @@ class ParamStep:
         return [self.state[c.key(name)] for name, d in self.stored.items() for c in d.components]
 
     def in_one_order(self, grad: Tensor) -> bool:
-        """Whether parameter, gradient and state are dense and lie alike, element after element."""
+        """Whether parameter, gradient and state are dense with their elements in the same order."""
         return (
             self.param.stride() == grad.stride()
             and is_dense(self.param)
@@ -117,29 +114,51 @@ class ParamStep:
         )
 
 
-@dataclass
-class StepRequest:
-    """One step.
+@dataclass(frozen=True)
+class GradMeans:
+    """The means that gradient centralization subtracts from the gradients of a step.
 
     Attributes:
-        rule: the mathematics.
+        values: on each device, all means in one float32 vector.
+        starts: where a gradient's means begin in its device's vector; -1 where it has none.
+    """
+
+    values: dict[torch.device, Tensor]
+    starts: Sequence[int]
+
+    def expanded(self, position: int, grad: Tensor) -> Tensor | None:
+        """The mean for each element of ``grad``, as an expanded view; None where it has none."""
+        start = self.starts[position]
+        if start < 0:
+            return None
+        means = self.values[grad.device][start : start + grad.shape[0]]
+        return means.view(-1, *[1] * (grad.dim() - 1)).expand_as(grad)
+
+
+@dataclass
+class StepRequest:
+    """One step of some parameters.
+
+    Attributes:
+        rule: the update rule.
         param_steps: the parameters that have a gradient.
         grads: the gradient of each: same shape and device, any real floating dtype.
         hypers: each group's validated hyper-parameters, as ``rule.hyper`` returns them.
         addresses: of the gradients' first elements.
-        layouts: ``layout_of`` each gradient, the same object where it is the same; empty where
-            they are to be found out.
-        factor: what gradients are multiplied with, 0-d, or None; read on its device.
-        centres: what is subtracted from gradients before that, or None.
-        draw: what keys random numbers in place of the step counts, at least 0, or None.
-        done: units that have been stepped, for who wants to know after an exception.
-        counted: units whose step count has been raised.
-        found_inf: non-zero where the step is to be skipped, or None; read on its device.
-        staging: what is around the stepping of a stage: brings its state, and takes it back.
-        apart: whether what follows on the current stream is not to wait until ``join``;
-            parameters and gradients must be left alone until then.
-        total: elements of all parameters that may be stepped, by which the backend is chosen, so
-            that it is the same for every part of a step; 0: of ``param_steps``.
+        layouts: ``layout_of`` each gradient, the same object where it is the same; empty: the
+            engine computes them.
+        factor: multiplies the gradients; 0-d, read on its device; or None.
+        grad_means: the means subtracted from the gradients before that, or None.
+        draw: keys the random numbers in place of the step counts, at least 0; or None.
+        done: those that have been stepped; valid after an exception too.
+        counted: those whose step count has been incremented.
+        found_inf: non-zero skips the step; 0-d, read on its device; or None.
+        staging: makes the context in which a stage is stepped, which loads and stores its state.
+        asynchronous: later work on the current stream need not wait for the step until ``join``;
+            parameters and gradients must not be used until then.
+        total: elements of all parameters of the whole step, which ``param_steps`` are a part of.
+            The choice of backend depends on it, so that it is the same for every part. 0: the
+            elements of ``param_steps``.
     """
 
     rule: Rule
@@ -150,28 +169,28 @@ class StepRequest:
     layouts: Sequence[Any] = ()
     factor: Tensor | None = None
     found_inf: Tensor | None = None
-    centres: Centres | None = None
+    grad_means: GradMeans | None = None
     draw: int | None = None
     total: int = 0
     done: list[ParamStep] = field(default_factory=list)
     counted: list[ParamStep] = field(default_factory=list)
     staging: Callable[[int], AbstractContextManager[object]] | None = None
-    apart: bool = False
+    asynchronous: bool = False
 
     def around(self, stage: int) -> AbstractContextManager[object]:
-        """What a stage is stepped in."""
+        """The context in which a stage is stepped."""
         return nullcontext() if self.staging is None else self.staging(stage)
 
     def stages(self) -> Iterator[tuple[int, StepRequest]]:
         """The stages in order, each with its share of the step."""
         members: dict[int, list[int]] = {}
-        for place, param_step in enumerate(self.param_steps):
-            members.setdefault(param_step.stage, []).append(place)
-        for stage, places in sorted(members.items()):
-            yield stage, self if len(members) == 1 else self.part(places)
+        for position, param_step in enumerate(self.param_steps):
+            members.setdefault(param_step.stage, []).append(position)
+        for stage, positions in sorted(members.items()):
+            yield stage, self if len(members) == 1 else self.part(positions)
 
     def uncount(self) -> None:
-        """Put back the counts of units that were to be stepped and have not been."""
+        """Decrement the step counts of parameters that were counted but not stepped."""
         stepped = set(map(id, self.done))
         for param_step in self.counted:
             if id(param_step) not in stepped:
@@ -179,21 +198,21 @@ class StepRequest:
                 skipped = None if self.found_inf is None else (self.found_inf != 0).to(step.device)
                 counts.take_back(step, self.draw is not None, skipped)
 
-    def part(self, places: Sequence[int]) -> StepRequest:
-        """The same step of the units at ``places`` only."""
-        centres = self.centres
+    def part(self, positions: Sequence[int]) -> StepRequest:
+        """The same step of the parameters at ``positions`` only."""
+        means = self.grad_means
         return replace(
             self,
-            param_steps=[self.param_steps[place] for place in places],
-            grads=[self.grads[place] for place in places],
-            addresses=[self.addresses[place] for place in places] if self.addresses else (),
-            layouts=[self.layouts[place] for place in places] if self.layouts else (),
-            centres=centres and replace(centres, places=[centres.places[p] for p in places]),
+            param_steps=[self.param_steps[p] for p in positions],
+            grads=[self.grads[p] for p in positions],
+            addresses=[self.addresses[p] for p in positions] if self.addresses else (),
+            layouts=[self.layouts[p] for p in positions] if self.layouts else (),
+            grad_means=means and replace(means, starts=[means.starts[p] for p in positions]),
         )
 
 
 def layout_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What decides, besides its address, which memory a tensor's elements have."""
+    """Dtype, shape and strides: with its address, they say where a tensor's elements lie."""
     return tensor.dtype, tensor.shape, tensor.stride()
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import (
+from optstate_codecs.formats.base import all_on_host, blocked, scaled
+from optstate_codecs.triton_lib import (
     INF_BITS,
     MAGNITUDE,
     as_bits,
@@ -26,7 +27,6 @@ from optstate_codecs.device import (
     tl,
     widened,
 )
-from optstate_codecs.formats.base import all_on_host, blocked, scaled
 
 __all__ = [
     "SMALLEST",

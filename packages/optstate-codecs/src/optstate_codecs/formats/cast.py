@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.device import (
+from optstate_codecs.formats.base import Component, DeviceFunctions, Format
+from optstate_codecs.rounding import Draw, stochastic_round_bf16
+from optstate_codecs.triton_lib import (
     from_bf16_bits,
     jit,
     tl,
     to_bf16_bits,
     to_bf16_bits_stochastic,
 )
-from optstate_codecs.formats.base import Component, DeviceFunctions, Format
-from optstate_codecs.rounding import Draw, stochastic_round_bf16
 
 __all__ = ["BF16", "FP32"]
 

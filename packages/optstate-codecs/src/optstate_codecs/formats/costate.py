@@ -41,18 +41,6 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks, exact
-from optstate_codecs.device import (
-    INF_BITS,
-    as_bits,
-    as_float,
-    constant,
-    fma,
-    jit,
-    reciprocal,
-    row_sum,
-    spread,
-    tl,
-)
 from optstate_codecs.formats.base import (
     Component,
     DeviceFunctions,
@@ -76,6 +64,18 @@ from optstate_codecs.formats.block import (
 from optstate_codecs.formats.linear import Int4
 from optstate_codecs.formats.packing import group, pack, unpack
 from optstate_codecs.rounding import Draw
+from optstate_codecs.triton_lib import (
+    INF_BITS,
+    as_bits,
+    as_float,
+    constant,
+    fma,
+    jit,
+    reciprocal,
+    row_sum,
+    spread,
+    tl,
+)
 
 __all__ = ["CoState"]
 

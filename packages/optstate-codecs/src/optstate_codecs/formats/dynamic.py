@@ -46,21 +46,6 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks, exact
-from optstate_codecs.device import (
-    INF_BITS,
-    as_bits,
-    as_float,
-    at_least_if_positive,
-    byte_float,
-    constant,
-    fma,
-    jit,
-    spread,
-    third_byte,
-    third_byte_signed,
-    tl,
-    widened,
-)
 from optstate_codecs.formats.base import (
     Component,
     DeviceFunctions,
@@ -80,6 +65,21 @@ from optstate_codecs.formats.block import (
 )
 from optstate_codecs.rounding import Draw
 from optstate_codecs.tables import cached_table
+from optstate_codecs.triton_lib import (
+    INF_BITS,
+    as_bits,
+    as_float,
+    at_least_if_positive,
+    byte_float,
+    constant,
+    fma,
+    jit,
+    spread,
+    third_byte,
+    third_byte_signed,
+    tl,
+    widened,
+)
 
 __all__ = ["Dynamic8"]
 

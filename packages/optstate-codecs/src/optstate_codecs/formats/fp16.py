@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.device import as_float, constant, jit, spread, tl
 from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
 from optstate_codecs.formats.block import finite_amax, load_scale, store_scale
 from optstate_codecs.rounding import Draw
+from optstate_codecs.triton_lib import as_float, constant, jit, spread, tl
 
 __all__ = ["FP16"]
 

@@ -26,7 +26,18 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.device import (
+from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
+from optstate_codecs.formats.block import (
+    finite_amax,
+    load_scale,
+    mark,
+    nan_where_marked,
+    store_marked,
+    store_scale,
+)
+from optstate_codecs.rounding import Draw
+from optstate_codecs.tables import cached_table
+from optstate_codecs.triton_lib import (
     INF_BITS,
     as_bits,
     as_float,
@@ -39,17 +50,6 @@ from optstate_codecs.device import (
     tl,
     top_byte,
 )
-from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
-from optstate_codecs.formats.block import (
-    finite_amax,
-    load_scale,
-    mark,
-    nan_where_marked,
-    store_marked,
-    store_scale,
-)
-from optstate_codecs.rounding import Draw
-from optstate_codecs.tables import cached_table
 
 __all__ = ["FP8"]
 

@@ -23,21 +23,6 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.device import (
-    INF_BITS,
-    MAGNITUDE,
-    ROUNDER,
-    as_bits,
-    as_float,
-    constant,
-    dithered,
-    fma,
-    jit,
-    nibble_floats,
-    reciprocal,
-    spread,
-    tl,
-)
 from optstate_codecs.formats.base import (
     Component,
     DeviceFunctions,
@@ -60,6 +45,21 @@ from optstate_codecs.formats.block import (
 )
 from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.rounding import Draw
+from optstate_codecs.triton_lib import (
+    INF_BITS,
+    MAGNITUDE,
+    ROUNDER,
+    as_bits,
+    as_float,
+    constant,
+    dithered,
+    fma,
+    jit,
+    nibble_floats,
+    reciprocal,
+    spread,
+    tl,
+)
 
 __all__ = ["Int4", "Int8"]
 
@@ -113,7 +113,7 @@ class Int8(Format):
         inverse = torch.where(step > 0, 1 / step, step)
         code = scaled(x, inverse, self.block_size)
         if self.rounding == "stochastic":
-            code.add_(self._need(draw).centred(x.numel(), x.device))
+            code.add_(self._need(draw).dither(x.numel(), x.device))
         codes.copy_(mark_nonfinite(code.round_().clamp_(-127, 127), x, NAN_CODE))
         scale.copy_(step.view(-1))
 

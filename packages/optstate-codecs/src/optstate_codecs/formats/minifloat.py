@@ -42,21 +42,6 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks, exact
-from optstate_codecs.device import (
-    INF_BITS,
-    as_bits,
-    as_float,
-    at_least_if_positive,
-    constant,
-    fma,
-    jit,
-    mirrored,
-    nibbles,
-    reciprocal,
-    spread,
-    tl,
-    widened,
-)
 from optstate_codecs.formats.base import (
     Component,
     DeviceFunctions,
@@ -79,6 +64,21 @@ from optstate_codecs.formats.block import (
 )
 from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.rounding import Draw
+from optstate_codecs.triton_lib import (
+    INF_BITS,
+    as_bits,
+    as_float,
+    at_least_if_positive,
+    constant,
+    fma,
+    jit,
+    mirrored,
+    nibbles,
+    reciprocal,
+    spread,
+    tl,
+    widened,
+)
 
 __all__ = ["Minifloat"]
 

@@ -38,16 +38,6 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks, exact
-from optstate_codecs.device import (
-    INF_BITS,
-    as_bits,
-    as_float,
-    constant,
-    jit,
-    row_max,
-    spread,
-    tl,
-)
 from optstate_codecs.formats.base import (
     Component,
     DeviceFunctions,
@@ -70,6 +60,16 @@ from optstate_codecs.formats.block import (
 )
 from optstate_codecs.formats.packing import group, pack, unpack
 from optstate_codecs.rounding import Draw
+from optstate_codecs.triton_lib import (
+    INF_BITS,
+    as_bits,
+    as_float,
+    constant,
+    jit,
+    row_max,
+    spread,
+    tl,
+)
 
 __all__ = ["OneQ"]
 

@@ -80,7 +80,7 @@ class StreamingExecutor:
             request.done += request.param_steps
         finally:
             placement.note_counts(request.param_steps)
-            if request.apart:
+            if request.asynchronous:
                 nbytes = sum(grad.nbytes for grad in request.grads)
                 placement.rings.hold((request, device_views), nbytes)
             else:
@@ -103,7 +103,7 @@ class StreamingExecutor:
             param_steps.sort(key=lambda param_step: (param_step.index, param_step.offset))
             placement.keep_only(param_steps)
         # centralization needs the whole gradient
-        placement.place(param_steps, cut=request.centres is None)
+        placement.place(param_steps, cut=request.grad_means is None)
         if self._generation != placement.generation:
             self._executor = ResidentExecutor(self.backend)
             self._generation = placement.generation

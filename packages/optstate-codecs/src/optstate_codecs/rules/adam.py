@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.device import constant, fma, jit, lerp, reciprocal, sqrt, tl
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_quotient, average_square_, decayed, far
 from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
+from optstate_codecs.triton_lib import constant, fma, jit, lerp, reciprocal, sqrt, tl
 
 __all__ = ["Adam", "AdamHyper"]
 

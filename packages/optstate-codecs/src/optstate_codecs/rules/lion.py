@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.device import constant, fma, jit, lerp, tl
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_scaled_, decayed, far
 from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
+from optstate_codecs.triton_lib import constant, fma, jit, lerp, tl
 
 __all__ = ["Lion", "LionHyper"]
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.device import constant, fma, jit, lerp, reciprocal, sqrt, tl
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import (
     add_quotient,
@@ -31,6 +30,7 @@ from optstate_codecs.rules.arithmetic import (
     root_folded,
 )
 from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
+from optstate_codecs.triton_lib import constant, fma, jit, lerp, reciprocal, sqrt, tl
 
 __all__ = ["LPFAdamW", "LPFAdamWHyper"]
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.device import constant, fma, jit, tl
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rules.arithmetic import add_scaled, add_scaled_, decayed
 from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_scalar
+from optstate_codecs.triton_lib import constant, fma, jit, tl
 
 __all__ = ["SGD", "SGDHyper"]
 

@@ -33,7 +33,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import (
+from optstate_codecs.formats.base import Component, DeviceFunctions
+from optstate_codecs.rounding import Draw
+from optstate_codecs.triton_lib import (
     MAGNITUDE,
     as_bits,
     as_float,
@@ -42,8 +44,6 @@ from optstate_codecs.device import (
     tl,
     to_bf16_bits,
 )
-from optstate_codecs.formats.base import Component, DeviceFunctions
-from optstate_codecs.rounding import Draw
 from optstate_codecs.writes.base import Write
 
 __all__ = ["CORRECTION", "SplitMaster"]

@@ -284,7 +284,7 @@ class Fused:
             total=trainable(inner.param_groups),
         )
         self.done = request.done
-        request.apart = not last
+        request.asynchronous = not last
         self._get_executor().step(request)
         # where the host skips a step, all are as they should be
         self.done = list(param_steps)

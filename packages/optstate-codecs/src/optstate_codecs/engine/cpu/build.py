@@ -1,4 +1,4 @@
-"""Builds C into a function, with the compiler of the machine; built ones are kept on disk."""
+"""Compiles C source with the system compiler; built libraries are cached on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = ["CannotBuild", "build", "compiler"]
 
-# the same bits whatever is vectorised: no contraction, and integers that wrap
+# vectorised code must give the same bits: no contraction of a * b + c, and integers that wrap
 FLAGS = ["-O3", "-march=native", "-shared", "-fPIC", "-fwrapv", "-fno-strict-aliasing"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -24,17 +24,17 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 class CannotBuild(Exception):
-    """There is no working compiler here."""
+    """There is no working compiler."""
 
 
 def compiler() -> list[str]:
-    """The command of a C++ compiler: what CXX says, or the first of g++, clang++ and c++.
+    """The command of a C++ compiler: the value of CXX, or the first of g++, clang++ and c++.
 
-    Options after the program win over those given here: CXX="g++ -march=x86-64" builds for every
-    x86 processor of 64 bits.
+    Options in CXX override ``FLAGS``: CXX="g++ -march=x86-64" builds for every 64-bit x86
+    processor.
 
     Raises:
-        CannotBuild: there is none.
+        CannotBuild: none of these programs exists.
     """
     named = os.environ.get("CXX")
     for command in [named] if named else ["g++", "clang++", "c++"]:
@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 
 @cache
 def _identity(command: tuple[str, ...]) -> str:
-    """What a built function depends on besides its source."""
+    """Compiler, processor and flags as text: the part of the cache key besides the source."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -62,7 +62,7 @@ def _identity(command: tuple[str, ...]) -> str:
 
 
 def build(source: str) -> Any:
-    """The function ``run`` of ``source``.
+    """Compile ``source``, or load its cached library, and return its function ``run``.
 
     Raises:
         CannotBuild: there is no compiler, or it fails.
@@ -88,8 +88,8 @@ def build(source: str) -> Any:
 
 
 def _with_flags(command: list[str]) -> list[str]:
-    """``command`` with our flags before its own, which so win over them."""
-    own = next((place for place, part in enumerate(command) if part[:1] == "-"), len(command))
+    """``command`` with our flags before its own, so that its own override them."""
+    own = next((at for at, part in enumerate(command) if part[:1] == "-"), len(command))
     return [*command[:own], *FLAGS, *command[own:]]
 
 
@@ -97,7 +97,7 @@ def _compile(command: list[str], source: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         text, made = Path(folder, "step.cpp"), Path(folder, "step.so")
         text.write_text(source)
-        # where there is no OpenMP, one thread steps
+        # without OpenMP the function is built for one thread
         for threads in (["-fopenmp"], []):
             whole = [*_with_flags(command), *threads, str(text), "-o", str(made)]
             done = subprocess.run(whole, capture_output=True, text=True)
@@ -105,5 +105,5 @@ def _compile(command: list[str], source: str, library: Path) -> None:
                 break
         else:
             raise CannotBuild(f"{shlex.join(command)} fails: {done.stderr.strip()[:300]}")
-        # processes that build the same at once replace each other's file by an equal one
+        # atomic: processes that build the same source at once replace equal files
         os.replace(made, library)

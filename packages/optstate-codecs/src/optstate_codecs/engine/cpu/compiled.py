@@ -1,9 +1,8 @@
-"""The reference as compiled loops: the fast path on a CPU.
+"""Steps requests with compiled kernels: the fast path on a CPU.
 
-The very functions of the reference are recorded once for each set of formats, rule, dtypes and
-write, turned into C that steps one block after another, and built with the C++ compiler of the
-machine (``engine.cpu``). Hyper-parameters, step counts and sizes are arguments, so nothing is built
-twice. A row of decoded numbers on each thread's stack is all the memory that a step takes.
+A kernel is built once for each set of formats, rule, dtypes and write (see ``engine.cpu``).
+Hyper-parameters, step counts and sizes are its arguments, so that they cause no other build. A step
+takes no memory but one block of decoded values on each thread's stack.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from optstate_codecs.counts import counted, taken
 from optstate_codecs.engine import eager
 from optstate_codecs.engine.cpu.build import CannotBuild
-from optstate_codecs.engine.cpu.kernels import CompiledKernel, KernelSpec, loops
+from optstate_codecs.engine.cpu.kernels import CompiledKernel, KernelSpec, compiled_kernel
 from optstate_codecs.engine.request import ParamStep, StepRequest
 from optstate_codecs.rounding import stream_key
 
@@ -32,7 +31,7 @@ _warned: set[str] = set()
 
 
 def try_step(request: StepRequest) -> bool:
-    """``step``, or False with one warning where there is no working compiler."""
+    """``step`` and return True; without a working compiler, warn once and return False."""
     if _warned:
         return False
     try:
@@ -50,83 +49,81 @@ def try_step(request: StepRequest) -> bool:
 
 
 def step(request: StepRequest) -> None:
-    """Step every unit that loops exist for, and the others by the reference.
+    """Step every parameter that a kernel exists for, and the others with the reference.
 
     Raises:
         CannotBuild: there is no working compiler; nothing has changed.
     """
     variants = [request.rule.variant(hyper) for hyper in request.hypers]
-    together: dict[CompiledKernel, list[tuple[int, _Standing]]] = {}
-    left = []
-    for place, (param_step, grad) in enumerate(
-        zip(request.param_steps, request.grads, strict=True)
-    ):
-        standing = _standings.get(param_step)
-        if request.centres is not None and request.centres.places[place] >= 0:
-            left.append(place)
+    members: dict[CompiledKernel, list[tuple[int, _Prepared]]] = {}
+    fallback = []
+    pairs = zip(request.param_steps, request.grads, strict=True)
+    for position, (param_step, grad) in enumerate(pairs):
+        prepared, variant = _prepared.get(param_step), variants[param_step.group]
+        if request.grad_means is not None and request.grad_means.starts[position] >= 0:
+            fallback.append(position)
             continue
-        if standing is None or not standing.holds(grad, variants[param_step.group]):
-            standing = _standings[param_step] = _stand(
-                request, param_step, grad, variants[param_step.group]
-            )
-        if standing.loops is None:
-            left.append(place)
+        if prepared is None or not prepared.is_valid(grad, variant):
+            prepared = _prepared[param_step] = _prepare(request, param_step, grad, variant)
+        if prepared.kernel is None:
+            fallback.append(position)
         else:
-            together.setdefault(standing.loops, []).append((place, standing))
+            members.setdefault(prepared.kernel, []).append((position, prepared))
     if request.found_inf is not None and bool(request.found_inf):
         return
-    for built, members in together.items():
-        _run(request, built, members)
-    if left:
-        eager.step(request.part(left))
+    for kernel, stepped in members.items():
+        _run(request, kernel, stepped)
+    if fallback:
+        eager.step(request.part(fallback))
 
 
 @dataclass(eq=False)
-class _Standing:
-    """Where a unit stands: its loops, and what of it they want that stays from step to step.
+class _Prepared:
+    """The kernel of a parameter, and those of its arguments that stay the same between steps.
 
     Attributes:
-        loops: or None, where the reference steps it.
-        variant, grad: what it was chosen for.
-        addresses: of the parameter and of what ``loops`` want of the state.
+        kernel: None where the reference steps the parameter.
+        variant, grad: the rule's variant, and the gradient's dtype and strides, chosen for.
+        addresses: of the parameter and of the components in ``kernel.keys``.
         keys: of the random numbers.
     """
 
-    loops: CompiledKernel | None
+    kernel: CompiledKernel | None
     variant: Hashable
     grad: tuple[torch.dtype, tuple[int, ...]]
     addresses: list[int]
     keys: list[int]
 
-    def holds(self, grad: Tensor, variant: Hashable) -> bool:
-        """Whether it is right for this step of its unit, which has not moved."""
+    def is_valid(self, grad: Tensor, variant: Hashable) -> bool:
+        """Whether it fits this gradient, if parameter and state have not moved."""
         return self.variant == variant and self.grad == (grad.dtype, grad.stride())
 
 
-_standings: WeakKeyDictionary[ParamStep, _Standing] = WeakKeyDictionary()
+_prepared: WeakKeyDictionary[ParamStep, _Prepared] = WeakKeyDictionary()
 
 
-def _stand(
+def _prepare(
     request: StepRequest, param_step: ParamStep, grad: Tensor, variant: Hashable
-) -> _Standing:
-    built = None
+) -> _Prepared:
+    kernel = None
     if _fits(param_step, grad):
         stored = param_step.bound
         formats = tuple(stored[moment.name] for moment in param_step.moments)
         scalars = len(request.rule.scalars(request.hypers[param_step.group], 1.0))
-        what = param_step.moments, formats, param_step.write, param_step.plain
-        built = loops(KernelSpec(request.rule, variant, *what, grad.dtype, scalars))
+        stored_as = param_step.moments, formats, param_step.write, param_step.plain
+        spec = KernelSpec(request.rule, variant, *stored_as, grad.dtype, scalars)
+        kernel = compiled_kernel(spec)
     addresses, keys = [param_step.param.data_ptr()], list[int]()
-    if built is not None:
-        addresses += [param_step.state[key].data_ptr() for key in built.keys]
+    if kernel is not None:
+        addresses += [param_step.state[key].data_ptr() for key in kernel.keys]
         keys = [
-            k for s in built.streams for k in stream_key(param_step.seed, param_step.index, s // 2)
+            k for s in kernel.streams for k in stream_key(param_step.seed, param_step.index, s // 2)
         ]
-    return _Standing(built, variant, (grad.dtype, grad.stride()), addresses, keys)
+    return _Prepared(kernel, variant, (grad.dtype, grad.stride()), addresses, keys)
 
 
 def _fits(param_step: ParamStep, grad: Tensor) -> bool:
-    """Whether loops can take a unit's layout and dtypes."""
+    """Whether a kernel can take the layouts and dtypes of a parameter, its state and gradient."""
     param = param_step.param
     return (
         param_step.state["step"].device.type == "cpu"
@@ -137,9 +134,11 @@ def _fits(param_step: ParamStep, grad: Tensor) -> bool:
     )
 
 
-def _run(request: StepRequest, built: CompiledKernel, members: list[tuple[int, _Standing]]) -> None:
-    """Step units of the same loops in one call."""
-    param_steps = [request.param_steps[place] for place, _ in members]
+def _run(
+    request: StepRequest, kernel: CompiledKernel, members: list[tuple[int, _Prepared]]
+) -> None:
+    """Step the parameters of one kernel in one call."""
+    param_steps = [request.param_steps[position] for position, _ in members]
     counts = counted(
         [param_step.state["step"] for param_step in param_steps], request.draw is not None
     )
@@ -149,31 +148,24 @@ def _run(request: StepRequest, built: CompiledKernel, members: list[tuple[int, _
     scalars: list[Any] = []
     keys: list[int] = []
     folded: dict[tuple[int, float], list[Any]] = {}
-    rows = 0
-    for param_step, count, (place, standing) in zip(param_steps, counts, members, strict=True):
+    blocks = 0
+    for param_step, count, (position, prepared) in zip(param_steps, counts, members, strict=True):
         numel = param_step.param.numel()
-        param, *parts = standing.addresses
+        param, *parts = prepared.addresses
         draw = taken(count) if request.draw is None else request.draw
-        table += [
-            numel,
-            rows,
-            draw,
-            param_step.offset,
-            param,
-            request.grads[place].data_ptr(),
-            *parts,
-        ]
-        which = (param_step.group, count)
-        if which not in folded:
-            folded[which] = [*request.rule.scalars(request.hypers[param_step.group], count), factor]
-        scalars += folded[which]
-        keys += standing.keys
-        rows += -(-numel // built.block)
+        table += [numel, blocks, draw, param_step.offset]
+        table += [param, request.grads[position].data_ptr(), *parts]
+        key = (param_step.group, count)
+        if key not in folded:
+            folded[key] = [*request.rule.scalars(request.hypers[param_step.group], count), factor]
+        scalars += folded[key]
+        keys += prepared.keys
+        blocks += -(-numel // kernel.block_size)
     tables = (
         torch.tensor(table, dtype=torch.int64, device="cpu"),
         torch.tensor(scalars, dtype=torch.float32, device="cpu"),
         torch.tensor(keys, dtype=torch.int64, device="cpu").to(torch.int32),
     )
     addresses = [tensor.data_ptr() for tensor in tables]
-    built.run(len(param_steps), rows, *addresses, torch.get_num_threads())
+    kernel.run(len(param_steps), blocks, *addresses, torch.get_num_threads())
     request.done += param_steps

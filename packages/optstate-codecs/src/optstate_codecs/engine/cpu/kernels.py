@@ -1,4 +1,4 @@
-"""Loops for each kind of tensor: which operations the reference would do, built once a process."""
+"""Compiled kernels: a ``KernelSpec`` traced, compiled and built, once a process."""
 
 from __future__ import annotations
 
@@ -23,27 +23,24 @@ from optstate_codecs.rounding import Counter, Draw
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["CompiledKernel", "KernelSpec", "loops", "source"]
+__all__ = ["CompiledKernel", "KernelSpec", "compiled_kernel", "source"]
 
-# elements a row where no format has blocks
-PLAIN = 1024
-# rows that are recorded: more than one, and odd, so that no count of elements means two things
-ROWS = 3
+# elements a block where no format has blocks
+UNBLOCKED = 1024
+# blocks that are recorded: more than one, and odd, so that an element count has one meaning
+BLOCKS = 3
 STREAMS = 4
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What decides which loops step a tensor.
+    """Everything that the C code of a kernel depends on.
 
     Attributes:
-        rule, variant: the mathematics, and what of the hyper-parameters picks its operations.
-        moments: of the rule.
-        formats: one for each.
-        write: of the parameter; it knows the dtype.
-        plain: as in a ``ParamStep``.
-        grad: the gradient's dtype.
-        scalars: how many numbers the rule folds for a step.
+        rule, variant, moments, write, plain: as in a ``StepSpec``.
+        formats: one a moment.
+        grad_dtype: the gradient's dtype.
+        scalars: how many ``Rule.scalars`` returns.
     """
 
     rule: Rule
@@ -52,11 +49,11 @@ class KernelSpec:
     formats: tuple[Format, ...]
     write: Write
     plain: bool
-    grad: torch.dtype
+    grad_dtype: torch.dtype
     scalars: int
 
     @property
-    def how(self) -> StepSpec:
+    def step_spec(self) -> StepSpec:
         """The operations, as the reference takes them."""
         names = [moment.name for moment in self.moments]
         formats = dict(zip(names, self.formats, strict=True))
@@ -70,11 +67,12 @@ class KernelSpec:
         return {name: [(c.key(name), c) for c in found] for name, found in owners.items()}
 
     @property
-    def block(self) -> int:
-        """Elements a row.
+    def block_size(self) -> int:
+        """Elements a block.
 
         Raises:
-            Unrecordable: formats have blocks of different sizes, or codes packed too closely.
+            Unrecordable: blocks have different sizes, more than two codes share a byte, or the rule
+                has error feedback.
         """
         if self.rule.has_error_feedback:
             raise Unrecordable("moments are decoded again after they are encoded")
@@ -83,40 +81,40 @@ class KernelSpec:
         spans = {format.span for format in self.formats} - {1, 2}
         if len(spans) > 1:
             raise Unrecordable("blocks of different sizes")
-        return spans.pop() if spans else PLAIN
+        return spans.pop() if spans else UNBLOCKED
 
     @property
-    def given(self) -> KernelInputs:
-        """What the loops take."""
-        tensors = {"param": (self.write.dtype, 1), "grad": (self.grad, 1)}
+    def inputs(self) -> KernelInputs:
+        """The kernel's inputs."""
+        tensors = {"param": (self.write.dtype, 1), "grad": (self.grad_dtype, 1)}
         for parts in self.components.values():
             tensors |= {key: (c.dtype, c.span) for key, c in parts}
         draws = {f"draw{stream}": (stream, False) for stream in range(STREAMS)}
         draws |= {f"mirrored{stream}": (stream, True) for stream in range(STREAMS)}
-        scalars = [*(f"scalar{place}" for place in range(self.scalars)), "factor"]
-        return KernelInputs(tensors, scalars, draws, self.block)
+        scalars = [*(f"scalar{number}" for number in range(self.scalars)), "factor"]
+        return KernelInputs(tensors, scalars, draws, self.block_size)
 
 
 @dataclass(frozen=True, eq=False)
 class CompiledKernel:
-    """Built loops, and what they want in which order.
+    """A built kernel and the order of its inputs.
 
     Attributes:
-        run: the function, see ``emit``.
-        block: elements a row.
+        run: the C function, see ``emit``.
+        block_size: elements a block.
         keys: state keys of the tensors that follow parameter and gradient.
-        streams: of the random numbers.
+        streams: of the random numbers, in the order of their keys.
     """
 
     run: Any
-    block: int
+    block_size: int
     keys: tuple[str, ...]
     streams: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class _GivenDraw(Draw):
-    """Random numbers that are an input of the record."""
+class _InputDraw(Draw):
+    """A draw whose random bits are inputs of the record."""
 
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -131,64 +129,64 @@ class _GivenDraw(Draw):
 
 
 @dataclass(frozen=True)
-class _GivenCounter(Counter):
+class _InputCounter(Counter):
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def stream(self, stream: int) -> Draw:
-        return _GivenDraw(0, 0, 0, stream, inputs=self.inputs)
+        return _InputDraw(0, 0, 0, stream, inputs=self.inputs)
 
 
 @torch.inference_mode(False)
-def source(kind: KernelSpec) -> str:
-    """C that steps tensors of a kind.
+def source(spec: KernelSpec) -> str:
+    """The C source of a kernel.
 
     Raises:
         Unrecordable: there is no C for one of the operations.
     """
-    given, owners = kind.given, kind.components
+    inputs, components = spec.inputs, spec.components
 
-    def step(inputs: Mapping[str, Tensor]) -> None:
-        old = inputs["param"]
-        slope = inputs["grad"].to(torch.float32) * inputs["factor"]
-        parts = {name: [inputs[key] for key, _ in found] for name, found in owners.items()}
-        scalars = [inputs[name] for name in given.scalars[:-1]]
-        counter = _GivenCounter(0, 0, 0, inputs=inputs)
-        new = step_slice(kind.how, old, slope, parts, scalars, counter, 0)
+    def step(tensors: Mapping[str, Tensor]) -> None:
+        old = tensors["param"]
+        grad = tensors["grad"].to(torch.float32) * tensors["factor"]
+        parts = {name: [tensors[key] for key, _ in owned] for name, owned in components.items()}
+        scalars = [tensors[name] for name in inputs.scalars[:-1]]
+        counter = _InputCounter(0, 0, 0, inputs=tensors)
+        new = step_slice(spec.step_spec, old, grad, parts, scalars, counter, 0)
         if new is not old:
             old.copy_(new)
 
     def lowered(fast: bool) -> Lowered:
-        count = ROWS * given.block
-        inputs = {
+        count = BLOCKS * inputs.block_size
+        tensors = {
             name: torch.zeros(count // span, dtype=dtype, device="cpu")
-            for name, (dtype, span) in given.tensors.items()
+            for name, (dtype, span) in inputs.tensors.items()
         }
-        inputs |= {
-            name: torch.ones((), dtype=torch.float32, device="cpu") for name in given.scalars
+        tensors |= {
+            name: torch.ones((), dtype=torch.float32, device="cpu") for name in inputs.scalars
         }
-        inputs |= {
-            name: torch.zeros(count, dtype=torch.int32, device="cpu") for name in given.draws
+        tensors |= {
+            name: torch.zeros(count, dtype=torch.int32, device="cpu") for name in inputs.draws
         }
-        found = record(step, inputs, assume=fast)
-        exactly = kind.how.square_root is exact.sqrt or exact.sqrt_is_exact()
+        found = record(step, tensors, assume=fast)
+        exactly = spec.step_spec.square_root is exact.sqrt or exact.sqrt_is_exact()
         if not exactly and any(call.name == "sqrt" for call in found.calls):
             raise Unrecordable("torch.sqrt, which is not rounded correctly here")
-        return lower(found, ROWS, given.block, fast=fast)
+        return lower(found, BLOCKS, inputs.block_size, fast=fast)
 
-    return emit(lowered(True), lowered(False), given)
+    return emit(lowered(True), lowered(False), inputs)
 
 
 @cache
-def loops(kind: KernelSpec) -> CompiledKernel | None:
-    """Built loops for a kind, or None where one of its operations has no form in C.
+def compiled_kernel(spec: KernelSpec) -> CompiledKernel | None:
+    """The built kernel, or None where one of its operations has no form in C.
 
     Raises:
         CannotBuild: there is no working compiler.
     """
     try:
-        text = source(kind)
+        text = source(spec)
     except Unrecordable:
         return None
-    keys = [key for parts in kind.components.values() for key, _ in parts]
-    streams = [stream for stream, _ in kind.given.draws.values()]
-    return CompiledKernel(build(text), kind.block, tuple(keys), tuple(streams))
+    keys = [key for parts in spec.components.values() for key, _ in parts]
+    streams = [stream for stream, _ in spec.inputs.draws.values()]
+    return CompiledKernel(build(text), spec.block_size, tuple(keys), tuple(streams))

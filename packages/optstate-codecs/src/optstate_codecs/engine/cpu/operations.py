@@ -1,9 +1,8 @@
-"""What each torch operation is in C, on one element.
+"""The C form of each torch operation on one element, and the C functions that they call.
 
-Numbers are float, or int32_t whatever the width of the integers: a uint8 is kept within 0 to 255.
-A bfloat16 is an int32_t that holds its 16 bits. Where torch's vectorised loops round a product and
-a sum once on this processor, a fused multiply-add does here; where they round both, both are
-rounded.
+Values are float or int32_t: integers of every width are int32_t, a uint8 within 0 to 255, and a
+bfloat16 is an int32_t with its 16 bits. Products and sums round as torch's vectorised loops do on
+this processor: once, by a fused multiply-add, or twice.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ C_TYPES = {
     torch.bool: "bool",
 }
 
-# how they lie in memory
+# in memory
 STORED = {
     torch.float32: "float",
     torch.bfloat16: "uint16_t",
@@ -86,9 +85,6 @@ INLINE uint32_t word(uint32_t x, uint32_t key, uint32_t factor) {
 }
 """
 
-# an argument: its C expression and the dtype of the tensor, or None for a number of Python's
-Argument = tuple[str, torch.dtype | None]
-
 
 def literal(value: Any, dtype: torch.dtype) -> str:
     """A Python number as a C constant of ``dtype``."""
@@ -115,7 +111,7 @@ def convert(text: str, source: torch.dtype | None, target: torch.dtype) -> str:
         return f"to_bf16((float)({text}))"
     if target == torch.bool:
         return f"(({text}) != 0)"
-    if source == torch.bool:  # compilers find vectors for this form
+    if source == torch.bool:  # compilers vectorise this form
         return f"({text} ? {literal(1, target)} : {literal(0, target)})"
     if target == torch.float32:
         return f"((float)({text}))"
@@ -128,7 +124,7 @@ def convert(text: str, source: torch.dtype | None, target: torch.dtype) -> str:
 
 
 def bits_type(text: str, source: torch.dtype, target: torch.dtype) -> str:
-    """``text`` of dtype ``source``, its bits read as ``target``."""
+    """The bits of ``text``, of dtype ``source``, as ``target``."""
     if (source, target) == (torch.float32, torch.int32):
         return f"as_int({text})"
     if (source, target) == (torch.int32, torch.float32):
@@ -149,18 +145,18 @@ def _add(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str
     if alpha == 1:
         return f"({args[0]} + {args[1]})"
     if dtype == torch.float32:
-        # exact.multiply_add; rules have it as addcmul, with a number that is a tensor here
+        # from exact.multiply_add; a rule's is an addcmul here, since its scalar is a tensor
         return f"__builtin_fmaf({args[1]}, {literal(alpha, dtype)}, {args[0]})"
     return f"({args[0]} + {args[1]} * {literal(alpha, dtype)})"
 
 
 def _plain(function: Callable[..., str]) -> Callable[..., str]:
-    """An operation of its arguments alone."""
+    """An operation without keywords, the same for all dtypes."""
     return lambda args, kwargs, dtype: function(*args)
 
 
 def _either(floats: str, integers: str) -> Callable[..., str]:
-    """Functions of C for floats and for integers."""
+    """A call of one C function for floats and of another for integers."""
     return lambda args, kwargs, dtype: (
         f"{floats if dtype == torch.float32 else integers}({', '.join(args)})"
     )
@@ -168,8 +164,8 @@ def _either(floats: str, integers: str) -> Callable[..., str]:
 
 def _clamp(args: Sequence[str | None], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
     low, high = [*args[1:], None, None][:2]
-    low = kwargs["min"] if low is None and kwargs.get("min") is not None else low
-    high = kwargs["max"] if high is None and kwargs.get("max") is not None else high
+    low = kwargs.get("min") if low is None else low
+    high = kwargs.get("max") if high is None else high
     names = ("at_least", "at_most") if dtype == torch.float32 else ("most_int", "least_int")
     text = str(args[0])
     for name, limit in zip(names, (low, high), strict=True):
@@ -181,10 +177,10 @@ def _clamp(args: Sequence[str | None], kwargs: dict[str, Any], dtype: torch.dtyp
 
 def _nan_to_num(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str:
     largest = torch.finfo(torch.float32).max
-    given = [*args[1:], None, None, None][:3]
+    texts_given = [*args[1:], None, None, None][:3]
     names = ("nan", "posinf", "neginf")
     texts = []
-    for text, name, default in zip(given, names, (0.0, largest, -largest), strict=True):
+    for text, name, default in zip(texts_given, names, (0.0, largest, -largest), strict=True):
         value = kwargs.get(name)
         texts.append(text or literal(default if value is None else value, dtype))
     return f"finite_or({args[0]}, {', '.join(texts)})"
@@ -197,7 +193,7 @@ def _sub(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str
 
 
 def _once(operation: str) -> bool:
-    """Whether torch rounds ``operation`` once here."""
+    """Whether torch rounds ``operation`` once on this processor."""
     once = rounds_once(operation)
     if once is None:
         raise Unrecordable(f"torch's {operation}, which is rounded in an unknown way here")
@@ -227,7 +223,7 @@ def _addcdiv(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) ->
     return f"({args[0]} + {first} / {args[2]})"
 
 
-# each takes the arguments, converted to the dtype that torch computes in, keywords and that dtype
+# functions of the arguments, converted to the dtype that torch computes in, keywords and that dtype
 OPERATIONS: dict[str, Callable[..., str]] = {
     "add": _add,
     "sub": _sub,
@@ -270,7 +266,7 @@ OPERATIONS: dict[str, Callable[..., str]] = {
     "nan_to_num": _nan_to_num,
     "lerp": _lerp,
     "addcmul": _addcmul("addcmul"),
-    # addcmul with a number of the call: what rules do, with a number of Python's, by add's alpha
+    # addcmul with a scalar: what the reference does by add with alpha
     "add_scaled": _addcmul("add"),
     "addcdiv": _addcdiv,
 }

@@ -1,10 +1,12 @@
-"""Shorter ways to the same bits, under assumptions that nearly every row fulfils.
+"""Peephole optimization: cheaper operations with the same bits under checked assumptions.
 
-The root of a square is the magnitude, unless the square leaves the range of floats. A root divided
-by a number of the call is multiplied with the reciprocal and then corrected: the product is off by
-an ulp or so, the fused multiply-adds know by how much. Roots and divisions take as long as ten
-other operations. And what is known to be finite needs no NaN replaced, and no comparison that lets
-a NaN through.
+Nearly every block fulfils the assumptions. Roots and divisions take as long as ten other
+operations, so:
+
+- The root of a square becomes the magnitude, unless the square overflows or underflows.
+- A root divided by a scalar becomes a product with the scalar's reciprocal, corrected by fused
+  multiply-adds, which compute the product's error exactly.
+- Values known to be finite need no ``nan_to_num``, and minima and maxima need not propagate NaN.
 """
 
 from __future__ import annotations
@@ -13,41 +15,42 @@ from collections.abc import Callable
 
 import torch
 
-from optstate_codecs.engine.cpu.value import ELEMENT, ONE, Value
+from optstate_codecs.engine.cpu.value import ELEMENT, SCALAR, Value
 
-__all__ = ["FINITE", "Shortening", "finite_flag"]
+__all__ = ["FINITE", "Peephole", "finite_flag"]
 
 FINITE = "(__builtin_fabsf({0}) <= 3.402823466e38f)"
 SQUARE_IN_RANGE = "(({0} == 0.0f) | (({0} >= 0x1p-63f) & ({0} <= 0x1p63f)))"
-# these give one of their arguments, or its magnitude
+# the result is one of the operands, or its magnitude
 TAKES_ONE = ("__builtin_fabsf(", "at_least(", "at_most(", "({1} < {0} ?", "({1} > {0} ?", "({0} ? ")
-# of one number and constants other than 0 these give a number, and of finite ones too
+# of one operand that is not NaN and non-zero constants, or of finite operands, the result is not
+# NaN
 ARITHMETIC = ("({0} + ", "({0} - ", "({1} - ", "({0} * ", "__builtin_fmaf(")
 
 Make = Callable[[int, torch.dtype, str, list[Value]], Value]
 
 
-class Shortening:
-    """Finds shorter ways and collects what they assume.
+class Peephole:
+    """Rewrites operations and collects the assumptions of the rewrites.
 
     Attributes:
-        assumptions: flags that must be set for every element and row.
+        assumptions: flags that must be set for every element and block.
     """
 
     def __init__(self, make: Make) -> None:
         self.assumptions: list[Value] = []
         self._make = make
-        self._numbers: set[Value] = set()
+        self._not_nan: set[Value] = set()
 
-    def shorter(self, name: str, needs: list[Value]) -> Value | None:
-        """The operation ``name`` on elements, or None where it stays as it is."""
+    def rewrite(self, name: str, needs: list[Value]) -> Value | None:
+        """A cheaper form of the operation ``name`` on elements, or None where there is none."""
         first = needs[0]
         if name == "sqrt" and first.text == "({0} * {1})" and first.needs[0] is first.needs[1]:
             root = self._make(ELEMENT, torch.float32, "__builtin_fabsf({0})", first.needs[:1])
             self._assume(SQUARE_IN_RANGE, root)
             return root
-        if name == "div" and first.text.startswith("__builtin_sqrtf") and needs[1].space == ONE:
-            inverse = self._make(ONE, torch.float32, "(1.0f / {0})", needs[1:])
+        if name == "div" and first.text.startswith("__builtin_sqrtf") and needs[1].space == SCALAR:
+            inverse = self._make(SCALAR, torch.float32, "(1.0f / {0})", needs[1:])
             self._assume(FINITE, first)
             return self._make(ELEMENT, torch.float32, "divide({0}, {1}, {2})", [*needs, inverse])
         if name == "nan_to_num":
@@ -55,26 +58,26 @@ class Shortening:
             return first
         if name in ("minimum", "maximum") and first.dtype == torch.float32:
             for value in needs:
-                self._assume_number(value)
+                self._assume_not_nan(value)
             sign = "<" if name == "minimum" else ">"
             text = f"({{1}} {sign} {{0}} ? {{1}} : {{0}})"
             return self._make(ELEMENT, torch.float32, text, needs)
         return None
 
-    def _assume_number(self, value: Value) -> None:
-        """Assume, as early as that can be said, what keeps ``value`` from being NaN."""
-        if value in self._numbers or value.dtype != torch.float32:
+    def _assume_not_nan(self, value: Value) -> None:
+        """Assume that ``value`` is not NaN, by flags on the earliest operands that decide it."""
+        if value in self._not_nan or value.dtype != torch.float32:
             return
-        self._numbers.add(value)
+        self._not_nan.add(value)
         others = [need for need in value.needs if not _is_constant(need)]
         if value.text.startswith(TAKES_ONE):
             for need in others:
-                self._assume_number(need)
+                self._assume_not_nan(need)
         elif not value.text.startswith(ARITHMETIC):
             if not _is_constant(value):
                 self._assume("({0} == {0})", value)
         elif len(others) == 1:
-            self._assume_number(others[0])
+            self._assume_not_nan(others[0])
         else:
             for need in others:
                 self._assume(FINITE, need)
@@ -86,12 +89,12 @@ class Shortening:
 
 
 def _is_constant(value: Value) -> bool:
-    """Whether ``value`` is a positive number of the source, and finite."""
+    """Whether ``value`` is a positive finite constant."""
     return value.kind == "value" and not value.needs and value.text.startswith("(0x")
 
 
 def finite_flag(needs: list[Value], make: Make) -> Value | None:
-    """``isfinite``, which torch makes of ``x == x`` and ``abs(x) != inf``, as one comparison."""
+    """Torch's ``isfinite``, ``x == x`` and ``abs(x) != inf``, as one comparison; else None."""
     same, other = needs
     if (
         same.text == "({0} == {1})"

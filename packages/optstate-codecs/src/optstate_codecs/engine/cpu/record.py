@@ -1,7 +1,7 @@
-"""Records what torch operations a function is made of, by running it once.
+"""Traces the torch operations of a function by running it once under a dispatch mode.
 
-The function runs on a few rows of real numbers, and every operation on them is noted. What it
-computes from constants alone is not: it enters the record as its value.
+Every operation that depends on an input is recorded. Tensors computed from constants alone enter
+the record as constants, with their values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Call", "Node", "Record", "Unrecordable", "record"]
 
 
 class Unrecordable(Exception):
-    """A function that does something other than a fixed row of operations."""
+    """The function cannot be compiled: it is no fixed sequence of supported operations."""
 
 
 @dataclass(eq=False)
@@ -52,12 +52,12 @@ class Call:
 
 @dataclass(eq=False)
 class Record:
-    """What a function did.
+    """The operations of one run of a function.
 
     Attributes:
         inputs: by name.
         calls: in order.
-        assumptions: flags that the function was told are all set.
+        assumptions: flags that the function asked about and was told are all set.
     """
 
     inputs: dict[str, Node]
@@ -69,7 +69,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, inputs: Mapping[str, Tensor], assume: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._assume = assume
-        # tensors are kept, so that no other one takes the number of one that is gone
+        # tensors are kept alive, so that no new one takes the id of an old one
         self._nodes: dict[int, tuple[Tensor, Node]] = {}
         self._all: dict[Node, Node] = {}
         for name, tensor in inputs.items():
@@ -90,12 +90,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(value, Node("", value.numel(), value.dtype, kept))
         return self._nodes[id(value)][1]
 
-    def _known(self, value: Any) -> bool:
+    def _depends(self, value: Any) -> bool:
         if isinstance(value, (list, tuple)):
-            return any(map(self._known, value))
-        return isinstance(value, Tensor) and self._variable(value)
+            return any(map(self._depends, value))
+        return isinstance(value, Tensor) and self._is_variable(value)
 
-    def _variable(self, tensor: Tensor) -> bool:
+    def _is_variable(self, tensor: Tensor) -> bool:
         found = self._nodes.get(id(tensor))
         return found is not None and found[1].value is None
 
@@ -103,7 +103,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not any(map(self._known, (*args, *kwargs.values()))):
+        if not any(map(self._depends, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
         name, overload = func.__name__.rsplit(".", 1)
         if name == "_local_scalar_dense":
@@ -113,7 +113,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = Call(
             name, overload, self._node(args), {k: self._node(v) for k, v in kwargs.items()}, []
         )
-        # an operation in place gives what it was given
+        # an operation in place returns its argument
         call.results = [
             self._nodes[id(r)][1]
             if id(r) in self._nodes
@@ -127,7 +127,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _answer(self, asked: Tensor) -> bool:
-        """The host asks for a number: it may ask whether flags are all set, and nothing else."""
+        """Answer the host's read of a tensor, which may only ask whether flags are all set."""
         flags = self._all.get(self._node(asked))
         if flags is None:
             raise Unrecordable("a number is read by the host")
@@ -137,16 +137,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def record(function: Callable[..., Any], inputs: Mapping[str, Tensor], *, assume: bool) -> Record:
-    """Run ``function(inputs)`` and note what it does, in place on its inputs.
+    """Run ``function(inputs)`` and record its operations.
 
     Args:
-        function: does the same operations whatever the numbers, but may ask of flags whether
-            they are all set.
-        inputs: by name; changed.
+        function: does the same operations for all values, but may ask whether flags are all set
+            (``bool(flags.all())``). It changes its inputs in place.
+        inputs: by name.
         assume: the answer to such questions.
 
     Raises:
-        Unrecordable: the function reads a number.
+        Unrecordable: the function reads any other value on the host.
     """
     recorder = _Recorder(inputs, assume)
     token = recorded.set(True)

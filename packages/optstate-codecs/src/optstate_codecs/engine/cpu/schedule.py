@@ -1,4 +1,4 @@
-"""The order of a row's loops: what is computed in which, and what is kept in between."""
+"""Schedules the values of a block: fuses them into loops and chooses the arrays in between."""
 
 from __future__ import annotations
 
@@ -9,58 +9,58 @@ import torch
 
 from optstate_codecs.engine.cpu.loop import Loop, Names
 from optstate_codecs.engine.cpu.operations import C_TYPES, STORED
-from optstate_codecs.engine.cpu.value import ELEMENT, ONE, PAIR, ROW, Lowered, Value
+from optstate_codecs.engine.cpu.value import BLOCK, ELEMENT, PAIR, SCALAR, Lowered, Value
 
-__all__ = ["KernelInputs", "row_lines"]
+__all__ = ["KernelInputs", "block_lines"]
 
 
 @dataclass(frozen=True)
 class KernelInputs:
-    """What loops are given, in the order of their tables.
+    """The inputs of a compiled kernel, in the order of its tables.
 
     Attributes:
-        tensors: the dtype and span of every input that is a tensor.
-        scalars: the inputs that are numbers.
-        draws: the stream of every input that is 16 random bits an element, and whether pairs of
-            steps draw mirrored ones.
-        block: elements a row.
+        tensors: name, dtype and span of each tensor.
+        scalars: names of the float32 scalars.
+        draws: name, stream and whether mirrored (``Draw.paired16``) of each input that is 16
+            random bits an element.
+        block_size: elements a block.
     """
 
     tensors: Mapping[str, tuple[torch.dtype, int]]
     scalars: Sequence[str]
     draws: Mapping[str, tuple[int, bool]]
-    block: int
+    block_size: int
 
     def space(self, name: str) -> int:
-        """What an entry of a tensor belongs to."""
-        return {1: ELEMENT, 2: PAIR}.get(self.tensors[name][1], ROW)
+        """Whether a tensor has an entry for each element, pair or block."""
+        return {1: ELEMENT, 2: PAIR}.get(self.tensors[name][1], BLOCK)
 
 
-def row_lines(lowered: Lowered, given: KernelInputs) -> list[str]:
-    """The body of the C function that steps a row.
+def block_lines(lowered: Lowered, inputs: KernelInputs) -> list[str]:
+    """The body of the C function that steps one block.
 
-    It returns 1; or 0, with nothing stored, where an assumption does not hold.
+    The function returns 1; or 0, before it stores anything, where an assumption does not hold.
     """
-    return _Row(lowered, given).lines()
+    return _Schedule(lowered, inputs).lines()
 
 
-class _Row:
-    def __init__(self, lowered: Lowered, given: KernelInputs) -> None:
-        self._lowered, self._given = lowered, given
+class _Schedule:
+    def __init__(self, lowered: Lowered, inputs: KernelInputs) -> None:
+        self._lowered, self._inputs = lowered, inputs
         self._order: list[Value] = []
         self._users: dict[Value, list[Value]] = {}
         for value in [*lowered.stores.values(), *lowered.assumptions]:
             self._visit(value)
-        # flags of rows are seen before a loop, those of elements after it
+        # a level's flags of blocks are checked before its loop, those of elements after it
         flags = lowered.assumptions
-        self._checked = max((flag.level + (flag.space > ROW) for flag in flags), default=0)
+        self._checked = max((flag.level + (flag.space > BLOCK) for flag in flags), default=0)
         self._delay()
-        names = {value: f"v{place}" for place, value in enumerate(self._order)}
-        kept = {v for v in self._order if v.space > ROW and self._crosses(v)}
+        names = {value: f"v{number}" for number, value in enumerate(self._order)}
+        kept = {v for v in self._order if v.space > BLOCK and self._crosses(v)}
         self._names = Names(names, kept, self._users)
 
     def _visit(self, value: Value) -> None:
-        """List ``value`` after what it needs."""
+        """Append ``value`` to the order, after its operands."""
         if value in self._users:
             return
         for need in value.needs:
@@ -71,13 +71,13 @@ class _Row:
         self._order.append(value)
 
     def _delay(self) -> None:
-        """Compute what is only needed at a later level there, where no more is kept for it."""
+        """Move values to the later level that needs them, where that takes no more arrays."""
         for value in reversed(self._order):
             level = self._wanted(value)
-            if value.space <= ROW or value.kind != "value" or level <= value.level:
+            if value.space <= BLOCK or value.kind != "value" or level <= value.level:
                 continue
-            cone, rim = self._cone(value)
-            if sum(not self._crosses(need) for need in rim) <= 1:
+            cone, operands = self._cone(value)
+            if sum(not self._crosses(need) for need in operands) <= 1:
                 for member in cone:
                     member.level = level
 
@@ -90,13 +90,13 @@ class _Row:
         return value.level if fixed or not levels else min(levels)
 
     def _cone(self, value: Value) -> tuple[list[Value], list[Value]]:
-        """What only serves to compute ``value``, that included; and what all of it needs."""
+        """``value`` and those that only serve to compute it; and the operands of all these."""
         cone, rim = [value], list(value.needs)
         outside: list[Value] = []
         stored = self._lowered.stores.values()
         while rim:
             need = rim.pop()
-            if need.space <= ROW or need.kind == "input" or need in cone or need in outside:
+            if need.space <= BLOCK or need.kind == "input" or need in cone or need in outside:
                 continue
             wanted = need in self._lowered.assumptions or need in stored
             inner = (need.kind, need.space, need.level) == ("value", value.space, value.level)
@@ -109,7 +109,7 @@ class _Row:
         return cone, outside
 
     def _store_level(self, name: str) -> int:
-        """The level at which an input may be overwritten: it has been read, and all checked."""
+        """The level at which an input may be overwritten: all its reads and all checks are done."""
         reads = [
             user.level
             for value in self._order
@@ -119,7 +119,7 @@ class _Row:
         return max([self._lowered.stores[name].level, self._checked, *reads])
 
     def _crosses(self, value: Value) -> bool:
-        """Whether an element's number is needed in another loop than its own."""
+        """Whether another loop than its own needs a value."""
         if value.kind == "input":
             return False
         here = (value.level, value.space)
@@ -132,56 +132,58 @@ class _Row:
         )
 
     def lines(self) -> list[str]:
-        """The body."""
+        """The body of the function."""
         lines = ["int32_t bad = 0;"]
         for value in self._names.kept:
-            length = self._given.block // (2 if value.space == PAIR else 1)
+            length = self._inputs.block_size // (2 if value.space == PAIR else 1)
             c_type = "int32_t" if value.dtype == torch.bool else C_TYPES[value.dtype]
             lines.append(f"{c_type} kept_{self._names[value]}[{length}];")
         stores = self._lowered.stores
         last = max([v.level for v in self._order] + [self._store_level(name) for name in stores])
         for level in range(last + 1):
-            lines += self._row_values(level)
-            flags = [v for v in self._lowered.assumptions if (v.space > ROW, v.level) == (0, level)]
+            lines += self._block_values(level)
+            flags = [
+                v for v in self._lowered.assumptions if (v.space > BLOCK, v.level) == (0, level)
+            ]
             lines += [f"bad |= !{self._names[flag]};" for flag in flags]
             if level == self._checked:
                 lines.append("if (bad) return 0;")
             lines += self._loop(level, PAIR) + self._loop(level, ELEMENT)
         for name, value in stores.items():
-            if self._given.space(name) == ROW:
-                stored = STORED[self._given.tensors[name][0]]
+            if self._inputs.space(name) == BLOCK:
+                stored = STORED[self._inputs.tensors[name][0]]
                 lines.append(f"*{name} = ({stored}){self._names[value]};")
         return [*lines, "return 1;"]
 
-    def _row_values(self, level: int) -> list[str]:
-        """What is the same for all elements of the row."""
+    def _block_values(self, level: int) -> list[str]:
+        """Values that are the same for all elements of the block."""
         lines = []
         for value in self._order:
-            if value.space > ROW or value.kind == "reduce" or value.level != level:
+            if value.space > BLOCK or value.kind == "reduce" or value.level != level:
                 continue
             name = self._names[value]
             if value.kind == "input":
-                scalar = value.space == ONE
+                scalar = value.space == SCALAR
                 text = f"*{value.text}"
                 if scalar:
-                    text = f"scalars[{list(self._given.scalars).index(value.text)}]"
+                    text = f"scalars[{list(self._inputs.scalars).index(value.text)}]"
             else:
                 text = value.text.format(*(self._names[need] for need in value.needs))
             if value.kind == "value" and not value.needs and value.dtype == torch.float32:
-                # volatile: with the number in sight compilers turn minima into branches
+                # volatile: compilers that see a constant turn minima into branches
                 lines.append(f"static volatile float fixed_{name} = {text};")
                 text = f"fixed_{name}"
             lines.append(f"const {C_TYPES[value.dtype]} {name} = {text};")
         return lines
 
     def _loop(self, level: int, space: int) -> list[str]:
-        """The loop that computes the numbers of a space and level, and stores what is ready."""
+        """The loop that computes the values of a space and level, and stores the final ones."""
         mine = [v for v in self._order if (v.space, v.level) == (space, level)]
         loop = Loop(
             self._names,
-            self._given.tensors,
-            self._given.draws,
-            length=self._given.block // (2 if space == PAIR else 1),
+            self._inputs.tensors,
+            self._inputs.draws,
+            length=self._inputs.block_size // (2 if space == PAIR else 1),
             values=[v for v in mine if v.kind != "input"],
             reduced=[
                 v
@@ -192,7 +194,7 @@ class _Row:
             stores={
                 name: value
                 for name, value in self._lowered.stores.items()
-                if (self._given.space(name), self._store_level(name)) == (space, level)
+                if (self._inputs.space(name), self._store_level(name)) == (space, level)
             },
             flags=[v for v in mine if v in self._lowered.assumptions],
         )

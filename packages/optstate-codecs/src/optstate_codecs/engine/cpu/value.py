@@ -1,4 +1,4 @@
-"""The numbers that loops are made of."""
+"""Values: the nodes of the data-flow graph that lowering makes and code generation prints."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import torch
 from optstate_codecs.engine.cpu.operations import C_TYPES
 from optstate_codecs.engine.cpu.record import Unrecordable
 
-__all__ = ["ELEMENT", "ONE", "PAIR", "ROW", "Lowered", "Value"]
+__all__ = ["BLOCK", "ELEMENT", "PAIR", "SCALAR", "Lowered", "Value"]
 
-# what a number belongs to: all of the call, a row, a pair of elements, or an element
-ONE, ROW, PAIR, ELEMENT = range(4)
+# spaces: whether there is one value for the whole tensor, or one a block, a pair of elements or
+# an element
+SCALAR, BLOCK, PAIR, ELEMENT = range(4)
 
 
 @dataclass(eq=False)
 class Value:
-    """A number in C, one for each of what it belongs to.
+    """A C expression, evaluated once for each member of its space.
 
     Attributes:
-        space: what it belongs to.
+        space: one of the four above.
         dtype: in torch's terms.
-        text: how to compute it, with {0}, {1} ... for ``needs``; of an input, its name.
-        needs: other values.
-        kind: "value"; "input"; "reduce", the largest magnitude of a row; "low" and "high", the
-            number of a pair's first or second element; or "pair", an element's, out of two that
-            its pair has.
-        level: of the loop that computes it. What needs all of a row, or numbers of another loop,
-            comes a level later.
+        text: the expression, with {0}, {1} ... for ``needs``; the name of an input.
+        needs: operands.
+        kind: "value"; "input"; "reduce", the largest magnitude of a block; "low" and "high", the
+            operand's value at a pair's first or second element; or "pair", an element's value out
+            of the two that its pair has.
+        level: the loop that computes it. A value that needs a whole block, or values of another
+            space, is computed one level later.
     """
 
     space: int
@@ -42,18 +43,18 @@ class Value:
         if self.dtype not in C_TYPES:
             raise Unrecordable(f"numbers of {self.dtype}")
         for need in self.needs:
-            across = need.space > ROW and need.space != self.space and self.kind != "reduce"
+            across = need.space > BLOCK and need.space != self.space and self.kind != "reduce"
             self.level = max(self.level, need.level + (need.kind == "reduce" or across))
 
 
 @dataclass(eq=False)
 class Lowered:
-    """A record as values.
+    """A record as a graph of values.
 
     Attributes:
-        stores: what inputs hold in the end, by name, where they change.
+        stores: the final value of each input that changes, by name.
         assumptions: flags that must all be set.
-        tables: constants that are looked up in, by name.
+        tables: lookup tables, by name.
     """
 
     stores: dict[str, Value]

@@ -1,1 +1,1 @@
-"""The fast path on GPUs: one multi-tensor kernel, assembled from formats, rules and writes."""
+"""The step on a GPU: one multi-tensor Triton kernel for all formats, rules and writes."""

@@ -1,28 +1,32 @@
 """The multi-tensor kernel: one launch steps every tile of every tensor in a bucket.
 
-A program owns one tile, ROWS blocks of consecutive elements: it looks up where its tensor lies,
-decodes, updates, encodes and writes. What to decode, update and encode with are device functions
-given as constants, so a new format or rule needs no new kernel.
+A program steps one tile, ROWS blocks of consecutive elements. It reads the tensor's addresses from
+a table, decodes, updates, encodes and writes. The device functions for that are compile-time
+arguments, so that a new format or rule needs no new kernel.
 
-A block is FOLD pieces of the tile, [FOLD * ROWS, BLOCK / FOLD], so that all that a thread holds
-belongs to one block: a block's largest number takes fewer exchanges between threads, and what its
-scale takes is done once.
+A block is FOLD pieces of the tile, [FOLD * ROWS, BLOCK / FOLD], so that all elements of a thread
+belong to one block. Finding a block's maximum then takes fewer exchanges between threads, and each
+thread handles one scale.
 
-Tables (see ``plan.py``). ``tensors``, int64, one row a tensor: element count, parameter, two
-components of each of three moments, two stream keys, what the write keeps, and where its numbers
-begin in ``centres`` with the two of ``centring.centre_shape``, and the place of its first element
-for random numbers. ``grads``: int64 addresses.
-``rows``: float32 scalars of the rule, one row for each (group, step count), after the step count
-itself. ``row_of``: each tensor's row, int32.
+Tables, see ``buckets`` and ``step_tables``:
+
+- ``tensors``, int64, COLUMNS a tensor: element count; address of the parameter; addresses of two
+  components of each of three moments; two stream keys; address of the component of the write; the
+  start in ``means`` and the two numbers of ``centralization.mean_layout``; the index of the first
+  element in the numbering of random numbers.
+- ``grads``, int64: addresses of the gradients.
+- ``scalars``, float32, SCALARS for each (group, step count): the step count, then the rule's.
+- ``scalar_set``, int32: the index of each tensor's set of scalars.
 """
 
 from __future__ import annotations
 
 from optstate_codecs.counts import END, OFFSET
-from optstate_codecs.device import (
+from optstate_codecs.engine.triton.dtypes import load_float, pointer_at
+from optstate_codecs.state.moments import SMALLEST_ROOT
+from optstate_codecs.triton_lib import (
     as_bits,
     constant,
-    from_bf16_bits,
     half,
     hash_tile,
     jit,
@@ -34,20 +38,11 @@ from optstate_codecs.device import (
     to_bf16_bits,
     to_bf16_bits_stochastic,
 )
-from optstate_codecs.state.moments import SMALLEST_ROOT
 
 __all__ = ["step_kernel"]
 
 _SMALLEST_ROOT = constant(SMALLEST_ROOT)
 _END, _OFFSET = constant(float(END)), constant(OFFSET)
-
-
-@jit
-def _load_real(pointer, offsets, mask, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
-    if BF16:
-        return from_bf16_bits(tl.load(pointer + offsets, mask=mask, other=0))
-    else:
-        return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
@@ -58,14 +53,12 @@ def _write(  # type: ignore[no-untyped-def]
     word,
     offsets,
     mask,
-    P_TYPE: tl.constexpr,
     P_BF16: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    SPLIT: tl.constexpr,
     WRITE: tl.constexpr,
     WRITE_OPTIONS: tl.constexpr,
 ):
-    if SPLIT:
+    if WRITE is not None:
         WRITE(p_pointer, c_pointer, p, half(word, offsets, 0), offsets, mask, WRITE_OPTIONS)
     elif P_BF16:
         if STOCHASTIC:
@@ -74,13 +67,7 @@ def _write(  # type: ignore[no-untyped-def]
             bits = to_bf16_bits(p)
         tl.store(p_pointer + offsets, bits, mask=mask)
     else:
-        tl.store(p_pointer + offsets, p.to(P_TYPE), mask=mask)
-
-
-@jit
-def _pointer(entry, DTYPE: tl.constexpr, DIVISIBLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    # an address from memory has lost its alignment: without this, loads are 2 or 4 bytes wide
-    return tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), DIVISIBLE)
+        tl.store(p_pointer + offsets, p.to(p_pointer.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -88,17 +75,17 @@ def step_kernel(  # type: ignore[no-untyped-def]
     work,
     tensors,
     grads,
-    row_of,
-    rows,
-    centres,
+    scalar_set,
+    scalars,
+    means,
     grad_scale,
     found_inf,
-    ROW: tl.constexpr,
+    SCALARS: tl.constexpr,
     COLUMNS: tl.constexpr,
     UPDATE: tl.constexpr,
     UPDATE_OPTIONS: tl.constexpr,
-    DELIVER: tl.constexpr,
-    DELIVERS: tl.constexpr,
+    FEEDBACK: tl.constexpr,
+    HAS_FEEDBACK: tl.constexpr,
     MOMENTS: tl.constexpr,
     LOAD0: tl.constexpr,
     STORE0: tl.constexpr,
@@ -150,7 +137,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     C_TYPE: tl.constexpr,
     C_DIVISIBLE: tl.constexpr,
     MARKS: tl.constexpr,
-    CENTRED: tl.constexpr,
+    CENTRALIZED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     DIVISIBLE: tl.constexpr,
@@ -170,8 +157,8 @@ def step_kernel(  # type: ignore[no-untyped-def]
     entry = tensors + tensor.to(tl.int64) * COLUMNS
     numel = tl.load(entry)
     start = tile.to(tl.int64) * (ROWS * BLOCK)
-    row = rows + tl.load(row_of + tensor) * ROW
-    count = tl.load(row)
+    scalars += tl.load(scalar_set + tensor) * SCALARS
+    count = tl.load(scalars)
     # ``counts.taken``
     whole = tl.minimum(count, _END).to(tl.int32)
     step = tl.where(count < _END, whole, as_bits(count) - _OFFSET)
@@ -181,7 +168,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     starts = piece_starts(length, FOLD * ROWS, ROWS)
     offsets = starts[:, None] + tl.arange(0, length)[None, :]
     if FULL:
-        # a constant, so that the compiler sees that nothing is masked
+        # a constant, so that the compiler drops the masks
         left = tl.full([], ROWS * BLOCK, tl.int32)
     else:
         left = tl.minimum(numel - start, ROWS * BLOCK).to(tl.int32)
@@ -190,44 +177,44 @@ def step_kernel(  # type: ignore[no-untyped-def]
     mask = offsets < left
     first_row = tile.to(tl.int64) * ROWS
 
-    p_pointer = _pointer(entry + 1, P_TYPE, DIVISIBLE) + start
-    g_pointer = _pointer(grads + tensor, G_TYPE, DIVISIBLE) + start
+    p_pointer = pointer_at(entry + 1, P_TYPE, DIVISIBLE) + start
+    g_pointer = pointer_at(grads + tensor, G_TYPE, DIVISIBLE) + start
     if SPLIT:
-        c_pointer = _pointer(entry + 10, C_TYPE, C_DIVISIBLE) + start
+        c_pointer = pointer_at(entry + 10, C_TYPE, C_DIVISIBLE) + start
         p = READ(p_pointer, c_pointer, offsets, mask, WRITE_OPTIONS)
     else:
         c_pointer = p_pointer
-        p = _load_real(p_pointer, offsets, mask, P_BF16)
-    g = _load_real(g_pointer, offsets, mask, G_BF16)
-    if CENTRED:
+        p = load_float(p_pointer, offsets, mask, P_BF16)
+    g = load_float(g_pointer, offsets, mask, G_BF16)
+    if CENTRALIZED:
         inside, outside = tl.load(entry + 12), tl.load(entry + 13)
-        # in 32 bits but for the tile's first element
+        # 64-bit arithmetic for the tile's first element only
         index = start // inside
         within = ((start - index * inside).to(tl.int32) + offsets) // inside.to(tl.int32)
         index = ((index % outside).to(tl.int32) + within) % outside.to(tl.int32)
-        g = g - tl.load(centres + tl.load(entry + 11) + index)
+        g = g - tl.load(means + tl.load(entry + 11) + index)
     if HAS_SCALE:
         g = g * tl.load(grad_scale)
 
-    first0 = _pointer(entry + 2, FIRST0, DIVISIBLE0) + start // SPAN0 * SHARED0
-    second0 = _pointer(entry + 3, SECOND0, 1) + first_row
+    first0 = pointer_at(entry + 2, FIRST0, DIVISIBLE0) + start // SPAN0 * SHARED0
+    second0 = pointer_at(entry + 3, SECOND0, 1) + first_row
     m0 = p
     if MOMENTS >= 1:
         m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, False, OPTIONS0)
     m1 = m0
     m2 = m0
     if MOMENTS >= 2:
-        first1 = _pointer(entry + 4, FIRST1, DIVISIBLE1) + start // SPAN1 * SHARED1
-        second1 = _pointer(entry + 5, SECOND1, 1) + first_row
+        first1 = pointer_at(entry + 4, FIRST1, DIVISIBLE1) + start // SPAN1 * SHARED1
+        second1 = pointer_at(entry + 5, SECOND1, 1) + first_row
         m1, signs1 = LOAD1(first1, second1, offsets, row_offsets, left, False, OPTIONS1)
         signs = signs | signs1
     if MOMENTS >= 3:
-        first2 = _pointer(entry + 6, FIRST2, DIVISIBLE2) + start // SPAN2 * SHARED2
-        second2 = _pointer(entry + 7, SECOND2, 1) + first_row
+        first2 = pointer_at(entry + 6, FIRST2, DIVISIBLE2) + start // SPAN2 * SHARED2
+        second2 = pointer_at(entry + 7, SECOND2, 1) + first_row
         m2, signs2 = LOAD2(first2, second2, offsets, row_offsets, left, False, OPTIONS2)
         signs = signs | signs2
     if MARKS:
-        # once for all moments: to know it of a tile takes exchanges between threads
+        # once for all moments, since the minimum over a tile takes exchanges between threads
         marked = tl.min(signs, axis=0) < 0
         if marked:
             m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, True, OPTIONS0)
@@ -248,7 +235,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     if SQRT1:
         m1 = m1 * m1
 
-    p, m0, m1, m2 = UPDATE(p, g, m0, m1, m2, row + 1, UPDATE_OPTIONS)
+    p, m0, m1, m2 = UPDATE(p, g, m0, m1, m2, scalars + 1, UPDATE_OPTIONS)
 
     origin = start + tl.multiple_of(tl.load(entry + 14), 16)
     word0 = offsets
@@ -263,21 +250,10 @@ def step_kernel(  # type: ignore[no-untyped-def]
         even0 = paired_tile(tl.load(entry + 8), step, origin, offsets)
     if EVEN1:
         even1 = paired_tile(tl.load(entry + 9), step, origin, offsets)
-    if not DELIVERS:
-        # first, so that its registers are free
+    if not HAS_FEEDBACK:
+        # before encoding, so that its registers are free
         _write(
-            p_pointer,
-            c_pointer,
-            p,
-            word0,
-            offsets,
-            mask,
-            P_TYPE,
-            P_BF16,
-            STOCHASTIC,
-            SPLIT,
-            WRITE,
-            WRITE_OPTIONS,
+            p_pointer, c_pointer, p, word0, offsets, mask, P_BF16, STOCHASTIC, WRITE, WRITE_OPTIONS
         )
 
     x0 = m0
@@ -289,25 +265,14 @@ def step_kernel(  # type: ignore[no-untyped-def]
         random0 = half(even1 if STREAM0 >= 2 else even0, offsets, STREAM0)
     else:
         random0 = half(word1 if STREAM0 >= 2 else word0, offsets, STREAM0)
-    if DELIVERS:
+    if HAS_FEEDBACK:
         kept = STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
         residual = x0 - kept
         if UPDATE_UNITS0:
             residual = residual * tl.maximum(sqrt(m1), _SMALLEST_ROOT)
-        p = DELIVER(p, residual, m1, m2, row + 1, UPDATE_OPTIONS)
+        p = FEEDBACK(p, residual, m1, m2, scalars + 1, UPDATE_OPTIONS)
         _write(
-            p_pointer,
-            c_pointer,
-            p,
-            word0,
-            offsets,
-            mask,
-            P_TYPE,
-            P_BF16,
-            STOCHASTIC,
-            SPLIT,
-            WRITE,
-            WRITE_OPTIONS,
+            p_pointer, c_pointer, p, word0, offsets, mask, P_BF16, STOCHASTIC, WRITE, WRITE_OPTIONS
         )
     elif MOMENTS >= 1:
         STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)

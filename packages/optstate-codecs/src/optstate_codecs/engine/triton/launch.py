@@ -1,4 +1,4 @@
-"""Launches the kernel on a bucket: picks its constants and hands over the step's tables."""
+"""Launches the step kernel on a bucket: its compile-time arguments, tuning and tables."""
 
 from __future__ import annotations
 
@@ -7,50 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import tl
 from optstate_codecs.engine.triton.buckets import COLUMNS, MOMENT_SLOTS, Bucket
+from optstate_codecs.engine.triton.dtypes import triton_type
 from optstate_codecs.engine.triton.kernel import step_kernel
 from optstate_codecs.engine.triton.work_tables import on
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.formats.base import DeviceFunctions
 
-__all__ = ["launch"]
+__all__ = ["kernel_constants", "launch"]
 
-# measured on an H200: with more elements registers run out, with fewer warps wait at reductions
+# measured on an H200: more elements spill registers, fewer make warps wait at reductions
 ELEMENTS_PER_WARP = 512
-# registers a thread of kernels that reduce over blocks: fewer, and they spill; more, and too few
-# warps are at hand to hide the memory's latency. Tiles of one block in 16 bits need the fewest,
-# tiles of several the most.
+# registers a thread of kernels that reduce over blocks: fewer spill, more leave too few warps to
+# hide the memory's latency. Tiles of one block in 16 bits need the fewest, tiles of several blocks
+# the most.
 REGISTERS, REGISTERS_NARROW, REGISTERS_ROWS = 80, 72, 96
 
-# how the kernel sees a stored dtype: bfloat16 as 16-bit integers, so that conversions are ours
-_TYPES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "int16",
-    torch.uint8: "uint8",
-    torch.int8: "int8",
-    torch.int16: "int16",
-}
 
-
-def _type(dtype: torch.dtype) -> Any:
-    return getattr(tl, _TYPES[dtype])
-
-
-def constants(bucket: Bucket) -> dict[str, Any]:
-    """The kernel's compile-time arguments for a bucket, and the compiler's."""
+def kernel_constants(bucket: Bucket) -> dict[str, Any]:
+    """The kernel's compile-time arguments and compiler options for a bucket."""
     param_step = bucket.param_steps[0]
     moments = param_step.moments
     chosen: dict[str, Any] = {
         "UPDATE": bucket.function[0],
         "UPDATE_OPTIONS": bucket.function[1],
-        "DELIVER": bucket.apply_error_feedback,
-        "DELIVERS": bucket.apply_error_feedback is not None,
+        "FEEDBACK": bucket.apply_error_feedback,
+        "HAS_FEEDBACK": bucket.apply_error_feedback is not None,
         "MOMENTS": len(moments),
     }
     words, even = [param_step.write.uses_random, False], [False, False]
-    # every access covers the same number of elements, so that all tiles share one layout
+    # elements of one access, the same for all tensors, so that all share one layout
     wide = 16 // param_step.param.dtype.itemsize if bucket.aligned else 1
     for slot in range(MOMENT_SLOTS):
         used = slot < len(moments)
@@ -64,8 +50,8 @@ def constants(bucket: Bucket) -> dict[str, Any]:
             f"LOAD{slot}": functions.load,
             f"STORE{slot}": functions.store,
             f"OPTIONS{slot}": functions.options,
-            f"FIRST{slot}": _type(first),
-            f"SECOND{slot}": _type(second),
+            f"FIRST{slot}": triton_type(first),
+            f"SECOND{slot}": triton_type(second),
             f"SQRT{slot}": getattr(format, "domain", "linear") == "sqrt",
             f"STREAM{slot}": stream,
             f"PAIRED{slot}": format.in_pairs,
@@ -85,16 +71,16 @@ def constants(bucket: Bucket) -> dict[str, Any]:
         "WORD1": words[1],
         "EVEN0": even[0],
         "EVEN1": even[1],
-        "P_TYPE": _type(param_step.param.dtype),
+        "P_TYPE": triton_type(param_step.param.dtype),
         "P_BF16": param_step.param.dtype == torch.bfloat16,
-        "G_TYPE": _type(bucket.grad_dtype),
+        "G_TYPE": triton_type(bucket.grad_dtype),
         "G_BF16": bucket.grad_dtype == torch.bfloat16,
         "STOCHASTIC": param_step.write.uses_random,
         "SPLIT": bool(kept),
         "READ": write.load,
         "WRITE": write.store,
         "WRITE_OPTIONS": write.options,
-        "C_TYPE": _type(kept[0].dtype) if kept else None,
+        "C_TYPE": triton_type(kept[0].dtype) if kept else None,
         "C_DIVISIBLE": wide * kept[0].dtype.itemsize if kept else 1,
         "DIVISIBLE": 16 if bucket.aligned else 1,
         "WHOLE": 16 if bucket.aligned else 1,
@@ -109,22 +95,22 @@ def constants(bucket: Bucket) -> dict[str, Any]:
 
 
 def fold(bucket: Bucket) -> int:
-    """Pieces of a block that a thread holds: its elements over those of one access."""
+    """Pieces of a block that a thread holds: its elements divided by those of one access."""
     wide = 16 // bucket.param_steps[0].param.dtype.itemsize
-    # with four pieces, as float32 would have, accesses are too short: slower than one
+    # with float32's four pieces accesses would be too short, and slower than without
     if bucket.rows == 1 or wide != 8:
         return 1
     return min(ELEMENTS_PER_WARP // 32, bucket.block) // wide
 
 
 def tuning(bucket: Bucket) -> dict[str, int]:
-    """What the compiler is told about a bucket's kernel."""
+    """Compiler options for a bucket's kernel: warps, and registers a thread."""
     chosen = {"num_warps": bucket.rows * bucket.block // ELEMENTS_PER_WARP}
     if any(format.span > 2 for format in bucket.formats):
         dtypes = (bucket.param_steps[0].param.dtype, bucket.grad_dtype)
         narrow = all(dtype.itemsize == 2 for dtype in dtypes)
         if bucket.rows > 1:
-            # packed codes beside wider parameters: the compiler's own choice does best
+            # for packed codes with wider parameters the compiler's own choice is fastest
             packed = any(format.components[0].span > 1 for format in bucket.formats)
             return chosen if packed and not narrow else {**chosen, "maxnreg": REGISTERS_ROWS}
         chosen["maxnreg"] = REGISTERS_NARROW if narrow else REGISTERS
@@ -133,18 +119,18 @@ def tuning(bucket: Bucket) -> dict[str, int]:
 
 def launch(
     bucket: Bucket,
-    chosen: dict[str, Any],
+    constants: dict[str, Any],
     grads: Tensor,
-    row_of: Tensor,
-    rows: Tensor,
-    centres: Tensor | None,
+    scalar_set: Tensor,
+    scalars: Tensor,
+    means: Tensor | None,
     factor: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
     """Step every tile of the bucket in one launch.
 
-    ``centres`` holds what is subtracted from the gradients of centred buckets; ``factor`` then
-    multiplies them, and is the kernel's ``grad_scale``.
+    ``constants`` are ``kernel_constants(bucket)``, and ``means`` the device's ``GradMeans.values``.
+    ``factor`` is the kernel's ``grad_scale``; ``kernel`` describes the other tables.
     """
     if not bucket.work.shape[0]:
         return  # tensors without elements
@@ -153,15 +139,15 @@ def launch(
             bucket.work,
             bucket.tensors,
             grads,
-            row_of,
-            rows,
-            centres if bucket.centred else None,
+            scalar_set,
+            scalars,
+            means if bucket.centralized else None,
             factor,
             found_inf,
-            ROW=rows.shape[1],
-            CENTRED=bucket.centred,
+            SCALARS=scalars.shape[1],
+            CENTRALIZED=bucket.centralized,
             HAS_SCALE=factor is not None,
             HAS_FOUND_INF=found_inf is not None,
             enable_fp_fusion=False,
-            **chosen,
+            **constants,
         )

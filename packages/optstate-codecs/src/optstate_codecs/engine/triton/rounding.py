@@ -1,8 +1,8 @@
-"""The kernel that rounds, or adds and rounds, every tensor of a list in one launch.
+"""The kernel for stochastic rounding, or adding and rounding, of many tensors in one launch.
 
-A program owns one tile. ``table``, int64, one row a tensor: element count, addresses of target and
-source, stream key, count of the draw. Whether a tile may be accessed 16 bytes at once is seen on
-the device, from the addresses and what is left, so that tensors of any size share a launch.
+A program rounds one tile. ``table``, int64, COLUMNS a tensor: element count, addresses of target
+and source, stream key, count of the draw. The device decides whether a tile may be accessed 16
+bytes at once, from the addresses and the elements left, so that tensors of any size share a launch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optstate_codecs.device import half, hash_tile, jit, tl, to_bf16_bits_stochastic
-from optstate_codecs.engine.triton.kernel import _load_real, _pointer
-from optstate_codecs.engine.triton.launch import ELEMENTS_PER_WARP, _type
+from optstate_codecs.engine.triton.dtypes import load_float, pointer_at, triton_type
+from optstate_codecs.engine.triton.launch import ELEMENTS_PER_WARP
 from optstate_codecs.engine.triton.work_tables import kept_work_table, on, uploaded
 from optstate_codecs.rounding import packed_key
+from optstate_codecs.triton_lib import half, hash_tile, jit, tl, to_bf16_bits_stochastic
 
 __all__ = ["launch", "round_kernel"]
 
@@ -35,14 +35,14 @@ def _round_tile(  # type: ignore[no-untyped-def]
     DIVISIBLE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Round the ``left`` elements from ``start`` on, element 2 i and 2 i + 1 from one word."""
-    target = _pointer(entry + 1, tl.int16, DIVISIBLE) + start
-    source = _pointer(entry + 2, SOURCE_TYPE, DIVISIBLE) + start
+    """Round ``left`` elements from ``start`` on; elements 2 i and 2 i + 1 share a random word."""
+    target = pointer_at(entry + 1, tl.int16, DIVISIBLE) + start
+    source = pointer_at(entry + 2, SOURCE_TYPE, DIVISIBLE) + start
     offsets = tl.arange(0, TILE)
     mask = offsets < left
-    x = _load_real(source, offsets, mask, SOURCE_BF16)
+    x = load_float(source, offsets, mask, SOURCE_BF16)
     if ADD:
-        x = _load_real(target, offsets, mask, True) + x
+        x = load_float(target, offsets, mask, True) + x
     word = hash_tile(tl.load(entry + 3), tl.load(entry + 4).to(tl.int32), start, offsets)
     tl.store(target + offsets, to_bf16_bits_stochastic(x, half(word, offsets, 0)), mask=mask)
 
@@ -64,7 +64,7 @@ def round_kernel(  # type: ignore[no-untyped-def]
     left = tl.load(entry) - start
     wide = ((tl.load(entry + 1) | tl.load(entry + 2)) & 15) == 0
     if wide & (left >= TILE):
-        # a constant, so that the compiler sees that nothing is masked
+        # a constant, so that the compiler drops the masks
         every = tl.full([], TILE, tl.int32)
         _round_tile(entry, start, every, ADD, SOURCE_TYPE, SOURCE_BF16, 16, TILE)
     else:
@@ -81,29 +81,30 @@ def launch(
     stream: int,
     add: bool,
 ) -> None:
-    """Round all ``sources``, of one dtype, into ``targets``, all of one device, in one launch.
+    """Round ``sources``, all of one dtype and device, into ``targets``, in one launch.
 
-    Each pair is dense and laid out alike; otherwise as ``stochastic.round_``. ``stream`` is even.
+    Each pair is dense with equal strides, and ``stream`` is even. The other arguments are those of
+    ``stochastic.round_``.
     """
     sizes = [target.numel() for target in targets]
     device, dtype = targets[0].device, sources[0].dtype
-    rows = []
+    entries = []
     for size, target, source, number, count in zip(
         sizes, targets, sources, numbers, counts, strict=True
     ):
         key = packed_key(seed, number, stream // 2)
-        rows += [size, target.data_ptr(), source.data_ptr(), key, count]
+        entries += [size, target.data_ptr(), source.data_ptr(), key, count]
     work = kept_work_table(tuple([-(-size // TILE) for size in sizes]), device)
     if not work.shape[0]:
         return  # tensors without elements
-    table = uploaded(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
+    table = uploaded(torch.tensor(entries, dtype=torch.int64, device="cpu"), device)
     with on(device):
         round_kernel[(work.shape[0],)](
             work,
             table,
             COLUMNS=COLUMNS,
             ADD=add,
-            SOURCE_TYPE=_type(dtype),
+            SOURCE_TYPE=triton_type(dtype),
             SOURCE_BF16=dtype == torch.bfloat16,
             TILE=TILE,
             num_warps=TILE // ELEMENTS_PER_WARP,

@@ -1,8 +1,8 @@
-"""The tables that change every step: gradient addresses and the rule's scalars.
+"""The kernel's tables that change every step: gradient addresses and the rule's scalars.
 
-One row of scalars serves all units of a group that have taken the same number of steps. Where the
-counts lie on the host the row is folded there in float64; where they lie on the device
-(``fused=True``, ``capturable=True``), it is folded there, so that nothing waits.
+One set of scalars serves all parameters of a group with the same step count. Scalars are computed
+in float64 where the step counts lie: on the host, or on the device (``fused=True``,
+``capturable=True``), so that the host does not wait for it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from optstate_codecs.engine.triton.buckets import Bucket
 from optstate_codecs.engine.triton.work_tables import uploaded
 from optstate_codecs.rules import Rule
 
-__all__ = ["RowTable"]
+__all__ = ["StepTable"]
 
 
-class RowTable:
-    """Gradient addresses, rows, and each unit's row, for the units of some buckets.
+class StepTable:
+    """Gradient addresses and scalars for the parameters of some buckets.
 
     Attributes:
-        buckets: each with the slice that is its own of the addresses and of ``row_of``.
-        row_of: the row of each unit, int32.
-        on_host: whether step counts lie there.
+        buckets: each with start and stop of its slice of the addresses and of ``scalar_set``.
+        scalar_set: the index of each parameter's set of scalars, int32.
+        on_host: whether step counts lie on the host.
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         param_steps = [param_step for bucket in buckets for param_step in bucket.param_steps]
         ends = list(accumulate(len(bucket.param_steps) for bucket in buckets))
         self.buckets = list(zip(buckets, [0, *ends], ends, strict=False))
-        self._places = [place for bucket in buckets for place in bucket.places]
+        self._positions = [p for bucket in buckets for p in bucket.positions]
         self._device = param_steps[0].param.device
         self._steps = [param_step.state["step"] for param_step in param_steps]
         self._groups = [param_step.group for param_step in param_steps]
@@ -45,40 +45,40 @@ class RowTable:
         self._counters = _counters(self._steps)
         self._largest = 0.0
         self._versions: list[int] = []
-        self.row_of = self._sort()
+        self.scalar_set = self._assign_sets()
 
-    def _sort(self) -> Tensor:
-        """Find which units share a row, and return each unit's."""
+    def _assign_sets(self) -> Tensor:
+        """Find which parameters share a set of scalars, and return each parameter's."""
         keys = [
-            (group, float(step) if self.on_host else float(place))
-            for place, (group, step) in enumerate(zip(self._groups, self._steps, strict=True))
+            (group, float(step) if self.on_host else float(number))
+            for number, (group, step) in enumerate(zip(self._groups, self._steps, strict=True))
         ]
         if self.on_host:
             self._largest = max(step for _, step in keys)
         first: dict[Any, int] = {}
-        for place, key in sorted(enumerate(keys), key=lambda item: item[1]):
-            first.setdefault(key, place)
-        order = {key: row for row, key in enumerate(first)}
-        self._rows = [(group, self._steps[place]) for (group, _), place in first.items()]
-        rows = torch.tensor([order[key] for key in keys], dtype=torch.int32, device="cpu")
-        return rows.to(self._device)
+        for number, key in sorted(enumerate(keys), key=lambda item: item[1]):
+            first.setdefault(key, number)
+        order = {key: index for index, key in enumerate(first)}
+        self._sets = [(group, self._steps[number]) for (group, _), number in first.items()]
+        indices = torch.tensor([order[key] for key in keys], dtype=torch.int32, device="cpu")
+        return indices.to(self._device)
 
-    def beside(self, scalar: Tensor | None) -> Tensor | None:
+    def to_device(self, scalar: Tensor | None) -> Tensor | None:
         """``scalar`` as the kernel reads it: float32, on the device of the parameters."""
         return None if scalar is None else scalar.to(self._device, torch.float32)
 
     def advance(self, found_inf: Tensor | None, plainly: bool) -> bool:
-        """Count a step, on the device without waiting for it where the counts are there.
+        """Increment the step counts, without waiting for the device where they lie there.
 
         ``plainly`` is as for ``counts.advance``.
 
         Returns:
-            False where the host knows that the step is to be skipped.
+            False where the host knows that the step is skipped.
         """
         if self.on_host and self._versions != [c._version for c in self._counters]:
-            self.row_of = self._sort()  # somebody else has stepped or loaded some of the units
+            self.scalar_set = self._assign_sets()  # other code has stepped or loaded some of them
         if not self.on_host:
-            # nobody knows how often a graph has been replayed, and so how large counts are
+            # replays of a graph increment counts unseen, so that no upper bound is known
             one = None if found_inf is None else (found_inf == 0).to(torch.float32).reshape(())
             advance(self._counters, plainly, one=one)
         elif found_inf is None or not bool(found_inf):
@@ -89,60 +89,63 @@ class RowTable:
         self._versions = [c._version for c in self._counters]
         return True
 
-    def addresses(self, grads: list[int], busy: bool = False) -> Tensor:
-        """The job's gradient ``addresses`` on the device; copied only when one has changed.
+    def addresses(self, grads: list[int], avoid_copies: bool = False) -> Tensor:
+        """The table of the buckets' gradient addresses, made only when one has changed.
 
-        ``busy`` says that copies from the host would wait for large ones.
+        Args:
+            grads: the addresses of all gradients of the request.
+            avoid_copies: fill the table by kernels, since a copy would wait behind large ones.
         """
         if self._last is not None and self._last[0] is grads and not capturing():
             return self._last[1]
-        mine = [grads[place] for place in self._places]
+        mine = [grads[p] for p in self._positions]
         if capturing():
-            # a table of the graph's own: the kept one goes when gradients move after the capture
+            # the graph's own table: the kept one is replaced when gradients move after the capture
             return constant_table(mine, self._device)
         table = (
             constant_table(mine, self._device)
-            if busy
+            if avoid_copies
             else uploaded(torch.tensor(mine, dtype=torch.int64, device="cpu"), self._device)
         )
         self._last = grads, table
         return table
 
-    def values(
-        self, rule: Rule, hypers: Sequence[Any], draw: int | None, busy: bool = False
+    def scalars(
+        self, rule: Rule, hypers: Sequence[Any], draw: int | None, avoid_copies: bool = False
     ) -> Tensor:
-        """The rows, float32 [rows, 1 + scalars]: what keys random numbers, then the rule's.
+        """The sets of scalars, float32 [sets, 1 + scalars]; ``avoid_copies`` as above.
 
-        The key is the step count, or what ``counts.as_step`` makes of ``draw``; ``busy`` as above.
+        The first scalar keys random numbers: the step count, or ``counts.as_step`` of ``draw``. The
+        rule's scalars follow.
         """
-        groups = sorted(dict.fromkeys(group for group, _ in self._rows))
+        groups = sorted(dict.fromkeys(group for group, _ in self._sets))
         folded = [self._fold(rule, hypers[group], group, draw) for group in groups]
-        if all(isinstance(rows, list) for rows in folded):
-            flat = _on_host([row for rows in folded for row in rows])
-            if busy:
+        if all(isinstance(sets, list) for sets in folded):
+            flat = _on_host([values for sets in folded for values in sets])
+            if avoid_copies:
                 bits = flat.view(torch.int32).flatten().tolist()
                 filled = constant_table(bits, self._device, torch.int32)
                 return filled.view(torch.float32).view(flat.shape)
             return uploaded(flat, self._device)
         return torch.cat(
             [
-                rows if isinstance(rows, Tensor) else uploaded(_on_host(rows), self._device)
-                for rows in folded
+                sets if isinstance(sets, Tensor) else uploaded(_on_host(sets), self._device)
+                for sets in folded
             ]
         )
 
     def _fold(
         self, rule: Rule, hyper: Any, group: int, draw: int | None
     ) -> list[list[float]] | Tensor:
-        """A group's rows: numbers, or a tensor where something is known to the device only."""
-        steps = [step for number, step in self._rows if number == group]
+        """A group's sets: numbers, or a tensor where only the device knows one of them."""
+        steps = [step for owner, step in self._sets if owner == group]
         if self.on_host:
             counts = [float(step) for step in steps]
-            rows: list[list[Any]] = [
+            sets: list[list[Any]] = [
                 [c if draw is None else as_step(draw), *rule.device_row(hyper, c)] for c in counts
             ]
-            if not any(isinstance(value, Tensor) for row in rows for value in row):
-                return rows
+            if not any(isinstance(value, Tensor) for values in sets for value in values):
+                return sets
             vector = torch.tensor(counts, dtype=torch.float64, device="cpu").to(self._device)
         else:
             vector = torch.stack(steps).to(torch.float64)
@@ -158,17 +161,17 @@ class RowTable:
         return torch.stack(columns, 1)
 
 
-def _on_host(rows: list[list[float]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float32, device="cpu")
+def _on_host(sets: list[list[float]]) -> Tensor:
+    return torch.tensor(sets, dtype=torch.float32, device="cpu")
 
 
 def _counters(steps: Sequence[Tensor]) -> list[Tensor]:
-    """The fewest tensors whose increment counts a step: whole banks where all of one is here."""
-    banks: dict[int, tuple[Tensor, list[Tensor]]] = {}
+    """The fewest tensors to increment: a shared base tensor where all of its views are here."""
+    views: dict[int, tuple[Tensor, list[Tensor]]] = {}
     for step in steps:
-        bank = step._base if step._base is not None else step
-        banks.setdefault(id(bank), (bank, []))[1].append(step)
+        base = step._base if step._base is not None else step
+        views.setdefault(id(base), (base, []))[1].append(step)
     found = []
-    for bank, members in banks.values():
-        found += [bank] if bank.numel() == len(members) else members
+    for base, members in views.values():
+        found += [base] if base.numel() == len(members) else members
     return found
