@@ -21,9 +21,9 @@ PHASES = {
     "step": (chunked, "unhooked_step"),
     "encode": (encoder, "encode_state"),
     "store": (store.DeviceStore, "to_store"),
-    "bring": (transfers.StateRing, "bring"),
+    "bring": (transfers.StateRing, "load"),
     "slab": (slabs.Spares, "take"),
-    "send": (transfers.StateRing, "send"),
+    "send": (transfers.StateRing, "store"),
 }
 STORES = {"device": store.DeviceStore, "host": host.HostStore}
 POLICIES = {

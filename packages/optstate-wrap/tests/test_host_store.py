@@ -143,7 +143,7 @@ def test_rows_come_ahead_in_at_most_three_slots(problem, monkeypatch) -> None:
     run = run_of(problem)
     step(run)
     calls = []
-    for name in ("bring", "enter", "send"):
+    for name in ("load", "enter", "store"):
         real = getattr(transfers.StateRing, name)
 
         def noted(self, *args, name=name, real=real):
@@ -154,9 +154,9 @@ def test_rows_come_ahead_in_at_most_three_slots(problem, monkeypatch) -> None:
     step(run)
     rows = calls.count("enter")
     assert rows > 4
-    assert calls.count("bring") == calls.count("send") == rows
-    assert calls[:5] == ["bring"] * 3 + ["enter", "send"]
-    assert calls[5 : 5 + 3 * (rows - 3)] == ["bring", "enter", "send"] * (rows - 3)
+    assert calls.count("load") == calls.count("store") == rows
+    assert calls[:5] == ["load"] * 3 + ["enter", "store"]
+    assert calls[5 : 5 + 3 * (rows - 3)] == ["load", "enter", "store"] * (rows - 3)
 
 
 class Replacing(torch.optim.SGD):
@@ -209,6 +209,6 @@ def test_runs_are_copied_at_once_and_nothing_between_them() -> None:
     found = list(transfers._runs(room, items, offsets))
     assert [source.numel() for source, _ in found] == [3, 28, 28, 12, 12]
     ring = transfers.StateRing(device)
-    slot = ring.bring(items)
+    slot = ring.load(items)
     for item in items:
         assert torch.equal(slot.views[id(item.tensor)], item.tensor)

@@ -84,7 +84,7 @@ def races(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: races.current)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    real = {name: getattr(transfers.StateRing, name) for name in ("__init__", "enter", "send")}
+    real = {name: getattr(transfers.StateRing, name) for name in ("__init__", "enter", "store")}
     copy = torch.Tensor.copy_
 
     def init(ring, device) -> None:
@@ -95,16 +95,16 @@ def races(monkeypatch):
         real["enter"](ring, slot)
         races.use(slot.memory, True)
 
-    def send(ring, slot, tensors, slab) -> None:
+    def store(ring, slot, tensors, slab) -> None:
         races.use(slot.memory, True)  # it has just been stepped
-        real["send"](ring, slot, tensors, slab)
+        real["store"](ring, slot, tensors, slab)
 
     def copied(self, source, non_blocking=False):
         races.use(source, False)
         races.use(self, True)
         return copy(self, source, non_blocking)
 
-    for name, stand_in in (("__init__", init), ("enter", enter), ("send", send)):
+    for name, stand_in in (("__init__", init), ("enter", enter), ("store", store)):
         monkeypatch.setattr(transfers.StateRing, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "copy_", copied)
     return races

@@ -356,7 +356,7 @@ def _finish(
     pool.shutdown()
     for task in (*writes, manifest):
         if task is not None and task.failed:
-            # the error was raised before, or nobody asks; the old manifest is still valid
+            # the error was raised before; the old manifest is still valid
             with suppress(Exception):
                 task.result()
     if last is not None and (manifest is None or not manifest.failed):

@@ -116,7 +116,7 @@ class StreamingExecutor:
         param_steps, grads, addresses = [], list(views.grads), list(views.addresses)
         layouts = list(views.layouts or map(layout_of, grads))
         flat: dict[int, Tensor] = {}
-        for place, (number, part) in enumerate(parts):
+        for index, (number, part) in enumerate(parts):
             param, device_view = request.param_steps[number].param, part.device_view
             assert device_view is not None
             param_steps.append(device_view)
@@ -124,9 +124,9 @@ class StreamingExecutor:
                 if number not in flat:
                     # once for all parts: a gradient in another order is copied
                     flat[number] = in_order(request.grads[number], param)
-                grads[place] = grad = flat[number][part.start : part.stop]
-                addresses[place] = grad.data_ptr()
-                layouts[place] = (grad.dtype, part.stop - part.start)
+                grads[index] = grad = flat[number][part.start : part.stop]
+                addresses[index] = grad.data_ptr()
+                layouts[index] = (grad.dtype, part.stop - part.start)
         return replace(
             views,
             param_steps=param_steps,

@@ -13,7 +13,7 @@ __all__ = ["Task"]
 class Task:
     """Work on a thread pool that is done again, when its result is asked for, if it failed.
 
-    The data that the work needs is kept until then: what a full disk did not take is written once
+    The data that the work needs is kept until then: data that a full disk refused is written once
     there is room. A task may wait for tasks that were submitted to the pool before it.
 
     Args:

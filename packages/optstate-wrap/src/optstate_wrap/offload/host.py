@@ -109,7 +109,7 @@ class HostStore(Store):
         self._leave()
         ahead = self._entered + SLOTS
         for wanted in self._wanted[len(self._slots) : ahead]:
-            loading = {device: self._rings[device].bring(i) for device, i in wanted.items()}
+            loading = {device: self._rings[device].load(i) for device, i in wanted.items()}
             self._slots.append(loading)
         views: dict[int, Tensor] = {}
         for device, slot in self._slots[self._entered].items():
@@ -159,15 +159,15 @@ class HostStore(Store):
             offsets, nbytes = pack(tensors)
             slab = self.spares.take(nbytes, device, self.pin_memory)
             slot = slots.get(device)
-            sent = slot is not None and slot.busy
-            if slot is not None and sent:
-                self._rings[device].send(slot, tensors, slab)
+            staged = slot is not None and slot.busy
+            if slot is not None and staged:
+                self._rings[device].store(slot, tensors, slab)
             else:
                 self.wait()  # for copies to the slab or from it
             for tensor, offset in zip(tensors, offsets, strict=True):
                 moved[id(tensor)] = view_bytes_as(slab.memory, offset, tensor)
                 slabs[id(tensor)] = slab
-                if not sent:
+                if not staged:
                     moved[id(tensor)].copy_(tensor)
         return [[_stored(record, moved, slabs) for record in parts] for parts in records]
 

@@ -61,7 +61,7 @@ class StateRing:
         self._slots = [BatchSlot() for _ in range(SLOTS)]
         self._turn = 0
 
-    def bring(self, items: Sequence[Item]) -> BatchSlot:
+    def load(self, items: Sequence[Item]) -> BatchSlot:
         """Begin to load tensors into the next slot, which the batch before must have left."""
         slot = self._slots[self._turn]
         assert not slot.busy
@@ -88,7 +88,7 @@ class StateRing:
         # the load itself has waited for earlier users of the slot
         wait_for(self.streams.current, slot.loaded)
 
-    def send(self, slot: BatchSlot, tensors: Sequence[Tensor], slab: RecordSlab) -> None:
+    def store(self, slot: BatchSlot, tensors: Sequence[Tensor], slab: RecordSlab) -> None:
         """Begin to store tensors in a slab, in the layout of ``pack``, and leave the slot."""
         offsets, nbytes = pack(tensors)
         old, memory = slot.memory, self._fit(slot, nbytes)
