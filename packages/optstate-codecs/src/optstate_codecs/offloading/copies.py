@@ -45,8 +45,7 @@ class CopyStreams:
         worker: also make a stream for work that the current stream does not wait for at once.
 
     Attributes:
-        load: the stream of copies from the host, or None.
-        store: the stream of copies to the host, or None.
+        load, store: the streams of copies from the host and of copies to it, or None.
         worker: the stream of the work, or None.
     """
 
@@ -122,10 +121,7 @@ def wait_for(stream: Any, *events: Any) -> None:
 
 
 def record(event: Any, stream: Any) -> Any:
-    """Record an event, or a new one if it is None, after a stream's work so far, and return it.
-
-    Without a stream, nothing is recorded.
-    """
+    """Record an event, None: a new one, after a stream's work so far; returns the event."""
     if stream is None:
         return event
     if event is None:

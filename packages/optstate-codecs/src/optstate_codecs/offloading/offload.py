@@ -69,8 +69,7 @@ def offload(
             scheduler before, and load its state after.
         sync: flush each step to the disk before its manifest, so that it survives a loss of power.
         chunk_bytes: bytes of state that move at a time; three times as much is on the device.
-        resident_bytes: bytes of state that stay on the device, the first parameters' first; not
-            with "disk".
+        resident_bytes: bytes of state that stay on the device, of the first parameters; not "disk".
 
     Returns:
         ``optimizer``.

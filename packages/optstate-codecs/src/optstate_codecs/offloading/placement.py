@@ -55,8 +55,7 @@ class Placement:
         chunks: the chunks of all slabs, by number.
         slab_of: the slab of each chunk, by number.
         rings: the device memory that chunks pass through.
-        pending: whether the store may still lack state that was stepped, or hold manifest values
-            that are to be waited for.
+        pending: whether writes of state or of a manifest may be under way.
         generation: counts how often the device views were made anew.
         watch: called with each parameter whose state tensors were replaced, or None.
     """

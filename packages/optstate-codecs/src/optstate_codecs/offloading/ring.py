@@ -224,10 +224,7 @@ class Rings(dict[torch.device, Ring]):
         self._held.clear()
 
     def flush(self, order: bool = False) -> None:
-        """Store all chunks, then discard them, and their order too if ``order``.
-
-        This is needed before kept state is read again after a change, or may be changed.
-        """
+        """Store and discard all chunks, and with ``order`` their order: kept state may change."""
         self.wait()
         for ring in self.values():
             ring.forget(order)

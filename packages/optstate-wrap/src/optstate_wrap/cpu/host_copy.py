@@ -135,11 +135,7 @@ class HostCopies:
         self._streams: dict[torch.device, HostStreams] = {}
 
     def of(self, param: Tensor) -> HostCopy:
-        """The copy of a parameter, which is made if there is none that fits.
-
-        Raises:
-            RuntimeError: the copy has a gradient, and the parameter's shape has changed.
-        """
+        """The copy of a parameter, which is made if there is none that fits."""
         copy = self.made.get(param)
         if copy is None or not copy.fits():
             new = HostCopy(param, self._streams_of(param.device))

@@ -34,9 +34,8 @@ class CPUOffloadOptimizer(Delegate):
     ``param_groups`` are the user's, with the user's parameters. They are read at every step, like
     parameters and gradients, so clipping, schedules and weights loaded later all take effect. While
     some parameters are stepped, others and their gradients are copied; the host waits for those
-    that it steps, and the device for the stepped parameters. If stepping a few parameters at a time
-    would change the result (a probe finds out), all are stepped at once on the host, after all
-    copies.
+    that it steps, and the device for the stepped parameters. If a probe finds that stepping a few
+    parameters at a time changes the result, all are stepped at once on the host, after all copies.
 
     With ``offload_gradients`` each gradient is copied to the host during the backward pass and
     freed on the device. Several passes are summed, with the same bits as on the device. ``step``
