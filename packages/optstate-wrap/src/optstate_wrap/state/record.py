@@ -31,6 +31,7 @@ __all__ = [
     "encode_state",
     "reencode",
     "select",
+    "stored_tensor",
     "tensors_of",
 ]
 
@@ -307,6 +308,11 @@ def select(flag: Tensor, old: Mapping[str, Any], new: Record) -> Record:
 
 def _same_layout(a: Coded, b: Coded) -> bool:
     return a.format == b.format and a.shape == b.shape and a.order == b.order
+
+
+def stored_tensor(value: Any) -> Any:
+    """The host tensor of an ``OffloadedTensor``; any other value itself."""
+    return value.tensor if isinstance(value, OffloadedTensor) else value
 
 
 def tensors_of(values: Any) -> Iterable[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optstate_codecs.state.layout import inverse_order
 from optstate_wrap.state.param_chunks import Layout, ParamChunk
-from optstate_wrap.state.record import Coded, Record
+from optstate_wrap.state.record import Coded, Record, stored_tensor
 
 __all__ = ["chunks_of_lengths", "join_states", "record_numel", "slice_state"]
 
@@ -81,7 +81,7 @@ def record_numel(record: Record) -> int:
     for value in record.values():
         if isinstance(value, Coded):
             return value.numel
-        tensor = getattr(value, "tensor", value)
+        tensor = stored_tensor(value)
         if isinstance(tensor, Tensor) and tensor.dim():
             return tensor.numel()
     return 0
