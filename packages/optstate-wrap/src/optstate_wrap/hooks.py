@@ -12,12 +12,7 @@ __all__ = ["STATE_DICT_HOOKS", "load_with_hooks", "save_with_hooks"]
 
 STATE_DICT_HOOKS = tuple(
     f"_optimizer_{name}_hooks"
-    for name in (
-        "state_dict_pre",
-        "state_dict_post",
-        "load_state_dict_pre",
-        "load_state_dict_post",
-    )
+    for name in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 )
 StateDict = dict[str, Any]
 

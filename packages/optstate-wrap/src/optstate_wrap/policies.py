@@ -17,14 +17,7 @@ __all__ = ["AdaptiveWarmupPolicy", "ConfigurablePolicy", "Policy", "WarmupPolicy
 
 AnyCodec = Codec | Format | str | None
 #: state keys of values by which, or by whose root, optimizers divide
-VARIANCES = (
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "square_avg",
-    "ema_squared",
-    "exp_inf",
-    "sum",
-)
+VARIANCES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "ema_squared", "exp_inf", "sum")
 
 
 class Policy(ABC):

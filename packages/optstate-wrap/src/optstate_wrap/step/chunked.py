@@ -88,9 +88,8 @@ class Engine:
 
         Args:
             closure: passed to the inner optimizer; only if that is not stepped in batches.
-            some: step only these parameters, as a part of the next whole step. The groups' values
-                and the step count change when that is taken. Not allowed if the optimizer is not stepped
-                in batches.
+            some: step only these parameters, as a part of the next whole step, which then changes
+                the groups' values and the step count. Only if the optimizer is stepped in batches.
             check: raises if some of the chunks cannot be stepped; called before anything changes.
 
         Raises:
@@ -255,11 +254,7 @@ class Engine:
                 self.states.resplit(chunk.param, chunks[index : index + chunk.parts])
 
     def _failed(
-        self,
-        error: Exception,
-        chunks: Sequence[ParamChunk],
-        where: str,
-        done: list[int],
+        self, error: Exception, chunks: Sequence[ParamChunk], where: str, done: list[int]
     ) -> StepError:
         numbers = sorted({chunk.number for chunk in chunks if chunk.param.grad is not None})
         unstepped = [number for number in numbers if number not in done]
