@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optstate_wrap.hooks import STATE_DICT_HOOKS
+from optstate_wrap.hooks import STATE_DICT_HOOKS, STEP_HOOKS
 
 __all__ = ["Delegate", "load_into", "unhooked_step"]
 
@@ -17,7 +17,7 @@ FLAGS = ("capturable", "foreach", "fused")
 #: attributes with which torch's optimizers are pickled
 TORCH = ("state", "param_groups", "defaults")
 # The hook dicts are the same objects, so that each hook is called once, wherever it was added.
-HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", *STATE_DICT_HOOKS)
+HOOKS = (*STEP_HOOKS, *STATE_DICT_HOOKS)
 
 
 class Delegate(Optimizer):

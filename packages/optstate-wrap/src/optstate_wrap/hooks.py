@@ -1,14 +1,16 @@
-"""Calls state dict hooks of a wrapped optimizer once, with the wrapper as their argument."""
+"""Calls state dict hooks once, with the wrapper as their argument, and leaves out other hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["STATE_DICT_HOOKS", "load_with_hooks", "save_with_hooks"]
+__all__ = ["STATE_DICT_HOOKS", "STEP_HOOKS", "load_with_hooks", "save_with_hooks", "without_hooks"]
+
+STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 STATE_DICT_HOOKS = tuple(
     f"_optimizer_{name}_hooks"
@@ -21,7 +23,7 @@ def save_with_hooks(outer: Optimizer, inner: Optimizer, save: Callable[[], State
     """The result of ``save``, or its replacement by a hook; both optimizers share the hooks."""
     for pre_hook in outer._optimizer_state_dict_pre_hooks.values():
         pre_hook(outer)
-    with _without_hooks(inner):
+    with without_hooks(inner, STATE_DICT_HOOKS):
         saved = save()
     for post_hook in outer._optimizer_state_dict_post_hooks.values():
         saved = _replaced(saved, post_hook(outer, saved))
@@ -38,7 +40,7 @@ def load_with_hooks(
     given = dict(state_dict)
     for pre_hook in outer._optimizer_load_state_dict_pre_hooks.values():
         given = _replaced(given, pre_hook(outer, given))
-    with _without_hooks(inner):
+    with without_hooks(inner, STATE_DICT_HOOKS):
         load(given)
     for post_hook in outer._optimizer_load_state_dict_post_hooks.values():
         post_hook(outer)
@@ -50,9 +52,9 @@ def _replaced(given: StateDict, returned: StateDict | None) -> StateDict:
 
 
 @contextmanager
-def _without_hooks(inner: Optimizer) -> Iterator[None]:
-    """Inside, ``inner`` has no state dict hooks."""
-    hooks = {name: getattr(inner, name) for name in STATE_DICT_HOOKS}
+def without_hooks(inner: Optimizer, names: Iterable[str]) -> Iterator[None]:
+    """Inside, ``inner`` has none of the hooks in the attributes ``names``."""
+    hooks = {name: getattr(inner, name) for name in names}
     vars(inner).update({name: type(dicts)() for name, dicts in hooks.items()})
     try:
         yield

@@ -91,12 +91,12 @@ class WarmupPolicy(Policy):
         self.momentum_keys = (momentum_key,) if isinstance(momentum_key, str) else momentum_key
         self.variance_key = variance_key
         momentum = Int8MomentumCodec() if momentum_codec is None else as_codec(momentum_codec)
-        variance = _variance(as_codec(variance_codec))
+        variance = checked(VARIANCES[0], as_codec(variance_codec))
         self.min_int8_elements = checks.whole_number("min_int8_elements", min_int8_elements)
         self.device_resident = plain_value(device_resident)
         small = as_codec(small_tensor_codec)
         self._large = self._codecs(momentum, variance)
-        self._small = self._codecs(small, _variance(small))
+        self._small = self._codecs(small, checked(VARIANCES[0], small))
 
     def _codecs(self, momentum: Codec, variance: Codec) -> dict[str, AnyCodec]:
         momenta = {key: checked(key, momentum) for key in self.momentum_keys}
@@ -206,10 +206,6 @@ class ConfigurablePolicy(Policy):
         """The default codec if it fits the values of this key, else an exact one."""
         format = self._default.stored
         return self._default if format is None or not _unfit(key, format) else IdentityCodec()
-
-
-def _variance(codec: Codec) -> Codec:
-    return checked(VARIANCES[0], codec)
 
 
 def checked(key: str, codec: Codec) -> Codec:

@@ -39,16 +39,8 @@ def wrap(
     Example:
         >>> optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=3e-4))
     """
-    return OptimizerWrapper(
-        optimizer,
-        policy,
-        chunk_size,
-        chunk_size_on_cuda,
-        initial_chunk_size,
-        pin_memory,
-        profile,
-        **options,
-    )
+    sizes = (chunk_size, chunk_size_on_cuda, initial_chunk_size)
+    return OptimizerWrapper(optimizer, policy, *sizes, pin_memory, profile, **options)
 
 
 def auto_wrap(optimizer: Optimizer, **options: Any) -> OptimizerWrapper:

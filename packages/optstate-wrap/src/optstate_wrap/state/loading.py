@@ -24,12 +24,11 @@ from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_n
 
 __all__ = ["load"]
 
+Examine = Callable[[], Findings]
+
 
 def load(
-    wrapper: Optimizer,
-    states: DecodedStates,
-    examine: Callable[[], Findings],
-    state_dict: Mapping[str, Any],
+    wrapper: Optimizer, states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
 ) -> None:
     """Check and convert the whole of ``state_dict``, then replace the optimizer's state by it.
 
@@ -46,9 +45,7 @@ def load(
         load_with_hooks(wrapper, inner, state_dict, partial(_load, states, examine))
 
 
-def _load(
-    states: DecodedStates, examine: Callable[[], Findings], state_dict: Mapping[str, Any]
-) -> None:
+def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]) -> None:
     encoder = states.encoder
     inner, policy = encoder.inner, encoder.policy
     for key in ("state", "param_groups"):
@@ -182,7 +179,7 @@ def _entries(
 
 
 def _records(
-    states: DecodedStates, findings: Findings, entries: Sequence[_Entry], is_packed: bool
+    states: DecodedStates, findings: Findings, entries: Sequence[_Entry], packed: bool
 ) -> dict[Tensor, list[Record]]:
     """The records of all saved states, as the store keeps them."""
     encoder, store = states.encoder, states.store
@@ -195,7 +192,7 @@ def _records(
         param, state = entry.param, entry.own
         if not state:
             continue
-        if is_packed:
+        if packed:
             records = _unpacked(entry, encoder.inner, findings)
             if _split_alike(entry, records, chunks[param]):
                 new[param] = store.to_store([records])[0]
@@ -207,7 +204,7 @@ def _records(
         records = []
         for chunk in chunks[param]:
             sliced = {
-                key: _converted(key, value, param, groups[param], findings, is_packed)
+                key: _converted(key, value, param, groups[param], findings, packed)
                 for key, value in slice_state(state, chunk).items()
             }
             records.append(encoder.encode(chunk, chunk.data(), sliced))
@@ -321,12 +318,7 @@ def _check_keys(where: str, state: Mapping[str, Any], findings: Findings) -> Non
 
 
 def _converted(
-    key: str,
-    value: Any,
-    param: Tensor,
-    group: Mapping[str, Any],
-    findings: Findings,
-    is_packed: bool,
+    key: str, value: Any, param: Tensor, group: Mapping[str, Any], findings: Findings, packed: bool
 ) -> Any:
     """A copy of a saved value, on the device and in the dtype that the optimizer would use."""
     if not isinstance(value, Tensor):
@@ -337,7 +329,7 @@ def _converted(
     if key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return value.to(param.device, torch.float32, copy=True) if on_device else value.clone()
-    if not param.is_floating_point() or is_packed:
+    if not param.is_floating_point() or packed:
         return value.detach().to(param.device, copy=True)
     dtype = findings.keys.get(key) or param.dtype
     return value.detach().to(param.device, dtype, copy=True)

@@ -123,7 +123,8 @@ def encode_state(
         key: format
         for key, value in state.items()
         if (format := formats.get(key)) is not None and codable(value, like)
-        if not _exact(format, value.dtype)
+        # fp32 stores all dtypes but float64 exactly, so that they need no encoding
+        if format.name != FP32.name or value.dtype == torch.float64
     }
     if not chosen:
         return dict(state)
@@ -187,10 +188,6 @@ def reencode(
         if key in stored or not isinstance(record[key], Coded):
             record[key] = old[key]
     return record
-
-
-def _exact(format: Format, dtype: torch.dtype) -> bool:
-    return format.name == FP32.name and dtype != torch.float64
 
 
 def _roots(key: str, state: Mapping[str, Any], like: Tensor) -> list[str]:
@@ -298,16 +295,14 @@ def select(flag: Tensor, old: Mapping[str, Any], new: Record) -> Record:
     chosen = dict(new)
     for key, value in new.items():
         before = old.get(key)
-        if isinstance(value, Coded) and isinstance(before, Coded) and _same_layout(value, before):
+        if not (isinstance(value, Coded) and isinstance(before, Coded)):
+            continue
+        if (before.format, before.shape, before.order) == (value.format, value.shape, value.order):
             skipped = flag.to(value.parts[0].device) != 0
             pairs = zip(before.parts, value.parts, strict=True)
             parts = tuple(torch.where(skipped, a, b) for a, b in pairs)
             chosen[key] = replace(value, parts=parts)
     return chosen
-
-
-def _same_layout(a: Coded, b: Coded) -> bool:
-    return a.format == b.format and a.shape == b.shape and a.order == b.order
 
 
 def stored_tensor(value: Any) -> Any:

@@ -31,7 +31,7 @@ from optstate_wrap.step.param_steps import (
     make_param_step,
     rule_of,
     same_bits,
-    same_memory_order,
+    same_order,
     stored_formats,
     update_record,
 )
@@ -205,7 +205,7 @@ class FusedStep:
         param_steps = []
         for chunk, record in zip(chunks, records, strict=True):
             stored = stored_formats(record, names, formats, counted, self._exact)
-            if stored is None or not (chunk.parts > 1 or same_memory_order(record, param)):
+            if stored is None or not (chunk.parts > 1 or same_order(record, param)):
                 return []
             param_step = make_param_step(chunk, record, moments, stored, self.seed)
             # on a GPU, the engine is not faster without its kernel

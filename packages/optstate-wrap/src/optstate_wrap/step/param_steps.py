@@ -22,7 +22,7 @@ __all__ = [
     "make_param_step",
     "rule_of",
     "same_bits",
-    "same_memory_order",
+    "same_order",
     "stored_formats",
     "update_record",
 ]
@@ -55,7 +55,7 @@ def same_bits(inner: Optimizer) -> bool:
     return not flagged and not (rooted and cuda)
 
 
-def same_memory_order(record: Record, param: Tensor) -> bool:
+def same_order(record: Record, param: Tensor) -> bool:
     """Whether the stored tensors have the memory order of the parameter."""
     now = Layout.of(param)
     for value in record.values():

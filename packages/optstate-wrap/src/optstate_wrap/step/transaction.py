@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate_wrap.hooks import STEP_HOOKS, without_hooks
 from optstate_wrap.state.param_chunks import ParamChunk
 from optstate_wrap.state.record import Record
 from optstate_wrap.state.store import Store
@@ -23,7 +24,6 @@ __all__ = ["Transaction", "group_changes", "guarded_inner", "restore_groups", "s
 
 # a split parameter of at most this size is saved on its device, a larger one on the host
 UNDO_BYTES = 1 << 26
-HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 class Transaction:
@@ -95,11 +95,9 @@ def guarded_inner(inner: Optimizer) -> Iterator[list[dict[str, Any]]]:
     groups, state = inner.param_groups, inner.state
     lists = [group["params"] for group in groups]
     before = snapshot(groups)
-    hooks = {name: getattr(inner, name) for name in HOOKS}
-    for name in HOOKS:
-        setattr(inner, name, type(hooks[name])())
     try:
-        yield before
+        with without_hooks(inner, STEP_HOOKS):
+            yield before
     except BaseException:
         restore_groups(groups, before)
         raise
@@ -107,8 +105,6 @@ def guarded_inner(inner: Optimizer) -> Iterator[list[dict[str, Any]]]:
         inner.param_groups, inner.state = groups, state
         for group, params in zip(groups, lists, strict=True):
             group["params"] = params
-        for name, value in hooks.items():
-            setattr(inner, name, value)
 
 
 def snapshot(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
