@@ -55,8 +55,7 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
     groups = _merged_groups(inner, state_dict["param_groups"])
     params = params_by_number(state_dict, inner)
     # keys that are not numbers are the inner optimizer's own entries
-    unknown = [n for n in saved if n not in params and isinstance(n, int)]
-    if unknown:
+    if unknown := [n for n in saved if n not in params and isinstance(n, int)]:
         raise KeyError(f"state_dict['state']: unknown parameter {unknown[0]!r}")
 
     before = [dict(group) for group in inner.param_groups]
@@ -86,10 +85,8 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
 
 def _steps_of(state: Mapping[Any, Any]) -> int:
     """The largest step count in a plain state dict."""
-    counts = [s["step"] for s in state.values() if isinstance(s, Mapping) and "step" in s]
-    return max(
-        (int(count) for count in counts if isinstance(count, (int, float, Tensor))), default=0
-    )
+    counts = (entry.get("step") for entry in state.values() if isinstance(entry, Mapping))
+    return max((int(n) for n in counts if isinstance(n, (int, float, Tensor))), default=0)
 
 
 def _fill(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
@@ -217,8 +214,7 @@ def _split_alike(entry: _Entry, records: Sequence[Record], chunks: Sequence[Para
     if len(records) == len(chunks) == 1:
         return True
     lengths = [chunk.stop - chunk.start for chunk in chunks]
-    alike = list(map(record_numel, records)) == lengths
-    return alike and _layout(entry) == Layout.of(entry.param)
+    return list(map(record_numel, records)) == lengths and _layout(entry) == Layout.of(entry.param)
 
 
 def _layout(entry: _Entry) -> Layout:

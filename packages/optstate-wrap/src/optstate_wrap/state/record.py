@@ -282,8 +282,7 @@ def _decode(coded: Mapping[str, Coded]) -> dict[str, Tensor]:
         decoded = decode_slice(moments, formats, parts, torch.float32, stop - start)
         for key, value in decoded.items():
             flat[key][start:stop] = value
-    ordered = [first.shape[d] for d in first.order]
-    inverse = inverse_order(first.order)
+    ordered, inverse = [first.shape[d] for d in first.order], inverse_order(first.order)
     return {key: value.view(ordered).permute(inverse) for key, value in flat.items()}
 
 

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from optstate_codecs.engine import ParamStep
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.rules import SGD, Adam, Moment, Rule
-from optstate_codecs.state.layout import inverse_order
 from optstate_codecs.writes import parameter_write
 from optstate_wrap.state.param_chunks import Layout, ParamChunk
 from optstate_wrap.state.record import Coded, OffloadedTensor, Record, stored_tensor
@@ -130,9 +129,9 @@ def make_param_step(
 
 def _components(name: str, coded: Coded) -> dict[str, Tensor]:
     """The components of a moment with the parameter's shape, as the engine takes them."""
-    ordered, inverse = [coded.shape[d] for d in coded.order], inverse_order(coded.order)
+    layout = Layout(coded.shape, coded.order)
     return {
-        component.key(name): part.view(ordered).permute(inverse)
+        component.key(name): layout.unflatten(part)
         if component.per_element
         else part.view(component.shape(coded.shape))
         for part, component in zip(coded.parts, coded.bound.components, strict=True)
