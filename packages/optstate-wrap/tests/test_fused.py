@@ -76,9 +76,8 @@ class Run:
 
     @property
     def fused_parameters(self) -> int:
-        return sum(
-            bool(ready.param_steps) for ready in self.optimizer.engine.fused._prepared.values()
-        )
+        prepared = self.optimizer.engine.fused._prepared.values()
+        return sum(bool(entry.param_steps) for entry in prepared)
 
 
 def assert_alike(ours: Run, theirs: Run, rate: float = 2e-3) -> None:

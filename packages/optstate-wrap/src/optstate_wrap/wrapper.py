@@ -263,7 +263,7 @@ class OptimizerWrapper(Delegate):
         return checkpoint.plain(self, self.engine.states)
 
     def packed_state_dict(self) -> dict[str, Any]:
-        """A state dict of the state as it is stored: tensors and plain Python values, as small.
+        """A state dict in the stored form: tensors and plain Python values, of the state's size.
 
         If it is loaded into a wrapper with the same arguments, training continues bit for bit.
         """
