@@ -90,11 +90,9 @@ class OptimizerWrapper(Delegate):
         rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
         profile = checks.flag("profile", profile)
         strict = checks.flag("strict", strict)
-        if fused is not None:
-            fused = checks.flag("fused", fused)
-        policy = (
-            WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer")) if policy is None else policy
-        )
+        fused = None if fused is None else checks.flag("fused", fused)
+        if policy is None:
+            policy = WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer"))
         if store is None:
             store = "host" if policy.device_resident is False else "device"
         device = first_param(optimizer).device

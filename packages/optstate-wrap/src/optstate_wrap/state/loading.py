@@ -231,7 +231,7 @@ def _layout(entry: _Entry) -> Layout:
 
 
 def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Record]:
-    """The records of a packed state, checked, beside the parameter."""
+    """The records of a packed state, checked and on the parameter's device."""
     where, param = entry.where, entry.param
     records = []
     for saved in entry.own:

@@ -106,5 +106,5 @@ def _starts(text: Tensor, settings: Settings, batches: int, seed: int) -> Tensor
 
 def cut(text: Tensor, starts: Tensor, context: int) -> Tensor:
     """The sequences of one batch: int64 of shape (batch, context + 1), inputs and targets."""
-    places = torch.arange(context + 1, dtype=torch.int64, device="cpu")
-    return text[starts[:, None] + places].long()
+    offsets = torch.arange(context + 1, dtype=torch.int64, device="cpu")
+    return text[starts[:, None] + offsets].long()
