@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,10 +12,8 @@ from torch.optim import Optimizer
 from optstate_codecs.param_checks import check_params, is_distributed
 from optstate_codecs.state.dim_order import follows_order
 from optstate_codecs.state.layout import Declaration, bound
+from optstate_codecs.state.owner import StateOwner
 from optstate_codecs.writes import parameter_write
-
-if TYPE_CHECKING:
-    from optstate_codecs.optimizer import CodedOptimizer
 
 __all__ = ["MemoryReport", "memory_report", "predicted_state_bytes", "state_bytes"]
 
@@ -60,7 +58,7 @@ def state_bytes(optimizer: Optimizer) -> int:
     return storage_bytes(dict(optimizer.state))
 
 
-def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
+def predicted_state_bytes(optimizer: StateOwner) -> int:
     """Bytes that the state will take once every parameter has been stepped.
 
     Exact: it adds up what the formats and the write declare, 4 bytes of step count per parameter,

@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from optstate_codecs import checks, engine
 from optstate_codecs.arguments import arguments_of, unknown_argument
-from optstate_codecs.custom_op import new_handle, step_as_operation
+from optstate_codecs.custom_op import call_step_op, register_step
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.request import ParamStep
-from optstate_codecs.flat_params import is_flat, refuse_gathering
+from optstate_codecs.flat_params import refuse_gathering
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.gradients.centralization import find_centres
 from optstate_codecs.gradients.grad_norm import gradient_factor, nonfinite
-from optstate_codecs.param_checks import check_kind
-from optstate_codecs.parameters import Entry, GroupSpec, ParameterTable, StateSpec
+from optstate_codecs.group_checks import check_formats, check_group_params
+from optstate_codecs.parameters import ParameterTable
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rules import Rule
 from optstate_codecs.state import checkpoint
 from optstate_codecs.state.building import counts_on_device
-from optstate_codecs.state.checkpoint import Lent
-from optstate_codecs.state.conform import has_state
+from optstate_codecs.state.checkpoint import StepCopy
+from optstate_codecs.state.owner import OffloadOptions
 from optstate_codecs.writes import WRITES
-
-if TYPE_CHECKING:
-    from optstate_codecs.offloading.offload import Offload
 
 __all__ = ["CodedOptimizer"]
 
-PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# names that torch.optim users pass; the engine decides what they would decide
-TORCH_FLAGS: dict[str, Any] = {
+# for every rule: an option of the base, and names that users of torch.optim pass, whose meaning is
+# the engine's choice here
+SHARED_OPTIONS: dict[str, Any] = {
+    "centralization": 0.0,
     "foreach": None,
     "capturable": False,
     "differentiable": False,
     "fused": None,
 }
-
-# what the base takes for every rule
-OWN_OPTIONS: dict[str, Any] = {"centralization": 0.0}
 
 
 class CodedOptimizer(torch.optim.Optimizer):
@@ -89,7 +84,7 @@ class CodedOptimizer(torch.optim.Optimizer):
     #: group keys that decide how state is stored; a checkpoint never overrides them
     storage_options: ClassVar[tuple[str, ...]] = ("formats",)
     #: what ``**options`` takes besides the rule's hyper-parameters, with the defaults
-    shared_options: ClassVar[Mapping[str, Any]] = {**OWN_OPTIONS, **TORCH_FLAGS}
+    shared_options: ClassVar[Mapping[str, Any]] = SHARED_OPTIONS
     #: of the rule, which decides the hyper-parameters
     rule_type: ClassVar[type[Rule]] = Rule  # type: ignore[type-abstract]
     #: set while a ``GradientRelease`` steps parameters before ``step`` does
@@ -122,9 +117,9 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.max_grad_norm = max_grad_norm
         self.backend = backend
-        self.offloaded: Offload | None = None
+        self.offloaded: OffloadOptions | None = None
         self.executor: engine.Executor = engine.ResidentExecutor(backend)
-        self._forget()
+        self._reset_caches()
         known = {**rule.defaults(), **self.shared_options, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:
             options["formats"] = formats
@@ -151,7 +146,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         encoded at the next step or save. Entries of others stay as they are and are saved too.
         """
         self.executor.synchronize()
-        self._take_back()
+        self._adopt_copies()
         return self.__dict__["state"]
 
     @state.setter
@@ -163,18 +158,18 @@ class CodedOptimizer(torch.optim.Optimizer):
         """Where state is made and loaded to: None is beside each parameter."""
         return None if self.offloaded is None else torch.device("cpu")
 
-    def _forget(self) -> None:
-        """Drop what is kept from step to step."""
+    def _reset_caches(self) -> None:
+        """Drop what was cached in earlier steps."""
         self.grad_norm: Tensor | None = None
-        self._handle = new_handle(self)
+        self._handle = register_step(self._traced_params, self._step)
         self._table = ParameterTable()
-        self._lent: list[Lent] = []
+        self._copies: list[StepCopy] = []
 
-    def _take_back(self) -> None:
-        """Take what was loaded in place into the last state dict; see ``checkpoint.take_back``."""
-        if self._lent:
-            lent, self._lent = self._lent, []
-            checkpoint.take_back(self._table, lent)
+    def _adopt_copies(self) -> None:
+        """Adopt what was loaded in place into the last state dict."""
+        if self._copies:
+            copies, self._copies = self._copies, []
+            checkpoint.adopt_copies(copies, self._table.forget)
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         """The format of each moment that ``group`` keeps, in the rule's order."""
@@ -211,34 +206,10 @@ class CodedOptimizer(torch.optim.Optimizer):
         hyper = self.rule.hyper(group)
         checks.whole_number("rounding_seed", group["rounding_seed"])
         checks.share("centralization", group["centralization"])
-        formats = self.group_formats(group)
-        for moment in self.rule.moments(hyper):
-            format = formats[moment.name]
-            checks.whole_number(f"formats[{moment.name!r}]: min_elements", format.min_elements)
-            if not moment.signed and not format.keeps_positive:
-                raise ValueError(
-                    f"formats[{moment.name!r}]={format.spec!r}: rounds small second moments to "
-                    "zero, which makes steps of thousands x lr; use an unsigned format"
-                )
-            if moment.signed and not format.keeps_sign:
-                raise ValueError(
-                    f"formats[{moment.name!r}]={format.spec!r}: holds no negative numbers; "
-                    "use a signed format"
-                )
+        check_formats(self.rule.moments(hyper), self.group_formats(group))
         if group["differentiable"]:
             raise ValueError("differentiable=True: not supported; leave it False")
-        for i, param in enumerate(group["params"]):
-            check_kind(f"params[{i}]", param)
-            if self.max_grad_norm is not None and is_flat(param):
-                raise ValueError(
-                    f"max_grad_norm={self.max_grad_norm}: must be None for FSDP1, whose norm is "
-                    "that of all shards; call clip_grad_norm_ of the model"
-                )
-            if param.dtype not in PARAM_DTYPES:
-                allowed = ", ".join(str(d).removeprefix("torch.") for d in PARAM_DTYPES)
-                raise TypeError(f"params[{i}]: dtype {param.dtype}, must be one of {allowed}")
-            if param.layout != torch.strided:
-                raise TypeError(f"params[{i}]: layout {param.layout}, must be dense")
+        check_group_params(group["params"], self.max_grad_norm)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -259,24 +230,19 @@ class CodedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            self._step_in_graph()
+            call_step_op(self._handle, self.traced_groups)
         else:
             self._step()
         return loss
 
-    def _step_in_graph(self) -> None:
-        """What a compiler traces of a step: which parameters have gradients, and one operation."""
-        places, params, grads = [], [], []
-        index = 0
-        for group in self.traced_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    places.append(index)
-                    params.append(param)
-                    grads.append(param.grad)
-                index += 1
-        if places:
-            step_as_operation(self._handle, places, params, grads)
+    def _traced_params(self) -> list[Tensor]:
+        """All parameters, where the groups are those that a compiler traced."""
+        if self.traced_groups is not self.param_groups:
+            raise RuntimeError(
+                "optstate::step: optimizer.param_groups is another list than the compiled one; "
+                "take a step outside torch.compile and compile again"
+            )
+        return [param for group in self.param_groups for param in group["params"]]
 
     def refuse_parts(self) -> None:
         """Raise if what a step does to a parameter depends on the gradients of others."""
@@ -295,7 +261,7 @@ class CodedOptimizer(torch.optim.Optimizer):
     def step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
         """Step these parameters, with their gradients multiplied with ``factor``."""
         groups = self.param_groups
-        given = {self._table.number(groups, p): p.grad for p in params if p.grad is not None}
+        given = {self._table.index_of(groups, p): p.grad for p in params if p.grad is not None}
         self._step(given, factor, last=False)
 
     def join_parts(self) -> None:
@@ -327,7 +293,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable=False: must be True for steps in a CUDA graph")
-        self._take_back()
+        self._adopt_copies()
         hypers = [self.rule.hyper(group) for group in self.param_groups]
         found = self._table.gradients(self.param_groups, given)
         grads = found.grads
@@ -339,7 +305,9 @@ class CodedOptimizer(torch.optim.Optimizer):
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
             if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
                 return
-        param_steps = self._table.cached_param_steps(self.param_groups, found, *self._kept(hypers))
+        # not through the property, which would wait until all state is stored
+        spec = self._table.state_spec(self, hypers, self.__dict__["state"])
+        param_steps = self._table.cached_param_steps(found, spec)
         if factor is None:
             factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm)
         centres = None
@@ -362,35 +330,16 @@ class CodedOptimizer(torch.optim.Optimizer):
         request.apart = not last
         self.executor.step(request)
 
-    def _kept(self, hypers: Sequence[Any]) -> tuple[list[GroupSpec], dict[Tensor, Any], StateSpec]:
-        """What decides how state is kept, group by group and for all, and the state there is."""
-        specs = []
-        for number, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
-            moments, formats = self.rule.moments(hyper), self.group_formats(group)
-            spec = GroupSpec(moments, formats, plain_value(group["rounding_seed"]))
-            specs.append(self._table.spec(number, spec))
-        # not through the property, which would wait for what is still being stored
-        states = self.__dict__["state"]
-        return specs, states, StateSpec(self.write, self.state_device, self.rule.counted)
-
     def stored_param_steps(self, params: Collection[Tensor] | None = None) -> list[ParamStep]:
-        """The units of all parameters that have state, or of those of ``params``, in order.
+        """The ``ParamStep`` of each parameter that has state, in order; or of those in ``params``.
 
-        State that was put there by hand is in the optimizer's formats afterwards.
+        State that was assigned by hand is converted to the optimizer's formats first.
 
         Raises:
-            TypeError, ValueError, RuntimeError, KeyError: state that cannot be, by name.
+            TypeError, ValueError, RuntimeError, KeyError: state cannot be converted; the message
+                names it.
         """
-        states = self.__dict__["state"]
-        hypers = [self.rule.hyper(group) for group in self.param_groups]
-        every = [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"]]
-        entries = [
-            Entry(index, number, param)
-            for index, (number, param) in enumerate(every)
-            if (params is None or param in params)
-            and has_state(states.get(param), self.rule.moments(hypers[number]))
-        ]
-        return self._table.param_steps(self.param_groups, entries, *self._kept(hypers))
+        return self._table.stored(self, self.__dict__["state"], params)
 
     def state_dict(self) -> dict[str, Any]:
         """The packed state: tensors and plain Python values, about as large as the state.
@@ -404,7 +353,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         """
         refuse_gathering(self)
         self.stored_param_steps()
-        saved, self._lent = checkpoint.packed(self, super().state_dict())
+        saved, self._copies = checkpoint.packed(self, super().state_dict())
         return saved
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -421,7 +370,12 @@ class CodedOptimizer(torch.optim.Optimizer):
             TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
         """
         with torch.inference_mode(False), torch.no_grad():
+            state_dict = dict(state_dict)
+            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                state_dict = pre_hook(self, state_dict) or state_dict
             checkpoint.load(self, state_dict)
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("rule", "write", "skip_nonfinite", "max_grad_norm", "backend", "offloaded")
@@ -437,10 +391,10 @@ class CodedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if not alive:
             self.executor = engine.ResidentExecutor(self.backend)
-            offloaded: Offload | None = self.__dict__["offloaded"]
+            offloaded: OffloadOptions | None = self.__dict__["offloaded"]
             if offloaded is not None:
                 offloaded.again(self)
-        self._forget()
+        self._reset_caches()
         self.traced_groups = self.param_groups
         for group in self.param_groups:
             for key, value in self.shared_options.items():

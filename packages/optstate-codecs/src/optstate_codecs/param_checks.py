@@ -7,10 +7,11 @@ tensor parallelism), quantized weights of other libraries, ``MaskedTensor``, ``F
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 __all__ = ["check_kind", "check_params", "check_steppable", "is_distributed"]
 
@@ -82,7 +83,13 @@ def _overlaps(tensor: Tensor) -> bool:
     )
 
 
-def check_params(optimizer: Optimizer) -> None:
+class HasGroups(Protocol):
+    """An optimizer of any kind."""
+
+    param_groups: list[dict[str, Any]]
+
+
+def check_params(optimizer: HasGroups) -> None:
     """Raise unless every parameter of an optimizer has plain memory.
 
     They were checked when their groups were added. Somebody may have put others in their place

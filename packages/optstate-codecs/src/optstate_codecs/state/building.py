@@ -12,6 +12,7 @@ from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
+from optstate_codecs.state.components import components_of
 from optstate_codecs.state.dim_order import DIM_ORDER, follows_order, order_entry
 from optstate_codecs.state.layout import (
     Declaration,
@@ -23,7 +24,7 @@ from optstate_codecs.state.layout import (
     slices,
     storage_order,
 )
-from optstate_codecs.state.moments import decode_slice, encode_foreign
+from optstate_codecs.state.moments import decode_slice, encode_slice, raise_underflow
 
 __all__ = [
     "counts_on_device",
@@ -81,9 +82,8 @@ def initial_state(
         device: where it is to be, if not beside the parameter.
     """
     state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-    for name, declared in stored.items():
-        for component in declared.components:
-            state[component.key(name)] = empty_state(param, component, device)
+    for key, component in components_of(stored).items():
+        state[key] = empty_state(param, component, device)
     if follows_order(param, stored.values()):
         state[DIM_ORDER] = order_entry(param)
     return state
@@ -120,7 +120,8 @@ def encode_state(
             name: view.read(start, stop).to(param.device, torch.float32)
             for name, view in views.items()
         }
-        encode_foreign(moments, formats, decoded, stored.slice(start, stop), counter, start)
+        decoded = raise_underflow(moments, formats, decoded)
+        encode_slice(moments, formats, decoded, stored.slice(start, stop), counter, start)
     return state
 
 
@@ -186,7 +187,7 @@ def decode_stored(
     """
     shape = [param.shape[d] for d in order]
     like = torch.empty(shape, dtype=torch.uint8, device="meta").permute(inverse_order(order))
-    parts = {c.key(n): c for n, f in bound(formats, like).items() for c in f.components}
+    parts = components_of(bound(formats, like))
     local = {
         key: torch.empty_like(like, dtype=c.dtype, device=param.device).copy_(stored[key])
         if c.per_element

@@ -20,21 +20,25 @@ from optstate_codecs.formats import Component, Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state.building import decode_stored, encode_state, initial_state
+from optstate_codecs.state.components import check_component, check_tensor, components_of
 from optstate_codecs.state.dim_order import (
     DIM_ORDER,
-    assumed_order,
     follows_order,
     order_entry,
-    order_of,
+    order_in,
 )
 from optstate_codecs.state.layout import Declaration, bound, empty_state, same_order, storage_order
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["Wanted", "conformed", "has_state", "own_keys"]
+__all__ = ["StateForm", "conformed", "has_state", "own_keys"]
+
+RESHAPED = (
+    "; a parameter that has changed its shape needs its state removed: optimizer.state.pop(p)"
+)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class StateForm:
     """The form that a parameter's state is to have.
 
     Attributes:
@@ -81,39 +85,39 @@ def has_state(state: Any, moments: Sequence[Moment]) -> bool:
     return any(key == "step" or str(key).startswith(names) for key in state)
 
 
-def conformed(wanted: Wanted, state: Mapping[str, Any]) -> dict[str, Any]:
+def conformed(form: StateForm, state: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a parameter's state in the form that is wanted; zeros where it has none.
 
     Args:
-        wanted: the form.
+        form: the form.
         state: as it is; not changed. Entries of somebody else's stay what they are.
 
     Raises:
         TypeError, ValueError, RuntimeError, KeyError: what cannot be brought into it, by name.
     """
-    param, stored = wanted.param, wanted.stored
-    own = own_keys(wanted.moments, stored)
+    param, stored = form.param, form.stored
+    own = own_keys(form.moments, stored)
     foreign = {key: value for key, value in state.items() if key not in own}
     entries = {key: value for key, value in state.items() if key in own}
-    for moment in wanted.moments:
+    for moment in form.moments:
         if moment.plain in entries:
             entries[moment.name] = entries.pop(moment.plain)
     if not entries:
-        return {**initial_state(param, stored, wanted.state_device), **foreign}
+        return {**initial_state(param, stored, form.state_device), **foreign}
     with torch.inference_mode(False), torch.no_grad():
-        step = _step(wanted, entries)
-        anew = _encoded(wanted, entries, step)
-        parts = {c.key(name): c for name, d in stored.items() for c in d.components}
+        step = _step(form, entries)
+        anew = _encoded(form, entries, step)
+        parts = components_of(stored)
         found = {key: entries[key] for key in parts if key in entries} | anew
         for name, declared in stored.items():
             keys = [component.key(name) for component in declared.components]
             missing = [key for key in keys if key not in found]
             if missing and len(missing) < len(keys):
-                raise KeyError(f"{wanted.where}: state: missing key {missing[0]!r}")
+                raise KeyError(f"{form.where}: state: missing key {missing[0]!r}")
         new = {
-            key: _placed(wanted, key, component, found[key])
+            key: _placed(form, key, component, found[key])
             if key in found
-            else empty_state(param, component, wanted.state_device)
+            else empty_state(param, component, form.state_device)
             for key, component in parts.items()
         }
         if follows_order(param, stored.values()):
@@ -121,12 +125,12 @@ def conformed(wanted: Wanted, state: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": step, **new, **foreign}
 
 
-def _step(wanted: Wanted, entries: Mapping[str, Any]) -> Tensor:
+def _step(form: StateForm, entries: Mapping[str, Any]) -> Tensor:
     """The step count, the very tensor where it is one."""
-    step = entries.get("step", None if wanted.counted else 1.0)
-    name = f"{wanted.where}: state['step']"
+    step = entries.get("step", None if form.counted else 1.0)
+    name = f"{form.where}: state['step']"
     if step is None:
-        raise KeyError(f"{wanted.where}: state: missing key 'step'")
+        raise KeyError(f"{form.where}: state: missing key 'step'")
     if isinstance(step, Tensor):
         if step.numel() != 1:
             raise ValueError(f"{name}: shape {tuple(step.shape)}, must have one element")
@@ -138,42 +142,43 @@ def _step(wanted: Wanted, entries: Mapping[str, Any]) -> Tensor:
     return torch.tensor(float(step), dtype=torch.float32, device="cpu")
 
 
-def _encoded(wanted: Wanted, entries: Mapping[str, Any], step: Tensor) -> dict[str, Tensor]:
+def _encoded(form: StateForm, entries: Mapping[str, Any], step: Tensor) -> dict[str, Tensor]:
     """Components that have to be encoded: of moments that are given plainly, or lie otherwise."""
-    param, formats = wanted.param, bound(wanted.formats, wanted.param)
-    keys = {m.name: [c.key(m.name) for c in formats[m.name].components] for m in wanted.moments}
+    param, formats = form.param, bound(form.formats, form.param)
+    keys = {m.name: [c.key(m.name) for c in formats[m.name].components] for m in form.moments}
     plain = {
         m.name: entries[m.name]
-        for m in wanted.moments
+        for m in form.moments
         if m.name in entries and m.name not in keys[m.name]
     }
     for name, value in plain.items():
-        _check_tensor(f"{wanted.where}: state[{name!r}]", value, param.shape)
+        check_tensor(f"{form.where}: state[{name!r}]", value, param.shape, RESHAPED)
         if not value.is_floating_point():
             dtype = value.dtype
-            raise TypeError(f"{wanted.where}: state[{name!r}]: dtype {dtype}, must be floating")
-    kept = [m for m in wanted.moments if set(keys[m.name]) <= entries.keys()]
+            raise TypeError(f"{form.where}: state[{name!r}]: dtype {dtype}, must be floating")
+    kept = [m for m in form.moments if set(keys[m.name]) <= entries.keys()]
     order = storage_order(param)
     if kept and follows_order(param, formats.values()):
-        order = _order(wanted, entries, [k for m in kept for k in keys[m.name]])
+        codes = [key for moment in kept for key in keys[moment.name]]
+        order = order_in(f"{form.where}: state", param, entries, codes) or order
     turned = order != storage_order(param)
     if not plain and not turned:
         return {}
-    components = {c.key(n): c for n, f in formats.items() for c in f.components}
+    components = components_of(formats)
     for key in [key for moment in kept for key in keys[moment.name]]:
         shape = components[key].shape(param.shape)
-        _check_tensor(f"{wanted.where}: state[{key!r}]", entries[key], shape)
+        check_tensor(f"{form.where}: state[{key!r}]", entries[key], shape, RESHAPED)
     # what is stored in units of another moment has to be decoded with that as it was
     readable = [m for m in kept if _divisor(m, formats) in (None, *(k.name for k in kept))]
     values = decode_stored(
-        param, entries, readable, {m.name: wanted.formats[m.name] for m in readable}, order
+        param, entries, readable, {m.name: form.formats[m.name] for m in readable}, order
     )
-    zeros = {m.name: torch.zeros_like(param, dtype=torch.float32) for m in wanted.moments}
+    zeros = {m.name: torch.zeros_like(param, dtype=torch.float32) for m in form.moments}
     values = {**zeros, **values, **plain}
-    counter = Counter(wanted.seed, taken(float(step)), wanted.index)
-    encoded = encode_state(param, values, wanted.moments, wanted.formats, counter)
+    counter = Counter(form.seed, taken(float(step)), form.index)
+    encoded = encode_state(param, values, form.moments, form.formats, counter)
     changed = {
-        m.name for m in wanted.moments if turned or m.name in plain or _divisor(m, formats) in plain
+        m.name for m in form.moments if turned or m.name in plain or _divisor(m, formats) in plain
     }
     return {key: encoded[key] for name in changed for key in keys[name]}
 
@@ -181,14 +186,6 @@ def _encoded(wanted: Wanted, entries: Mapping[str, Any], step: Tensor) -> dict[s
 def _divisor(moment: Moment, formats: Mapping[str, Format]) -> str | None:
     """The moment whose root multiplies what is stored of this one, if one does."""
     return moment.relative_to if formats[moment.name].in_update_units else None
-
-
-def _order(wanted: Wanted, entries: Mapping[str, Any], keys: Sequence[str]) -> tuple[int, ...]:
-    """The order of dimensions that the codes of some state follow."""
-    if DIM_ORDER in entries:
-        return order_of(f"{wanted.where}: state", entries[DIM_ORDER], wanted.param.dim())
-    assumed = assumed_order(wanted.param, [entries[key] for key in keys])
-    return storage_order(wanted.param) if assumed is None else assumed
 
 
 def _kept_entry(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
@@ -199,29 +196,15 @@ def _kept_entry(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
     return old if (old.dtype, old.shape, int(old)) == (new.dtype, new.shape, int(new)) else new
 
 
-def _check_tensor(name: str, value: Any, shape: Sequence[int]) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}={value!r}: must be a tensor, got {type(value).__name__}")
-    if tuple(value.shape) != tuple(shape):
-        raise RuntimeError(
-            f"{name}: size mismatch: shape {tuple(value.shape)}, must be {tuple(shape)}; a "
-            "parameter that has changed its shape needs its state removed: optimizer.state.pop(p)"
-        )
-    return value
-
-
-def _placed(wanted: Wanted, key: str, component: Component, given: Any) -> Tensor:
+def _placed(form: StateForm, key: str, component: Component, given: Any) -> Tensor:
     """A component as it is to lie in memory; the very tensor where it does."""
-    param = wanted.param
-    name = f"{wanted.where}: state[{key!r}]"
-    value = _check_tensor(name, given, component.shape(param.shape))
-    if value.dtype != component.dtype and not (
-        value.is_floating_point() and component.dtype.is_floating_point and component.per_element
-    ):
-        raise TypeError(f"{name}: dtype {value.dtype}, must be {component.dtype}")
-    state_device = wanted.state_device or param.device
+    param = form.param
+    name = f"{form.where}: state[{key!r}]"
+    any_float = component.dtype.is_floating_point and component.per_element
+    value = check_component(name, given, component, param, any_float=any_float, advice=RESHAPED)
+    state_device = form.state_device or param.device
     if value.device not in (state_device, param.device):
-        if wanted.stepped:
+        if form.stepped:
             raise RuntimeError(
                 f"{name}: on {value.device}, must be on {state_device} as the parameter"
             )

@@ -9,7 +9,7 @@ all permutations of the dimensions in lexicographic order (its Lehmer code), 0 f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from math import factorial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optstate_codecs.state.layout import Declaration, storage_order
 
-__all__ = ["DIM_ORDER", "assumed_order", "follows_order", "order_entry", "order_of"]
+__all__ = ["DIM_ORDER", "follows_order", "order_entry", "order_in", "order_of"]
 
 #: its key in the state of a parameter
 DIM_ORDER = "dim_order"
@@ -62,8 +62,22 @@ def order_of(where: str, entry: Any, dims: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def assumed_order(param: Tensor, codes: Sequence[Any]) -> tuple[int, ...] | None:
-    """The order of state without an entry: that of its codes, if they have the shape to show it."""
-    shapes = (c for c in codes if isinstance(c, Tensor) and c.shape == param.shape)
-    like = next(shapes, None)
+def order_in(
+    where: str, param: Tensor, state: Mapping[str, Any], keys: Iterable[str]
+) -> tuple[int, ...] | None:
+    """The order of dimensions that a parameter's state follows, or None if nothing tells it.
+
+    Args:
+        where: names the state in messages.
+        param: whose state it is.
+        state: if it has no entry, the first component of the parameter's shape tells the order.
+        keys: of the components to look at.
+
+    Raises:
+        ValueError: the entry is not one for the parameter's dimensions.
+    """
+    if DIM_ORDER in state:
+        return order_of(where, state[DIM_ORDER], param.dim())
+    codes = (state[key] for key in keys)
+    like = next((c for c in codes if isinstance(c, Tensor) and c.shape == param.shape), None)
     return None if like is None else storage_order(like)

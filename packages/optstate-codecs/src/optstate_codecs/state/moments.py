@@ -21,9 +21,9 @@ from optstate_codecs.rules import Moment
 __all__ = [
     "SMALLEST_ROOT",
     "decode_slice",
-    "encode_foreign",
     "encode_slice",
     "quantization_residual",
+    "raise_underflow",
     "without_underflow",
 ]
 
@@ -77,24 +77,19 @@ def encode_slice(
         format.encode(value.to(torch.float32), parts[moment.name], draw)
 
 
-def encode_foreign(
-    moments: Sequence[Moment],
-    formats: Mapping[str, Format],
-    decoded: Mapping[str, Tensor],
-    parts: Parts,
-    counter: Counter,
-    start: int,
-) -> None:
-    """``encode_slice`` for moments that no step here has made: of ``torch.optim``, other formats.
+def raise_underflow(
+    moments: Sequence[Moment], formats: Mapping[str, Format], decoded: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Moments to encode that no step here has made: those of ``torch.optim`` or of other formats.
 
-    Second moments are stored without underflow where a first moment is held in units of them.
+    Where a format holds a first moment in update units, its second moment is ``without_underflow``.
     """
     decoded = dict(decoded)
     for moment in moments:
         if formats[moment.name].in_update_units:
             name = _divisor(moment)
             decoded[name] = without_underflow(decoded[name], decoded[moment.name])
-    encode_slice(moments, formats, decoded, parts, counter, start)
+    return decoded
 
 
 def without_underflow(second: Tensor, first: Tensor) -> Tensor:
