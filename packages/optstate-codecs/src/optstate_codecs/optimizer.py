@@ -29,49 +29,42 @@ from optstate_codecs.writes import WRITES
 
 __all__ = ["CodedOptimizer"]
 
-# for every rule: an option of the base, and names that users of torch.optim pass, whose meaning is
-# the engine's choice here
-SHARED_OPTIONS: dict[str, Any] = {
-    "centralization": 0.0,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
+# by parameter index; None for those in ``param.grad``
+GivenGrads = Mapping[int, Tensor] | None
 
 
 class CodedOptimizer(torch.optim.Optimizer):
     """An optimizer assembled from an update rule, a format per moment and a parameter write.
 
-    The step is exact Adam (or whatever the rule is) on decoded moments; only how moments and
-    parameters are rounded when stored differs. State is plain tensors in ``optimizer.state``.
+    A step is the exact rule (Adam, say) on decoded moments; only the rounding of stored moments
+    and parameters differs. State is plain tensors in ``optimizer.state``.
 
     Args:
         params: tensors, ``named_parameters()``, or dicts of param groups.
         rule: the mathematics, e.g. ``optstate_codecs.rules.Adam(decoupled=True)``.
-        formats: for each of the rule's moments a format or its text; can be set per group.
+        formats: a format or its text for each of the rule's moments; can be set per group.
         write: "nearest"; "stochastic" for unbiased bfloat16 parameters; "split24" or "split32" to
-            keep what rounding leaves of bfloat16 and float16 parameters, 1 or 2 bytes each, so
-            that both hold a master weight of 24 or 32 bits (see ``master_weights``).
+            keep the rounding error of bfloat16 and float16 parameters, in 1 or 2 bytes each, so
+            that both together hold a master weight of 24 or 32 bits (see ``master_weights``).
         backend: "auto", "eager", "compile" or "triton", see ``optstate_codecs.engine``; the
-            environment variable OPTSTATE_BACKEND stands in for "auto".
+            environment variable OPTSTATE_BACKEND replaces "auto".
         rounding_seed: keys every random number, 0 to 2^63 - 1.
-        skip_nonfinite: leave everything as it is when any gradient holds a NaN or Inf.
+        skip_nonfinite: skip the step when any gradient holds a NaN or Inf.
         max_grad_norm: above 0: step as after ``torch.nn.utils.clip_grad_norm_`` over all
             parameters, without rewriting gradients; None: do not clip.
-        **options: the rule's hyper-parameters; ``centralization``, how much of its mean over all
-            dimensions but the first is subtracted from a gradient of two dimensions or more, from
-            0 to 1 (Yong et al., arXiv:2004.01461); and the flags ``foreach``, ``fused``,
-            ``capturable``, ``differentiable`` of ``torch.optim``.
+        **options: the rule's hyper-parameters; ``centralization``, the share from 0 to 1 of its
+            mean over all dimensions but the first that is subtracted from a gradient of two
+            dimensions or more (Yong et al., arXiv:2004.01461); and the flags ``foreach``,
+            ``fused``, ``capturable``, ``differentiable`` of ``torch.optim``.
 
-    Numbers may be those of other libraries, such as numpy scalars; they are kept and saved as plain
-    Python ones. 0-d tensors stay tensors.
+    Numbers of other libraries, such as numpy scalars, are kept and saved as plain Python numbers.
+    0-d tensors stay tensors.
 
     Attributes:
         max_grad_norm: as given; may be changed between steps.
-        offloaded: how its state is kept elsewhere, see ``optstate_codecs.offload``; or None.
-        grad_norm: what the norm of the last step's gradients was before clipping, 0-d on their
-            device; None without ``max_grad_norm``.
+        offloaded: how state is offloaded, see ``optstate_codecs.offload``; or None.
+        grad_norm: norm of the last step's gradients before clipping, 0-d on their device; None
+            without ``max_grad_norm``.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -81,13 +74,19 @@ class CodedOptimizer(torch.optim.Optimizer):
         >>> optimizer = CodedOptimizer(model.parameters(), Adam(), formats, lr=3e-4)
     """
 
-    #: group keys that decide how state is stored; a checkpoint never overrides them
+    #: group keys that decide how state is stored; loading a checkpoint never changes them
     storage_options: ClassVar[tuple[str, ...]] = ("formats",)
-    #: what ``**options`` takes besides the rule's hyper-parameters, with the defaults
-    shared_options: ClassVar[Mapping[str, Any]] = SHARED_OPTIONS
-    #: of the rule, which decides the hyper-parameters
+    #: options besides the rule's hyper-parameters, with their defaults; all flags are torch.optim's
+    shared_options: ClassVar[Mapping[str, Any]] = {
+        "centralization": 0.0,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+    }
+    #: the class of the rule, which decides the hyper-parameters
     rule_type: ClassVar[type[Rule]] = Rule  # type: ignore[type-abstract]
-    #: set while a ``GradientRelease`` steps parameters before ``step`` does
+    #: set while a ``GradientRelease`` steps parameters during backward
     steps_in_parts = False
 
     def __init__(
@@ -109,14 +108,11 @@ class CodedOptimizer(torch.optim.Optimizer):
         checks.one_of("write", write, WRITES)
         checks.one_of("backend", backend, engine.BACKENDS)
         rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
-        skip_nonfinite = checks.flag("skip_nonfinite", skip_nonfinite)
+        self.skip_nonfinite = checks.flag("skip_nonfinite", skip_nonfinite)
         if max_grad_norm is not None:
             max_grad_norm = checks.positive("max_grad_norm", max_grad_norm)
-        self.rule = rule
-        self.write = write
-        self.skip_nonfinite = skip_nonfinite
+        self.rule, self.write, self.backend = rule, write, backend
         self.max_grad_norm = max_grad_norm
-        self.backend = backend
         self.offloaded: OffloadOptions | None = None
         self.executor: engine.Executor = engine.ResidentExecutor(backend)
         self._reset_caches()
@@ -127,23 +123,22 @@ class CodedOptimizer(torch.optim.Optimizer):
             known["formats"] = {k: as_format(f).spec for k, f in formats.items()}
         storage = {key: options.pop(key) for key in self.storage_options if key in options}
         if unknown := sorted(set(options) - set(known)):
-            every = arguments_of(type(self), type(rule))
-            raise unknown_argument(type(self), unknown[0], every)
+            raise unknown_argument(type(self), unknown[0], arguments_of(type(self), type(rule)))
         super().__init__(params, plain_value({**known, **storage, **options}))
-        # by its own name, torch.compile would guard on every value in it
+        # under the name param_groups, torch.compile would guard on every value in the list
         self.traced_groups = self.param_groups
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler hands grad_scale and found_inf to step instead of unscaling itself."""
+        """Whether GradScaler passes grad_scale and found_inf to ``step`` and does not unscale."""
         return self.steps_in_parts or bool(self.defaults.get("fused"))
 
     @property
     def state(self) -> Any:
-        """By parameter, its state as plain tensors; all of it has been stored when this returns.
+        """Each parameter's state as plain tensors; reading it waits until all of it is stored.
 
-        It may be edited: a moment may be put there in plain numbers, under its own name, and is
-        encoded at the next step or save. Entries of others stay as they are and are saved too.
+        It may be edited: a moment assigned in plain numbers under its own name is encoded at the
+        next step or save. Keys that the optimizer does not know are kept and saved.
         """
         self.executor.synchronize()
         self._adopt_copies()
@@ -155,7 +150,7 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     @property
     def state_device(self) -> torch.device | None:
-        """Where state is made and loaded to: None is beside each parameter."""
+        """The device on which state is created and loaded; None: each parameter's."""
         return None if self.offloaded is None else torch.device("cpu")
 
     def _reset_caches(self) -> None:
@@ -172,7 +167,7 @@ class CodedOptimizer(torch.optim.Optimizer):
             checkpoint.adopt_copies(copies, self._table.forget)
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
-        """The format of each moment that ``group`` keeps, in the rule's order."""
+        """The format of each moment of ``group``, in the rule's order."""
         given = group.get("formats", {})
         names = [moment.name for moment in self.rule.moments(self.rule.hyper(group))]
         if missing := [name for name in names if name not in given]:
@@ -191,7 +186,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         raise KeyError(f"param of shape {tuple(param.shape)}: not a parameter of this optimizer")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; one that fails validation leaves the optimizer as it was."""
+        """Add a group; an invalid one leaves the optimizer unchanged."""
         count = len(self.param_groups)
         super().add_param_group(param_group)
         try:
@@ -201,7 +196,7 @@ class CodedOptimizer(torch.optim.Optimizer):
             raise
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise unless the group is as it has to be; its hyper-parameters become plain values."""
+        """Raise unless ``group`` is valid; its hyper-parameters become plain Python values."""
         group.update({key: plain_value(group[key]) for key in self.defaults if key in group})
         hyper = self.rule.hyper(group)
         checks.whole_number("rounding_seed", group["rounding_seed"])
@@ -219,11 +214,11 @@ class CodedOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss; called once, with gradients on.
 
         Returns:
-            What the closure returned, or None.
+            The closure's loss, or None.
 
         Raises:
             TypeError, ValueError: a gradient or hyper-parameter is unusable; nothing has changed.
-            RuntimeError: a CUDA graph is being recorded, and the step cannot be part of it.
+            RuntimeError: a CUDA graph is being captured, and the step cannot be part of it.
         """
         loss = None
         if closure is not None:
@@ -236,7 +231,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _traced_params(self) -> list[Tensor]:
-        """All parameters, where the groups are those that a compiler traced."""
+        """All parameters; raises if ``param_groups`` is not the list that was traced."""
         if self.traced_groups is not self.param_groups:
             raise RuntimeError(
                 "optstate::step: optimizer.param_groups is another list than the compiled one; "
@@ -245,7 +240,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def refuse_parts(self) -> None:
-        """Raise if what a step does to a parameter depends on the gradients of others."""
+        """Raise if the step of one parameter depends on the gradients of others."""
         if self.skip_nonfinite:
             raise ValueError(
                 "skip_nonfinite=True: cannot be combined with GradientRelease, which has stepped "
@@ -259,36 +254,35 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
-        """Step these parameters, with their gradients multiplied with ``factor``."""
+        """Step these parameters, with their gradients multiplied by ``factor``."""
         groups = self.param_groups
         given = {self._table.index_of(groups, p): p.grad for p in params if p.grad is not None}
         self._step(given, factor, last=False)
 
     def join_parts(self) -> None:
-        """Have the current stream wait for the parts that were stepped."""
+        """Have the current CUDA stream wait for earlier ``step_part`` calls."""
         self.executor.join()
 
     def _step(
-        self,
-        given: Mapping[int, Tensor] | None = None,
-        factor: Tensor | None = None,
-        last: bool = True,
+        self, given: GivenGrads = None, factor: Tensor | None = None, last: bool = True
     ) -> None:
-        """Step with the gradients ``given`` by place, or else with those of the parameters.
+        """Step with the gradients ``given`` by index, or with ``param.grad`` of all parameters.
 
-        They are multiplied with ``factor``; ``last`` says that the step is complete with them.
+        They are multiplied by ``factor``; ``last``: this completes the step.
         """
         try:
-            self._take_step(given, factor, last)
+            request = self._request(given, factor)
+            if request is not None:
+                request.apart = not last
+                self.executor.step(request)
         except BaseException:
             self.executor.finish(False)
             raise
         if last:
             self.executor.finish()
 
-    def _take_step(
-        self, given: Mapping[int, Tensor] | None, factor: Tensor | None, last: bool
-    ) -> None:
+    def _request(self, given: GivenGrads, factor: Tensor | None) -> engine.StepRequest | None:
+        """The request for a step; None without gradients, or if non-finite ones are skipped."""
         self._opt_called = True
         self.traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
@@ -298,13 +292,13 @@ class CodedOptimizer(torch.optim.Optimizer):
         found = self._table.gradients(self.param_groups, given)
         grads = found.grads
         if not grads:
-            return
+            return None
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self.skip_nonfinite:
             bad = nonfinite(grads)
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
             if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
-                return
+                return None
         # not through the property, which would wait until all state is stored
         spec = self._table.state_spec(self, hypers, self.__dict__["state"])
         param_steps = self._table.cached_param_steps(found, spec)
@@ -327,8 +321,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         )
         if not param_steps[0].param.is_cuda:  # where there is nothing to choose
             request.total = engine.trainable(self.param_groups)
-        request.apart = not last
-        self.executor.step(request)
+        return request
 
     def stored_param_steps(self, params: Collection[Tensor] | None = None) -> list[ParamStep]:
         """The ``ParamStep`` of each parameter that has state, in order; or of those in ``params``.
@@ -349,7 +342,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         (``torch.distributed.checkpoint.load``) until the next step.
 
         Raises:
-            RuntimeError: FSDP1 asks for it, to gather what only decoded state can be gathered.
+            RuntimeError: FSDP1 asks for it to gather it, and only decoded state can be gathered.
         """
         refuse_gathering(self)
         self.stored_param_steps()
@@ -357,17 +350,18 @@ class CodedOptimizer(torch.optim.Optimizer):
         return saved
 
     def full_state_dict(self) -> dict[str, Any]:
-        """The state decoded to float32 in the plain layout that ``torch.optim`` loads."""
+        """The state decoded to float32, in the layout that ``torch.optim`` loads."""
         return checkpoint.full(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a packed state dict, a full one, or that of the plain ``torch.optim`` class.
+        """Load a packed or full state dict, or that of the ``torch.optim`` class of the rule.
 
-        State stored in other formats is encoded anew in this optimizer's. Nothing of
-        ``state_dict`` is aliased, and ``param_groups`` stay the same objects.
+        State in other formats is converted to this optimizer's. Nothing in ``state_dict`` is
+        aliased, and ``param_groups`` stay the same objects.
 
         Raises:
-            TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
+            TypeError, ValueError, KeyError: something does not fit; the message names it, and
+                nothing has changed.
         """
         with torch.inference_mode(False), torch.no_grad():
             state_dict = dict(state_dict)
@@ -391,16 +385,14 @@ class CodedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if not alive:
             self.executor = engine.ResidentExecutor(self.backend)
-            offloaded: OffloadOptions | None = self.__dict__["offloaded"]
-            if offloaded is not None:
-                offloaded.again(self)
+            if self.offloaded is not None:
+                self.offloaded.again(self)
         self._reset_caches()
         self.traced_groups = self.param_groups
         for group in self.param_groups:
-            for key, value in self.shared_options.items():
-                group.setdefault(key, value)
+            group.update({**self.shared_options, **group})
 
 
-# A learning rate scheduler wraps ``step`` to note that it was called, which breaks a compiler's
-# graph; ``_step`` notes it itself, and this says so.
+# A learning rate scheduler wraps ``step`` to record that it was called, which breaks a compiler's
+# graph. ``_request`` records it, and this tells the scheduler that wrapping is not needed.
 CodedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]

@@ -1,12 +1,11 @@
-"""Packed and full state dicts, and loading either, or one of ``torch.optim``'s.
+"""Saves packed and full state dicts, and loads both, and those of ``torch.optim``.
 
-A packed state dict is ``torch.optim``'s layout (``state`` by parameter number, ``param_groups``)
-holding the stored components, with ``formats`` added to each group: {moment: text of its format}.
-It describes itself when parameters are renamed and when it is flattened, which keeps the keys that
-a group has while it is used and no others: the options that decide its formats are among those, and
-the order of dimensions that blocks follow is an entry of the state (``dim_order``). Checkpoints of
-versions before that entry have ``orders`` in a group where codes share bytes: {parameter number:
-that order}.
+A packed state dict has ``torch.optim``'s layout (``state`` by parameter number, ``param_groups``),
+holds the stored components, and adds ``formats`` to each group: {moment: text of its format}.
+Renaming parameters keeps all of that. Flattening keeps only the keys that a group has while it is
+in use: the options that decide its formats are among them, and the order of dimensions that blocks
+follow is an entry of the state (``dim_order``). Older checkpoints have no such entry; where codes
+share bytes, their groups hold ``orders`` instead: {parameter number: order}.
 """
 
 from __future__ import annotations
@@ -34,12 +33,7 @@ from optstate_codecs.state.building import (
 )
 from optstate_codecs.state.components import check_component, components_of
 from optstate_codecs.state.conform import own_keys
-from optstate_codecs.state.dim_order import (
-    DIM_ORDER,
-    follows_order,
-    order_entry,
-    order_in,
-)
+from optstate_codecs.state.dim_order import DIM_ORDER, follows_order, order_entry, order_in
 from optstate_codecs.state.groups import merged_groups
 from optstate_codecs.state.layout import bound, empty_state, storage_order
 from optstate_codecs.state.owner import StateOwner
@@ -117,19 +111,19 @@ def packed(optimizer: StateOwner, plain: StateDict) -> tuple[StateDict, list[Ste
 
 
 def full(optimizer: StateOwner, plain: StateDict) -> StateDict:
-    """``plain`` with decoded moments, without what ``torch.optim`` does not know."""
+    """``plain`` with decoded moments, and without the options that ``torch.optim`` lacks."""
     state = dict(plain["state"])
     for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):
         moments = optimizer.rule.moments(optimizer.rule.hyper(group))
-        plainly = {moment.name: moment.plain or moment.name for moment in moments}
+        torch_names = {moment.name: moment.plain or moment.name for moment in moments}
         group_formats = optimizer.group_formats(group)
         for number, param in zip(saved["params"], group["params"], strict=True):
             if state.get(number):
                 decoded = decode_param_step(*optimizer.stored_param_steps({param}))
                 write = parameter_write(optimizer.write, param.dtype)
-                own = own_keys(moments, {**bound(group_formats, param), MASTER: write})
-                foreign = {key: value for key, value in state[number].items() if key not in own}
-                named = {plainly.get(key, key): part for key, part in decoded.items()}
+                own_entries = own_keys(moments, {**bound(group_formats, param), MASTER: write})
+                foreign = {k: v for k, v in state[number].items() if k not in own_entries}
+                named = {torch_names.get(key, key): part for key, part in decoded.items()}
                 state[number] = {**named, **foreign}
     own = {*optimizer.storage_options, "formats", "orders", "rounding_seed"}
     groups = [
@@ -146,7 +140,7 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
             raise KeyError(f"state_dict: missing key {key!r}")
 
     groups, all_formats = _merged_groups(optimizer, state_dict["param_groups"])
-    state: dict[Any, Any] = _of_others(state_dict)
+    state: dict[Any, Any] = _other_entries(state_dict)
     loaded = []
     index = rounded = 0
     saved_groups = state_dict["param_groups"]
@@ -171,12 +165,12 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
                     moved = encode_state(param, decoded, moments, formats, counter)
                 write = parameter_write(optimizer.write, param.dtype)
                 own = own_keys(moments, {**bound(source, param), MASTER: write}) | {CORRECTION}
-                others = {k: _copied(v, param) for k, v in stored.items() if k not in own}
+                foreign = {k: _foreign(v, param) for k, v in stored.items() if k not in own}
                 moved |= _correction(write, param, stored)
                 if optimizer.state_device is not None:
-                    # one parameter after the other: there may be no room for all beside them
+                    # one parameter after the other: all of them may not fit on its device
                     moved = {key: part.to(optimizer.state_device) for key, part in moved.items()}
-                state[param] = {"step": step, **moved, **others}
+                state[param] = {"step": step, **moved, **foreign}
                 rounded += CORRECTION in stored and not write.components
                 loaded.append((param, state[param], counts_on_device(group)))
             index += 1
@@ -196,11 +190,11 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
     optimizer.state.update(state)
 
 
-def _of_others(state_dict: StateDict) -> dict[Any, Any]:
-    """The entries of ``state`` that are no parameter's, which ``torch.optim`` keeps as they are.
+def _other_entries(state_dict: StateDict) -> dict[Any, Any]:
+    """Entries of ``state`` that belong to no parameter; ``torch.optim`` keeps them unchanged.
 
     Raises:
-        KeyError: one looks like the state of a parameter that is in no group.
+        KeyError: an entry looks like the state of a parameter that is in no group.
     """
     numbers = {n for saved in state_dict["param_groups"] for n in saved["params"]}
     kinds = {type(number) for number in numbers}
@@ -215,8 +209,8 @@ def _of_others(state_dict: StateDict) -> dict[Any, Any]:
     return found
 
 
-def _copied(value: Any, param: Tensor) -> Any:
-    """A copy of somebody else's entry; tensors with dimensions beside the parameter."""
+def _foreign(value: Any, param: Tensor) -> Any:
+    """A copy of an entry not ours; tensors with dimensions go to the parameter's device."""
     if not isinstance(value, Tensor):
         return deepcopy(value)
     return value.detach().to(param.device if value.dim() else value.device, copy=True)
@@ -230,7 +224,7 @@ def _saved_order(
     orders: Mapping[Any, Sequence[int]],
     number: Any,
 ) -> tuple[int, ...]:
-    """The order of dimensions that blocks had when they were saved."""
+    """The order of dimensions that the saved blocks follow."""
     if DIM_ORDER not in stored and number in orders:
         return tuple(orders[number])
     keys = [key for key, c in components_of(bound(source, param)).items() if c.suffix]
@@ -274,7 +268,7 @@ def _saved_formats(
 ) -> dict[str, Format] | None:
     """The formats of a saved group's state, or None where it is plain.
 
-    They are not among the keys that flattening keeps, but what decides them is.
+    Flattening drops the formats, but keeps the options that decide them.
     """
     if specs := saved.get("formats"):
         return {moment: parse_format(text) for moment, text in specs.items()}
@@ -285,7 +279,7 @@ def _saved_formats(
 
 
 def _renamed(stored: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Any]:
-    """A parameter's state with moments that ``torch.optim`` names otherwise under our names."""
+    """A parameter's state with ``torch.optim``'s names of moments replaced by ours."""
     own = {moment.plain: moment.name for moment in moments if moment.plain}
     return {own.get(key, key): part for key, part in stored.items()}
 
@@ -297,16 +291,16 @@ def _check_state(
     source: Mapping[str, Format],
     formats: Mapping[str, Format],
 ) -> None:
-    """Raise unless ``stored`` holds just the components of ``source``, in shape and dtype.
+    """Raise unless ``stored`` holds the components of ``source``, with their shapes and dtypes.
 
-    A correction of the parameter may be there or not.
+    A correction of the parameter is optional. Foreign keys are allowed, except those that look like
+    a component of another format.
     """
     if different := sorted(set(source) ^ set(formats)):
         raise KeyError(f"{where}: moment {different[0]!r} is not in both checkpoint and optimizer")
     source = bound(source, param)
     keys = ["step", *components_of(source)]
     others = [key for key in stored if key not in (*keys, CORRECTION, DIM_ORDER)]
-    # what others keep there is kept; a component of another format would be taken for that
     names = tuple(name for moment in source for name in (moment, f"{moment}_"))
     if unknown := [k for k in others if k in names or str(k).startswith(names[1::2])]:
         raise KeyError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(keys)}")
@@ -318,8 +312,7 @@ def _check_state(
             part = stored[key]
             try:
                 # torch.optim keeps moments in the parameter's dtype: any float is a plain moment
-                any_float = format == FP32()
-                check_component(f"{where}[{key!r}]", part, component, param, any_float=any_float)
+                check_component(f"{where}[{key!r}]", part, component, param, format == FP32())
             except (TypeError, RuntimeError) as error:
                 raise ValueError(str(error)) from error
             if component.suffix.startswith("scale") and not part.isfinite().all():
@@ -337,7 +330,7 @@ def _check_state(
 
 
 def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What ``write`` keeps of ``param``: zeros, the parameter as it is, where none was saved."""
+    """The correction that ``write`` keeps; zeros, for the parameter itself, if none was saved."""
     if not isinstance(write, SplitMaster):
         return {}
     (component,) = write.components
@@ -362,7 +355,7 @@ def _moved(
     formats: Mapping[str, Format],
     order: Sequence[int],
 ) -> dict[str, Tensor] | None:
-    """Copies of ``stored`` beside ``param``, or None where they are not stored as wanted."""
+    """Copies of ``stored`` on the parameter's device; None if its format or order is another."""
     if source != formats:
         return None
     bounds = bound(formats, param)

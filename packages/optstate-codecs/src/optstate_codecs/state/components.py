@@ -35,27 +35,14 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], advice: str = "") 
 
 
 def check_component(
-    name: str,
-    value: Any,
-    component: Component,
-    param: Tensor,
-    *,
-    any_float: bool,
-    advice: str = "",
+    name: str, value: Any, component: Component, param: Tensor, any_float: bool, advice: str = ""
 ) -> Tensor:
-    """Raise unless ``value`` can be a component of a parameter's state, and return it.
-
-    Args:
-        name: of the value, for messages.
-        value: a tensor, or not.
-        component: that it stands for.
-        param: the parameter, which gives the shape.
-        any_float: whether any floating point dtype will do.
-        advice: for a value of another shape.
+    """Raise unless ``value`` has the shape and dtype of a component, and return it.
 
     Raises:
-        TypeError: it is not a tensor, or has another dtype.
-        RuntimeError: it has another shape.
+        TypeError: it is not a tensor, or has another dtype: one that is not floating point, if
+            ``any_float``.
+        RuntimeError: it has another shape; the message ends with ``advice``.
     """
     tensor = check_tensor(name, value, component.shape(param.shape), advice)
     if tensor.dtype != component.dtype and not (any_float and tensor.is_floating_point()):

@@ -1,9 +1,9 @@
-"""Brings the state of a parameter into the form that a step takes.
+"""Converts the state of a parameter to the form that a step takes.
 
-``optimizer.state`` is open to everybody: state is built by hand in ``torch.optim``'s layout, a
-moment is assigned in plain numbers, a parameter gets another shape or layout in memory, an entry of
-somebody else's is put beside the optimizer's own. What can be meant is done, by encoding it; the
-rest is refused by name. Nothing is changed here: the new entries are returned.
+Anybody may edit ``optimizer.state``: state is built by hand in ``torch.optim``'s layout, a moment
+is assigned in plain numbers, a parameter gets another shape or layout in memory, foreign entries
+are added. Valid edits are encoded; others raise an error that names them. Nothing is changed here:
+the new entries are rereordered.
 """
 
 from __future__ import annotations
@@ -21,12 +21,7 @@ from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state.building import decode_stored, encode_state, initial_state
 from optstate_codecs.state.components import check_component, check_tensor, components_of
-from optstate_codecs.state.dim_order import (
-    DIM_ORDER,
-    follows_order,
-    order_entry,
-    order_in,
-)
+from optstate_codecs.state.dim_order import DIM_ORDER, follows_order, order_entry, order_in
 from optstate_codecs.state.layout import Declaration, bound, empty_state, same_order, storage_order
 from optstate_codecs.writes import MASTER, Write
 
@@ -39,18 +34,18 @@ RESHAPED = (
 
 @dataclass(frozen=True)
 class StateForm:
-    """The form that a parameter's state is to have.
+    """The form that a parameter's state must have.
 
     Attributes:
-        where: what messages call the parameter.
+        where: names the parameter in messages.
         param: gives shape, layout and device.
         moments: of the rule, in its order.
-        formats: of the moments, as the group has them.
+        formats: of the moments, as in the group.
         write: of the parameter.
-        seed, index: what keys random numbers, besides the step count.
-        home: where state is kept; None is beside the parameter.
+        seed, index: key random numbers, together with the step count.
+        state_device: where state is kept; None: on the parameter's device.
         counted: whether ``torch.optim``'s class of the rule counts its steps.
-        stepped: whether a step is to take it; what is only read or saved may be on any device.
+        stepped: whether a step takes the state; otherwise it may be on any device.
     """
 
     where: str
@@ -66,19 +61,19 @@ class StateForm:
 
     @property
     def stored(self) -> dict[str, Declaration]:
-        """What declares the components: each moment's format as it stores one, then the write."""
+        """The declarations of the components: each moment's bound format, then the write."""
         return {**bound(self.formats, self.param), MASTER: self.write}
 
 
 def own_keys(moments: Sequence[Moment], stored: Mapping[str, Declaration]) -> set[str]:
-    """The keys that state of any form may have of the optimizer's own."""
+    """All keys that the optimizer itself may use in a parameter's state, in any form."""
     keys = {c.key(name) for name, declared in stored.items() for c in declared.components}
     names = {m.name for m in moments} | {m.plain for m in moments if m.plain}
     return {"step", DIM_ORDER, *keys, *names}
 
 
 def has_state(state: Any, moments: Sequence[Moment]) -> bool:
-    """Whether there is anything of the optimizer's own in a parameter's state."""
+    """Whether a parameter's state has an entry of the optimizer itself, or is no mapping."""
     if not isinstance(state, Mapping):
         return state is not None
     names = tuple(name for m in moments for name in (m.name, m.plain) if name)
@@ -86,14 +81,15 @@ def has_state(state: Any, moments: Sequence[Moment]) -> bool:
 
 
 def conformed(form: StateForm, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a parameter's state in the form that is wanted; zeros where it has none.
+    """The entries of a parameter's state, converted to ``form``; zeros for missing state.
 
     Args:
         form: the form.
-        state: as it is; not changed. Entries of somebody else's stay what they are.
+        state: the present entries; not changed. Foreign entries are rereordered unchanged.
 
     Raises:
-        TypeError, ValueError, RuntimeError, KeyError: what cannot be brought into it, by name.
+        TypeError, ValueError, RuntimeError, KeyError: an entry cannot be converted; the message
+            names it.
     """
     param, stored = form.param, form.stored
     own = own_keys(form.moments, stored)
@@ -121,12 +117,12 @@ def conformed(form: StateForm, state: Mapping[str, Any]) -> dict[str, Any]:
             for key, component in parts.items()
         }
         if follows_order(param, stored.values()):
-            new[DIM_ORDER] = _kept_entry(param, entries)
+            new[DIM_ORDER] = _order_entry(param, entries)
     return {"step": step, **new, **foreign}
 
 
 def _step(form: StateForm, entries: Mapping[str, Any]) -> Tensor:
-    """The step count, the very tensor where it is one."""
+    """The step count; the same tensor if it is a valid one."""
     step = entries.get("step", None if form.counted else 1.0)
     name = f"{form.where}: state['step']"
     if step is None:
@@ -143,7 +139,7 @@ def _step(form: StateForm, entries: Mapping[str, Any]) -> Tensor:
 
 
 def _encoded(form: StateForm, entries: Mapping[str, Any], step: Tensor) -> dict[str, Tensor]:
-    """Components that have to be encoded: of moments that are given plainly, or lie otherwise."""
+    """Newly encoded components: of moments in plain numbers, or with blocks in another order."""
     param, formats = form.param, bound(form.formats, form.param)
     keys = {m.name: [c.key(m.name) for c in formats[m.name].components] for m in form.moments}
     plain = {
@@ -161,14 +157,14 @@ def _encoded(form: StateForm, entries: Mapping[str, Any], step: Tensor) -> dict[
     if kept and follows_order(param, formats.values()):
         codes = [key for moment in kept for key in keys[moment.name]]
         order = order_in(f"{form.where}: state", param, entries, codes) or order
-    turned = order != storage_order(param)
-    if not plain and not turned:
+    reordered = order != storage_order(param)
+    if not plain and not reordered:
         return {}
     components = components_of(formats)
     for key in [key for moment in kept for key in keys[moment.name]]:
         shape = components[key].shape(param.shape)
         check_tensor(f"{form.where}: state[{key!r}]", entries[key], shape, RESHAPED)
-    # what is stored in units of another moment has to be decoded with that as it was
+    # a moment in units of another one can be decoded only while that one is stored
     readable = [m for m in kept if _divisor(m, formats) in (None, *(k.name for k in kept))]
     values = decode_stored(
         param, entries, readable, {m.name: form.formats[m.name] for m in readable}, order
@@ -178,18 +174,20 @@ def _encoded(form: StateForm, entries: Mapping[str, Any], step: Tensor) -> dict[
     counter = Counter(form.seed, taken(float(step)), form.index)
     encoded = encode_state(param, values, form.moments, form.formats, counter)
     changed = {
-        m.name for m in form.moments if turned or m.name in plain or _divisor(m, formats) in plain
+        m.name
+        for m in form.moments
+        if reordered or m.name in plain or _divisor(m, formats) in plain
     }
     return {key: encoded[key] for name in changed for key in keys[name]}
 
 
 def _divisor(moment: Moment, formats: Mapping[str, Format]) -> str | None:
-    """The moment whose root multiplies what is stored of this one, if one does."""
+    """The moment whose root is the unit of this stored moment, or None."""
     return moment.relative_to if formats[moment.name].in_update_units else None
 
 
-def _kept_entry(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
-    """The order's entry, the very tensor where it is right."""
+def _order_entry(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
+    """The entry for the order of dimensions; the same tensor if it is right."""
     new, old = order_entry(param), entries.get(DIM_ORDER)
     if not isinstance(old, Tensor) or old.is_inference():
         return new
@@ -197,11 +195,11 @@ def _kept_entry(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
 
 
 def _placed(form: StateForm, key: str, component: Component, given: Any) -> Tensor:
-    """A component as it is to lie in memory; the very tensor where it does."""
+    """A component with its dtype, device and layout in memory; the same tensor if it has them."""
     param = form.param
     name = f"{form.where}: state[{key!r}]"
     any_float = component.dtype.is_floating_point and component.per_element
-    value = check_component(name, given, component, param, any_float=any_float, advice=RESHAPED)
+    value = check_component(name, given, component, param, any_float, RESHAPED)
     state_device = form.state_device or param.device
     if value.device not in (state_device, param.device):
         if form.stepped:

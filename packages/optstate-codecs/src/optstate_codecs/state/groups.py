@@ -11,10 +11,6 @@ __all__ = ["merged_groups"]
 Group = dict[str, Any]
 
 
-def _copied(key: str, value: Any) -> Any:
-    return deepcopy(value)
-
-
 def merged_groups(
     where: str,
     groups: Sequence[Group],
@@ -22,7 +18,7 @@ def merged_groups(
     *,
     required: Sequence[str] = (),
     keep: Collection[str] = (),
-    convert: Callable[[str, Any], Any] = _copied,
+    convert: Callable[[str, Any], Any] = lambda key, value: deepcopy(value),
     check: Callable[[Group, Mapping[str, Any]], None] | None = None,
 ) -> list[Group]:
     """New groups with the saved values, and with the optimizer's own where none was saved.
@@ -33,8 +29,8 @@ def merged_groups(
         saved_groups: one for each; ``params`` holds one item per parameter, or their count.
         required: keys that every saved group must have, besides ``params``.
         keep: keys whose saved values are ignored, besides ``params``.
-        convert: makes a value of the new group from a key and a saved value.
-        check: raises unless a new group, made from the saved one, is valid.
+        convert: makes a value of the new group from its key and the saved value.
+        check: raises unless the new group (first argument) fits the saved one (second).
 
     Raises:
         KeyError: a required key is missing.

@@ -36,22 +36,11 @@ class StateOwner(Protocol):
     executor: Executor
 
     @property
-    def storage_options(self) -> tuple[str, ...]:
-        """Group keys that decide how state is stored."""
-
+    def storage_options(self) -> tuple[str, ...]: ...
     @property
-    def state(self) -> Any:
-        """Each parameter's state, all of it stored."""
-
+    def state(self) -> Any: ...
     @property
-    def state_device(self) -> torch.device | None:
-        """The device for state; None: the parameter's."""
-
-    def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
-        """The format of each moment of a group."""
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Raise unless a group is valid."""
-
-    def stored_param_steps(self, params: Collection[Tensor] | None = None) -> list[ParamStep]:
-        """The parameters that have state."""
+    def state_device(self) -> torch.device | None: ...
+    def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]: ...
+    def check_group(self, group: dict[str, Any]) -> None: ...
+    def stored_param_steps(self, params: Collection[Tensor] | None = None) -> list[ParamStep]: ...
