@@ -9,7 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from optstate_codecs.gradients.release_checks import scaler_refused
+from optstate_codecs.gradients.release_checks import scaler_error
 
 __all__ = ["FreedGradient", "has_gradient", "remove_before_backward", "remove_freed"]
 
@@ -82,7 +82,7 @@ class FreedGradient(Tensor):
             args[0]._accumulated(args[0])
         name = func._schema.name.removeprefix("aten::")
         if name.startswith("_amp_"):
-            raise scaler_refused()
+            raise scaler_error()
         raise _error(name, (*args, *(kwargs or {}).values()))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

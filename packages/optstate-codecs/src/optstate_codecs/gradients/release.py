@@ -26,9 +26,9 @@ from optstate_codecs.gradients.grad_norm import Share, clip_factor, norm_of, sha
 from optstate_codecs.gradients.hooks import ParamSpan, spans_of, weakly
 from optstate_codecs.gradients.release_checks import (
     Values,
-    refuse_changed,
-    refuse_step,
-    refuse_unreduced,
+    check_reduced,
+    check_step_call,
+    check_unchanged,
     values_of,
 )
 from optstate_codecs.optimizer import CodedOptimizer
@@ -118,7 +118,7 @@ class GradientRelease:
                 if param.requires_grad:
                     check_steppable(number, param)
         if not self.allow_distributed:
-            refuse_unreduced(self._params())
+            check_reduced(self._params())
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.optimizer.param_groups for param in group["params"]]
@@ -318,7 +318,7 @@ class GradientRelease:
         if capturing():
             raise RuntimeError("CUDA graph capture: cannot be combined with GradientRelease")
         self.optimizer.refuse_parts()
-        refuse_changed(self._values, values_of(self.optimizer))
+        check_unchanged(self._values, values_of(self.optimizer))
         given = [param for param in params if param.grad is not None]
         if not given:
             return
@@ -332,7 +332,7 @@ class GradientRelease:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Raise if the step is not allowed; otherwise step the remaining parameters."""
-        refuse_step(optimizer, args[1:], kwargs)
+        check_step_call(optimizer, args[1:], kwargs)
         if self._failed is not None:
             raise RuntimeError("step(): backward has failed; call zero_grad() and run it again")
         # the optimizer and later hooks must find no gradients

@@ -13,10 +13,10 @@ from optstate_codecs.param_checks import is_distributed
 
 __all__ = [
     "Values",
-    "refuse_changed",
-    "refuse_step",
-    "refuse_unreduced",
-    "scaler_refused",
+    "check_reduced",
+    "check_step_call",
+    "check_unchanged",
+    "scaler_error",
     "values_of",
 ]
 
@@ -24,7 +24,7 @@ __all__ = [
 Values = dict[tuple[int, str], Any]
 
 
-def refuse_unreduced(params: Sequence[Tensor]) -> None:
+def check_reduced(params: Sequence[Tensor]) -> None:
     """Raise if several workers have gradients of these parameters that are not reduced yet."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -37,17 +37,17 @@ def refuse_unreduced(params: Sequence[Tensor]) -> None:
         )
 
 
-def refuse_step(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check_step_call(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise if ``step`` was called by a scaler or with a closure."""
     # removed, since the scaler leaves them there after an exception
     scaled = [vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf")]
     if any(value is not None for value in scaled):
-        raise scaler_refused()
+        raise scaler_error()
     if any(value is not None for value in (*args, *kwargs.values())):
         raise ValueError("closure: must be None under GradientRelease; call backward before")
 
 
-def scaler_refused() -> RuntimeError:
+def scaler_error() -> RuntimeError:
     """The error for gradients that are still scaled when they are stepped."""
     return RuntimeError(
         "GradScaler: cannot be combined with GradientRelease, which has stepped with scaled "
@@ -65,7 +65,7 @@ def values_of(optimizer: Optimizer) -> Values:
     }
 
 
-def refuse_changed(before: Values, now: Values) -> None:
+def check_unchanged(before: Values, now: Values) -> None:
     """Raise if a value has changed between two parts of a step."""
     for (number, key), value in before.items():
         if now.get((number, key)) != value:
