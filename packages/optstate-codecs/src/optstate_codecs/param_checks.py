@@ -1,6 +1,6 @@
-"""Which tensors the engine can step, checked by name before anything changes.
+"""Checks that the engine can step a tensor; errors name the tensor, and nothing has changed yet.
 
-Kernels and compiled loops read and write a tensor at its address, so it has to have plain memory of
+Kernels and compiled loops read and write a tensor at its address, so it must have plain memory of
 its own. Tensor subclasses that handle torch's operations themselves do not: ``DTensor`` (FSDP2,
 tensor parallelism), quantized weights of other libraries, ``MaskedTensor``, ``FakeTensor``.
 """
@@ -16,12 +16,12 @@ from torch.nn import Parameter
 __all__ = ["check_kind", "check_params", "check_steppable", "is_distributed"]
 
 _PLAIN = (Tensor, Parameter)
-# what steps parameters of any kind, since torch's own operations do the arithmetic
+# the wrapper steps parameters of any class, since torch's own operations do the arithmetic
 WRAP = "use optstate_wrap.wrap(torch.optim.AdamW(...)), which works with FSDP2"
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``, of which only a shard is here."""
+    """Whether ``tensor`` is a ``DTensor``, of which this process holds a shard."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
 
 
@@ -29,12 +29,12 @@ def check_kind(name: str, tensor: Tensor, instead: str = WRAP) -> None:
     """Raise unless a tensor has plain memory.
 
     Args:
-        name: what the message calls it.
+        name: of the tensor, for the message.
         tensor: of any class.
-        instead: what a user of a ``DTensor`` is told to do.
+        instead: the alternative suggested to users of a ``DTensor``.
 
     Raises:
-        TypeError: it has not.
+        TypeError: it has no plain memory.
     """
     kind = type(tensor)
     if kind in _PLAIN:
@@ -59,11 +59,11 @@ def check_steppable(index: int, param: Tensor) -> None:
     """Raise unless a step can write parameter number ``index``, counted over all groups.
 
     Raises:
-        TypeError, ValueError, RuntimeError: what is wrong with it, by name.
+        TypeError, ValueError, RuntimeError: it cannot; the message names it.
     """
     name = f"parameter {index}"
     check_kind(name, param)
-    # the commonest layout first
+    # the most common layout first
     if not param.is_contiguous() and _overlaps(param):
         raise ValueError(
             f"{name}: shape {tuple(param.shape)} with strides {param.stride()}, so that several "
@@ -77,7 +77,7 @@ def check_steppable(index: int, param: Tensor) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory as after ``expand``, which is what torch looks for."""
+    """Whether elements share memory as after ``expand``; torch checks for the same."""
     return any(
         stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -92,8 +92,8 @@ class HasGroups(Protocol):
 def check_params(optimizer: HasGroups) -> None:
     """Raise unless every parameter of an optimizer has plain memory.
 
-    They were checked when their groups were added. Somebody may have put others in their place
-    since, as trainers do when they shard a model after its optimizer was made.
+    Parameters are checked when a group is added, but may be replaced later: trainers do that when
+    they shard a model after creating its optimizer.
     """
     params = (param for group in optimizer.param_groups for param in group["params"])
     for index, param in enumerate(params):

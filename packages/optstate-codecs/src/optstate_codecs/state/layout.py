@@ -152,7 +152,7 @@ def empty_state(param: Tensor, component: Component, device: torch.device | None
     """A zeroed component for a moment of ``param``, in the parameter's storage order.
 
     It is on the parameter's device, or on ``device``; if that is the CPU, its pages take no memory
-    until they are written. It is never an inference tensor, so that steps in any mode can change it.
+    until they are written. It is never an inference tensor, so steps in any mode may change it.
     """
     if not component.per_element:
         return _zeros(component.shape(param.shape), component.dtype, param, device)
