@@ -93,7 +93,8 @@ def define(schema: str, run: Callable[..., None]) -> None:
     library: Any = _library
     library.define(schema, tags=tags)
     library.impl(name, untraced(torch.no_grad()(run)), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"optstate::{name}", _fake, lib=_library)
+    # on tensors without data it does nothing
+    torch.library.register_fake(f"optstate::{name}", lambda *_, **__: None, lib=_library)
 
 
 def untraced(run: Callable[..., None]) -> Callable[..., None]:
@@ -115,10 +116,6 @@ def untraced(run: Callable[..., None]) -> Callable[..., None]:
         disabled[0](*args)
 
     return call
-
-
-def _fake(*args: object, **kwargs: object) -> None:
-    """The operator on tensors without data: it returns nothing."""
 
 
 _library = torch.library.Library("optstate", "FRAGMENT")  # type: ignore[no-untyped-call]

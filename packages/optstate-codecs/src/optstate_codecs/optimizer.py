@@ -17,7 +17,7 @@ from optstate_codecs.flat_params import refuse_gathering
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.gradients.centralization import find_centres
 from optstate_codecs.gradients.grad_norm import gradient_factor, nonfinite
-from optstate_codecs.group_checks import check_formats, check_group_params
+from optstate_codecs.param_checks import check_formats, check_group_params
 from optstate_codecs.parameters import ParameterTable
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rules import Rule

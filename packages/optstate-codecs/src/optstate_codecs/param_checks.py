@@ -1,4 +1,4 @@
-"""Checks that the engine can step a tensor; errors name the tensor, and nothing has changed yet.
+"""Checks of param groups: that formats can hold the moments, and the engine can step the tensors.
 
 Kernels and compiled loops read and write a tensor at its address, so it must have plain memory of
 its own. Tensor subclasses that handle torch's operations themselves do not: ``DTensor`` (FSDP2,
@@ -7,14 +7,28 @@ tensor parallelism), quantized weights of other libraries, ``MaskedTensor``, ``F
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["check_kind", "check_params", "check_steppable", "is_distributed"]
+from optstate_codecs import checks
+from optstate_codecs.flat_params import is_flat
+from optstate_codecs.formats import Format
+from optstate_codecs.rules import Moment
 
+__all__ = [
+    "check_formats",
+    "check_group_params",
+    "check_kind",
+    "check_params",
+    "check_steppable",
+    "is_distributed",
+]
+
+PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, Parameter)
 # the wrapper steps parameters of any class, since torch's own operations do the arithmetic
 WRAP = "use optstate_wrap.wrap(torch.optim.AdamW(...)), which works with FSDP2"
@@ -98,3 +112,48 @@ def check_params(optimizer: HasGroups) -> None:
     params = (param for group in optimizer.param_groups for param in group["params"])
     for index, param in enumerate(params):
         check_kind(f"parameter {index}", param)
+
+
+def check_formats(moments: Sequence[Moment], formats: Mapping[str, Format]) -> None:
+    """Raise unless every moment's format can hold that moment.
+
+    Raises:
+        TypeError, ValueError: a format cannot; the message names it.
+    """
+    for moment in moments:
+        format = formats[moment.name]
+        checks.whole_number(f"formats[{moment.name!r}]: min_elements", format.min_elements)
+        if not moment.signed and not format.keeps_positive:
+            raise ValueError(
+                f"formats[{moment.name!r}]={format.spec!r}: rounds small second moments to "
+                "zero, which makes steps of thousands x lr; use an unsigned format"
+            )
+        if moment.signed and not format.keeps_sign:
+            raise ValueError(
+                f"formats[{moment.name!r}]={format.spec!r}: holds no negative numbers; "
+                "use a signed format"
+            )
+
+
+def check_group_params(params: Sequence[Tensor], max_grad_norm: float | None) -> None:
+    """Raise unless a group may hold these tensors.
+
+    Args:
+        params: the tensors.
+        max_grad_norm: of the optimizer; the shards of FSDP1 cannot be clipped by it.
+
+    Raises:
+        TypeError, ValueError: a tensor is unsuitable; the message names it.
+    """
+    for i, param in enumerate(params):
+        check_kind(f"params[{i}]", param)
+        if max_grad_norm is not None and is_flat(param):
+            raise ValueError(
+                f"max_grad_norm={max_grad_norm}: must be None for FSDP1, whose norm is "
+                "that of all shards; call clip_grad_norm_ of the model"
+            )
+        if param.dtype not in PARAM_DTYPES:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in PARAM_DTYPES)
+            raise TypeError(f"params[{i}]: dtype {param.dtype}, must be one of {allowed}")
+        if param.layout != torch.strided:
+            raise TypeError(f"params[{i}]: layout {param.layout}, must be dense")

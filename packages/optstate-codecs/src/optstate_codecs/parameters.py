@@ -26,27 +26,13 @@ from optstate_codecs.state.conform import StateForm, conformed, has_state, own_k
 from optstate_codecs.state.owner import StateOwner
 from optstate_codecs.writes import parameter_write
 
-__all__ = ["Gradients", "GroupSpec", "ParamGrad", "ParameterTable", "StateSpec"]
+__all__ = ["Gradients", "GroupSpec", "ParameterTable", "StateSpec"]
 
 Groups = Sequence[Mapping[str, Any]]
+# a parameter's index counted over all groups, its group's number, itself, and its gradient if any
+Row = tuple[int, int, Tensor, Tensor | None]
 # cached sets of parameters; a GradientRelease steps one set per span of parameters
 MAX_CACHED = 256
-
-
-class ParamGrad(NamedTuple):
-    """A parameter, and its gradient if a step is to take it.
-
-    Attributes:
-        number: index of the parameter, counted over all groups.
-        group: the number of its group.
-        param: the parameter.
-        grad: the gradient, or None.
-    """
-
-    number: int
-    group: int
-    param: Tensor
-    grad: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -70,10 +56,9 @@ class Gradients:
     layouts: list[Any] = field(default_factory=list)
 
     @property
-    def rows(self) -> list[ParamGrad]:
+    def rows(self) -> list[Row]:
         """The first four columns, one row per parameter."""
-        columns = (self.indices, self.groups, self.params, self.grads)
-        return [ParamGrad(*row) for row in zip(*columns, strict=True)]
+        return list(zip(self.indices, self.groups, self.params, self.grads, strict=True))
 
 
 class _CachedSteps:
@@ -242,9 +227,8 @@ class ParameterTable:
 
     @staticmethod
     def _check(found: Gradients) -> None:
-        for row in found.rows:
-            assert row.grad is not None
-            check_grad(row.number, row.param, row.grad)
+        for index, param, grad in zip(found.indices, found.params, found.grads, strict=True):
+            check_grad(index, param, grad)
 
     def stored(
         self, owner: StateOwner, states: dict[Tensor, Any], params: Collection[Tensor] | None
@@ -259,7 +243,7 @@ class ParameterTable:
         hypers = [owner.rule.hyper(group) for group in owner.param_groups]
         every = [(n, p) for n, group in enumerate(owner.param_groups) for p in group["params"]]
         rows = [
-            ParamGrad(index, number, param)
+            (index, number, param, None)
             for index, (number, param) in enumerate(every)
             if (params is None or param in params)
             and has_state(states.get(param), owner.rule.moments(hypers[number]))
@@ -279,7 +263,7 @@ class ParameterTable:
         self._cached[key] = _CachedSteps(given, spec, param_steps)
         return param_steps
 
-    def param_steps(self, rows: Sequence[ParamGrad], spec: StateSpec) -> list[ParamStep]:
+    def param_steps(self, rows: Sequence[Row], spec: StateSpec) -> list[ParamStep]:
         """A ``ParamStep`` for each row: the last one, or a new one where something has changed.
 
         Missing state is initialized, and state that was changed is converted to the form that a
@@ -290,8 +274,7 @@ class ParameterTable:
                 message names it, and no state has changed.
         """
         param_steps, outdated = self._param_steps, []
-        for row in rows:
-            index, group, param = row[:3]
+        for index, group, param, grad in rows:
             wanted = spec.specs[group]
             param_step = param_steps.get(index)
             if (
@@ -303,66 +286,45 @@ class ParameterTable:
                 or param_step.group != group
                 or param_step.write.dtype is not param.dtype
                 or param_step.moved()
-                or (index in self._not_steppable and row.grad is not None)
+                or (index in self._not_steppable and grad is not None)
             ):
-                outdated.append(row)
+                outdated.append((index, group, param, grad))
         if outdated:
             self._renew(outdated, spec)
-        return [param_steps[row.number] for row in rows]
+        return [param_steps[index] for index, *_ in rows]
 
-    def _renew(self, rows: Sequence[ParamGrad], spec: StateSpec) -> None:
+    def _renew(self, rows: Sequence[Row], spec: StateSpec) -> None:
         """Make each ``ParamStep`` again; all state is checked before any is changed."""
-        states, changes = spec.states, []
-        for row in rows:
-            index, number, param, grad = row
+        states, device, counted = spec.states, spec.state_device, spec.counted
+        changes, fresh = [], []
+        for index, number, param, grad in rows:
             if grad is not None:
                 check_grad(index, param, grad)
-            moments, formats, seed = spec.specs[number]
-            form = StateForm(
-                f"parameter {index}",
-                param,
-                moments,
-                formats,
-                parameter_write(spec.write, param.dtype),
-                seed,
-                index,
-                spec.state_device,
-                spec.counted,
-                stepped=grad is not None,
-            )
+            write, stepped = parameter_write(spec.write, param.dtype), grad is not None
+            form = StateForm(param, *spec.specs[number], write, index, device, counted, stepped)
             state = states.get(param, {})
             if not isinstance(state, dict):
                 raise TypeError(f"parameter {index}: state: must be a dict, got {type(state)}")
-            is_fresh = not own_keys(moments, form.stored) & state.keys()
+            is_fresh = not own_keys(form.moments, form.stored) & state.keys()
             if capturing() and is_fresh:
                 raise needs_warm_up(f"parameter {index} has no state")
             with torch.inference_mode(False):
-                changes.append((row, form, conformed(form, state), is_fresh))
-        fresh = []
-        for row, _, new, is_fresh in changes:
-            state = states.get(row.param)
+                changes.append((number, form, conformed(form, state), is_fresh))
+        for number, form, new, is_fresh in changes:
+            param, state = form.param, states.get(form.param)
             if state is None:
-                state = states[row.param] = new
+                state = states[param] = new
             elif list(state) != list(new) or any(new[key] is not state[key] for key in new):
                 state.clear()
                 state.update(new)
             if is_fresh:
-                fresh.append((row.param, state, counts_on_device(spec.groups[row.group])))
+                fresh.append((param, state, counts_on_device(spec.groups[number])))
         share_steps(fresh)
-        for (index, number, param, _), form, *_ in changes:
-            param_step = self._param_steps[index] = ParamStep(
-                param,
-                states[param],
-                form.moments,
-                form.formats,
-                form.write,
-                form.seed,
-                index,
-                number,
-            )
-            allowed = (form.state_device or param.device, param.device)
+        for number, form, *_ in changes:
+            param_step = self._param_steps[form.index] = form.param_step(states[form.param], number)
+            allowed = (device or form.param.device, form.param.device)
             steppable = all(param_step.state[k].device in allowed for k in param_step.keys[1:])
-            (self._not_steppable.discard if steppable else self._not_steppable.add)(index)
+            (self._not_steppable.discard if steppable else self._not_steppable.add)(form.index)
 
 
 def check_grad(index: int, param: Tensor, grad: Tensor) -> None:

@@ -121,10 +121,6 @@ def _number(name: str, text: str, kind: Any) -> int | float:
         raise ValueError(f"{name}={text!r}: must be {noun}") from None
 
 
-def _text(name: str, text: str, kind: Any) -> str:
-    return text
-
-
 def _inside(text: str, opening: str) -> str:
     """``text`` without the brackets around it, if there are any."""
     if len(text) > 1 and text[0] in opening and text[-1] == BRACKETS[text[0]]:
@@ -157,7 +153,7 @@ _READERS: dict[Any, Callable[[str, str, Any], Any]] = {
     bool: _flag,
     int: _number,
     float: _number,
-    str: _text,
+    str: lambda name, text, kind: text,
     tuple: _several,
     Mapping: _mapping,
 }

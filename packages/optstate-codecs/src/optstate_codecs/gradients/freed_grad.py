@@ -96,16 +96,12 @@ class FreedGradient(Tensor):
 
 
 def _error(name: str, values: Iterable[Any]) -> RuntimeError:
-    every = [item for value in values for item in (value if _is_list(value) else [value])]
-    advice = next(item._advice for item in every if isinstance(item, FreedGradient))
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    advice = next(x._advice for items in lists for x in items if isinstance(x, FreedGradient))
     return RuntimeError(
         f"GradientRelease: {name} of a gradient that was stepped and freed during backward; "
         f"{advice}"
     )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 def has_gradient(param: Tensor) -> bool:

@@ -23,7 +23,6 @@ from optstate_codecs.counts import taken
 from optstate_codecs.formats import FP32, Format, parse_format
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rounding import Counter
-from optstate_codecs.rules import Moment
 from optstate_codecs.state.building import (
     counts_on_device,
     decode_param_step,
@@ -32,7 +31,7 @@ from optstate_codecs.state.building import (
     share_steps,
 )
 from optstate_codecs.state.components import check_component, components_of
-from optstate_codecs.state.conform import own_keys
+from optstate_codecs.state.conform import own_keys, renamed
 from optstate_codecs.state.dim_order import DIM_ORDER, follows_order, order_entry, order_in
 from optstate_codecs.state.groups import merged_groups
 from optstate_codecs.state.layout import bound, empty_state, storage_order
@@ -150,7 +149,7 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
         for param, number in zip(group["params"], saved["params"], strict=True):
             if stored := state_dict["state"].get(number):
                 if not saved_formats:
-                    stored = _renamed(stored, moments)
+                    stored = renamed(stored, moments)
                     if not optimizer.rule.counted:
                         stored = {"step": 1.0, **stored}
                 where = f"state_dict['state'][{number!r}]"
@@ -278,12 +277,6 @@ def _saved_formats(
     return optimizer.group_formats({**group, **{key: saved[key] for key in options}})
 
 
-def _renamed(stored: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Any]:
-    """A parameter's state with ``torch.optim``'s names of moments replaced by ours."""
-    own = {moment.plain: moment.name for moment in moments if moment.plain}
-    return {own.get(key, key): part for key, part in stored.items()}
-
-
 def _check_state(
     where: str,
     param: Tensor,
@@ -319,14 +312,12 @@ def _check_state(
                 raise ValueError(f"{where}[{key!r}]: must be finite")
 
     if CORRECTION in stored:
-        part = stored[CORRECTION]
+        part, name = stored[CORRECTION], f"{where}[{CORRECTION!r}]"
         if not torch.is_tensor(part) or part.dtype not in (torch.int8, torch.int16):
-            raise ValueError(f"{where}[{CORRECTION!r}]: must be a tensor of dtype int8 or int16")
+            raise ValueError(f"{name}: must be a tensor of dtype int8 or int16")
         if part.shape != param.shape:
-            raise ValueError(
-                f"{where}[{CORRECTION!r}]: shape {tuple(part.shape)}, "
-                f"must be {tuple(param.shape)} as the parameter's"
-            )
+            shapes = f"shape {tuple(part.shape)}, must be {tuple(param.shape)}"
+            raise ValueError(f"{name}: {shapes} as the parameter's")
 
 
 def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.counts import taken
+from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.formats import Component, Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
@@ -25,7 +26,7 @@ from optstate_codecs.state.dim_order import DIM_ORDER, follows_order, order_entr
 from optstate_codecs.state.layout import Declaration, bound, empty_state, same_order, storage_order
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["StateForm", "conformed", "has_state", "own_keys"]
+__all__ = ["StateForm", "conformed", "has_state", "own_keys", "renamed"]
 
 RESHAPED = (
     "; a parameter that has changed its shape needs its state removed: optimizer.state.pop(p)"
@@ -37,27 +38,37 @@ class StateForm:
     """The form that a parameter's state must have.
 
     Attributes:
-        where: names the parameter in messages.
         param: gives shape, layout and device.
         moments: of the rule, in its order.
         formats: of the moments, as in the group.
+        seed: keys random numbers, together with index and step count.
         write: of the parameter.
-        seed, index: key random numbers, together with the step count.
+        index: of the parameter, counted over all groups.
         state_device: where state is kept; None: on the parameter's device.
         counted: whether ``torch.optim``'s class of the rule counts its steps.
         stepped: whether a step takes the state; otherwise it may be on any device.
     """
 
-    where: str
     param: Tensor
     moments: tuple[Moment, ...]
     formats: Mapping[str, Format]
-    write: Write
     seed: int
+    write: Write
     index: int
     state_device: torch.device | None = None
     counted: bool = True
     stepped: bool = True
+
+    @property
+    def where(self) -> str:
+        """The parameter's name in messages."""
+        return f"parameter {self.index}"
+
+    def param_step(self, state: dict[str, Any], group: int) -> ParamStep:
+        """The ``ParamStep`` for state of this form."""
+        return ParamStep(
+            self.param, state, self.moments, self.formats, self.write, self.seed, self.index, group
+        )
 
     @property
     def stored(self) -> dict[str, Declaration]:
@@ -70,6 +81,15 @@ def own_keys(moments: Sequence[Moment], stored: Mapping[str, Declaration]) -> se
     keys = {c.key(name) for name, declared in stored.items() for c in declared.components}
     names = {m.name for m in moments} | {m.plain for m in moments if m.plain}
     return {"step", DIM_ORDER, *keys, *names}
+
+
+def renamed(state: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Any]:
+    """A parameter's state with ``torch.optim``'s names of moments replaced by ours."""
+    entries = dict(state)
+    for moment in moments:
+        if moment.plain in entries:
+            entries[moment.name] = entries.pop(moment.plain)
+    return entries
 
 
 def has_state(state: Any, moments: Sequence[Moment]) -> bool:
@@ -94,10 +114,7 @@ def conformed(form: StateForm, state: Mapping[str, Any]) -> dict[str, Any]:
     param, stored = form.param, form.stored
     own = own_keys(form.moments, stored)
     foreign = {key: value for key, value in state.items() if key not in own}
-    entries = {key: value for key, value in state.items() if key in own}
-    for moment in form.moments:
-        if moment.plain in entries:
-            entries[moment.name] = entries.pop(moment.plain)
+    entries = renamed({key: value for key, value in state.items() if key in own}, form.moments)
     if not entries:
         return {**initial_state(param, stored, form.state_device), **foreign}
     with torch.inference_mode(False), torch.no_grad():

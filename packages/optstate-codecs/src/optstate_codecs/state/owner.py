@@ -20,9 +20,7 @@ class OffloadOptions(Protocol):
     """How an optimizer's state is offloaded, see ``optstate_codecs.offload``."""
 
     @property
-    def store(self) -> str:
-        """The kind of store."""
-
+    def store(self) -> str: ...
     def again(self, optimizer: Any) -> None:
         """Offload the state of a copy of the optimizer likewise."""
 
