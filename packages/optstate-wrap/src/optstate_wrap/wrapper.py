@@ -229,8 +229,7 @@ class OptimizerWrapper(Delegate):
         Raises:
             RuntimeError: a parameter, its gradient or its state cannot be stepped; nothing has
                 changed.
-            StepError: the step failed; every parameter is before its step or after it. Its cause is
-                the original error.
+            StepError: from the error of a failed step; every parameter is before or after its step.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("CUDA graph: a wrapped step makes new state and cannot be recorded")

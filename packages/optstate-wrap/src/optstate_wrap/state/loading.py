@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.formats import as_format
+from optstate_codecs.state.groups import merged_groups
 from optstate_wrap.hooks import load_with_hooks
 from optstate_wrap.probe import Findings, why_not
 from optstate_wrap.state.checkpoint import KEY, independent_copy, params_by_number
@@ -52,7 +53,8 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
         if key not in state_dict:
             raise KeyError(f"state_dict: missing key {key!r}")
     progress, saved = state_dict.get(KEY, {}), state_dict["state"]
-    groups = _merged_groups(inner, state_dict["param_groups"])
+    where, saved_groups = "state_dict['param_groups']", state_dict["param_groups"]
+    groups = merged_groups(where, inner.param_groups, saved_groups)
     params = params_by_number(state_dict, inner)
     # keys that are not numbers are the inner optimizer's own entries
     if unknown := [n for n in saved if n not in params and isinstance(n, int)]:
@@ -95,26 +97,6 @@ def _fill(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]])
         for key in set(group) - set(new):
             del group[key]
         group.update(new)
-
-
-def _merged_groups(
-    inner: Optimizer, saved_groups: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    where = "state_dict['param_groups']"
-    if len(saved_groups) != len(inner.param_groups):
-        raise ValueError(f"{where}: {len(saved_groups)} groups, must be {len(inner.param_groups)}")
-    merged = []
-    for i, (group, saved) in enumerate(zip(inner.param_groups, saved_groups, strict=True)):
-        if "params" not in saved:
-            raise KeyError(f"{where}[{i}]: missing key 'params'")
-        if len(saved["params"]) != len(group["params"]):
-            raise ValueError(
-                f"{where}[{i}]['params']: {len(saved['params'])} parameters, "
-                f"must be {len(group['params'])}"
-            )
-        values = {key: copy.deepcopy(v) for key, v in saved.items() if key != "params"}
-        merged.append({**group, **values})
-    return merged
 
 
 @dataclass

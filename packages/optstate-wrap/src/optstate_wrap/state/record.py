@@ -19,7 +19,7 @@ from optstate_codecs.formats import FP32, Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state.layout import FlatView, inverse_order, slices, storage_order
-from optstate_codecs.state.moments import decode_slice, encode_foreign
+from optstate_codecs.state.moments import decode_slice, encode_slice, raise_underflow
 from optstate_wrap.state.sharding import local_of, rewrapped
 
 __all__ = [
@@ -222,12 +222,11 @@ def _encode(state: Mapping[str, Any], coded: Mapping[str, Coded], counter: Count
     views = {key: FlatView(local_of(state[key].detach()), first.order) for key in coded}
     formats = {key: stored.bound for key, stored in coded.items()}
     moments = _moments(coded)
-    like = local_of(state[next(iter(coded))])
-    for start, stop in slices(like, formats.values()):
+    for start, stop in slices(local_of(state[next(iter(coded))]), formats.values()):
         decoded = {key: view.read(start, stop).to(torch.float32) for key, view in views.items()}
-        encode_foreign(
-            moments, formats, decoded, _component_slices(coded, start, stop), counter, start
-        )
+        decoded = raise_underflow(moments, formats, decoded)
+        parts = _component_slices(coded, start, stop)
+        encode_slice(moments, formats, decoded, parts, counter, start)
 
 
 def _component_slices(coded: Mapping[str, Coded], start: int, stop: int) -> dict[str, list[Tensor]]:

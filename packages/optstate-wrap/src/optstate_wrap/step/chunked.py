@@ -93,8 +93,7 @@ class Engine:
             check: raises if some of the chunks cannot be stepped; called before anything changes.
 
         Raises:
-            StepError: the step failed; every parameter is before its step or after it. Its cause is
-                the original error.
+            StepError: from the error of a failed step; every parameter is before or after its step.
         """
         self.states.write_back()
         chunks = [c for c in self.encoder.split() if some is None or c.param in some]
