@@ -1,4 +1,4 @@
-"""Calls state dict hooks once, with the wrapper as their argument, and leaves out other hooks."""
+"""Calls a wrapped optimizer's state dict hooks once, and switches its hooks off for a while."""
 
 from __future__ import annotations
 

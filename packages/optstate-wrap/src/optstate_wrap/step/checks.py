@@ -120,10 +120,10 @@ def check_state(
                 continue
         elif not isinstance(value, (Coded, OffloadedTensor)) and key not in elementwise:
             continue
-        _refuse_value(inner, findings, given, key, value, shape, device)
+        _check_value(inner, findings, given, key, value, shape, device)
 
 
-def _refuse_value(
+def _check_value(
     inner: Optimizer,
     findings: Findings,
     given: tuple[int, Tensor, Tensor],
