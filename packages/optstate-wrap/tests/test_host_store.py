@@ -49,7 +49,7 @@ def test_slabs_are_made_once(problem, codecs) -> None:
 
 
 def slabs_of(run, number):
-    records = run.optimizer.engine.store.kept(run.params[number])
+    records = run.optimizer.engine.store.records(run.params[number])
     return {slab for record in records for slab in record.slabs}
 
 
@@ -69,7 +69,7 @@ def test_the_host_has_no_byte_more_than_the_records(problem, kept) -> None:
             record
             for param in run.params
             if param in run.optimizer.engine.store
-            for record in run.optimizer.engine.store.kept(param)
+            for record in run.optimizer.engine.store.records(param)
             if slab in record.slabs
         ]
         assert slab.records == len(records)
@@ -118,7 +118,7 @@ def test_what_the_engine_takes_over_leaves_no_slab(problem) -> None:
     for _ in range(4 + slabs.PATIENCE):
         step(run)
     store = run.optimizer.engine.store
-    assert run.optimizer.engine.fused._ready
+    assert run.optimizer.engine.fused._prepared
     assert not kept_slabs(run)
     assert not store.spares.nbytes
 

@@ -129,7 +129,7 @@ def run_of(problem, policy, chunk_size=512):
 @pytest.mark.parametrize("codecs", [{}, CODED], ids=["exact", "coded"])
 def test_streams_are_in_order(problem, races, monkeypatch, codecs, warmup, chunk_size) -> None:
     run = run_of(problem, ConfigurablePolicy(codecs, warmup_steps=warmup), chunk_size)
-    real = chunked.own_step
+    real = chunked.unhooked_step
     for number in range(12):
         calls = iter(range(1 << 20))
 
@@ -139,7 +139,7 @@ def test_streams_are_in_order(problem, races, monkeypatch, codecs, warmup, chunk
                 raise MemoryError("boom")
             return real(inner)
 
-        monkeypatch.setattr(chunked, "own_step", failing)
+        monkeypatch.setattr(chunked, "unhooked_step", failing)
         run.set_gradients()
         try:
             run.optimizer.step()

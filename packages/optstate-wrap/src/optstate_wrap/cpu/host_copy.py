@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optstate_wrap.cpu.lanes import CopyStreams, pinned_like
-from optstate_wrap.step.dense import laid_like
+from optstate_wrap.step.dense import with_strides_of
 
 __all__ = ["HostCopies", "HostCopy"]
 
@@ -47,7 +47,7 @@ class HostCopy:
         if grad.layout is not torch.strided:
             raise TypeError(f"gradient: layout {grad.layout}, must be dense; use .to_dense()")
         # so that it moves as one row of bytes
-        grad = laid_like(grad.detach(), self.host)
+        grad = with_strides_of(grad.detach(), self.host)
         old = self.host.grad
         if self._buffer is None or self._buffer.dtype != grad.dtype:
             self._buffer = pinned_like(grad)

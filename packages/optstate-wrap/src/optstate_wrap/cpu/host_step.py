@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 
 from optstate_codecs import CodedOptimizer
 from optstate_wrap.cpu.host_copy import HostCopy
-from optstate_wrap.delegate import own_step
+from optstate_wrap.delegate import unhooked_step
 from optstate_wrap.probe import probe
+from optstate_wrap.state.param_chunks import ParamChunk, make_batches, split_params
 from optstate_wrap.step.dense import dense_for_fused
-from optstate_wrap.step.pieces import ParamChunk, chunks, pieces
-from optstate_wrap.step.replaced import replaced
-from optstate_wrap.step.transaction import borrowed, restore
+from optstate_wrap.step.swapped_params import swapped_params
+from optstate_wrap.step.transaction import guarded_inner, restore_groups
 
 __all__ = ["in_rows", "step_rows"]
 
@@ -43,17 +43,17 @@ def step_rows(inner: Optimizer, copied: Mapping[Tensor, HostCopy]) -> None:
     apart = in_rows(inner)
     copies: dict[Tensor, HostCopy] = {copy.host: copy for copy in copied.values()}
     with (
-        replaced(inner, {param: copy.host for param, copy in copied.items()}),
-        borrowed(inner) as before,
+        swapped_params(inner, {param: copy.host for param, copy in copied.items()}),
+        guarded_inner(inner) as before,
         _without_gradients(inner) as grads,
     ):
         if not isinstance(inner, CodedOptimizer):
             _bring_state(inner, copies)
-        every = pieces(inner.param_groups, CHUNK, splittable=False)
+        every = split_params(inner.param_groups, CHUNK, splittable=False)
         rows = _rows([p for p in every if p.param in grads], copies) if apart else [every]
         for number, row in enumerate(rows):
             if number:
-                restore(inner.param_groups, before)
+                restore_groups(inner.param_groups, before)
             _step_row(inner, row, copies, grads)
 
 
@@ -72,7 +72,7 @@ def _bring_state(inner: Optimizer, copies: Mapping[Tensor, HostCopy]) -> None:
 def _rows(ready: list[ParamChunk], copies: Mapping[Tensor, HostCopy]) -> list[list[ParamChunk]]:
     # the device's own first, which the host does not wait for
     here = [piece for piece in ready if piece.param not in copies]
-    rows = chunks([piece for piece in ready if piece.param in copies], CHUNK)
+    rows = make_batches([piece for piece in ready if piece.param in copies], CHUNK)
     if len(rows) > 1 and sum(piece.stop for piece in rows[-1]) < CHUNK // 8:
         # a few elements alone are stepped no faster
         rows[-2:] = [rows[-2] + rows[-1]]
@@ -97,7 +97,7 @@ def _step_row(
     for piece in row:
         piece.param.grad = grads.get(piece.param)
     with dense_for_fused(inner):
-        own_step(inner)(inner)
+        unhooked_step(inner)(inner)
     for piece in row:
         piece.param.grad = None
     for copy in on_host:

@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from optstate_codecs import CodedOptimizer, checks
 from optstate_wrap.cpu.host_copy import HostCopies
 from optstate_wrap.cpu.host_step import in_rows, step_rows
-from optstate_wrap.delegate import Delegate, load_into, own_step
+from optstate_wrap.delegate import Delegate, load_into, unhooked_step
 from optstate_wrap.hooks import load_with_hooks, save_with_hooks
 from optstate_wrap.probe import probe
 from optstate_wrap.state.inference import ordinary_tensors
-from optstate_wrap.step.checks import Given, refuse_params, refuse_state
-from optstate_wrap.step.replaced import replaced
+from optstate_wrap.step.checks import ParamGrad, check_params, check_state
+from optstate_wrap.step.swapped_params import swapped_params
 
 __all__ = ["CPUOffloadOptimizer"]
 
@@ -73,17 +73,17 @@ class CPUOffloadOptimizer(Delegate):
         self.offload_gradients = offload_gradients
         self.minimal_size = minimal_size
         self.inner = optimizer_class(params, **kwargs)
-        closure = inspect.signature(own_step(self.inner)).parameters.get("closure")
+        closure = inspect.signature(unhooked_step(self.inner)).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             name = type(self.inner).__name__
             raise TypeError(f"optimizer_class={name}: its step must not need a closure")
         self._prefer_fused()
-        self._begin()
+        self.attach_inner()
 
-    def _begin(self) -> None:
+    def attach_inner(self) -> None:
         self._copies = HostCopies()
         self._heard: dict[Tensor, Any] = {}
-        super()._begin()
+        super().attach_inner()
         self._examine()
 
     def _examine(self) -> None:
@@ -203,11 +203,11 @@ class CPUOffloadOptimizer(Delegate):
         """Raise if a parameter cannot be stepped with its gradients and its state."""
         params = enumerate(p for group in self.inner.param_groups for p in group["params"])
         given = [(n, p, p.grad) for n, p in params]
-        refuse_params(given)
-        taken: list[Given] = []
+        check_params(given)
+        taken: list[ParamGrad] = []
         if self._copies.made:
             taken = [(number, p, self._copies.gradient(p)) for number, p, _ in given]
-            refuse_params(taken, offloaded=True)
+            check_params(taken, offloaded=True)
         if isinstance(self.inner, CodedOptimizer):
             return
         findings, on_host = probe(self.inner), set(map(id, large))
@@ -215,7 +215,7 @@ class CPUOffloadOptimizer(Delegate):
             if grad is not None and (state := self.inner.state.get(param)):
                 device = None if id(param) in on_host else param.device
                 of = number, param, grad
-                refuse_state(self.inner, findings, of, state, param.shape, device)
+                check_state(self.inner, findings, of, state, param.shape, device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, also those on the host."""
@@ -264,7 +264,7 @@ class CPUOffloadOptimizer(Delegate):
         with ordinary_tensors():
             # of what is never touched, no memory is taken
             empty = {p: Parameter(torch.empty_like(p, device="cpu"), False) for p in self._large()}
-            with replaced(self.inner, empty):
+            with swapped_params(self.inner, empty):
                 load_into(self.inner, state_dict)
             self._bring_back(empty)
             self._examine()
@@ -284,6 +284,6 @@ class CPUOffloadOptimizer(Delegate):
         names = ("inner", "offload_gradients", "minimal_size")
         return {name: getattr(self, name) for name in names}
 
-    def _given(self, values: dict[str, Any]) -> None:
-        super()._given(values)
+    def set_torch_state(self, values: dict[str, Any]) -> None:
+        super().set_torch_state(values)
         self._examine()

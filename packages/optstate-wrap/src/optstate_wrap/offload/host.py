@@ -15,10 +15,10 @@ from optstate_codecs.offloading import CHUNK_BYTES, HostStateStore, StreamingExe
 from optstate_codecs.state.layout import view_bytes_as
 from optstate_wrap.offload.slabs import Slab, Spares, layout
 from optstate_wrap.offload.transfers import SLOTS, Item, Slot, StateRing
-from optstate_wrap.state.record import Coded, Record
-from optstate_wrap.state.store import DeviceStore, OffloadedTensor, Records, Store
-from optstate_wrap.step.pieces import ParamChunk
-from optstate_wrap.step.scratch import movable
+from optstate_wrap.state.param_chunks import ParamChunk
+from optstate_wrap.state.record import Coded, OffloadedTensor, Record
+from optstate_wrap.state.store import DeviceStore, Records, Store
+from optstate_wrap.step.scratch import copyable_as_bytes
 
 __all__ = ["HostStore", "make_store"]
 
@@ -73,13 +73,13 @@ class HostStore(Store):
         self._entered = 0
         self._lent: set[int] = set()
 
-    def session(self) -> StreamingExecutor:
+    def make_executor(self) -> StreamingExecutor:
         place = HostStateStore(self.pin_memory)
         return StreamingExecutor("auto", place, self.chunk_bytes, self.resident_bytes)
 
-    def kept(self, param: Tensor) -> list[Record]:
+    def records(self, param: Tensor) -> list[Record]:
         self.wait()
-        return super().kept(param)
+        return super().records(param)
 
     def wait(self) -> None:
         for lane in self._lanes.values():
@@ -115,11 +115,11 @@ class HostStore(Store):
         self._entered += 1
         self._lent = {id(view) for view in views.values()}
         return [
-            _shown(self._kept[piece.param][piece.part], views) if piece.param in self else None
+            _shown(self.entries[piece.param][piece.part], views) if piece.param in self else None
             for piece in chunk
         ]
 
-    def lent(self, tensor: Tensor) -> bool:
+    def is_staged(self, tensor: Tensor) -> bool:
         return id(tensor) in self._lent
 
     def _leave(self) -> None:
@@ -135,7 +135,7 @@ class HostStore(Store):
             found.setdefault(piece.param.device, [])
             if piece.param not in self:
                 continue
-            record = self._kept[piece.param][piece.part]
+            record = self.entries[piece.param][piece.part]
             slabs = record.slabs if isinstance(record, Placed) else ()
             for tensor, device in _held(record, piece.param):
                 slab = next((slab for slab in slabs if _holds(slab, tensor)), None)
@@ -144,7 +144,7 @@ class HostStore(Store):
                 found.setdefault(device, []).append(Item(tensor, slab))
         return found
 
-    def placed(self, records: Records) -> Records:
+    def to_store(self, records: Records) -> Records:
         found: dict[torch.device, list[Tensor]] = {}
         for record in (record for parts in records for record in parts):
             for tensor in _movable(record):
@@ -169,7 +169,7 @@ class HostStore(Store):
         return [[_put(record, moved, slabs) for record in parts] for parts in records]
 
     def swap(self, params: Sequence[Tensor], records: Records) -> None:
-        old = [record for param in params for record in self._kept.get(param, ())]
+        old = [record for param in params for record in self.entries.get(param, ())]
         super().swap(params, records)
         self.discard(old)
 
@@ -191,7 +191,7 @@ class HostStore(Store):
         self._begin()
 
     def drop(self, param: Tensor) -> None:
-        self.discard(self._kept[param])
+        self.discard(self.entries[param])
         super().drop(param)
 
     def end(self, whole: bool) -> None:
@@ -201,12 +201,12 @@ class HostStore(Store):
         if whole:
             self.spares.end()
 
-    def fetched(self, record: Record, param: Tensor) -> Record:
+    def to_device(self, record: Record, param: Tensor) -> Record:
         # what is not coded comes in copies, which a step may change
         return {
             key: value.to(param.device)
             if isinstance(value, Coded)
-            else value.back()
+            else value.copy_to_device()
             if isinstance(value, OffloadedTensor)
             else value
             for key, value in record.items()
@@ -215,7 +215,14 @@ class HostStore(Store):
     def __getstate__(self) -> dict[str, Any]:
         self.wait()
         state = super().__getstate__()
-        names = ("pin_memory", "chunk_bytes", "resident_bytes", "_kept", "_layouts", "synchronize")
+        names = (
+            "pin_memory",
+            "chunk_bytes",
+            "resident_bytes",
+            "entries",
+            "_layouts",
+            "synchronize",
+        )
         return {name: state[name] for name in names if name in state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,7 +235,7 @@ def _movable(record: Record) -> Iterator[Tensor]:
     for value in record.values():
         if isinstance(value, Coded):
             yield from value.parts
-        elif isinstance(value, Tensor) and value.dim() > 0 and movable(value):
+        elif isinstance(value, Tensor) and value.dim() > 0 and copyable_as_bytes(value):
             yield value
 
 
