@@ -146,9 +146,6 @@ def test_interrupt_is_not_wrapped_but_rolled_back(problem, same) -> None:
     ours = run_of(problem, POLICIES["exact"]).run(2)
     before = copy.deepcopy(ours)
     ours.set_gradients()
-    with (
-        mock.patch.object(chunked, "unhooked_step", interrupted),
-        pytest.raises(KeyboardInterrupt),
-    ):
+    with mock.patch.object(chunked, "unhooked_step", interrupted), pytest.raises(KeyboardInterrupt):
         ours.optimizer.step()
     same(before, ours)

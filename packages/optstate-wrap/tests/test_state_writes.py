@@ -288,10 +288,9 @@ def test_a_step_does_nothing_for_what_was_only_read(monkeypatch) -> None:
     pair = Pair("coded")
     for param in pair.mine:
         pair.ours.state[param]["exp_avg"].sum()
-    real, calls = decoded.DecodedStates._store, []
-    monkeypatch.setattr(
-        decoded.DecodedStates, "_store", lambda *args: calls.append(1) or real(*args)
-    )
+    cls = decoded.DecodedStates
+    real, calls = cls._store, []
+    monkeypatch.setattr(cls, "_store", lambda *args: calls.append(1) or real(*args))
     pair.step()
     assert not calls
     # and keeps nothing of it

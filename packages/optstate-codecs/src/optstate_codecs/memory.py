@@ -1,21 +1,20 @@
-"""Exact byte accounting: what is stored, counted over real storages, and what will be."""
+"""Byte counts of optimizer state: the present ones over real storages, and predicted ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.param_checks import check_params, is_distributed
+from optstate_codecs.state.components import components_of
 from optstate_codecs.state.dim_order import follows_order
 from optstate_codecs.state.layout import Declaration, bound
-from optstate_codecs.writes import parameter_write
-
-if TYPE_CHECKING:
-    from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.state.owner import StateOwner
+from optstate_codecs.writes import MASTER, parameter_write
 
 __all__ = ["MemoryReport", "memory_report", "predicted_state_bytes", "state_bytes"]
 
@@ -25,7 +24,7 @@ ORDER_BYTES = 8
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
-        # a subclass without storage of its own, as other libraries keep state in
+        # a subclass without storage of its own; some libraries keep state in these
         for name in value.__tensor_flatten__()[0]:
             yield from _tensors(getattr(value, name))
     elif isinstance(value, Tensor):
@@ -60,11 +59,11 @@ def state_bytes(optimizer: Optimizer) -> int:
     return storage_bytes(dict(optimizer.state))
 
 
-def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
-    """Bytes that the state will take once every parameter has been stepped.
+def predicted_state_bytes(optimizer: StateOwner) -> int:
+    """Bytes of the state after every parameter has been stepped.
 
-    Exact: it adds up what the formats and the write declare, 4 bytes of step count per parameter,
-    and 8 for the order of dimensions (``dim_order``) where there are several and blocks follow it.
+    Exact: the sum of the components that formats and write declare, 4 bytes of step count per
+    parameter, and 8 for the order of dimensions (``dim_order``) if blocks follow one of several.
 
     Raises:
         TypeError: a parameter has become a ``DTensor``, which the optimizer does not step.
@@ -75,16 +74,16 @@ def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
         formats = optimizer.group_formats(group)
         for param in group["params"]:
             write = parameter_write(optimizer.write, param.dtype)
-            stored: list[Declaration] = [*bound(formats, param).values(), write]
-            parts = [component for declared in stored for component in declared.components]
+            stored: dict[str, Declaration] = {**bound(formats, param), MASTER: write}
+            parts = components_of(stored).values()
             total += STEP_BYTES + sum(part.nbytes(param.numel()) for part in parts)
-            total += ORDER_BYTES * follows_order(param, stored)
+            total += ORDER_BYTES * follows_order(param, stored.values())
     return total
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes that training holds between steps.
+    """Bytes of parameters, gradients and optimizer state between steps.
 
     Attributes:
         parameters: elements in all parameters; of a ``DTensor``, those of its shard here.
@@ -105,7 +104,7 @@ class MemoryReport:
 
 
 def local_elements(tensor: Tensor) -> int:
-    """How many elements this process holds: of a ``DTensor`` those of its shard."""
+    """The number of elements in this process; of a ``DTensor``, those of its shard."""
     if is_distributed(tensor):
         local: Any = tensor
         tensor = local.detach().to_local()
@@ -113,7 +112,7 @@ def local_elements(tensor: Tensor) -> int:
 
 
 def memory_report(optimizer: Optimizer) -> MemoryReport:
-    """Count what any optimizer's parameters, gradients and state take now, in bytes."""
+    """Count the present bytes of any optimizer's parameters, gradients and state."""
     params = list(dict.fromkeys(p for group in optimizer.param_groups for p in group["params"]))
     return MemoryReport(
         parameters=sum(map(local_elements, params)),

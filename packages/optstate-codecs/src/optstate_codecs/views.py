@@ -1,4 +1,4 @@
-"""Reads an optimizer's state in plain numbers: decoded moments and master weights."""
+"""Reads decoded moments and master weights of an optimizer, in plain numbers."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
 
 
 def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:
-    """The weights that training goes on from: a parameter and what its rounding left.
+    """The weights that training continues from: a parameter plus its stored rounding error.
 
     Args:
         optimizer: any optimizer of the family.
         param: one of its parameters.
 
     Returns:
-        float32 (float64 for float64 parameters), of the parameter's shape; a copy. The parameter
-        itself where the optimizer keeps no correction of it.
+        float32 (float64 for float64 parameters), of the parameter's shape; a copy. It equals the
+        parameter if the optimizer stores no rounding error.
 
     Raises:
         KeyError: the parameter is not the optimizer's.

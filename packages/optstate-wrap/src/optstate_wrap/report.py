@@ -1,4 +1,4 @@
-"""How much a wrapped optimizer's state takes, and how much its decoded state would."""
+"""The memory report of a wrapped optimizer: bytes of stored state, and of the same decoded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class WrapperMemoryReport(MemoryReport):
     """Bytes that training holds between steps.
 
     Attributes:
-        plain_state_bytes: what the state would take without the wrapper.
-        host_bytes: how much of ``state_bytes`` is in the host's memory while parameters are not.
+        plain_state_bytes: bytes of the state without the wrapper.
+        host_bytes: the part of ``state_bytes`` in host memory; 0 if all parameters are there too.
     """
 
     plain_state_bytes: int = 0
@@ -26,12 +26,12 @@ class WrapperMemoryReport(MemoryReport):
 
     @property
     def saved(self) -> float:
-        """The share of the plain state that is saved, 0 to 1."""
+        """The fraction of the plain state's bytes that is saved, 0 to 1."""
         return 1 - self.state_bytes / max(self.plain_state_bytes, 1)
 
 
 def report(states: DecodedStates) -> WrapperMemoryReport:
-    """Count what the optimizer of ``states`` holds between steps."""
+    """Count the bytes that the optimizer of ``states`` holds between steps."""
     states.write_back()
     counted = memory_report(states.encoder.inner)
     records = [record for param in states.store for record in states.store.records(param)]
@@ -47,7 +47,7 @@ def report(states: DecodedStates) -> WrapperMemoryReport:
 
 
 def _plain_bytes(value: Any) -> int:
-    """Bytes of a value of a state once it is decoded."""
+    """Bytes of a value of a record after decoding."""
     if isinstance(value, Coded):
         return value.numel * value.dtype.itemsize
     return sum(tensor.nbytes for tensor in tensors_of(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from optstate_codecs.offloading.placement import Placement
 from optstate_codecs.offloading.slabs import ALIGNMENT, Slab, Starts, own_storage_view
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.state.building import counts_on_device, share_steps
+from optstate_codecs.state.groups import merged_groups
 from optstate_codecs.state.layout import Declaration, bound, empty_state, storage_order
 from optstate_codecs.writes import MASTER, parameter_write
 
@@ -80,33 +82,25 @@ def resume_from(optimizer: CodedOptimizer, placement: Placement, store: DiskStat
 
 def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[Group]:
     """The optimizer's groups with the values of the manifest."""
-    if len(saved) != len(optimizer.param_groups):
-        raise ValueError(
-            f"{where}: {len(saved)} param groups, must be {len(optimizer.param_groups)}"
-        )
-    merged = []
-    for number, (group, values) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
-        name = f"{where}: param_groups[{number}]"
-        if values.get("params") != len(group["params"]):
-            raise ValueError(
-                f"{name}: {values.get('params')} parameters, must be {len(group['params'])}"
-            )
-        new = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in values.items()
-            if key not in (*UNSAID, *optimizer.storage_options)
-        }
-        new = {**group, **new}
+
+    def check(new: Group, values: Mapping[str, Any]) -> None:
         try:
             optimizer.check_group(new)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from error
-        mine = plain(group)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        mine = plain(new)
         for key in optimizer.storage_options:
             if key in values and values[key] != mine.get(key):
-                raise ValueError(f"{name}: {key}={values[key]}, must be {mine.get(key)}")
-        merged.append(new)
-    return merged
+                raise ValueError(f"{key}={values[key]}, must be {mine.get(key)}")
+
+    return merged_groups(
+        f"{where}: param_groups",
+        optimizer.param_groups,
+        saved,
+        keep={*UNSAID, *optimizer.storage_options},
+        convert=lambda key, value: tuple(value) if isinstance(value, list) else value,
+        check=check,
+    )
 
 
 def _state_in(

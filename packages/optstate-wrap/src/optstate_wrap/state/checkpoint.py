@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from optstate_codecs.plain import plain_value
 from optstate_wrap.hooks import STATE_DICT_HOOKS, save_with_hooks
 from optstate_wrap.state.decoded import DecodedStates
-from optstate_wrap.state.record import Coded, OffloadedTensor, Record
+from optstate_wrap.state.record import Coded, Record, stored_tensor
 
 __all__ = ["KEY", "independent_copy", "packed", "params_by_number", "plain"]
 
@@ -140,5 +140,5 @@ def _packed_record(record: Record) -> dict[str, Any]:
 
 def independent_copy(value: Any) -> Any:
     """A copy with storage of its own, which no step changes."""
-    value = value.tensor if isinstance(value, OffloadedTensor) else value
+    value = stored_tensor(value)
     return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 __all__ = ["ordinary_tensors"]
 
 
-def ordinary_tensors() -> AbstractContextManager[Any]:
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
     """Inside, new tensors have no autograd graph and can be changed in place anywhere later."""
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.no_grad())
-    return stack
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.formats import as_format
+from optstate_codecs.state.groups import merged_groups
 from optstate_wrap.hooks import load_with_hooks
 from optstate_wrap.probe import Findings, why_not
 from optstate_wrap.state.checkpoint import KEY, independent_copy, params_by_number
@@ -24,12 +25,11 @@ from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_n
 
 __all__ = ["load"]
 
+Examine = Callable[[], Findings]
+
 
 def load(
-    wrapper: Optimizer,
-    states: DecodedStates,
-    examine: Callable[[], Findings],
-    state_dict: Mapping[str, Any],
+    wrapper: Optimizer, states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
 ) -> None:
     """Check and convert the whole of ``state_dict``, then replace the optimizer's state by it.
 
@@ -46,20 +46,18 @@ def load(
         load_with_hooks(wrapper, inner, state_dict, partial(_load, states, examine))
 
 
-def _load(
-    states: DecodedStates, examine: Callable[[], Findings], state_dict: Mapping[str, Any]
-) -> None:
+def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]) -> None:
     encoder = states.encoder
     inner, policy = encoder.inner, encoder.policy
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise KeyError(f"state_dict: missing key {key!r}")
     progress, saved = state_dict.get(KEY, {}), state_dict["state"]
-    groups = _merged_groups(inner, state_dict["param_groups"])
+    where, saved_groups = "state_dict['param_groups']", state_dict["param_groups"]
+    groups = merged_groups(where, inner.param_groups, saved_groups)
     params = params_by_number(state_dict, inner)
     # keys that are not numbers are the inner optimizer's own entries
-    unknown = [n for n in saved if n not in params and isinstance(n, int)]
-    if unknown:
+    if unknown := [n for n in saved if n not in params and isinstance(n, int)]:
         raise KeyError(f"state_dict['state']: unknown parameter {unknown[0]!r}")
 
     before = [dict(group) for group in inner.param_groups]
@@ -89,10 +87,8 @@ def _load(
 
 def _steps_of(state: Mapping[Any, Any]) -> int:
     """The largest step count in a plain state dict."""
-    counts = [s["step"] for s in state.values() if isinstance(s, Mapping) and "step" in s]
-    return max(
-        (int(count) for count in counts if isinstance(count, (int, float, Tensor))), default=0
-    )
+    counts = (entry.get("step") for entry in state.values() if isinstance(entry, Mapping))
+    return max((int(n) for n in counts if isinstance(n, (int, float, Tensor))), default=0)
 
 
 def _fill(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
@@ -101,26 +97,6 @@ def _fill(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]])
         for key in set(group) - set(new):
             del group[key]
         group.update(new)
-
-
-def _merged_groups(
-    inner: Optimizer, saved_groups: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    where = "state_dict['param_groups']"
-    if len(saved_groups) != len(inner.param_groups):
-        raise ValueError(f"{where}: {len(saved_groups)} groups, must be {len(inner.param_groups)}")
-    merged = []
-    for i, (group, saved) in enumerate(zip(inner.param_groups, saved_groups, strict=True)):
-        if "params" not in saved:
-            raise KeyError(f"{where}[{i}]: missing key 'params'")
-        if len(saved["params"]) != len(group["params"]):
-            raise ValueError(
-                f"{where}[{i}]['params']: {len(saved['params'])} parameters, "
-                f"must be {len(group['params'])}"
-            )
-        values = {key: copy.deepcopy(v) for key, v in saved.items() if key != "params"}
-        merged.append({**group, **values})
-    return merged
 
 
 @dataclass
@@ -182,7 +158,7 @@ def _entries(
 
 
 def _records(
-    states: DecodedStates, findings: Findings, entries: Sequence[_Entry], is_packed: bool
+    states: DecodedStates, findings: Findings, entries: Sequence[_Entry], packed: bool
 ) -> dict[Tensor, list[Record]]:
     """The records of all saved states, as the store keeps them."""
     encoder, store = states.encoder, states.store
@@ -195,7 +171,7 @@ def _records(
         param, state = entry.param, entry.own
         if not state:
             continue
-        if is_packed:
+        if packed:
             records = _unpacked(entry, encoder.inner, findings)
             if _split_alike(entry, records, chunks[param]):
                 new[param] = store.to_store([records])[0]
@@ -207,7 +183,7 @@ def _records(
         records = []
         for chunk in chunks[param]:
             sliced = {
-                key: _converted(key, value, param, groups[param], findings, is_packed)
+                key: _converted(key, value, param, groups[param], findings, packed)
                 for key, value in slice_state(state, chunk).items()
             }
             records.append(encoder.encode(chunk, chunk.data(), sliced))
@@ -220,8 +196,7 @@ def _split_alike(entry: _Entry, records: Sequence[Record], chunks: Sequence[Para
     if len(records) == len(chunks) == 1:
         return True
     lengths = [chunk.stop - chunk.start for chunk in chunks]
-    alike = list(map(record_numel, records)) == lengths
-    return alike and _layout(entry) == Layout.of(entry.param)
+    return list(map(record_numel, records)) == lengths and _layout(entry) == Layout.of(entry.param)
 
 
 def _layout(entry: _Entry) -> Layout:
@@ -238,7 +213,7 @@ def _layout(entry: _Entry) -> Layout:
 
 
 def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Record]:
-    """The records of a packed state, checked, beside the parameter."""
+    """The records of a packed state, checked and on the parameter's device."""
     where, param = entry.where, entry.param
     records = []
     for saved in entry.own:
@@ -321,12 +296,7 @@ def _check_keys(where: str, state: Mapping[str, Any], findings: Findings) -> Non
 
 
 def _converted(
-    key: str,
-    value: Any,
-    param: Tensor,
-    group: Mapping[str, Any],
-    findings: Findings,
-    is_packed: bool,
+    key: str, value: Any, param: Tensor, group: Mapping[str, Any], findings: Findings, packed: bool
 ) -> Any:
     """A copy of a saved value, on the device and in the dtype that the optimizer would use."""
     if not isinstance(value, Tensor):
@@ -337,7 +307,7 @@ def _converted(
     if key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return value.to(param.device, torch.float32, copy=True) if on_device else value.clone()
-    if not param.is_floating_point() or is_packed:
+    if not param.is_floating_point() or packed:
         return value.detach().to(param.device, copy=True)
     dtype = findings.keys.get(key) or param.dtype
     return value.detach().to(param.device, dtype, copy=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optstate_codecs.offloading.slabs import BLOCK_ALIGNMENT
-from optstate_codecs.state.layout import is_dense, storage_order
+from optstate_codecs.state.layout import inverse_order, is_dense, storage_order
 
 __all__ = ["Layout", "ParamChunk", "default_chunk_size", "make_batches", "split_params"]
 
@@ -36,6 +36,11 @@ class Layout:
     def of(cls, param: Tensor) -> Layout:
         """The current layout of a parameter."""
         return cls(tuple(param.shape), storage_order(param))
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """A view of all elements in storage order, as a tensor of this shape and order."""
+        ordered = [self.shape[d] for d in self.order]
+        return flat.view(ordered).permute(inverse_order(self.order))
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from optstate_codecs.formats import FP32, Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state.layout import FlatView, inverse_order, slices, storage_order
-from optstate_codecs.state.moments import decode_slice, encode_foreign
+from optstate_codecs.state.moments import decode_slice, encode_slice, raise_underflow
 from optstate_wrap.state.sharding import local_of, rewrapped
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "encode_state",
     "reencode",
     "select",
+    "stored_tensor",
     "tensors_of",
 ]
 
@@ -122,7 +123,8 @@ def encode_state(
         key: format
         for key, value in state.items()
         if (format := formats.get(key)) is not None and codable(value, like)
-        if not _exact(format, value.dtype)
+        # fp32 stores all dtypes but float64 exactly, so that they need no encoding
+        if format.name != FP32.name or value.dtype == torch.float64
     }
     if not chosen:
         return dict(state)
@@ -188,10 +190,6 @@ def reencode(
     return record
 
 
-def _exact(format: Format, dtype: torch.dtype) -> bool:
-    return format.name == FP32.name and dtype != torch.float64
-
-
 def _roots(key: str, state: Mapping[str, Any], like: Tensor) -> list[str]:
     """The keys of second moments whose root may divide ``key``."""
     return [n for n in SECOND_MOMENTS if n in state and n != key and codable(state[n], like)]
@@ -224,12 +222,11 @@ def _encode(state: Mapping[str, Any], coded: Mapping[str, Coded], counter: Count
     views = {key: FlatView(local_of(state[key].detach()), first.order) for key in coded}
     formats = {key: stored.bound for key, stored in coded.items()}
     moments = _moments(coded)
-    like = local_of(state[next(iter(coded))])
-    for start, stop in slices(like, formats.values()):
+    for start, stop in slices(local_of(state[next(iter(coded))]), formats.values()):
         decoded = {key: view.read(start, stop).to(torch.float32) for key, view in views.items()}
-        encode_foreign(
-            moments, formats, decoded, _component_slices(coded, start, stop), counter, start
-        )
+        decoded = raise_underflow(moments, formats, decoded)
+        parts = _component_slices(coded, start, stop)
+        encode_slice(moments, formats, decoded, parts, counter, start)
 
 
 def _component_slices(coded: Mapping[str, Coded], start: int, stop: int) -> dict[str, list[Tensor]]:
@@ -284,8 +281,7 @@ def _decode(coded: Mapping[str, Coded]) -> dict[str, Tensor]:
         decoded = decode_slice(moments, formats, parts, torch.float32, stop - start)
         for key, value in decoded.items():
             flat[key][start:stop] = value
-    ordered = [first.shape[d] for d in first.order]
-    inverse = inverse_order(first.order)
+    ordered, inverse = [first.shape[d] for d in first.order], inverse_order(first.order)
     return {key: value.view(ordered).permute(inverse) for key, value in flat.items()}
 
 
@@ -297,7 +293,9 @@ def select(flag: Tensor, old: Mapping[str, Any], new: Record) -> Record:
     chosen = dict(new)
     for key, value in new.items():
         before = old.get(key)
-        if isinstance(value, Coded) and isinstance(before, Coded) and _same_layout(value, before):
+        if not (isinstance(value, Coded) and isinstance(before, Coded)):
+            continue
+        if (before.format, before.shape, before.order) == (value.format, value.shape, value.order):
             skipped = flag.to(value.parts[0].device) != 0
             pairs = zip(before.parts, value.parts, strict=True)
             parts = tuple(torch.where(skipped, a, b) for a, b in pairs)
@@ -305,8 +303,9 @@ def select(flag: Tensor, old: Mapping[str, Any], new: Record) -> Record:
     return chosen
 
 
-def _same_layout(a: Coded, b: Coded) -> bool:
-    return a.format == b.format and a.shape == b.shape and a.order == b.order
+def stored_tensor(value: Any) -> Any:
+    """The host tensor of an ``OffloadedTensor``; any other value itself."""
+    return value.tensor if isinstance(value, OffloadedTensor) else value
 
 
 def tensors_of(values: Any) -> Iterable[Tensor]:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.state.layout import inverse_order
 from optstate_wrap.state.param_chunks import Layout, ParamChunk
-from optstate_wrap.state.record import Coded, Record
+from optstate_wrap.state.record import Coded, Record, stored_tensor
 
 __all__ = ["chunks_of_lengths", "join_states", "record_numel", "slice_state"]
 
@@ -30,12 +29,10 @@ def join_states(
     """
     if len(states) == 1:
         return dict(states[0])
-    ordered = [layout.shape[d] for d in layout.order]
     whole: dict[str, Any] = {}
     for key, value in states[0].items():
         if isinstance(value, Tensor) and value.shape == (chunks[0].stop - chunks[0].start,):
-            flat = torch.cat([state[key] for state in states])
-            whole[key] = flat.view(ordered).permute(inverse_order(layout.order))
+            whole[key] = layout.unflatten(torch.cat([state[key] for state in states]))
         else:
             whole[key] = value
     return whole
@@ -81,7 +78,7 @@ def record_numel(record: Record) -> int:
     for value in record.values():
         if isinstance(value, Coded):
             return value.numel
-        tensor = getattr(value, "tensor", value)
+        tensor = stored_tensor(value)
         if isinstance(tensor, Tensor) and tensor.dim():
             return tensor.numel()
     return 0

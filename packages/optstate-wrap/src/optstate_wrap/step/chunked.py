@@ -1,4 +1,7 @@
-"""The step: chunk by chunk, decode, let the inner optimizer step, encode, store."""
+"""The step of a wrapped optimizer: decodes state, lets the inner optimizer step, and encodes it.
+
+It works batch by batch, so that only the state of one batch is decoded at a time.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from optstate_wrap.state.record import Coded, Record, decode_state, select
 from optstate_wrap.state.slicing import record_numel
 from optstate_wrap.state.store import Store
 from optstate_wrap.step.dense import dense_for_fused
-from optstate_wrap.step.fused import Fused, KeysOnly, ValueAccess
+from optstate_wrap.step.fused import FusedStep, KeysOnly, ValueAccess
 from optstate_wrap.step.scratch import Scratch
 from optstate_wrap.step.timing import Timer
 from optstate_wrap.step.transaction import (
@@ -38,20 +41,20 @@ Closure = Callable[[], Any]
 
 
 class Engine:
-    """Steps an inner optimizer whose state a store keeps.
+    """Steps an inner optimizer whose state is in a store.
 
     Args:
-        inner: its state is empty between steps.
-        policy: which codec stores which key.
-        store: where records are.
-        chunk_size: parameters in a batch.
-        first_batch_size: in a batch of the step that creates the state.
+        inner: the optimizer; its own ``state`` is empty between steps.
+        policy: which codec stores which state key.
+        store: holds the records.
+        chunk_size: elements in a batch, and above which a parameter is split.
+        first_batch_size: elements in a batch of the step that creates the state.
         seed: keys every random number.
-        fused: which parameters may be stepped by the codecs' engine, see ``Fused``.
+        fused: which parameters the codecs' engine may step, see ``FusedStep``.
 
     Attributes:
-        encoder: decides how state is cut and stored, and counts steps.
-        states: what users read and write of the state.
+        encoder: splits and encodes state, and counts steps.
+        states: the decoded state that users read and write.
     """
 
     def __init__(
@@ -68,21 +71,12 @@ class Engine:
         self.store = store
         self.first_batch_size = first_batch_size
         self.encoder = Encoder(inner, policy, chunk_size, seed)
-        # what the last part of a step has made of the groups, for the end of the step
-        self._parted: list[dict[str, Any]] | None = None
+        # changes to the groups' values by the latest part of a step, for the end of the step
+        self._group_changes: list[dict[str, Any]] | None = None
         self.timer = Timer()
         self.scratch = Scratch()
-        self.fused = Fused(fused, seed, store)
+        self.fused = FusedStep(fused, seed, store)
         self.states = DecodedStates(store, self.encoder, self.fused)
-
-    @property
-    def steps(self) -> int:
-        """How many steps have been taken."""
-        return self.encoder.steps
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self.encoder.steps = value
 
     def step(
         self,
@@ -93,26 +87,26 @@ class Engine:
         """Step all parameters that have gradients.
 
         Args:
-            closure: only for an optimizer that is not stepped in chunks, which then calls it.
-            some: only these, as a part of the next step: the groups' values and ``steps`` change
-                when that is taken. Not where the optimizer is not stepped in chunks.
-            check: raises, before anything changes, if some of these chunks cannot be stepped.
+            closure: passed to the inner optimizer; only if that is not stepped in batches.
+            some: step only these parameters, as a part of the next whole step, which then changes
+                the groups' values and the step count. Only if the optimizer is stepped in batches.
+            check: raises if some of the chunks cannot be stepped; called before anything changes.
 
         Raises:
-            StepError: from what went wrong; every parameter is before its step or after it.
+            StepError: from the error of a failed step; every parameter is before or after its step.
         """
         self.states.write_back()
-        plan = [chunk for chunk in self.encoder.split() if some is None or chunk.param in some]
+        chunks = [c for c in self.encoder.split() if some is None or c.param in some]
         if check is not None:
-            check(plan)
+            check(chunks)
         self.states.discard_read_states()
-        self._resplit(plan)
+        self._resplit(chunks)
         transaction = Transaction(self.store, self.scratch)
-        batches: list[list[ParamChunk]] = [plan]
+        batches: list[list[ParamChunk]] = [chunks]
         at, phase, loss = 0, ["fused"], None
         try:
             with guarded_inner(self.inner) as before:
-                batches = self._batches(self._step_fused(plan, transaction, some is None), plan)
+                batches = self._batches(self._step_fused(chunks, transaction, some is None), chunks)
                 phase[0] = "load"
                 self.store.expect(batches)
                 for at, batch in enumerate(batches):
@@ -120,73 +114,72 @@ class Engine:
                         restore_groups(self.inner.param_groups, before)
                     loss = self._step_batch(batch, transaction, phase, closure)
                 if some is not None:
-                    self._parted = group_changes(self.inner.param_groups, before)
+                    self._group_changes = group_changes(self.inner.param_groups, before)
                     restore_groups(self.inner.param_groups, before)
-                elif not batches and self._parted is not None:
-                    set_entries(self.inner.param_groups, self._parted)
+                elif not batches and self._group_changes is not None:
+                    set_entries(self.inner.param_groups, self._group_changes)
         except BaseException as error:
             self.fused.finish(False)
             transaction.roll_back()
             if not isinstance(error, Exception):
                 raise
             where = f"chunk {at + 1} of {len(batches)} ({phase[0]})"
-            raise self._failed(error, plan, where, transaction.done) from error
+            raise self._failed(error, chunks, where, transaction.done) from error
         finally:
             self.scratch.release()
             self.store.end(some is None)
         if some is None:
             self.fused.finish()
-            self._parted = None
-            self.steps += 1
+            self._group_changes = None
+            self.encoder.steps += 1
         return loss
 
-    def _batches(self, left: list[ParamChunk], plan: list[ParamChunk]) -> list[list[ParamChunk]]:
+    def _batches(self, left: list[ParamChunk], chunks: list[ParamChunk]) -> list[list[ParamChunk]]:
+        """The batches of those ``chunks`` that are ``left`` after the fused step."""
         if not self.encoder.chunked:
             return [left]
         size = self.encoder.chunk_size if len(self.store) else self.first_batch_size
-        batches = [
-            [p for p in batch if p.param.grad is not None] for batch in make_batches(left, size)
-        ]
+        batches = [[c for c in b if c.param.grad is not None] for b in make_batches(left, size)]
         batches = [batch for batch in batches if batch]
-        # without any gradient, the optimizer may still count the step
-        return batches if batches or len(left) < len(plan) or self._parted is not None else [[]]
+        # even without any gradient, the optimizer may count the step
+        no_step_yet = len(left) == len(chunks) and self._group_changes is None
+        return [[]] if not batches and no_step_yet else batches
 
     def _step_fused(
-        self, plan: list[ParamChunk], transaction: Transaction, last: bool
+        self, chunks: list[ParamChunk], transaction: Transaction, last: bool
     ) -> list[ParamChunk]:
-        """Step what the codecs' engine can; gives the chunks that are left."""
+        """Step the parameters that the codecs' engine takes; return the other chunks."""
         if not self.encoder.chunked or not len(self.store) or not self.fused.start_step(self.inner):
-            return plan
+            return chunks
         param_steps, taken, left = list[ParamStep](), list[ParamChunk](), list[ParamChunk]()
-        for _, group in groupby(plan, key=lambda chunk: chunk.number):
-            together = list(group)
-            found = self._fused_param_steps(together)
+        for _, group in groupby(chunks, key=lambda chunk: chunk.number):
+            of_param = list(group)
+            found = self._fused_param_steps(of_param)
             param_steps += found
-            (taken if found else left).extend(together)
+            (taken if found else left).extend(of_param)
         if param_steps:
             with self.timer.part("inner_step_ms"):
                 try:
-                    self.fused.step(self.inner, param_steps, taken, self.steps + 1, last)
+                    self.fused.step(self.inner, param_steps, taken, self.encoder.steps + 1, last)
                 finally:
                     stepped = set(map(id, self.fused.done))
                     pairs = zip(taken, param_steps, strict=True)
-                    missed = {
-                        chunk.number for chunk, param_step in pairs if id(param_step) not in stepped
-                    }
+                    missed = {c.number for c, step in pairs if id(step) not in stepped}
                     numbers = dict.fromkeys(chunk.number for chunk in taken)
                     transaction.done += [number for number in numbers if number not in missed]
         return left
 
-    def _fused_param_steps(self, together: Sequence[ParamChunk]) -> list[ParamStep]:
-        param = together[0].param
+    def _fused_param_steps(self, chunks: Sequence[ParamChunk]) -> list[ParamStep]:
+        """What the codecs' engine steps for all chunks of a parameter; empty if it does not."""
+        param = chunks[0].param
         records = self.store.latest_records(param)
         if param.grad is None or not records:
             return []
         try:
             formats = self.encoder.formats(param, KeysOnly(records[0]))
         except ValueAccess:
-            return []  # a policy that wants to see numbers sees them decoded
-        return self.fused.param_steps_for(together, records, formats)
+            return []  # the policy reads values, which have to be decoded for it
+        return self.fused.param_steps_for(chunks, records, formats)
 
     def _step_batch(
         self, batch: Sequence[ParamChunk], transaction: Transaction, phase: list[str], closure: Any
@@ -224,9 +217,9 @@ class Engine:
         with timer.part("commit_ms"):
             new = []
             for chunk, stand_in, record in zip(batch, stand_ins, records, strict=True):
-                left = inner.state.pop(stand_in, {})
-                self.states.take_foreign_back(chunk, left)
-                new.append(self._encoded(chunk, stand_in, left, record))
+                stepped = inner.state.pop(stand_in, {})
+                self.states.take_foreign_back(chunk, stepped)
+                new.append(self._encoded(chunk, stand_in, stepped, record))
             phase[0] = "store"
             transaction.add(batch, new)
             transaction.commit(batch)
@@ -238,40 +231,35 @@ class Engine:
     ) -> Record:
         coded = old is not None and any(isinstance(value, Coded) for value in old.values())
         if old is not None and coded and chunk.param.grad is None:
-            # it was not stepped, so it is not rounded again
+            # not stepped, so not rounded again
             return old
         record = self.encoder.encode(chunk, stand_in, state)
         found_inf = getattr(self.inner, "found_inf", None)
         return select(found_inf, old, record) if coded and old and found_inf is not None else record
 
-    def _resplit(self, plan: Sequence[ParamChunk]) -> None:
-        """Cut anew what was stored when tensors were split elsewhere, or lay otherwise."""
+    def _resplit(self, chunks: Sequence[ParamChunk]) -> None:
+        """Split stored state again if its parameter is split or laid out differently now."""
         store = self.store
-        for place, chunk in enumerate(plan):
+        for index, chunk in enumerate(chunks):
             if chunk.part:
                 continue
-            kept = store.latest_records(chunk.param)
-            if not kept or len(kept) == chunk.parts == 1:
+            records = store.latest_records(chunk.param)
+            if not records or len(records) == chunk.parts == 1:
                 continue
-            layout, now = store.layout(chunk.param), Layout.of(chunk.param)
-            if len(kept) == chunk.parts and record_numel(kept[0]) == chunk.stop and layout == now:
-                continue
-            # what has another shape now is not stepped
-            if chunk.parts == 1 or layout.shape == now.shape:
-                self.states.resplit(chunk.param, plan[place : place + chunk.parts])
+            old, new = store.layout(chunk.param), Layout.of(chunk.param)
+            as_stored = len(records) == chunk.parts and record_numel(records[0]) == chunk.stop
+            # a split parameter of another shape is not stepped
+            if not (as_stored and old == new) and (chunk.parts == 1 or old.shape == new.shape):
+                self.states.resplit(chunk.param, chunks[index : index + chunk.parts])
 
     def _failed(
-        self,
-        error: Exception,
-        plan: Sequence[ParamChunk],
-        where: str,
-        done: list[int],
+        self, error: Exception, chunks: Sequence[ParamChunk], where: str, done: list[int]
     ) -> StepError:
-        numbers = sorted({chunk.number for chunk in plan if chunk.param.grad is not None})
+        numbers = sorted({chunk.number for chunk in chunks if chunk.param.grad is not None})
         unstepped = [number for number in numbers if number not in done]
         torn: list[int] = []
         if isinstance(error, StepError):
-            # of the stream, which knows nothing of other parameters
+            # of the streaming executor, which knows only its own parameters
             torn = error.torn
             unstepped = [number for number in unstepped if number not in torn]
             error = error.__cause__ if isinstance(error.__cause__, Exception) else error
