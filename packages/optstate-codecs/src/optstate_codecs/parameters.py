@@ -147,10 +147,8 @@ class ParameterTable:
 
     def forget(self, param: Tensor) -> None:
         """Check the state of a parameter again the next time that it is used."""
-        for index in [
-            i for i, param_step in self._param_steps.items() if param_step.param is param
-        ]:
-            del self._param_steps[index]
+        steps = self._param_steps.items()
+        self._param_steps = {index: step for index, step in steps if step.param is not param}
         self._cached.clear()
 
     def index_of(self, groups: Groups, param: Tensor) -> int:

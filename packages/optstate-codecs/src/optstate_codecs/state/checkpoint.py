@@ -250,16 +250,10 @@ def _merged_groups(
         saved_groups,
         required=[key for key in ("lr", "betas") if key in optimizer.rule.defaults()],
         keep={*optimizer.storage_options, "formats", "orders", "decoupled_weight_decay"},
-        convert=_loaded_value,
+        convert=lambda k, v: deepcopy(plain_value(tuple(v) if k == "betas" else v)),
         check=check,
     )
     return groups, formats
-
-
-def _loaded_value(key: str, value: Any) -> Any:
-    """A copy of a saved hyper-parameter, in plain Python numbers."""
-    value = deepcopy(plain_value(value))
-    return tuple(value) if key == "betas" else value
 
 
 def _saved_formats(
