@@ -142,7 +142,7 @@ class ParameterTable:
         self._specs: dict[int, GroupSpec] = {}
         # by the indices of the parameters that had gradients
         self._cached: dict[tuple[int, ...], _CachedSteps] = {}
-        # each parameter's group, place in the group, and index
+        # each parameter's group, position in the group, and index
         self._positions: dict[Tensor, tuple[int, int, int]] = {}
 
     def forget(self, param: Tensor) -> None:
@@ -152,14 +152,14 @@ class ParameterTable:
         self._cached.clear()
 
     def index_of(self, groups: Groups, param: Tensor) -> int:
-        """The index of a parameter, counted over all groups; where it was last time is tried first.
+        """The index of a parameter, counted over all groups; its last position is tried first.
 
         Raises:
             KeyError: no group holds it.
         """
-        number, place, index = self._positions.get(param, (0, 0, 0))
+        number, position, index = self._positions.get(param, (0, 0, 0))
         members = groups[number]["params"] if number < len(groups) else []
-        if place < len(members) and members[place] is param:
+        if position < len(members) and members[position] is param:
             return index
         every = [(n, k, p) for n, group in enumerate(groups) for k, p in enumerate(group["params"])]
         self._positions = {p: (n, k, index) for index, (n, k, p) in enumerate(every)}

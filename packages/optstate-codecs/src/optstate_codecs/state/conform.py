@@ -3,7 +3,7 @@
 Anybody may edit ``optimizer.state``: state is built by hand in ``torch.optim``'s layout, a moment
 is assigned in plain numbers, a parameter gets another shape or layout in memory, foreign entries
 are added. Valid edits are encoded; others raise an error that names them. Nothing is changed here:
-the new entries are rereordered.
+the new entries are returned.
 """
 
 from __future__ import annotations
@@ -78,9 +78,8 @@ class StateForm:
 
 def own_keys(moments: Sequence[Moment], stored: Mapping[str, Declaration]) -> set[str]:
     """All keys that the optimizer itself may use in a parameter's state, in any form."""
-    keys = {c.key(name) for name, declared in stored.items() for c in declared.components}
     names = {m.name for m in moments} | {m.plain for m in moments if m.plain}
-    return {"step", DIM_ORDER, *keys, *names}
+    return {"step", DIM_ORDER, *components_of(stored), *names}
 
 
 def renamed(state: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def conformed(form: StateForm, state: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         form: the form.
-        state: the present entries; not changed. Foreign entries are rereordered unchanged.
+        state: the present entries; not changed. Foreign entries are returned unchanged.
 
     Raises:
         TypeError, ValueError, RuntimeError, KeyError: an entry cannot be converted; the message
