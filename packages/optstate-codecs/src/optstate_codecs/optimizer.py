@@ -76,7 +76,7 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     #: group keys that decide how state is stored; loading a checkpoint never changes them
     storage_options: ClassVar[tuple[str, ...]] = ("formats",)
-    #: options besides the rule's hyper-parameters, with their defaults; all flags are torch.optim's
+    #: options besides the rule's hyper-parameters, with their defaults; the flags are torch.optim's
     shared_options: ClassVar[Mapping[str, Any]] = {
         "centralization": 0.0,
         "foreach": None,
