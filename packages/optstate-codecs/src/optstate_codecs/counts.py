@@ -51,7 +51,7 @@ def as_step(count: int) -> float:
 def advance(
     counters: list[Tensor], plainly: bool, largest: float = inf, one: Tensor | None = None
 ) -> None:
-    """Count a step in tensors of counts, in place and without reading them.
+    """Add a step to tensors of step counts, in place and without reading them.
 
     Args:
         counters: float32.
@@ -75,7 +75,7 @@ def advance(
 
 
 def counted(counters: list[Tensor], plainly: bool) -> list[float]:
-    """Count a step in counts on the host, as ``advance`` does, and return the new counts."""
+    """Add a step to counts on the host, as ``advance`` does, and return the new counts."""
     before = [float(step) for step in counters]
     largest = max(before)
     advance(counters, plainly, largest)

@@ -37,7 +37,9 @@ def register_step(params: ParamsMethod, step: StepMethod) -> int:
         step: a bound method that takes a step with the given gradients, by parameter index.
     """
     handle = next(_handles)
-    _steps[handle] = WeakMethod(params, lambda _: _steps.pop(handle, None)), WeakMethod(step)
+    # bound now: when the interpreter exits, the module's names may be gone before an optimizer is
+    pop = _steps.pop
+    _steps[handle] = WeakMethod(params, lambda _: pop(handle, None)), WeakMethod(step)
     return handle
 
 

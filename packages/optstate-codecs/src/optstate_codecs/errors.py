@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 __all__ = ["StepError"]
 
+Indices = Iterable[int]
+
 
 class StepError(RuntimeError):
     """Raised when a step fails part-way, from the exception that stopped it.
@@ -18,11 +20,7 @@ class StepError(RuntimeError):
     """
 
     def __init__(
-        self,
-        message: str,
-        stepped: Iterable[int],
-        unstepped: Iterable[int],
-        torn: Iterable[int] = (),
+        self, message: str, stepped: Indices, unstepped: Indices, torn: Indices = ()
     ) -> None:
         super().__init__(message)
         self.stepped = list(stepped)
@@ -34,9 +32,9 @@ class StepError(RuntimeError):
         cls,
         error: BaseException,
         where: str,
-        stepped: Iterable[int],
-        unstepped: Iterable[int],
-        torn: Iterable[int] = (),
+        stepped: Indices,
+        unstepped: Indices,
+        torn: Indices = (),
     ) -> StepError:
         """The error for a step that ``error`` stopped, with a message that names the parameters."""
         lists = sorted(stepped), sorted(unstepped), sorted(torn)

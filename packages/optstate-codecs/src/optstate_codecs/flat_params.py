@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["is_flat", "refuse_gathering"]
+__all__ = ["check_not_gathered", "is_flat"]
 
 # callers of ``state_dict`` that gather it: functions of FSDP1, and of distributed checkpoints
 GATHERERS = {
@@ -36,7 +36,7 @@ def is_flat(param: Tensor) -> bool:
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
-def refuse_gathering(optimizer: Optimizer) -> None:
+def check_not_gathered(optimizer: Optimizer) -> None:
     """Raise if FSDP1 is about to gather an optimizer's packed state; warn once if it might.
 
     FSDP1 calls ``state_dict`` like anybody else, so this inspects the stack if parameters are flat.

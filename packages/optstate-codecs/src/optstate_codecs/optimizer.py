@@ -13,7 +13,7 @@ from optstate_codecs.arguments import arguments_of, unknown_argument
 from optstate_codecs.custom_op import call_step_op, register_step
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.request import ParamStep
-from optstate_codecs.flat_params import refuse_gathering
+from optstate_codecs.flat_params import check_not_gathered
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.gradients.centralization import find_grad_means
 from optstate_codecs.gradients.grad_norm import gradient_factor, nonfinite
@@ -76,7 +76,7 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     #: group keys that decide how state is stored; loading a checkpoint never changes them
     storage_options: ClassVar[tuple[str, ...]] = ("formats",)
-    #: options besides the rule's hyper-parameters, with their defaults; all flags are torch.optim's
+    #: options besides the rule's hyper-parameters, with their defaults; the flags are torch.optim's
     shared_options: ClassVar[Mapping[str, Any]] = {
         "centralization": 0.0,
         "foreach": None,
@@ -344,7 +344,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: FSDP1 asks for it to gather it, and only decoded state can be gathered.
         """
-        refuse_gathering(self)
+        check_not_gathered(self)
         self.stored_param_steps()
         saved, self._copies = checkpoint.packed(self, super().state_dict())
         return saved

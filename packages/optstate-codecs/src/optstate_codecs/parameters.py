@@ -142,26 +142,24 @@ class ParameterTable:
         self._specs: dict[int, GroupSpec] = {}
         # by the indices of the parameters that had gradients
         self._cached: dict[tuple[int, ...], _CachedSteps] = {}
-        # each parameter's group, place in the group, and index
+        # each parameter's group, position in the group, and index
         self._positions: dict[Tensor, tuple[int, int, int]] = {}
 
     def forget(self, param: Tensor) -> None:
         """Check the state of a parameter again the next time that it is used."""
-        for index in [
-            i for i, param_step in self._param_steps.items() if param_step.param is param
-        ]:
-            del self._param_steps[index]
+        steps = self._param_steps.items()
+        self._param_steps = {index: step for index, step in steps if step.param is not param}
         self._cached.clear()
 
     def index_of(self, groups: Groups, param: Tensor) -> int:
-        """The index of a parameter, counted over all groups; where it was last time is tried first.
+        """The index of a parameter, counted over all groups; its last position is tried first.
 
         Raises:
             KeyError: no group holds it.
         """
-        number, place, index = self._positions.get(param, (0, 0, 0))
+        number, position, index = self._positions.get(param, (0, 0, 0))
         members = groups[number]["params"] if number < len(groups) else []
-        if place < len(members) and members[place] is param:
+        if position < len(members) and members[position] is param:
             return index
         every = [(n, k, p) for n, group in enumerate(groups) for k, p in enumerate(group["params"])]
         self._positions = {p: (n, k, index) for index, (n, k, p) in enumerate(every)}

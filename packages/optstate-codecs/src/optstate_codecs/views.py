@@ -31,9 +31,7 @@ def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
     """
     optimizer.group_of(param)
     found = optimizer.stored_param_steps({param}) if optimizer.state.get(param) else []
-    if not found:
-        return {}
-    return decode_param_step(*found)
+    return decode_param_step(*found) if found else {}
 
 
 def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:

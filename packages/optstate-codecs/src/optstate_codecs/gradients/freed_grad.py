@@ -57,7 +57,7 @@ class FreedGradient(Tensor):
         """0, whatever the shape."""
         return 0
 
-    def stands_for(self, grad: Tensor) -> bool:
+    def matches(self, grad: Tensor) -> bool:
         """Whether it has the dtype, shape, device and strides of ``grad``."""
         return (
             self.dtype is grad.dtype

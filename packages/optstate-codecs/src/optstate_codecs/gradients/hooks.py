@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakMethod
 
@@ -44,10 +43,11 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
     For hooks on tensors: Python's garbage collector does not see through them, so a strong
     reference would form a cycle that is never freed.
     """
-    return untraced(partial(_call, WeakMethod(method)))
+    weak: WeakMethod[Any] = WeakMethod(method)
 
+    def call(*args: Any) -> None:
+        alive = weak()
+        if alive is not None:
+            alive(*args)
 
-def _call(method: WeakMethod[Any], *args: Any) -> None:
-    alive = method()
-    if alive is not None:
-        alive(*args)
+    return untraced(call)

@@ -271,7 +271,7 @@ class GradientRelease:
         if grad is None:
             return
         freed = self._freed.get(param)
-        if freed is None or not freed.stands_for(grad):
+        if freed is None or not freed.matches(grad):
             freed = self._freed[param] = FreedGradient(grad, self._advice(), self._on_accumulation)
         param.grad = freed
 

@@ -157,19 +157,20 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
                 _check_state(where, param, stored, source, formats)
                 step = _loaded_step(where, stored["step"])
                 counter = Counter(group["rounding_seed"], taken(float(step)), index)
-                order = _saved_order(where, param, stored, source, saved.get("orders", {}), number)
-                moved = _moved(param, stored, source, formats, order)
-                if moved is None:
+                older = saved.get("orders", {}).get(number)
+                order = _saved_order(where, param, stored, source, older)
+                parts = _copied(param, stored, formats, order) if source == formats else None
+                if parts is None:
                     decoded = decode_stored(param, stored, moments, source, order)
-                    moved = encode_state(param, decoded, moments, formats, counter)
+                    parts = encode_state(param, decoded, moments, formats, counter)
                 write = parameter_write(optimizer.write, param.dtype)
                 own = own_keys(moments, {**bound(source, param), MASTER: write}) | {CORRECTION}
                 foreign = {k: _foreign(v, param) for k, v in stored.items() if k not in own}
-                moved |= _correction(write, param, stored)
+                parts |= _correction(write, param, stored)
                 if optimizer.state_device is not None:
                     # one parameter after the other: all of them may not fit on its device
-                    moved = {key: part.to(optimizer.state_device) for key, part in moved.items()}
-                state[param] = {"step": step, **moved, **foreign}
+                    parts = {key: part.to(optimizer.state_device) for key, part in parts.items()}
+                state[param] = {"step": step, **parts, **foreign}
                 rounded += CORRECTION in stored and not write.components
                 loaded.append((param, state[param], counts_on_device(group)))
             index += 1
@@ -216,16 +217,11 @@ def _foreign(value: Any, param: Tensor) -> Any:
 
 
 def _saved_order(
-    where: str,
-    param: Tensor,
-    stored: Mapping[str, Any],
-    source: Mapping[str, Format],
-    orders: Mapping[Any, Sequence[int]],
-    number: Any,
+    where: str, param: Tensor, stored: Mapping[str, Any], source: Mapping[str, Format], older: Any
 ) -> tuple[int, ...]:
-    """The order of dimensions that the saved blocks follow."""
-    if DIM_ORDER not in stored and number in orders:
-        return tuple(orders[number])
+    """The order of dimensions that saved blocks follow; ``older`` is from a group's ``orders``."""
+    if DIM_ORDER not in stored and older is not None:
+        return tuple(older)
     keys = [key for key, c in components_of(bound(source, param)).items() if c.suffix]
     return order_in(where, param, stored, keys) or tuple(range(param.dim()))
 
@@ -250,16 +246,10 @@ def _merged_groups(
         saved_groups,
         required=[key for key in ("lr", "betas") if key in optimizer.rule.defaults()],
         keep={*optimizer.storage_options, "formats", "orders", "decoupled_weight_decay"},
-        convert=_loaded_value,
+        convert=lambda k, v: deepcopy(plain_value(tuple(v) if k == "betas" else v)),
         check=check,
     )
     return groups, formats
-
-
-def _loaded_value(key: str, value: Any) -> Any:
-    """A copy of a saved hyper-parameter, in plain Python numbers."""
-    value = deepcopy(plain_value(value))
-    return tuple(value) if key == "betas" else value
 
 
 def _saved_formats(
@@ -339,20 +329,16 @@ def _loaded_step(where: str, step: Any) -> Tensor:
     return torch.tensor(count, dtype=torch.float32, device="cpu")
 
 
-def _moved(
-    param: Tensor,
-    stored: Mapping[str, Tensor],
-    source: Mapping[str, Format],
-    formats: Mapping[str, Format],
-    order: Sequence[int],
+def _copied(
+    param: Tensor, stored: Mapping[str, Tensor], formats: Mapping[str, Format], order: Sequence[int]
 ) -> dict[str, Tensor] | None:
-    """Copies of ``stored`` on the parameter's device; None if its format or order is another."""
-    if source != formats:
-        return None
+    """Copies of ``stored`` on the parameter's device; None if blocks must follow another order."""
     bounds = bound(formats, param)
     follows = follows_order(param, bounds.values())
     if follows and tuple(order) != storage_order(param):
         return None
-    parts = components_of(bounds).items()
-    moved = {key: empty_state(param, component).copy_(stored[key]) for key, component in parts}
-    return {**moved, DIM_ORDER: order_entry(param)} if follows else moved
+    copies = {
+        key: empty_state(param, component).copy_(stored[key])
+        for key, component in components_of(bounds).items()
+    }
+    return {**copies, DIM_ORDER: order_entry(param)} if follows else copies

@@ -1,4 +1,4 @@
-"""Components of a parameter's state: their keys, and checks of tensors that stand for them."""
+"""Components of a parameter's state: their keys, and checks of tensors given for them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Anybody may edit ``optimizer.state``: state is built by hand in ``torch.optim``'s layout, a moment
 is assigned in plain numbers, a parameter gets another shape or layout in memory, foreign entries
 are added. Valid edits are encoded; others raise an error that names them. Nothing is changed here:
-the new entries are rereordered.
+the new entries are returned.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StateForm:
         seed: keys random numbers, together with index and step count.
         write: of the parameter.
         index: of the parameter, counted over all groups.
-        state_device: where state is kept; None: on the parameter's device.
+        state_device: where state is present; None: on the parameter's device.
         counted: whether ``torch.optim``'s class of the rule counts its steps.
         stepped: whether a step takes the state; otherwise it may be on any device.
     """
@@ -78,9 +78,8 @@ class StateForm:
 
 def own_keys(moments: Sequence[Moment], stored: Mapping[str, Declaration]) -> set[str]:
     """All keys that the optimizer itself may use in a parameter's state, in any form."""
-    keys = {c.key(name) for name, declared in stored.items() for c in declared.components}
     names = {m.name for m in moments} | {m.plain for m in moments if m.plain}
-    return {"step", DIM_ORDER, *keys, *names}
+    return {"step", DIM_ORDER, *components_of(stored), *names}
 
 
 def renamed(state: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def conformed(form: StateForm, state: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         form: the form.
-        state: the present entries; not changed. Foreign entries are rereordered unchanged.
+        state: the present entries; not changed. Foreign entries are returned unchanged.
 
     Raises:
         TypeError, ValueError, RuntimeError, KeyError: an entry cannot be converted; the message
@@ -119,9 +118,9 @@ def conformed(form: StateForm, state: Mapping[str, Any]) -> dict[str, Any]:
         return {**initial_state(param, stored, form.state_device), **foreign}
     with torch.inference_mode(False), torch.no_grad():
         step = _step(form, entries)
-        anew = _encoded(form, entries, step)
+        new_parts = _encoded(form, entries, step)
         parts = components_of(stored)
-        found = {key: entries[key] for key in parts if key in entries} | anew
+        found = {key: entries[key] for key in parts if key in entries} | new_parts
         for name, declared in stored.items():
             keys = [component.key(name) for component in declared.components]
             missing = [key for key in keys if key not in found]
@@ -169,20 +168,20 @@ def _encoded(form: StateForm, entries: Mapping[str, Any], step: Tensor) -> dict[
         if not value.is_floating_point():
             dtype = value.dtype
             raise TypeError(f"{form.where}: state[{name!r}]: dtype {dtype}, must be floating")
-    kept = [m for m in form.moments if set(keys[m.name]) <= entries.keys()]
+    present = [m for m in form.moments if set(keys[m.name]) <= entries.keys()]
     order = storage_order(param)
-    if kept and follows_order(param, formats.values()):
-        codes = [key for moment in kept for key in keys[moment.name]]
+    if present and follows_order(param, formats.values()):
+        codes = [key for moment in present for key in keys[moment.name]]
         order = order_in(f"{form.where}: state", param, entries, codes) or order
     reordered = order != storage_order(param)
     if not plain and not reordered:
         return {}
     components = components_of(formats)
-    for key in [key for moment in kept for key in keys[moment.name]]:
+    for key in [key for moment in present for key in keys[moment.name]]:
         shape = components[key].shape(param.shape)
         check_tensor(f"{form.where}: state[{key!r}]", entries[key], shape, RESHAPED)
     # a moment in units of another one can be decoded only while that one is stored
-    readable = [m for m in kept if _divisor(m, formats) in (None, *(k.name for k in kept))]
+    readable = [m for m in present if _divisor(m, formats) in (None, *(k.name for k in present))]
     values = decode_stored(
         param, entries, readable, {m.name: form.formats[m.name] for m in readable}, order
     )

@@ -67,11 +67,7 @@ def order_in(
 ) -> tuple[int, ...] | None:
     """The order of dimensions that a parameter's state follows, or None if nothing tells it.
 
-    Args:
-        where: names the state in messages.
-        param: whose state it is.
-        state: if it has no entry, the first component of the parameter's shape tells the order.
-        keys: of the components to look at.
+    It is that of the entry, or else of the first component in ``keys`` of the parameter's shape.
 
     Raises:
         ValueError: the entry is not one for the parameter's dimensions.

@@ -170,13 +170,13 @@ def locality(subject: Subject) -> None:
 
     With ``skip_nonfinite=True`` the step is skipped: nothing changes.
     """
-    numel, places = 3000, torch.tensor([0, 17, 2049], dtype=torch.int64, device="cpu")
+    numel, indices = 3000, torch.tensor([0, 17, 2049], dtype=torch.int64, device="cpu")
     every = torch.ones(numel, dtype=torch.bool, device="cpu")
-    others = subject.shaped(every.index_fill(0, places, False))
+    others = subject.shaped(every.index_fill(0, indices, False))
     grads = [normal(numel, _generator(t)) for t in range(6)]
-    small = [grad.index_fill(0, places, 0.0) for grad in grads]
+    small = [grad.index_fill(0, indices, 0.0) for grad in grads]
     for poison in (float("nan"), float("inf"), -float("inf")):
-        bad = [g.index_fill(0, places, poison) if t == 2 else g for t, g in enumerate(small)]
+        bad = [g.index_fill(0, indices, poison) if t == 2 else g for t, g in enumerate(small)]
         clean_param = Parameter(subject.shaped(torch.ones_like(grads[0])))
         bad_param = Parameter(clean_param.detach().clone())
         clean = subject.make([clean_param], lr=LR)
