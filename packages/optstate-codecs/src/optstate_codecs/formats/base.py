@@ -14,18 +14,7 @@ from torch import Tensor
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rounding import Draw
 
-__all__ = [
-    "Component",
-    "DeviceFunctions",
-    "Format",
-    "all_on_host",
-    "block_amax",
-    "blocked",
-    "float32_bits",
-    "mark_nonfinite",
-    "rounded",
-    "scaled",
-]
+__all__ = ["Component", "DeviceFunctions", "Format", "float32_bits", "rounded"]
 
 
 @dataclass(frozen=True)
@@ -137,22 +126,22 @@ class Format(PlainFields, ABC):
     @property
     def keeps_sign(self) -> bool:
         """Whether it holds negative numbers, as a first moment needs."""
-        return getattr(self, "signed", True)
+        return True
 
     @property
     def in_update_units(self) -> bool:
         """Whether a first moment is held divided by the root of its second moment."""
-        return getattr(self, "units", "value") == "update"
+        return False
 
     @property
     def uses_random(self) -> bool:
         """Whether ``encode`` needs a draw."""
-        return getattr(self, "rounding", "nearest") != "nearest"
+        return False
 
     @property
     def in_pairs(self) -> bool:
         """Whether steps 2k and 2k + 1 are rounded by mirrored random numbers."""
-        return getattr(self, "rounding", "nearest") == "paired"
+        return False
 
     @property
     def device_functions(self) -> DeviceFunctions | None:
@@ -216,20 +205,8 @@ class Format(PlainFields, ABC):
         ]
         return f"{self.name}({', '.join(options)})" if options else self.name
 
-    def _bits16(self, x: Tensor, draw: Draw | None) -> Tensor | int:
-        """What is added to positions in units of 2^-16 before the low 16 bits are cut off.
-
-        Mirrored numbers are mirrored once more where ``x`` is negative: they are for its value.
-        """
-        rounding = getattr(self, "rounding", "nearest")
-        if rounding == "nearest":
-            return 1 << 15
-        draw = self._need(draw)
-        if rounding == "stochastic":
-            return draw.bits16(x.numel(), x.device)
-        return draw.paired16(x.numel(), x.device) ^ (torch.signbit(x).to(torch.int32) * 0xFFFF)
-
-    def _need(self, draw: Draw | None) -> Draw:
+    def require_draw(self, draw: Draw | None) -> Draw:
+        """``draw``, which must not be None."""
         if draw is None:
             raise ValueError(f"draw=None: {self.spec} rounds stochastically and needs a Draw")
         return draw
@@ -245,36 +222,3 @@ def float32_bits(value: float) -> int:
     """The bits of ``value`` as a float32, as an int32 has them."""
     (bits,) = struct.unpack("<i", struct.pack("<f", value))
     return int(bits)
-
-
-def blocked(x: Tensor, block_size: int) -> Tensor:
-    """View flat ``x`` as [blocks, elements]; a tail is padded with zeros (and so copied)."""
-    if x.numel() <= block_size:
-        return x.view(1, -1) if x.numel() else x.view(0, 1)
-    tail = -x.numel() % block_size
-    if tail:
-        x = torch.nn.functional.pad(x, (0, tail))
-    return x.view(-1, block_size)
-
-
-def block_amax(x: Tensor, block_size: int) -> Tensor:
-    """Each block's largest finite magnitude, [blocks, 1]; 0 where there is none."""
-    finite = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-    return blocked(finite.abs_(), block_size).amax(dim=1, keepdim=True)
-
-
-def scaled(x: Tensor, factor: Tensor, block_size: int) -> Tensor:
-    """Flat ``x`` times its block's ``factor`` ([blocks, 1]); a new tensor."""
-    return (blocked(x, block_size) * factor).view(-1)[: x.numel()]
-
-
-def all_on_host(flags: Tensor) -> bool:
-    """Whether all ``flags`` are set, as far as the host can tell without waiting for a device."""
-    if flags.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return bool(flags.all())
-
-
-def mark_nonfinite(code: Tensor, x: Tensor, nan_code: float) -> Tensor:
-    """``code`` (float, changed in place) with ``nan_code`` where ``x`` is NaN or infinite."""
-    return code.add_(x - x).nan_to_num_(nan=nan_code)

@@ -1,15 +1,21 @@
-"""Marked blocks, and what else device functions of formats with a scale per block share.
+"""Formats with one scale for each block of elements, and the functions that they share.
 
-Where every code stands for a number, one code can still mean NaN in *marked* blocks: those whose
-scale is negative, because one of their elements is not finite. A kernel then compares codes only
-where there is such a block.
+``BlockFormat`` declares their components and options. Functions in torch find scales and mark
+blocks; device functions load and store scales and packed codes.
+
+A *marked* block holds an element that is not finite, and has a negative scale. Where all codes of a
+format stand for numbers, one of them means NaN in marked blocks, and only there, so that kernels
+look for that code in marked blocks only.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from optstate_codecs import checks
 from optstate_codecs.device import (
     INF_BITS,
     MAGNITUDE,
@@ -26,11 +32,21 @@ from optstate_codecs.device import (
     tl,
     widened,
 )
-from optstate_codecs.formats.base import all_on_host, blocked, scaled
+from optstate_codecs.formats.base import Component, Format
+from optstate_codecs.formats.packing import group
+from optstate_codecs.rounding import Draw
 
 __all__ = [
+    "SCALE_MAX",
+    "SCALE_MIN",
     "SMALLEST",
     "SMALLEST_SCALE",
+    "BlockFormat",
+    "all_on_host",
+    "block_amax",
+    "block_size",
+    "blocked",
+    "clamped_scale",
     "fill_marked",
     "finite_amax",
     "load_bytes",
@@ -38,13 +54,165 @@ __all__ = [
     "load_scale",
     "mark",
     "nan_where_marked",
+    "power_of_two_scale",
+    "scaled",
     "store_codes",
     "store_marked",
     "store_scale",
 ]
 
-# the least scale of every format that marks: its reciprocal is a normal number
+# scales of a block that is not all zero: their reciprocals are normal numbers
 SMALLEST_SCALE = 2.0**-100
+# as float32 bits, the smallest scale and, for most formats, the largest: 2^120
+SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
+MANTISSA = 0x7FFFFF
+
+
+class BlockFormat(Format):
+    """Codes, and one scale for each block of consecutive elements (the last may be shorter).
+
+    Components: ``codes``, one per element and shaped like the parameter, or packed into bytes as
+    ``formats.packing`` says where a code has fewer than 8 bits; and ``scale``, one per block.
+
+    A subclass is a frozen dataclass. The options that it offers are fields, which stand in place of
+    the properties here; the other properties keep the value that they have here.
+    """
+
+    #: elements that share a scale, a power of two from 16 to 8192
+    block_size: int
+    code_dtype: ClassVar[torch.dtype] = torch.uint8
+    #: the values that ``rounding`` may have
+    roundings: ClassVar[tuple[str, ...]] = ("nearest", "stochastic")
+    #: whether codes are a sign and a magnitude, and not two's complements
+    sign_magnitude: ClassVar[bool] = True
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code where ``code_dtype`` is uint8."""
+        return 8
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """float32, or bfloat16."""
+        return torch.float32
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes have a sign. Without one, positive numbers stay positive."""
+        return True
+
+    @property
+    def domain(self) -> str:
+        """What is stored of a moment: itself ("linear") or its root ("sqrt", unsigned only)."""
+        return "linear"
+
+    @property
+    def rounding(self) -> str:
+        """One of ``roundings``: "nearest", "stochastic", or "paired": mirrored every other step."""
+        return "nearest"
+
+    @property
+    def units(self) -> str:
+        """What a first moment is stored as: itself ("value") or m / sqrt(v) ("update")."""
+        return "value"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.block_size(self.block_size)
+        checks.flag("signed", self.signed)
+        checks.one_of("domain", self.domain, ("linear", "sqrt"))
+        checks.one_of("rounding", self.rounding, self.roundings)
+        checks.one_of("units", self.units, ("value", "update"))
+        if self.signed and self.domain == "sqrt":
+            raise ValueError("domain='sqrt': needs signed=False")
+        if not self.signed and self.units == "update":
+            raise ValueError("units='update': needs signed=True")
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return (
+            Component("codes", self.code_dtype, *group(self.bits)),
+            Component("scale", self.scale_dtype, self.block_size),
+        )
+
+    @property
+    def keeps_positive(self) -> bool:
+        return not self.signed
+
+    @property
+    def keeps_sign(self) -> bool:
+        return self.signed
+
+    @property
+    def in_update_units(self) -> bool:
+        return self.units == "update"
+
+    @property
+    def uses_random(self) -> bool:
+        return self.rounding != "nearest"
+
+    @property
+    def in_pairs(self) -> bool:
+        return self.rounding == "paired"
+
+    def rounding_bits(self, x: Tensor, draw: Draw | None) -> Tensor | int:
+        """The number to add to positions before their low 16 bits, a fraction, are cut off.
+
+        Args:
+            x: the values that are rounded, flat.
+            draw: random numbers; needed where ``uses_random``. Those of "paired" round values: for
+                codes with a sign and a magnitude they are mirrored again where ``x`` is negative.
+        """
+        if self.rounding == "nearest":
+            return 1 << 15
+        draw = self.require_draw(draw)
+        if self.rounding == "stochastic":
+            return draw.bits16(x.numel(), x.device)
+        bits = draw.paired16(x.numel(), x.device)
+        return bits ^ (torch.signbit(x).to(torch.int32) * 0xFFFF) if self.sign_magnitude else bits
+
+
+def blocked(x: Tensor, block_size: int) -> Tensor:
+    """View flat ``x`` as [blocks, elements]; a tail is padded with zeros (and so copied)."""
+    if x.numel() <= block_size:
+        return x.view(1, -1) if x.numel() else x.view(0, 1)
+    tail = -x.numel() % block_size
+    if tail:
+        x = torch.nn.functional.pad(x, (0, tail))
+    return x.view(-1, block_size)
+
+
+def block_amax(x: Tensor, block_size: int) -> Tensor:
+    """Each block's largest finite magnitude, [blocks, 1]; 0 where there is none."""
+    finite = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+    return blocked(finite.abs_(), block_size).amax(dim=1, keepdim=True)
+
+
+def scaled(x: Tensor, factor: Tensor, block_size: int) -> Tensor:
+    """Flat ``x`` times its block's ``factor`` ([blocks, 1]); a new tensor."""
+    return (blocked(x, block_size) * factor).view(-1)[: x.numel()]
+
+
+def power_of_two_scale(amax: Tensor, top: int, largest: int = SCALE_MAX) -> tuple[Tensor, Tensor]:
+    """The smallest powers of two under which codes reach ``amax``, and their reciprocals.
+
+    Args:
+        amax: each block's largest magnitude; the scale and reciprocal of 0 are 0.
+        top: the largest value of a code under a scale of 1, as float32 bits.
+        largest: the largest scale, as float32 bits.
+    """
+    exponent, mantissa = divmod(top, 1 << 23)
+    bits = ((amax.view(torch.int32) + (MANTISSA - mantissa)) & ~MANTISSA) - (exponent - 127 << 23)
+    bits = bits.clamp_(SCALE_MIN, largest)
+    some = amax > 0
+    return bits.view(torch.float32) * some, (0x7F000000 - bits).view(torch.float32) * some
+
+
+def all_on_host(flags: Tensor) -> bool:
+    """Whether all ``flags`` are set, as far as the host can tell without waiting for a device."""
+    if flags.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(flags.all())
 
 
 def mark(
@@ -78,6 +246,7 @@ def fill_marked(x: Tensor, codes: Tensor, scale: Tensor, nan_code: int, block_si
 
 
 SMALLEST = constant(SMALLEST_SCALE)
+_SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
 
 
 @jit
@@ -102,6 +271,12 @@ def store_scale(scale, value, offsets, rows, left):  # type: ignore[no-untyped-d
     if scale.dtype.element_ty == tl.int16:
         value = (as_bits(value) >> 16).to(tl.int16)
     tl.store(scale + rows, value, mask=rows * block_size(offsets, rows) < left)
+
+
+@jit
+def clamped_scale(bits):  # type: ignore[no-untyped-def]
+    """A scale's bits, at least ``SCALE_MIN`` and at most ``SCALE_MAX``."""
+    return tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
 
 
 @jit

@@ -69,16 +69,18 @@ class BF16(Format):
         return (Component("", torch.bfloat16),)
 
     @property
+    def uses_random(self) -> bool:
+        return self.rounding == "stochastic"
+
+    @property
     def device_functions(self) -> DeviceFunctions | None:
-        return DeviceFunctions(
-            load_bf16, store_bf16, int(self.rounding == "stochastic"), returns=True
-        )
+        return DeviceFunctions(load_bf16, store_bf16, int(self.uses_random), returns=True)
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         if self.rounding == "nearest":
             parts[0].copy_(x)
         else:
-            bits = self._need(draw).bits16(x.numel(), x.device)
+            bits = self.require_draw(draw).bits16(x.numel(), x.device)
             parts[0].copy_(stochastic_round_bf16(x, bits))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:

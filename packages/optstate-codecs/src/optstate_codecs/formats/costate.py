@@ -53,40 +53,38 @@ from optstate_codecs.device import (
     spread,
     tl,
 )
-from optstate_codecs.formats.base import (
-    Component,
-    DeviceFunctions,
-    Format,
-    block_amax,
-    blocked,
-    scaled,
-)
+from optstate_codecs.formats.base import DeviceFunctions
 from optstate_codecs.formats.block import (
+    SCALE_MAX,
+    SCALE_MIN,
+    BlockFormat,
+    block_amax,
     block_size,
+    blocked,
+    clamped_scale,
     fill_marked,
     finite_amax,
     load_codes,
     load_scale,
     mark,
     nan_where_marked,
+    scaled,
     store_codes,
     store_marked,
     store_scale,
 )
 from optstate_codecs.formats.linear import Int4
-from optstate_codecs.formats.packing import group, pack, unpack
+from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.rounding import Draw
 
 __all__ = ["CoState"]
 
-# exponent fields of the smallest and largest scale, 2^-100 and 2^120
-SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
 # shares of the mean magnitude are multiples of 1 / FRACTION
 FRACTION = 4096
 
 
 @dataclass(frozen=True)
-class CoState(Format):
+class CoState(BlockFormat):
     """Signs and costates of a first moment, in update units.
 
     Args:
@@ -101,6 +99,9 @@ class CoState(Format):
 
     name: ClassVar[str] = "costate"
     units: ClassVar[str] = "update"
+    scale_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    roundings: ClassVar[tuple[str, ...]] = ("nearest", "paired")
+    sign_magnitude: ClassVar[bool] = False
     bits: int = 3
     block_size: int = 128
     amp_pct: float | None = None
@@ -108,7 +109,6 @@ class CoState(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.block_size(self.block_size)
         checks.one_of("bits", self.bits, (1, 2, 3, 4, 6))
         if self.amp_pct is not None:
             checks.unit_interval("amp_pct", self.amp_pct)
@@ -128,17 +128,6 @@ class CoState(Format):
     @property
     def rounding(self) -> str:
         return "nearest" if self.bits == 1 else "paired"
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.uint8, *group(self.bits)),
-            Component("scale", torch.bfloat16, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return False
 
     @property
     def device_functions(self) -> DeviceFunctions:
@@ -193,18 +182,13 @@ class CoState(Format):
         half = self._half
         value = value.clamp_(self._lowest + half, self._highest + half)
         # the low half of these floats' bits is a fraction, which what is added rounds away
-        position = value.add_(192 - half).view(torch.int32) + self._bits16(x, draw)
+        position = value.add_(192 - half).view(torch.int32) + self.rounding_bits(x, draw)
         code = (position >> 16) & ((1 << self.bits) - 1)
         step = step * some
         if self._null:
             code, step = mark(code, step, x, 1 << self.bits - 1, self.block_size)
         codes.copy_(pack(code, self.bits))
         scale.copy_(step.view(-1))
-
-    def _bits16(self, x: Tensor, draw: Draw | None) -> Tensor | int:
-        if self.bits == 1:
-            return 1 << 15
-        return self._need(draw).paired16(x.numel(), x.device)
 
     def _mean(self, x: Tensor) -> Tensor:
         """Each block's mean magnitude, without what is not finite; [blocks, 1]."""
@@ -232,7 +216,7 @@ def _quantile(share: float) -> float:
 
 # The same on a tile. OPTIONS: the bits; from bit 4 on the step in units of the mean, 20 bits, and
 # from bit 24 on what is the least not to count as zero, both times FRACTION.
-_SCALE_MIN, _SCALE_MAX, _FRACTION = constant(SCALE_MIN), constant(SCALE_MAX), constant(FRACTION)
+_FRACTION = constant(FRACTION)
 
 
 @jit
@@ -271,8 +255,7 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
         mean = total * reciprocal(count)
         if width > 0:
             step = mean * width
-    scale_bits = (as_bits(step) + 0xFFFF) & -65536
-    scale_bits = tl.minimum(tl.maximum(scale_bits, _SCALE_MIN), _SCALE_MAX)
+    scale_bits = clamped_scale((as_bits(step) + 0xFFFF) & -65536)
     factor = tl.where(top > 0, as_float(scale_bits), 0.0)
     # of zeros, any scale makes zeros
     inverse = spread(reciprocal(as_float(scale_bits)), offsets)

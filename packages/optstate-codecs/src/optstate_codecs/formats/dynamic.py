@@ -45,7 +45,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks, exact
+from optstate_codecs import exact
 from optstate_codecs.device import (
     INF_BITS,
     as_bits,
@@ -61,20 +61,18 @@ from optstate_codecs.device import (
     tl,
     widened,
 )
-from optstate_codecs.formats.base import (
-    Component,
-    DeviceFunctions,
-    Format,
-    block_amax,
-    rounded,
-    scaled,
-)
+from optstate_codecs.formats.base import DeviceFunctions, rounded
 from optstate_codecs.formats.block import (
+    SCALE_MIN,
+    BlockFormat,
+    block_amax,
     fill_marked,
     finite_amax,
     load_scale,
     mark,
     nan_where_marked,
+    power_of_two_scale,
+    scaled,
     store_marked,
     store_scale,
 )
@@ -88,15 +86,14 @@ UNSIGNED_NAN = 255
 RANGES = 7
 BASES = (8, 10)
 HALF = 1 << 15
-# exponent fields of the smallest and largest scale, 2^-100 and 2^126: both have exact reciprocals
-# and leave room for the factor base^-7 above float32's subnormals
-SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 126) << 23
-# rounds a float's bits up to the next power of two, unless it is within the top point
+# as float32 bits, the last point, 1 - 8^-7, and the largest scale, 2^126
+LARGEST, SCALE_MAX = 0x3F7FFFF8, (127 + 126) << 23
+# rounds a float's bits up to the next power of two, unless it is within the last point
 COVER = 0x800007
 
 
 @dataclass(frozen=True)
-class Dynamic8(Format):
+class Dynamic8(BlockFormat):
     """8-bit dynamic exponent codes under a power-of-two scale per block.
 
     Rounding to nearest errs by at most 0.7 % of the scale when signed, half of it when unsigned,
@@ -122,17 +119,8 @@ class Dynamic8(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.block_size(self.block_size)
-        checks.flag("signed", self.signed)
         if self.base not in BASES:
             raise ValueError(f"base={self.base!r}: must be 8 or 10")
-        checks.one_of("domain", self.domain, ("linear", "sqrt"))
-        checks.one_of("rounding", self.rounding, ("nearest", "stochastic"))
-        checks.one_of("units", self.units, ("value", "update"))
-        if self.signed and self.domain == "sqrt":
-            raise ValueError("domain='sqrt': needs signed=False")
-        if not self.signed and self.units == "update":
-            raise ValueError("units='update': needs signed=True")
 
     @classmethod
     def first_moment(cls, block_size: int = 2048) -> Dynamic8:
@@ -143,17 +131,6 @@ class Dynamic8(Format):
     def second_moment(cls, block_size: int = 2048) -> Dynamic8:
         """The variant made for second moments: unsigned roots, stochastically rounded."""
         return cls(block_size, signed=False, domain="sqrt", rounding="stochastic")
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.uint8),
-            Component("scale", torch.float32, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return not self.signed
 
     @property
     def device_functions(self) -> DeviceFunctions | None:
@@ -170,13 +147,10 @@ class Dynamic8(Format):
         codes, scale = parts
         if self.domain == "sqrt":
             x = exact.sqrt(x)
-        step, inverse = power_of_two_scale(block_amax(x, self.block_size))
+        step, inverse = power_of_two_scale(block_amax(x, self.block_size), LARGEST, SCALE_MAX)
         units = scaled(x, inverse * float(self.base) ** RANGES, self.block_size).abs_().add_(1)
         position = position_of(units, self.base).clamp_(max=128)
-        if self.rounding == "stochastic":
-            bits: Tensor | int = self._need(draw).bits16(x.numel(), x.device)
-        else:
-            bits = HALF
+        bits = self.rounding_bits(x, draw)
         # adding to a float of this size leaves t in units of 2^-16 (2^-15) in the low bits
         if self.signed:
             fixed = position.add_(127).view(torch.int32)
@@ -204,19 +178,6 @@ class Dynamic8(Format):
         x = fill_marked(x, codes, scale, self._nan_code, self.block_size)
         x = scaled(x, scale.abs().view(-1, 1), self.block_size)
         return x.mul_(x) if self.domain == "sqrt" else x
-
-
-def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest power of two whose top point covers ``amax``, and its reciprocal.
-
-    (0, 0) for zero.
-    """
-    bits = (amax.view(torch.int32) + COVER).bitwise_and_(0x7F800000)
-    bits = bits.clamp_(SCALE_MIN, SCALE_MAX)
-    some = amax > 0
-    scale = bits.view(torch.float32) * some
-    inverse = (0x7F000000 - bits).view(torch.float32) * some
-    return scale, inverse
 
 
 def lines(base: int) -> list[tuple[float, float]]:

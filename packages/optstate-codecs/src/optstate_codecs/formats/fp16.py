@@ -19,10 +19,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
 from optstate_codecs.device import as_float, constant, jit, spread, tl
-from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
-from optstate_codecs.formats.block import finite_amax, load_scale, store_scale
+from optstate_codecs.formats.base import DeviceFunctions
+from optstate_codecs.formats.block import (
+    BlockFormat,
+    block_amax,
+    finite_amax,
+    load_scale,
+    scaled,
+    store_scale,
+)
 from optstate_codecs.rounding import Draw
 
 __all__ = ["FP16"]
@@ -32,7 +38,7 @@ LOWEST, HIGHEST = 1, 253
 
 
 @dataclass(frozen=True)
-class FP16(Format):
+class FP16(BlockFormat):
     """Float16 under a power of two per block, rounded to nearest.
 
     Args:
@@ -40,22 +46,8 @@ class FP16(Format):
     """
 
     name: ClassVar[str] = "fp16"
+    code_dtype: ClassVar[torch.dtype] = torch.float16
     block_size: int = 2048
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.block_size(self.block_size)
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.float16),
-            Component("scale", torch.float32, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return False
 
     @property
     def device_functions(self) -> DeviceFunctions | None:

@@ -25,7 +25,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
 from optstate_codecs.device import (
     INF_BITS,
     as_bits,
@@ -39,12 +38,17 @@ from optstate_codecs.device import (
     tl,
     top_byte,
 )
-from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
+from optstate_codecs.formats.base import DeviceFunctions
 from optstate_codecs.formats.block import (
+    BlockFormat,
+    block_amax,
+    clamped_scale,
     finite_amax,
     load_scale,
     mark,
     nan_where_marked,
+    power_of_two_scale,
+    scaled,
     store_marked,
     store_scale,
 )
@@ -57,13 +61,13 @@ NAN_CODE = 127
 LAST = 126
 # the exponent fields of 2^-6, the smallest normal number, and of 2^-7
 NORMAL, BELOW = (127 - 6) << 23, (127 - 7) << 23
-# 448 = 1.75 * 2^8: what lies above 1.75 of a binade needs the next scale
+# 448 = 1.75 * 2^8 as float32 bits; what lies above 1.75 of a binade needs the next scale
+LARGEST = 0x43E00000
 COVER, TOP = 0x1FFFFF, 8 << 23
-SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
 
 
 @dataclass(frozen=True)
-class FP8(Format):
+class FP8(BlockFormat):
     """float8_e4m3fn under a power-of-two scale per block; relative steps of 1/8 to 1/16.
 
     Args:
@@ -75,35 +79,16 @@ class FP8(Format):
     """
 
     name: ClassVar[str] = "fp8"
+    roundings: ClassVar[tuple[str, ...]] = ("nearest", "stochastic", "paired")
     block_size: int = 2048
     signed: bool = True
     rounding: str = "nearest"
     units: str = "value"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.block_size(self.block_size)
-        checks.flag("signed", self.signed)
-        checks.one_of("rounding", self.rounding, ("nearest", "stochastic", "paired"))
-        checks.one_of("units", self.units, ("value", "update"))
-        if not self.signed and self.units == "update":
-            raise ValueError("units='update': needs signed=True")
-
     @classmethod
     def first_moment(cls, block_size: int = 2048) -> FP8:
         """The variant made for first moments: in update units, rounded in pairs of steps."""
         return cls(block_size, rounding="paired", units="update")
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.uint8),
-            Component("scale", torch.float32, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return not self.signed
 
     @property
     def device_functions(self) -> DeviceFunctions:
@@ -118,13 +103,13 @@ class FP8(Format):
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
-        step, inverse = power_of_two_scale(block_amax(x, self.block_size))
+        step, inverse = power_of_two_scale(block_amax(x, self.block_size), LARGEST)
         magnitude = scaled(x.abs(), inverse, self.block_size)
         # adding 2^-6 to what is below it gives floats whose steps are those of the subnormals
         small = (magnitude + 2.0**-6).view(torch.int32) - NORMAL
         position = torch.where(magnitude < 2.0**-6, small, magnitude.view(torch.int32) - BELOW)
         position >>= 4
-        position += self._bits16(x, draw)
+        position += self.rounding_bits(x, draw)
         code = (position >> 16).clamp_(max=LAST)
         if not self.signed:
             code = torch.maximum(code, (x > 0).to(torch.int32))
@@ -138,14 +123,6 @@ class FP8(Format):
         values = value_table(codes.device)
         x = values.index_select(0, codes.to(torch.int32))
         return scaled(x, scale.abs().view(-1, 1), self.block_size)
-
-
-def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest power of two that brings ``amax`` to 448 or below, and its reciprocal."""
-    bits = ((amax.view(torch.int32) + COVER) & 0x7F800000) - TOP
-    scale = bits.clamp_(SCALE_MIN, SCALE_MAX).view(torch.float32)
-    some = amax > 0
-    return scale * some, scale.reciprocal() * some
 
 
 @cached_table()
@@ -163,7 +140,6 @@ SIGNED, STOCHASTIC, SATURATE, PAIRED = 1, 2, 4, 8
 _SIGNED, _STOCHASTIC = constant(SIGNED), constant(STOCHASTIC)
 _SATURATE, _PAIRED = constant(SATURATE), constant(PAIRED)
 _NAN_CODE, _COVER, _TOP = constant(NAN_CODE), constant(COVER), constant(TOP)
-_SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
 DOWN, UP = constant(2.0**-120), constant(2.0**120)
 
 
@@ -186,8 +162,7 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile; ``random`` is what ``Draw.bits16`` or ``Draw.paired16`` gives."""
     top, worst = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
-    bits = ((top + _COVER) & 0x7F800000) - _TOP
-    bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
+    bits = clamped_scale(((top + _COVER) & 0x7F800000) - _TOP)
     factor = tl.where(top > 0, as_float(bits), 0.0)
     inverse = tl.where(top > 0, as_float(0x7F000000 - bits), 0.0)
     if OPTIONS & _SATURATE:

@@ -22,7 +22,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
 from optstate_codecs.device import (
     INF_BITS,
     MAGNITUDE,
@@ -38,22 +37,21 @@ from optstate_codecs.device import (
     spread,
     tl,
 )
-from optstate_codecs.formats.base import (
-    Component,
-    DeviceFunctions,
-    Format,
-    block_amax,
-    mark_nonfinite,
-    scaled,
-)
+from optstate_codecs.formats.base import DeviceFunctions
 from optstate_codecs.formats.block import (
+    SCALE_MAX,
+    SCALE_MIN,
+    BlockFormat,
+    block_amax,
     block_size,
+    clamped_scale,
     fill_marked,
     finite_amax,
     load_bytes,
     load_scale,
     mark,
     nan_where_marked,
+    scaled,
     store_codes,
     store_marked,
     store_scale,
@@ -64,13 +62,11 @@ from optstate_codecs.rounding import Draw
 __all__ = ["Int4", "Int8"]
 
 NAN_CODE, NAN_CODE4 = -128, 8
-# exponent fields of the smallest and largest 4-bit scale, 2^-100 and 2^120
-SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
 TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Int8(Format):
+class Int8(BlockFormat):
     """Linear int8 codes under an absmax scale; error at most scale / 2 when rounding to nearest.
 
     Args:
@@ -80,26 +76,10 @@ class Int8(Format):
     """
 
     name: ClassVar[str] = "int8"
+    code_dtype: ClassVar[torch.dtype] = torch.int8
     block_size: int = 256
     rounding: str = "nearest"
     units: str = "value"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.block_size(self.block_size)
-        checks.one_of("rounding", self.rounding, ("nearest", "stochastic"))
-        checks.one_of("units", self.units, ("value", "update"))
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.int8),
-            Component("scale", torch.float32, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return False
 
     @property
     def device_functions(self) -> DeviceFunctions | None:
@@ -113,8 +93,10 @@ class Int8(Format):
         inverse = torch.where(step > 0, 1 / step, step)
         code = scaled(x, inverse, self.block_size)
         if self.rounding == "stochastic":
-            code.add_(self._need(draw).centred(x.numel(), x.device))
-        codes.copy_(mark_nonfinite(code.round_().clamp_(-127, 127), x, NAN_CODE))
+            code.add_(self.require_draw(draw).centred(x.numel(), x.device))
+        # x - x is NaN where x is not finite, else 0
+        code = code.round_().clamp_(-127, 127).add_(x - x).nan_to_num_(nan=NAN_CODE)
+        codes.copy_(code)
         scale.copy_(step.view(-1))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
@@ -124,7 +106,7 @@ class Int8(Format):
 
 
 @dataclass(frozen=True)
-class Int4(Format):
+class Int4(BlockFormat):
     """4-bit integers from -7 to 7 under an absmax scale.
 
     Args:
@@ -135,31 +117,18 @@ class Int4(Format):
     """
 
     name: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
+    scale_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    roundings: ClassVar[tuple[str, ...]] = ("nearest", "stochastic", "paired")
+    sign_magnitude: ClassVar[bool] = False
     block_size: int = 128
     rounding: str = "nearest"
     units: str = "value"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.block_size(self.block_size)
-        checks.one_of("rounding", self.rounding, ("nearest", "stochastic", "paired"))
-        checks.one_of("units", self.units, ("value", "update"))
 
     @classmethod
     def first_moment(cls, block_size: int = 128) -> Int4:
         """The variant made for first moments: in update units, rounded in pairs of steps."""
         return cls(block_size, rounding="paired", units="update")
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.uint8, 2),
-            Component("scale", torch.bfloat16, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return False
 
     @property
     def device_functions(self) -> DeviceFunctions:
@@ -174,12 +143,7 @@ class Int4(Format):
         some = amax > 0
         value = scaled(x, step.reciprocal() * some, self.block_size)
         position = value.clamp_(-7, 7).add_(192).view(torch.int32)
-        if self.rounding == "nearest":
-            position += 0x8000
-        elif self.rounding == "stochastic":
-            position += self._need(draw).bits16(x.numel(), x.device)
-        else:
-            position += self._need(draw).paired16(x.numel(), x.device)
+        position += self.rounding_bits(x, draw)
         code = (position >> 16) & 15
         code, step = mark(code, step * some, x, NAN_CODE4, self.block_size)
         codes.copy_(pack(code))
@@ -226,11 +190,7 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
 
 STOCHASTIC, SATURATE = 1, 2
 _STOCHASTIC, _SATURATE = constant(STOCHASTIC), constant(SATURATE)
-_NAN_CODE4, _SCALE_MIN, _SCALE_MAX = (
-    constant(NAN_CODE4),
-    constant(SCALE_MIN),
-    constant(SCALE_MAX),
-)
+_NAN_CODE4 = constant(NAN_CODE4)
 
 
 @jit
@@ -250,8 +210,7 @@ def load4(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.c
 def store4(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile in 4-bit codes; ``random`` is what the format draws. Returns it decoded."""
     top, worst = finite_amax(x, rows, True)
-    bits = (as_bits(as_float(top) * (1.0 / 7.0)) + 0xFFFF) & -65536
-    bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
+    bits = clamped_scale((as_bits(as_float(top) * (1.0 / 7.0)) + 0xFFFF) & -65536)
     factor = tl.where(top > 0, as_float(bits), 0.0)
     # of zeros, any scale makes zeros
     inverse = spread(reciprocal(as_float(bits)), offsets)

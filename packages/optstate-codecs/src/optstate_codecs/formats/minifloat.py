@@ -57,22 +57,21 @@ from optstate_codecs.device import (
     tl,
     widened,
 )
-from optstate_codecs.formats.base import (
-    Component,
-    DeviceFunctions,
-    Format,
-    block_amax,
-    float32_bits,
-    rounded,
-    scaled,
-)
+from optstate_codecs.formats.base import DeviceFunctions, float32_bits, rounded
 from optstate_codecs.formats.block import (
+    SCALE_MAX,
+    SCALE_MIN,
+    BlockFormat,
+    block_amax,
+    clamped_scale,
     fill_marked,
     finite_amax,
     load_bytes,
     load_scale,
     mark,
     nan_where_marked,
+    power_of_two_scale,
+    scaled,
     store_codes,
     store_marked,
     store_scale,
@@ -85,12 +84,10 @@ __all__ = ["Minifloat"]
 ONE = 0x3F800000
 MANTISSA = 0x7FFFFF
 LIFTS = {0.0: 0, 1 / 128: 7, 1 / 64: 6, 1 / 32: 5, 1 / 16: 4}
-# scales from 2^-100 to 2^120 have exact or normal reciprocals
-SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
 
 
 @dataclass(frozen=True)
-class Minifloat(Format):
+class Minifloat(BlockFormat):
     """Minifloat codes of 4 or 8 bits under a scale per block.
 
     Args:
@@ -109,6 +106,7 @@ class Minifloat(Format):
     """
 
     name: ClassVar[str] = "minifloat"
+    roundings: ClassVar[tuple[str, ...]] = ("nearest", "stochastic", "paired")
     exponent_bits: int = 2
     mantissa_bits: int = 2
     block_size: int = 128
@@ -120,11 +118,6 @@ class Minifloat(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.block_size(self.block_size)
-        checks.flag("signed", self.signed)
-        checks.one_of("domain", self.domain, ("linear", "sqrt"))
-        checks.one_of("rounding", self.rounding, ("nearest", "stochastic", "paired"))
-        checks.one_of("units", self.units, ("value", "update"))
         checks.whole_number("exponent_bits", self.exponent_bits)
         checks.whole_number("mantissa_bits", self.mantissa_bits)
         if self.bits not in (4, 8) or not 1 <= self.exponent_bits <= 5 or self.mantissa_bits < 1:
@@ -134,10 +127,6 @@ class Minifloat(Format):
             )
         if self.lift not in LIFTS:
             raise ValueError(f"lift={self.lift!r}: must be one of 0, 1/128, 1/64, 1/32, 1/16")
-        if self.signed and self.domain == "sqrt":
-            raise ValueError("domain='sqrt': needs signed=False")
-        if not self.signed and self.units == "update":
-            raise ValueError("units='update': needs signed=True")
 
     @classmethod
     def second_moment4(cls, block_size: int = 128) -> Minifloat:
@@ -155,16 +144,8 @@ class Minifloat(Format):
         return self.exponent_bits + self.mantissa_bits + self.signed
 
     @property
-    def components(self) -> tuple[Component, ...]:
-        packed = self.bits == 4
-        return (
-            Component("codes", torch.uint8, 2 if packed else 1),
-            Component("scale", torch.bfloat16 if packed else torch.float32, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return not self.signed
+    def scale_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bits == 4 else torch.float32
 
     @property
     def device_functions(self) -> DeviceFunctions:
@@ -201,7 +182,7 @@ class Minifloat(Format):
         if self.lift:
             part = position & 0xFFFF
             position += (part * (65536 - part)) >> (16 + LIFTS[self.lift])
-        position += self._bits16(x, draw)
+        position += self.rounding_bits(x, draw)
         code = (position >> 16).clamp_(max=self._last)
         if self.signed:
             code += torch.signbit(x).to(torch.int32) * self._nan_code
@@ -215,17 +196,11 @@ class Minifloat(Format):
         """Each block's scale and its reciprocal; 0 and 0 for blocks of zeros."""
         whole, part = divmod(self._last, 1 << self.mantissa_bits)
         top = rounded(math.ldexp(1 + part / (1 << self.mantissa_bits), whole) - 1)
-        if self.signed:
-            bits = (amax * (1 / top)).view(torch.int32)
-            bits = (bits + 0xFFFF) & ~0xFFFF
-        else:
-            high, mantissa = divmod(float32_bits(top), 1 << 23)
-            bits = ((amax.view(torch.int32) + (MANTISSA - mantissa)) & ~MANTISSA) - (
-                (high - 127) << 23
-            )
-        bits = bits.clamp_(SCALE_MIN, SCALE_MAX)
+        if not self.signed:
+            return power_of_two_scale(amax, float32_bits(top))
+        bits = ((amax * (1 / top)).view(torch.int32) + 0xFFFF) & ~0xFFFF
         some = amax > 0
-        scale = bits.view(torch.float32)
+        scale = bits.clamp_(SCALE_MIN, SCALE_MAX).view(torch.float32)
         return scale * some, scale.reciprocal() * some
 
     def _values(self, magnitude: Tensor) -> Tensor:
@@ -254,7 +229,6 @@ SIGNED, PACKED, STOCHASTIC, SATURATE, PAIRED = 1, 2, 4, 8, 1 << 20
 _SIGNED, _PACKED = constant(SIGNED), constant(PACKED)
 _STOCHASTIC, _SATURATE, _PAIRED = constant(STOCHASTIC), constant(SATURATE), constant(PAIRED)
 _ONE, _MANTISSA = constant(ONE), constant(MANTISSA)
-_SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
 
 
 @jit
@@ -307,7 +281,7 @@ def scales(top, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
         last = as_bits(top * 0.0 + largest)
         exponent = (last & ~_MANTISSA) - _ONE
         bits = ((top + (_MANTISSA - (last & _MANTISSA))) & ~_MANTISSA) - exponent
-    bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
+    bits = clamped_scale(bits)
     scale = as_float(bits)
     if OPTIONS & _SIGNED:
         inverse = reciprocal(scale)

@@ -48,27 +48,26 @@ from optstate_codecs.device import (
     spread,
     tl,
 )
-from optstate_codecs.formats.base import (
-    Component,
-    DeviceFunctions,
-    Format,
+from optstate_codecs.formats.base import DeviceFunctions
+from optstate_codecs.formats.block import (
+    SCALE_MIN,
+    SMALLEST,
+    SMALLEST_SCALE,
+    BlockFormat,
     all_on_host,
     block_amax,
     blocked,
-    scaled,
-)
-from optstate_codecs.formats.block import (
-    SMALLEST,
-    SMALLEST_SCALE,
     fill_marked,
     finite_amax,
     load_codes,
     load_scale,
     nan_where_marked,
+    power_of_two_scale,
+    scaled,
     store_codes,
     store_scale,
 )
-from optstate_codecs.formats.packing import group, pack, unpack
+from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.rounding import Draw
 
 __all__ = ["OneQ"]
@@ -78,12 +77,12 @@ ONE, MANTISSA = 0x3F800000, 0x7FFFFF
 MANTISSA_BITS = {2: 0, 3: 0, 4: 1, 6: 3, 8: 5}
 # and n, s where a share f of the way to the next level counts as f + n 2^(16 - s) f (1 - f)
 LIFT = {2: (-11, 20), 3: (3, 20), 4: (1, 19), 6: (1, 21), 8: (1, 23)}
-# scales from 2^-100 to 2^100: twice the largest is a float still
-SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 100) << 23
+# the largest scale, 2^100, as float32 bits: twice the largest is a float still
+SCALE_MAX = (127 + 100) << 23
 
 
 @dataclass(frozen=True)
-class OneQ(Format):
+class OneQ(BlockFormat):
     """Roots of second moments on a logarithmic grid, rounded stochastically.
 
     Args:
@@ -92,26 +91,16 @@ class OneQ(Format):
     """
 
     name: ClassVar[str] = "oneq"
+    signed: ClassVar[bool] = False
     domain: ClassVar[str] = "sqrt"
     rounding: ClassVar[str] = "stochastic"
+    scale_dtype: ClassVar[torch.dtype] = torch.bfloat16
     bits: int = 4
     block_size: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.block_size(self.block_size)
         checks.one_of("bits", self.bits, tuple(MANTISSA_BITS))
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.uint8, *group(self.bits)),
-            Component("scale", torch.bfloat16, self.block_size),
-        )
-
-    @property
-    def keeps_sign(self) -> bool:
-        return False
 
     @property
     def device_functions(self) -> DeviceFunctions:
@@ -131,7 +120,7 @@ class OneQ(Format):
         part = position & 0xFFFF
         times, shift = LIFT[self.bits]
         position += (part * (65536 - part) >> shift) * times
-        position += self._bits16(x, draw)
+        position += self.rounding_bits(x, draw)
         code = torch.maximum(position >> 16, (x > 0).to(torch.int32)).clamp_(max=self._last)
         code, step = self._mark(code, step, x)
         codes.copy_(pack(code, self.bits))
@@ -144,9 +133,7 @@ class OneQ(Format):
     def _scale(self, amax: Tensor) -> Tensor:
         """Each block's scale; 0 for blocks of zeros."""
         top = (self._last - 1 << 23 - MANTISSA_BITS[self.bits]) + ONE
-        high, mantissa = divmod(top, 1 << 23)
-        bits = ((amax.view(torch.int32) + (MANTISSA - mantissa)) & ~MANTISSA) - (high - 127 << 23)
-        return bits.clamp_(SCALE_MIN, SCALE_MAX).view(torch.float32) * (amax > 0)
+        return power_of_two_scale(amax, top, SCALE_MAX)[0]
 
     def _levels(self, code: Tensor) -> Tensor:
         """What each code stands for under a scale of 1, float32."""

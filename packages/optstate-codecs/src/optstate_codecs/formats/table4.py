@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.formats.base import Component, Format, block_amax, blocked, scaled
-from optstate_codecs.formats.block import SMALLEST_SCALE
+from optstate_codecs.formats.base import Component, Format
+from optstate_codecs.formats.block import SMALLEST_SCALE, BlockFormat, block_amax, blocked, scaled
 from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.formats.rank1 import Axes
 from optstate_codecs.rounding import Draw
@@ -65,7 +65,7 @@ def _nearest(unit: Tensor, table: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Dynamic4(Format):
+class Dynamic4(BlockFormat):
     """The signed 4-bit dynamic exponent map, for first moments; see the module.
 
     Args:
@@ -74,20 +74,8 @@ class Dynamic4(Format):
 
     name: ClassVar[str] = "dynamic4"
     values: ClassVar[tuple[float, ...]] = (*(-v for v in reversed(_SIDE)), 0.0, *_SIDE, 1.0)
+    bits: ClassVar[int] = 4
     block_size: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.block_size(self.block_size)
-
-    @property
-    def keeps_positive(self) -> bool:
-        return False
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        scale = Component("scale", torch.float32, self.block_size)
-        return Component("codes", torch.uint8, 2), scale
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
@@ -111,7 +99,7 @@ class Dynamic4(Format):
 
 
 @dataclass(frozen=True)
-class Linear4(Format):
+class Linear4(BlockFormat):
     """The unsigned 4-bit linear map without zero, for second moments; see the module.
 
     Elements whose scale is zero stay zero; a zero under another becomes a sixteenth of it.
@@ -129,22 +117,14 @@ class Linear4(Format):
 
     name: ClassVar[str] = "linear4"
     values: ClassVar[tuple[float, ...]] = _LINEAR[:LAST]
+    bits: ClassVar[int] = 4
+    signed: ClassVar[bool] = False
     block_size: int = 128
     normalization: str = "block"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.block_size(self.block_size)
         checks.one_of("normalization", self.normalization, ("block", "rank1"))
-
-    @property
-    def keeps_sign(self) -> bool:
-        return False
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        scale = Component("scale", torch.float32, self.block_size)
-        return Component("codes", torch.uint8, 2), scale
 
     def for_shape(self, shape: Sequence[int], order: Sequence[int]) -> Format:
         axes = Axes.of(shape, order)
