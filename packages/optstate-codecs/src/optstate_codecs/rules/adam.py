@@ -103,6 +103,7 @@ class Adam(Rule):
     """
 
     name: ClassVar[str] = "adam"
+    hyper_type = AdamHyper
     in_torch: ClassVar[bool] = True
     decoupled: bool = False
     error_feedback: bool = False
@@ -126,9 +127,6 @@ class Adam(Rule):
             "amsgrad": False,
             "maximize": False,
         }
-
-    def hyper(self, group: Mapping[str, Any]) -> AdamHyper:
-        return AdamHyper(**{key: group[key] for key in self.defaults()})
 
     def moments(self, hyper: AdamHyper) -> tuple[Moment, ...]:
         return _named(self.names)[: 3 if hyper.amsgrad else 2]

@@ -43,6 +43,8 @@ class Rule(ABC):
     """
 
     name: ClassVar[str]
+    #: a frozen dataclass with a field for each of ``defaults``, which validates them
+    hyper_type: ClassVar[type[Any]]
     #: whether ``torch.optim``'s class of the rule counts its steps; a plain checkpoint of one that
     #: does not is taken to be past the first
     counted: ClassVar[bool] = True
@@ -58,13 +60,14 @@ class Rule(ABC):
     def defaults(self) -> dict[str, Any]:
         """Every hyper-parameter a param group must have, with its default."""
 
-    @abstractmethod
     def hyper(self, group: Mapping[str, Any]) -> Any:
-        """The group's hyper-parameters, validated; a frozen dataclass.
+        """The group's hyper-parameters as a ``hyper_type``, validated.
 
         Raises:
-            TypeError, ValueError: naming the argument, its value and what is allowed.
+            TypeError, ValueError: a hyper-parameter has a wrong type or value; the message names
+                the argument, its value and what is allowed.
         """
+        return self.hyper_type(**{key: group[key] for key in self.defaults()})
 
     @abstractmethod
     def moments(self, hyper: Any) -> tuple[Moment, ...]:
@@ -88,11 +91,11 @@ class Rule(ABC):
         return None
 
     def device_row(self, hyper: Any, step: Scalar) -> list[Scalar]:
-        """The scalars of one step as the device function wants them, folded in float64.
+        """The scalars of one step that the device function takes; ``scalars`` unless overridden.
 
         Floats; or 0-d tensors where hyper-parameters or ``step`` are tensors on a device.
         """
-        raise NotImplementedError(f"{self.name}: no device function")
+        return self.scalars(hyper, step)
 
     def variant(self, hyper: Any) -> Hashable:
         """What of the hyper-parameters decides which operations ``apply`` does."""

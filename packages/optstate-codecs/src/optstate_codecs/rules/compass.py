@@ -76,6 +76,7 @@ class Compass(Rule):
     """
 
     name: ClassVar[str] = "compass"
+    hyper_type = CompassHyper
     corrected_decay: bool = False
 
     def defaults(self) -> dict[str, Any]:
@@ -87,9 +88,6 @@ class Compass(Rule):
             "weight_decay": 0.0,
             "maximize": False,
         }
-
-    def hyper(self, group: Mapping[str, Any]) -> CompassHyper:
-        return CompassHyper(**{key: group[key] for key in self.defaults()})
 
     def moments(self, hyper: CompassHyper) -> tuple[Moment, ...]:
         return (EMA, EMA_SQUARED)

@@ -59,12 +59,10 @@ class Lion(Rule):
     """Lion; one moment, ``exp_avg``."""
 
     name: ClassVar[str] = "lion"
+    hyper_type = LionHyper
 
     def defaults(self) -> dict[str, Any]:
         return {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False}
-
-    def hyper(self, group: Mapping[str, Any]) -> LionHyper:
-        return LionHyper(**{key: group[key] for key in self.defaults()})
 
     def moments(self, hyper: LionHyper) -> tuple[Moment, ...]:
         return (EXP_AVG,)
@@ -72,9 +70,6 @@ class Lion(Rule):
     def device_function(self, hyper: LionHyper) -> tuple[Any, int]:
         nearer = far(hyper.betas[0]) * FAR1 + far(hyper.betas[1]) * FAR2
         return update_tile, nearer + hyper.maximize * MAXIMIZE
-
-    def device_row(self, hyper: LionHyper, step: Scalar) -> list[Scalar]:
-        return self.scalars(hyper, step)
 
     def variant(self, hyper: LionHyper) -> bool:
         return hyper.maximize

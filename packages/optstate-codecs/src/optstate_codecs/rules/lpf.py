@@ -77,6 +77,7 @@ class LPFAdamW(Rule):
     """
 
     name: ClassVar[str] = "lpf_adamw"
+    hyper_type = LPFAdamWHyper
     corrected_decay: bool = False
 
     def defaults(self) -> dict[str, Any]:
@@ -88,9 +89,6 @@ class LPFAdamW(Rule):
             "weight_decay": 0.0,
             "maximize": False,
         }
-
-    def hyper(self, group: Mapping[str, Any]) -> LPFAdamWHyper:
-        return LPFAdamWHyper(**{key: group[key] for key in self.defaults()})
 
     def moments(self, hyper: LPFAdamWHyper) -> tuple[Moment, ...]:
         return (EMA, EMA_SQUARED, SMOOTHING)

@@ -60,12 +60,10 @@ class RMSProp(Rule):
     """RMSProp; one moment, ``ema_squared``."""
 
     name: ClassVar[str] = "rmsprop"
+    hyper_type = RMSPropHyper
 
     def defaults(self) -> dict[str, Any]:
         return {"lr": 1e-3, "beta": 0.999, "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
-
-    def hyper(self, group: Mapping[str, Any]) -> RMSPropHyper:
-        return RMSPropHyper(**{key: group[key] for key in self.defaults()})
 
     def moments(self, hyper: RMSPropHyper) -> tuple[Moment, ...]:
         return (EMA_SQUARED,)

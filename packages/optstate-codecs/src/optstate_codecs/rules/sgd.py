@@ -78,6 +78,7 @@ class SGD(Rule):
     """
 
     name: ClassVar[str] = "sgd"
+    hyper_type = SGDHyper
     in_torch: ClassVar[bool] = True
     counted: ClassVar[bool] = False
     decoupled: bool = False
@@ -92,18 +93,12 @@ class SGD(Rule):
             "maximize": False,
         }
 
-    def hyper(self, group: Mapping[str, Any]) -> SGDHyper:
-        return SGDHyper(**{key: group[key] for key in self.defaults()})
-
     def moments(self, hyper: SGDHyper) -> tuple[Moment, ...]:
         return (MOMENTUM_BUFFER,) if hyper.has_momentum else ()
 
     def device_function(self, hyper: SGDHyper) -> tuple[Any, int]:
         options = self.decoupled * DECOUPLED + hyper.nesterov * NESTEROV + hyper.maximize * MAXIMIZE
         return update_tile, options + hyper.has_momentum * BUFFER
-
-    def device_row(self, hyper: SGDHyper, step: Scalar) -> list[Scalar]:
-        return self.scalars(hyper, step)
 
     def variant(self, hyper: SGDHyper) -> tuple[bool, bool]:
         return hyper.nesterov, hyper.maximize
