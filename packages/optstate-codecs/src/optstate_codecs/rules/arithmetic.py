@@ -39,21 +39,21 @@ def add_scaled_(value: Tensor, other: Tensor, factor: Scalar) -> None:
         value.add_(other, alpha=factor)
 
 
-def add_quotient(param: Tensor, above: Tensor, below: Tensor, factor: Scalar) -> None:
-    """``param += factor * above / below``."""
+def add_quotient(param: Tensor, numerator: Tensor, denom: Tensor, factor: Scalar) -> None:
+    """``param += factor * numerator / denom``."""
     if isinstance(factor, Tensor):
-        param.addcdiv_(above * factor, below)
+        param.addcdiv_(numerator * factor, denom)
     else:
-        param.addcdiv_(above, below, value=factor)
+        param.addcdiv_(numerator, denom, value=factor)
 
 
-def average_square_(mean: Tensor, grad: Tensor, beta: Scalar, other: Scalar) -> None:
-    """``mean = beta * mean + other * grad^2``, in place; ``other`` is 1 - beta."""
+def average_square_(mean: Tensor, grad: Tensor, beta: Scalar, one_minus_beta: Scalar) -> None:
+    """``mean = beta * mean + one_minus_beta * grad^2``, in place."""
     mean.mul_(beta)
-    if isinstance(other, Tensor):
-        mean.addcmul_(grad * other, grad)
+    if isinstance(one_minus_beta, Tensor):
+        mean.addcmul_(grad * one_minus_beta, grad)
     else:
-        mean.addcmul_(grad, grad, value=other)
+        mean.addcmul_(grad, grad, value=one_minus_beta)
 
 
 def decayed(param: Tensor, grad: Tensor, decay: Scalar, decoupled: bool) -> Tensor:
@@ -78,9 +78,10 @@ def far(beta: Scalar) -> bool:
 
 
 def root_folded(scalars: Sequence[Scalar]) -> list[Scalar]:
-    """``scalars`` that end in length, root and eps, without the root: kernels divide once.
+    """``scalars`` without the bias correction's root, so that kernels divide once.
 
-    length a / (sqrt(v) / root + eps) is length root a / (sqrt(v) + eps root).
+    ``scalars`` end in step_size, bias_correction_sqrt and eps. With r for bias_correction_sqrt,
+    step_size a / (sqrt(v) / r + eps) is step_size r a / (sqrt(v) + eps r).
     """
-    *folded, length, root, eps = scalars
-    return [*folded, length * root, eps * root]
+    *others, step_size, bias_correction_sqrt, eps = scalars
+    return [*others, step_size * bias_correction_sqrt, eps * bias_correction_sqrt]

@@ -76,17 +76,17 @@ class Rule(ABC):
     def device_function(self, hyper: Any) -> tuple[Any, int] | None:
         """The update as a device function and its options, or None where there is none.
 
-        ``function(p, g, m0, m1, m2, row, OPTIONS)`` takes float32 tiles (moments in the order of
-        ``moments``, the last ones unused) and ``row``, a pointer to what ``device_row`` gives; it
-        returns the new p, m0, m1 and m2.
+        ``function(p, g, m0, m1, m2, scalars, OPTIONS)`` returns the new p, m0, m1 and m2. It takes
+        float32 tiles, moments in the order of ``moments`` with the last ones unused, and
+        ``scalars``, a pointer to the numbers of ``device_row``.
         """
         return None
 
     def device_error_feedback(self) -> Any:
         """``apply_error_feedback`` as a device function, or None where there is none.
 
-        ``function(p, residual, m1, m2, row, OPTIONS)`` returns the new p; arguments are those of
-        ``device_function``'s.
+        ``function(p, residual, m1, m2, scalars, OPTIONS)`` returns the new p. Its arguments are
+        those of the update's device function.
         """
         return None
 

@@ -104,14 +104,14 @@ class Compass(Rule):
     def scalars(self, hyper: CompassHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
-        length = lr / (1 - beta1**step)
+        step_size = lr / (1 - beta1**step)
         return [
             1 - beta1,
             host_scalar(hyper.amp_fac),
             beta2,
             1 - beta2,
-            1 - (length if self.corrected_decay else lr) * decay,
-            -length,
+            1 - (step_size if self.corrected_decay else lr) * decay,
+            -step_size,
             (1 - beta2**step) ** 0.5,
             hyper.eps,
         ]
@@ -125,15 +125,17 @@ class Compass(Rule):
         variant: bool,
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        other1, amplify, beta2, other2, decay, length, root, eps = scalars
+        one_minus_beta1, amp_fac, beta2, one_minus_beta2 = scalars[:4]
+        decay, step_size, bias_correction_sqrt, eps = scalars[4:]
         if variant:
             grad = -grad
         decayed(param, grad, decay, True)
         mean, squared = moments["ema"], moments["ema_squared"]
-        mean.lerp_(grad, other1)
-        along = add_scaled(grad, mean, amplify)
-        average_square_(squared, along, beta2, other2)
-        add_quotient(param, along, (square_root(squared) / root).add_(eps), length)
+        mean.lerp_(grad, one_minus_beta1)
+        grad = add_scaled(grad, mean, amp_fac)
+        average_square_(squared, grad, beta2, one_minus_beta2)
+        denom = (square_root(squared) / bias_correction_sqrt).add_(eps)
+        add_quotient(param, grad, denom, step_size)
 
 
 MAXIMIZE, FAR = 1, 2
@@ -141,14 +143,14 @@ _MAXIMIZE, _FAR = map(constant, (MAXIMIZE, FAR))
 
 
 @jit
-def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The update on a tile: m0 is ema, m1 ema_squared. Bias corrections are in the row."""
-    other1, amplify = tl.load(row), tl.load(row + 1)
-    beta2, other2, decay = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    length, eps = tl.load(row + 5), tl.load(row + 6)
+def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is ema, m1 ema_squared. ``scalars`` hold the corrections."""
+    one_minus_beta1, amp_fac = tl.load(scalars), tl.load(scalars + 1)
+    beta2, one_minus_beta2, decay = tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4)
+    step_size, eps = tl.load(scalars + 5), tl.load(scalars + 6)
     if OPTIONS & _MAXIMIZE:
         g = -g
-    m0 = lerp(m0, g, other1, OPTIONS & _FAR)
-    along = fma(m0, amplify, g)
-    m1 = fma(along * other2, along, m1 * beta2)
-    return fma(along * length, reciprocal(sqrt(m1) + eps), p * decay), m0, m1, m2
+    m0 = lerp(m0, g, one_minus_beta1, OPTIONS & _FAR)
+    g = fma(m0, amp_fac, g)
+    m1 = fma(g * one_minus_beta2, g, m1 * beta2)
+    return fma(g * step_size, reciprocal(sqrt(m1) + eps), p * decay), m0, m1, m2

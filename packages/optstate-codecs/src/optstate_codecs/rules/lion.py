@@ -68,8 +68,8 @@ class Lion(Rule):
         return (EXP_AVG,)
 
     def device_function(self, hyper: LionHyper) -> tuple[Any, int]:
-        nearer = far(hyper.betas[0]) * FAR1 + far(hyper.betas[1]) * FAR2
-        return update_tile, nearer + hyper.maximize * MAXIMIZE
+        far_flags = far(hyper.betas[0]) * FAR1 + far(hyper.betas[1]) * FAR2
+        return update_tile, far_flags + hyper.maximize * MAXIMIZE
 
     def variant(self, hyper: LionHyper) -> bool:
         return hyper.maximize
@@ -88,15 +88,15 @@ class Lion(Rule):
         variant: bool,
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        other1, other2, decay, length = scalars
+        one_minus_beta1, one_minus_beta2, decay, step_size = scalars
         if variant:
             grad = -grad
         decayed(param, grad, decay, True)
         exp_avg = moments["exp_avg"]
-        along = exp_avg.lerp(grad, other1)
+        update = exp_avg.lerp(grad, one_minus_beta1)
         # 0, but NaN where there is no sign to go by
-        add_scaled_(param, along.sign() + along * 0.0, length)
-        exp_avg.lerp_(grad, other2)
+        add_scaled_(param, update.sign() + update * 0.0, step_size)
+        exp_avg.lerp_(grad, one_minus_beta2)
 
 
 MAXIMIZE, FAR1, FAR2 = 1, 2, 4
@@ -104,13 +104,13 @@ _MAXIMIZE, _FAR1, _FAR2 = map(constant, (MAXIMIZE, FAR1, FAR2))
 
 
 @jit
-def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The update on a tile: m0 is exp_avg."""
-    other1, other2 = tl.load(row), tl.load(row + 1)
-    decay, length = tl.load(row + 2), tl.load(row + 3)
+    one_minus_beta1, one_minus_beta2 = tl.load(scalars), tl.load(scalars + 1)
+    decay, step_size = tl.load(scalars + 2), tl.load(scalars + 3)
     if OPTIONS & _MAXIMIZE:
         g = -g
-    along = lerp(m0, g, other1, OPTIONS & _FAR1)
-    sign = tl.where(along > 0.0, 1.0, tl.where(along < 0.0, -1.0, 0.0))
-    p = fma(sign + along * 0.0, length, p * decay)
-    return p, lerp(m0, g, other2, OPTIONS & _FAR2), m1, m2
+    update = lerp(m0, g, one_minus_beta1, OPTIONS & _FAR1)
+    sign = tl.where(update > 0.0, 1.0, tl.where(update < 0.0, -1.0, 0.0))
+    p = fma(sign + update * 0.0, step_size, p * decay)
+    return p, lerp(m0, g, one_minus_beta2, OPTIONS & _FAR2), m1, m2

@@ -91,13 +91,14 @@ class RMSProp(Rule):
         variant: bool,
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        beta, other, decay, length, root, eps = scalars
+        beta, one_minus_beta, decay, step_size, bias_correction_sqrt, eps = scalars
         if variant:
             grad = -grad
         decayed(param, grad, decay, True)
         squared = moments["ema_squared"]
-        average_square_(squared, grad, beta, other)
-        add_quotient(param, grad, (square_root(squared) / root).add_(eps), length)
+        average_square_(squared, grad, beta, one_minus_beta)
+        denom = (square_root(squared) / bias_correction_sqrt).add_(eps)
+        add_quotient(param, grad, denom, step_size)
 
 
 MAXIMIZE = 1
@@ -105,11 +106,11 @@ _MAXIMIZE = constant(MAXIMIZE)
 
 
 @jit
-def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The update on a tile: m0 is ema_squared. The bias correction is in the row."""
-    beta, other, decay = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    length, eps = tl.load(row + 3), tl.load(row + 4)
+def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is ema_squared. ``scalars`` hold the correction."""
+    beta, one_minus_beta, decay = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+    step_size, eps = tl.load(scalars + 3), tl.load(scalars + 4)
     if OPTIONS & _MAXIMIZE:
         g = -g
-    m0 = fma(g * other, g, m0 * beta)
-    return fma(g * length, reciprocal(sqrt(m0) + eps), p * decay), m0, m1, m2
+    m0 = fma(g * one_minus_beta, g, m0 * beta)
+    return fma(g * step_size, reciprocal(sqrt(m0) + eps), p * decay), m0, m1, m2

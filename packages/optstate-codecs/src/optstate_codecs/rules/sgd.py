@@ -106,10 +106,10 @@ class SGD(Rule):
     def scalars(self, hyper: SGDHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         # a flag times a number would be of torch's default dtype
-        later = (step > 1).to(step.dtype) if isinstance(step, Tensor) else step > 1
+        after_first = (step > 1).to(step.dtype) if isinstance(step, Tensor) else step > 1
         return [
             host_scalar(hyper.momentum),
-            1 - host_scalar(hyper.dampening) * later,
+            1 - host_scalar(hyper.dampening) * after_first,
             1 - lr * decay if self.decoupled else decay,
             -lr,
         ]
@@ -123,7 +123,7 @@ class SGD(Rule):
         variant: tuple[bool, bool],
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        momentum, weight, decay, length = scalars
+        momentum, one_minus_dampening, decay, step_size = scalars
         nesterov, maximize = variant
         if maximize:
             grad = -grad
@@ -131,9 +131,9 @@ class SGD(Rule):
         buffer = moments.get("momentum_buffer")
         if buffer is not None:
             buffer.mul_(momentum)
-            add_scaled_(buffer, grad, weight)
+            add_scaled_(buffer, grad, one_minus_dampening)
             grad = add_scaled(grad, buffer, momentum) if nesterov else buffer
-        add_scaled_(param, grad, length)
+        add_scaled_(param, grad, step_size)
 
 
 DECOUPLED, NESTEROV, MAXIMIZE, BUFFER = 1, 2, 4, 8
@@ -142,20 +142,20 @@ _MAXIMIZE, _BUFFER = map(constant, (MAXIMIZE, BUFFER))
 
 
 @jit
-def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The update on a tile: m0 is momentum_buffer, if there is one."""
-    momentum, weight = tl.load(row), tl.load(row + 1)
-    decay, length = tl.load(row + 2), tl.load(row + 3)
+    momentum, one_minus_dampening = tl.load(scalars), tl.load(scalars + 1)
+    decay, step_size = tl.load(scalars + 2), tl.load(scalars + 3)
     if OPTIONS & _MAXIMIZE:
         g = -g
     if OPTIONS & _DECOUPLED:
         p = p * decay
     else:
         g = fma(p, decay, g)
-    along = g
+    update = g
     if OPTIONS & _BUFFER:
-        m0 = fma(g, weight, m0 * momentum)
-        along = m0
+        m0 = fma(g, one_minus_dampening, m0 * momentum)
+        update = m0
     if OPTIONS & _NESTEROV:
-        along = fma(m0, momentum, g)
-    return fma(along, length, p), m0, m1, m2
+        update = fma(m0, momentum, g)
+    return fma(update, step_size, p), m0, m1, m2
