@@ -1,13 +1,13 @@
-"""Float16 under a power of two per block: 16 bits for first moments, at any size of gradient.
+"""fp16: float16 codes with a power-of-two scale per block, for first moments of any magnitude.
 
 Layout: ``codes`` float16, one per element, shaped like the parameter; ``scale`` float32, one for
 each block of ``block_size`` consecutive elements (the last block may be shorter).
 
 Mathematics. The scale brings a block's largest finite magnitude into [1/2, 1), so that elements
-down to 2^-13 of it keep 11 bits, whatever their size: plain float16 loses bits below 6e-5 and
-everything below 3e-8. NaN and infinities are float16's own. A power of two and its reciprocal are
-exact, and both are made by integers from the magnitude's exponent, so that every device writes the
-same bits.
+down to 2^-13 of it keep 11 bits at any magnitude. Float16 without a scale loses bits below 6e-5 and
+everything below 3e-8. NaN and infinities are those of float16. Scales are powers of two with exact
+reciprocals, both computed with integers from the exponent of the magnitude, so that every device
+writes the same bits.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from optstate_codecs.rounding import Draw
 
 __all__ = ["FP16"]
 
-# exponent fields of scales: both ends have normal reciprocals
+# smallest and largest exponent field of a scale; the reciprocals of both are normal numbers
 LOWEST, HIGHEST = 1, 253
 
 
 @dataclass(frozen=True)
 class FP16(BlockFormat):
-    """Float16 under a power of two per block, rounded to nearest.
+    """Float16 codes with a power-of-two scale per block, rounded to nearest.
 
     Args:
         block_size: elements that share a scale, a power of two from 16 to 8192.
