@@ -7,18 +7,16 @@ algorithm 2; AMSGrad is Reddi et al., arXiv:1904.09237, algorithm 2.
     v = b2 v + (1 - b2) g^2
     p = p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
-Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g. Where
-decay is bias corrected, lr in it is lr / (1 - b1^t), as some implementations have it.
-The operations and their order are those of ``torch.optim``'s single-tensor path, so that float32
-moments give its bits.
+Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g. Bias
+corrected decay uses lr / (1 - b1^t) for lr, as some implementations do. The operations and their
+order are those of ``torch.optim``'s single-tensor path, so that float32 moments give its bits.
 
-With ``error_feedback``, what storing m leaves out, e = m - stored m, is not lost. Kept, it would
-have reached p over the following steps as b1 + b1^2 + ... = b1 / (1 - b1) times itself; so that
-much of it is delivered at once:
+``error_feedback`` compensates the error of storing m, e = m - stored m. In an exact m, e would enter
+the following steps with weights b1 + b1^2 + ... = b1 / (1 - b1). Their sum is applied at once:
 
     p = p - lr * b1 / (1 - b1) * e / (sqrt(v / (1 - b2^t)) + eps)
 
-which needs no memory, as feeding errors back does elsewhere (Seide et al., Interspeech 2014).
+Unlike other error feedback (Seide et al., Interspeech 2014), this needs no memory.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_sc
 
 __all__ = ["Adam", "AdamHyper"]
 
-# streams 2 and 3 share a random word, so fp32 parameters cost one hash an element
+# streams 2 and 3 share a random word, so that fp32 parameters need one hash per element
 EXP_AVG = Moment("exp_avg", signed=True, stream=2, relative_to="exp_avg_sq")
 EXP_AVG_SQ = Moment("exp_avg_sq", signed=False, stream=3)
 MAX_EXP_AVG_SQ = Moment("max_exp_avg_sq", signed=False, stream=1)
@@ -48,7 +46,7 @@ NAMES = (EXP_AVG.name, EXP_AVG_SQ.name, MAX_EXP_AVG_SQ.name)
 
 @lru_cache(maxsize=8)
 def _renamed(names: tuple[str, str, str]) -> tuple[Moment, ...]:
-    """Adam's three moments under other names."""
+    """Adam's three moments with ``names`` as their state keys."""
     own = dict(zip(NAMES, names, strict=True))
     return tuple(
         replace(
@@ -93,13 +91,13 @@ class AdamHyper(PlainFields):
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """Adam, or AdamW where ``decoupled``.
+    """Adam, or AdamW with ``decoupled``.
 
     Args:
-        decoupled: whether weight decay is.
-        error_feedback: whether each step delivers what storing the first moment leaves out.
+        decoupled: whether weight decay is decoupled.
+        error_feedback: whether each step compensates the error of storing the first moment.
         corrected_decay: whether decoupled weight decay is bias corrected.
-        names: of the two moments and of AMSGrad's, in the state.
+        names: state keys of the first moment, the second moment and AMSGrad's maximum.
     """
 
     name: ClassVar[str] = "adam"
@@ -155,7 +153,7 @@ class Adam(Rule):
         return scalars
 
     def _decay(self, lr: Scalar, step_size: Scalar, decay: Scalar) -> Scalar:
-        """What multiplies the parameter or, coupled, is added of it to the gradient."""
+        """The factor of the parameter, or for coupled decay the multiple added to the gradient."""
         if not self.decoupled:
             return decay
         return 1 - (step_size if self.corrected_decay else lr) * decay

@@ -1,13 +1,13 @@
-"""Compass: Adam's second moment under a gradient that its running mean amplifies.
+"""Compass: a gradient amplified by its running mean, divided by the root of its second moment.
 
     m = b1 m + (1 - b1) g
     a = g + f m
     v = b2 v + (1 - b2) a^2
     p = (1 - lr wd) p - lr / (1 - b1^t) * a / (sqrt(v / (1 - b2^t)) + eps)
 
-The formula is that of the public optimizer of this name (2024; there is no paper), with f its
-``amp_fac``. Since a is not a mean, its correction 1 - b1^t makes first steps long: lr / (1 - b1),
-100 lr by default, so a warm-up is due. Weight decay is decoupled.
+The formula is that of the public optimizer of this name (2024; there is no paper); f is
+``amp_fac``. Since a is not a mean, the correction 1 - b1^t makes the first steps lr / (1 - b1)
+long, which is 100 lr by default, so that a warm-up is advisable. Weight decay is decoupled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_sc
 
 __all__ = ["Compass", "CompassHyper"]
 
-# streams 2 and 3 share a random word, so fp32 parameters cost one hash an element
+# streams 2 and 3 share a random word, so that fp32 parameters need one hash per element
 EMA = Moment("ema", signed=True, stream=2, relative_to="ema_squared")
 EMA_SQUARED = Moment("ema_squared", signed=False, stream=3)
 
@@ -46,7 +46,7 @@ class CompassHyper(PlainFields):
     Attributes:
         lr: learning rate, at least 0; a float or one-element tensor.
         betas: decay rates of the two moments, each in [0, 1).
-        amp_fac: how much of the mean is added to the gradient, at least 0.
+        amp_fac: multiple of the running mean that is added to the gradient, at least 0.
         eps: added to the root of the second moment, at least 0.
         weight_decay: at least 0.
         maximize: ascend instead of descend.
@@ -69,10 +69,10 @@ class CompassHyper(PlainFields):
 
 @dataclass(frozen=True)
 class Compass(Rule):
-    """Compass; two moments, ``ema`` and ``ema_squared``.
+    """Compass, with two moments: ``ema`` and ``ema_squared``.
 
     Args:
-        corrected_decay: whether weight decay is bias corrected, with lr / (1 - b1^t) for lr.
+        corrected_decay: whether weight decay uses lr / (1 - b1^t) for lr.
     """
 
     name: ClassVar[str] = "compass"

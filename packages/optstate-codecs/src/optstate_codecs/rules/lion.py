@@ -4,9 +4,8 @@
     p = (1 - lr wd) p - lr u
     m = b2 m + (1 - b2) g
 
-Every element moves by lr, or by nothing where u is 0; weight decay is decoupled. Where what the
-sign is taken of is infinite or NaN, so is the parameter: a bad gradient is not to look like a good
-one.
+Every element moves by lr, or not at all where u is 0. Weight decay is decoupled. Where the argument
+of the sign is infinite or NaN, the parameter becomes NaN, so that a bad gradient is not hidden.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_sc
 
 __all__ = ["Lion", "LionHyper"]
 
-# stream 1 shares its random word with the parameter write: one hash an element at most
+# stream 1 shares its random word with the parameter write: at most one hash per element
 EXP_AVG = Moment("exp_avg", signed=True, stream=1)
 
 
@@ -35,7 +34,7 @@ class LionHyper(PlainFields):
     """Lion's hyper-parameters; creating one validates them.
 
     Attributes:
-        lr: how far an element moves, at least 0; a float or one-element tensor.
+        lr: the distance that each element moves, at least 0; a float or one-element tensor.
         betas: weight of the momentum in the update, and its decay rate, each in [0, 1).
         weight_decay: at least 0.
         maximize: ascend instead of descend.
@@ -56,7 +55,7 @@ class LionHyper(PlainFields):
 
 @dataclass(frozen=True)
 class Lion(Rule):
-    """Lion; one moment, ``exp_avg``."""
+    """Lion, with one moment: ``exp_avg``."""
 
     name: ClassVar[str] = "lion"
     hyper_type = LionHyper
@@ -94,7 +93,7 @@ class Lion(Rule):
         decayed(param, grad, decay, True)
         exp_avg = moments["exp_avg"]
         update = exp_avg.lerp(grad, one_minus_beta1)
-        # 0, but NaN where there is no sign to go by
+        # update * 0.0 is NaN where the update is not finite
         add_scaled_(param, update.sign() + update * 0.0, step_size)
         exp_avg.lerp_(grad, one_minus_beta2)
 

@@ -1,4 +1,4 @@
-"""LPFAdamW: AdamW on gradients that a low-pass filter amplifies the slow part of.
+"""LPFAdamW: AdamW on gradients amplified by their own low-pass filtered mean.
 
     s = b1 s + (1 - b1) g
     a = g + f s
@@ -6,8 +6,8 @@
     v = b3 v + (1 - b3) a^2
     p = (1 - lr wd) p - lr / (1 - b2^t) * m / (sqrt(v / (1 - b3^t)) + eps)
 
-The formula is that of the public optimizer of this name (2024; there is no paper), with f its
-``amp_fac``: Compass's filter before AdamW's two moments. Weight decay is decoupled.
+The formula is that of the public optimizer of this name (2024; there is no paper): Compass's
+filter, followed by AdamW. f is ``amp_fac``. Weight decay is decoupled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_sc
 
 __all__ = ["LPFAdamW", "LPFAdamWHyper"]
 
-# streams 2 and 3 share a random word, and so does 1 with the parameter write
+# streams 2 and 3 share a random word, as do stream 1 and the parameter write
 EMA = Moment("ema", signed=True, stream=2, relative_to="ema_squared")
 EMA_SQUARED = Moment("ema_squared", signed=False, stream=3)
 SMOOTHING = Moment("smoothing", signed=True, stream=1)
@@ -47,7 +47,7 @@ class LPFAdamWHyper(PlainFields):
     Attributes:
         lr: learning rate, at least 0; a float or one-element tensor.
         betas: decay rates of the filter and of the two moments, each in [0, 1).
-        amp_fac: how much of the filter's output is added to the gradient, at least 0.
+        amp_fac: multiple of the filter's output that is added to the gradient, at least 0.
         eps: added to the root of the second moment, at least 0.
         weight_decay: at least 0.
         maximize: ascend instead of descend.
@@ -70,10 +70,10 @@ class LPFAdamWHyper(PlainFields):
 
 @dataclass(frozen=True)
 class LPFAdamW(Rule):
-    """LPFAdamW; three moments, ``ema``, ``ema_squared`` and ``smoothing``.
+    """LPFAdamW, with three moments: ``ema``, ``ema_squared`` and ``smoothing``.
 
     Args:
-        corrected_decay: whether weight decay is bias corrected, with lr / (1 - b2^t) for lr.
+        corrected_decay: whether weight decay uses lr / (1 - b2^t) for lr.
     """
 
     name: ClassVar[str] = "lpf_adamw"

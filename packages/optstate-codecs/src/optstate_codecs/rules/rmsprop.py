@@ -3,8 +3,9 @@
     v = b v + (1 - b) g^2
     p = (1 - lr wd) p - lr g / (sqrt(v / (1 - b^t)) + eps)
 
-The lecture starts v at zero and leaves it so, which makes first steps 1 / sqrt(1 - b) times too
-long; here v is divided by 1 - b^t as in Adam, which this is at b1 = 0. Weight decay is decoupled.
+The lecture does not correct for v = 0 at the start, which makes the first steps 1 / sqrt(1 - b)
+times too long. Here v is divided by 1 - b^t as in Adam, so that this is Adam with b1 = 0. Weight
+decay is decoupled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_sc
 
 __all__ = ["RMSProp", "RMSPropHyper"]
 
-# stream 1 shares its random word with the parameter write: one hash an element at most
+# stream 1 shares its random word with the parameter write: at most one hash per element
 EMA_SQUARED = Moment("ema_squared", signed=False, stream=1)
 
 
@@ -57,7 +58,7 @@ class RMSPropHyper(PlainFields):
 
 @dataclass(frozen=True)
 class RMSProp(Rule):
-    """RMSProp; one moment, ``ema_squared``."""
+    """RMSProp, with one moment: ``ema_squared``."""
 
     name: ClassVar[str] = "rmsprop"
     hyper_type = RMSPropHyper

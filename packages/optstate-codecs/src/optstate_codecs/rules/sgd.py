@@ -1,7 +1,8 @@
-"""Stochastic gradient descent with momentum, plain or Nesterov's.
+"""SGD: stochastic gradient descent with momentum, plain or Nesterov's.
 
-Momentum is Polyak's (1964) as ``torch.optim.SGD`` has it, Nesterov's that of Sutskever et al., ICML
-2013; decoupled decay is SGDW of Loshchilov & Hutter, arXiv:1711.05101, algorithm 1.
+Momentum is Polyak's (1964) in the form of ``torch.optim.SGD``; Nesterov momentum is that of
+Sutskever et al., ICML 2013; decoupled decay is SGDW of Loshchilov & Hutter, arXiv:1711.05101,
+algorithm 1.
 
     b = g                        at the first step
     b = mu b + (1 - tau) g       afterwards
@@ -29,7 +30,7 @@ from optstate_codecs.rules.base import Moment, Rule, Scalar, SquareRoot, host_sc
 
 __all__ = ["SGD", "SGDHyper"]
 
-# stream 1 shares its random word with the parameter write: one hash an element at most
+# stream 1 shares its random word with the parameter write: at most one hash per element
 MOMENTUM_BUFFER = Moment("momentum_buffer", signed=True, stream=1)
 
 
@@ -39,10 +40,10 @@ class SGDHyper(PlainFields):
 
     Attributes:
         lr: learning rate, at least 0; a float or one-element tensor.
-        momentum: what stays of the buffer at each step, at least 0.
-        dampening: what does not reach it of the gradient, after the first step.
+        momentum: factor of the buffer at each step, at least 0.
+        dampening: share of the gradient that does not enter the buffer, after the first step.
         weight_decay: at least 0.
-        nesterov: look one step ahead; needs momentum and no dampening.
+        nesterov: use Nesterov momentum; requires momentum above 0 and dampening 0.
         maximize: ascend instead of descend.
     """
 
@@ -64,17 +65,17 @@ class SGDHyper(PlainFields):
 
     @property
     def has_momentum(self) -> bool:
-        """Whether there is a buffer; taken for granted where only the device knows."""
+        """Whether there is a buffer; True where momentum is on a device and cannot be read."""
         momentum = host_scalar(self.momentum)
         return isinstance(momentum, Tensor) or momentum != 0
 
 
 @dataclass(frozen=True)
 class SGD(Rule):
-    """SGD with momentum, or SGDW where ``decoupled``.
+    """SGD with momentum, or SGDW with ``decoupled``.
 
     Args:
-        decoupled: whether weight decay is.
+        decoupled: whether weight decay is decoupled.
     """
 
     name: ClassVar[str] = "sgd"
@@ -105,7 +106,7 @@ class SGD(Rule):
 
     def scalars(self, hyper: SGDHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
-        # a flag times a number would be of torch's default dtype
+        # a bool tensor times a number would have torch's default dtype
         after_first = (step > 1).to(step.dtype) if isinstance(step, Tensor) else step > 1
         return [
             host_scalar(hyper.momentum),
