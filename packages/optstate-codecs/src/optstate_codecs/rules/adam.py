@@ -11,8 +11,8 @@ Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds 
 corrected decay uses lr / (1 - b1^t) for lr, as some implementations do. The operations and their
 order are those of ``torch.optim``'s single-tensor path, so that float32 moments give its bits.
 
-``error_feedback`` compensates the error of storing m, e = m - stored m. In an exact m, e would enter
-the following steps with weights b1 + b1^2 + ... = b1 / (1 - b1). Their sum is applied at once:
+``error_feedback`` compensates the error of storing m, e = m - stored m. Stored exactly, e would
+enter the next steps with weights b1 + b1^2 + ... = b1 / (1 - b1). Their sum is applied at once:
 
     p = p - lr * b1 / (1 - b1) * e / (sqrt(v / (1 - b2^t)) + eps)
 
