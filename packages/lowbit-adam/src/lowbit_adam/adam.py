@@ -15,7 +15,10 @@ from optstate_codecs.writes import write_named
 __all__ = ["Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"]
 
 
-def _named(formats: Any) -> Mapping[str, Format | str]:
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def _checked(formats: Any) -> Mapping[str, Format | str]:
     """Return ``formats``; raise unless it maps names of moments."""
     if not isinstance(formats, Mapping):
         raise TypeError(
@@ -29,11 +32,8 @@ def _named(formats: Any) -> Mapping[str, Format | str]:
     return formats
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-
 @lru_cache(maxsize=64)
-def _moments(cls: type[_CodedAdam], block_size: int) -> tuple[Format, Format]:
+def _formats_of(cls: type[_CodedAdam], block_size: int) -> tuple[Format, Format]:
     """A class's formats; cached, because every step needs them."""
     return cls.moment_formats(block_size)
 
@@ -64,7 +64,7 @@ class _CodedAdam(CodedOptimizer):
         super().__init__(
             params,
             Adam(decoupled=self.decoupled),
-            _named({} if formats is None else formats),
+            _checked({} if formats is None else formats),
             lr=lr,
             betas=betas,
             eps=eps,
@@ -82,8 +82,8 @@ class _CodedAdam(CodedOptimizer):
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         cls: Any = type(self)
-        first, second = _moments(cls, checks.block_size(group["block_size"]))
-        chosen = {name: as_format(f) for name, f in _named(group["formats"]).items()}
+        first, second = _formats_of(cls, checks.block_size(group["block_size"]))
+        chosen = {name: as_format(f) for name, f in _checked(group["formats"]).items()}
         formats = {"exp_avg": first, "exp_avg_sq": second, **chosen}
         formats.setdefault("max_exp_avg_sq", formats["exp_avg_sq"])
         names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
