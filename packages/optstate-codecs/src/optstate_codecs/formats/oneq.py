@@ -214,5 +214,5 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
         lower = tl.maximum(code - (spread(marked, offsets) << mantissa_bits), 1)
         code = tl.where(nonfinite, last + 1, tl.where(code > 0, lower, code))
         store_codes(codes, code << 16, offsets, rows, left, bits)
-        factor = tl.where(marked > 0, -2.0 * tl.maximum(factor, SMALLEST), factor)
-        store_scale(scale, factor, offsets, rows, left)
+        negative = tl.where(marked > 0, -2.0 * tl.maximum(factor, SMALLEST), factor)
+        store_scale(scale, negative, offsets, rows, left)
