@@ -1,7 +1,7 @@
 """Formats with one scale for each block of elements, and the functions that they share.
 
 ``BlockFormat`` declares their components and options. The torch functions compute scales and mark
-blocks; the device functions load and store scales and packed codes.
+blocks; the device functions do the same on tiles.
 
 A *marked* block has a negative scale, because at least one of its elements is not finite. Where a
 format needs all its codes for numbers, one code means NaN in marked blocks and a number in others.
@@ -10,6 +10,7 @@ A kernel therefore compares codes with the NaN code only where a block is marked
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -23,17 +24,13 @@ from optstate_codecs.device import (
     as_float,
     constant,
     jit,
-    pair_of_nibbles,
-    piece_starts,
     row_amax,
     row_max,
     spread,
-    third_byte,
     tl,
-    widened,
 )
 from optstate_codecs.formats.base import Component, Format
-from optstate_codecs.formats.packing import group
+from optstate_codecs.formats.packing import group, store_codes
 from optstate_codecs.rounding import Draw
 
 __all__ = [
@@ -49,14 +46,11 @@ __all__ = [
     "clamped_scale",
     "fill_marked",
     "finite_amax",
-    "load_bytes",
-    "load_codes",
     "load_scale",
     "mark",
     "nan_where_marked",
     "power_of_two_scale",
     "scaled",
-    "store_codes",
     "store_marked",
     "store_scale",
 ]
@@ -119,21 +113,24 @@ class BlockFormat(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.block_size(self.block_size)
-        checks.flag("signed", self.signed)
-        checks.one_of("domain", self.domain, ("linear", "sqrt"))
-        checks.one_of("rounding", self.rounding, self.roundings)
-        checks.one_of("units", self.units, ("value", "update"))
-        if self.signed and self.domain == "sqrt":
-            raise ValueError("domain='sqrt': needs signed=False")
-        if not self.signed and self.units == "update":
-            raise ValueError("units='update': needs signed=True")
+        # properties that are not options need no check, and every step creates formats
+        options = self.__dict__
+        if "signed" in options:
+            checks.flag("signed", self.signed)
+        if "domain" in options:
+            checks.one_of("domain", self.domain, ("linear", "sqrt"))
+            if self.signed and self.domain == "sqrt":
+                raise ValueError("domain='sqrt': needs signed=False")
+        if "rounding" in options:
+            checks.one_of("rounding", self.rounding, self.roundings)
+        if "units" in options:
+            checks.one_of("units", self.units, ("value", "update"))
+            if self.units == "update" and not self.signed:
+                raise ValueError("units='update': needs signed=True")
 
     @property
     def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", self.code_dtype, *group(self.bits)),
-            Component("scale", self.scale_dtype, self.block_size),
-        )
+        return _components(self.code_dtype, self.bits, self.scale_dtype, self.block_size)
 
     @property
     def keeps_positive(self) -> bool:
@@ -172,6 +169,14 @@ class BlockFormat(Format):
             return draw.bits16(x.numel(), x.device)
         bits = draw.paired16(x.numel(), x.device)
         return bits ^ (torch.signbit(x).to(torch.int32) * 0xFFFF) if self.sign_magnitude else bits
+
+
+@lru_cache(maxsize=256)
+def _components(
+    code_dtype: torch.dtype, bits: int, scale_dtype: torch.dtype, block_size: int
+) -> tuple[Component, ...]:
+    scale = Component("scale", scale_dtype, block_size)
+    return Component("codes", code_dtype, *group(bits)), scale
 
 
 def blocked(x: Tensor, block_size: int) -> Tensor:
@@ -291,81 +296,6 @@ def finite_amax(x, rows, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
         finite = tl.abs(x) < float("inf")
         top = row_max(tl.where(finite, as_bits(x) & MAGNITUDE, 0), rows)
     return top, worst
-
-
-@jit
-def group_indices(offsets, rows, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Indices of a tile's groups of GROUP elements, [pieces, elements / GROUP]."""
-    length: tl.constexpr = offsets.shape[1] // GROUP
-    starts = piece_starts(length, offsets.shape[0], rows.shape[0])
-    return starts[:, None] + tl.arange(0, length)[None, :]
-
-
-@jit
-def load_bytes(codes, offsets, rows, left):  # type: ignore[no-untyped-def]
-    """Load the bytes of a tile of 4-bit codes, uint8 [pieces, elements / 2]."""
-    groups = group_indices(offsets, rows, 2)
-    return tl.load(codes + groups, mask=groups < left - (left >> 1), other=0)
-
-
-@jit
-def _or(a, b):  # type: ignore[no-untyped-def]
-    return a | b
-
-
-@jit
-def byte_offsets(groups, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Offsets of groups of COUNT bytes."""
-    if COUNT == 1:
-        return groups
-    else:
-        # This hint is not true, but addresses have no alignment here, so that a thread reads one
-        # byte at a time; the hint makes neighbouring threads read neighbouring groups.
-        return tl.max_contiguous(groups * COUNT, [1, groups.shape[1]])
-
-
-@jit
-def load_codes(codes, offsets, rows, left, BITS: tl.constexpr, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load a tile's codes, packed as in ``formats.packing``, into int32 from bit SHIFT on."""
-    if BITS == 8:
-        return widened(tl.load(codes + offsets, mask=offsets < left, other=0)) << SHIFT
-    else:
-        group: tl.constexpr = 8 if BITS % 2 == 1 else (4 if BITS % 4 == 2 else 2)
-        count: tl.constexpr = group * BITS // 8
-        groups = group_indices(offsets, rows, group)
-        mask = groups * group < left
-        bytes_ = byte_offsets(groups, count)
-        word = tl.load(codes + bytes_, mask=mask, other=0).to(tl.int32)
-        for index in tl.static_range(1, count):
-            byte = tl.load(codes + (bytes_ + index), mask=mask, other=0)
-            word = word | (byte.to(tl.int32) << (8 * index))
-        words = tl.broadcast_to(word[:, :, None], [word.shape[0], word.shape[1], group])
-        words = tl.reshape(words, [offsets.shape[0], offsets.shape[1]])
-        return ((words >> (offsets % group * BITS)) & ((1 << BITS) - 1)) << SHIFT
-
-
-@jit
-def store_codes(codes, word, offsets, rows, left, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store bits 16 to 16 + BITS - 1 of each int32, packed as in ``formats.packing``."""
-    if BITS == 8:
-        tl.store(codes + offsets, third_byte(word), mask=offsets < left)
-    elif BITS == 4:
-        half: tl.constexpr = offsets.shape[1] // 2
-        low, high = tl.split(tl.reshape(word, [offsets.shape[0], half, 2]))
-        groups = group_indices(offsets, rows, 2)
-        tl.store(codes + groups, pair_of_nibbles(low, high), mask=groups < left - (left >> 1))
-    else:
-        group: tl.constexpr = 8 if BITS % 2 == 1 else 4
-        count: tl.constexpr = group * BITS // 8
-        code = tl.where(offsets < left, (word >> 16) & ((1 << BITS) - 1), 0)
-        code = code << (offsets % group * BITS)
-        groups = group_indices(offsets, rows, group)
-        packed = tl.reduce(tl.reshape(code, [offsets.shape[0], groups.shape[1], group]), 2, _or)
-        for index in tl.static_range(count):
-            byte = (packed >> (8 * index)).to(tl.uint8)
-            tl.store(
-                codes + (byte_offsets(groups, count) + index), byte, mask=groups * group < left
-            )
 
 
 @jit

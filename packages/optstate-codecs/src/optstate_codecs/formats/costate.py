@@ -64,17 +64,15 @@ from optstate_codecs.formats.block import (
     clamped_scale,
     fill_marked,
     finite_amax,
-    load_codes,
     load_scale,
     mark,
     nan_where_marked,
     scaled,
-    store_codes,
     store_marked,
     store_scale,
 )
 from optstate_codecs.formats.linear import Int4
-from optstate_codecs.formats.packing import pack, unpack
+from optstate_codecs.formats.packing import load_codes, pack, store_codes, unpack
 from optstate_codecs.rounding import Draw
 
 __all__ = ["CoState"]
@@ -100,7 +98,6 @@ class CoState(BlockFormat):
     name: ClassVar[str] = "costate"
     units: ClassVar[str] = "update"
     scale_dtype: ClassVar[torch.dtype] = torch.bfloat16
-    roundings: ClassVar[tuple[str, ...]] = ("nearest", "paired")
     sign_magnitude: ClassVar[bool] = False
     bits: int = 3
     block_size: int = 128

@@ -67,17 +67,15 @@ from optstate_codecs.formats.block import (
     clamped_scale,
     fill_marked,
     finite_amax,
-    load_bytes,
     load_scale,
     mark,
     nan_where_marked,
     power_of_two_scale,
     scaled,
-    store_codes,
     store_marked,
     store_scale,
 )
-from optstate_codecs.formats.packing import pack, unpack
+from optstate_codecs.formats.packing import load_bytes, pack, store_codes, unpack
 from optstate_codecs.rounding import Draw
 
 __all__ = ["Minifloat"]

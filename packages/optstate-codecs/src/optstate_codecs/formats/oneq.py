@@ -59,15 +59,13 @@ from optstate_codecs.formats.block import (
     blocked,
     fill_marked,
     finite_amax,
-    load_codes,
     load_scale,
     nan_where_marked,
     power_of_two_scale,
     scaled,
-    store_codes,
     store_scale,
 )
-from optstate_codecs.formats.packing import pack, unpack
+from optstate_codecs.formats.packing import load_codes, pack, store_codes, unpack
 from optstate_codecs.rounding import Draw
 
 __all__ = ["OneQ"]
