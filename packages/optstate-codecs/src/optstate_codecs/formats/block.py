@@ -290,12 +290,12 @@ def clamped_scale(bits):  # type: ignore[no-untyped-def]
 @jit
 def finite_amax(x, rows, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Each block's largest finite magnitude, and the tile's largest of all, as float32 bits."""
-    top = row_amax(x, rows, SIGNED)
-    worst = tl.max(top, axis=0)
-    if worst >= INF_BITS:
+    amax = row_amax(x, rows, SIGNED)
+    tile_amax = tl.max(amax, axis=0)
+    if tile_amax >= INF_BITS:
         finite = tl.abs(x) < float("inf")
-        top = row_max(tl.where(finite, as_bits(x) & MAGNITUDE, 0), rows)
-    return top, worst
+        amax = row_max(tl.where(finite, as_bits(x) & MAGNITUDE, 0), rows)
+    return amax, tile_amax
 
 
 @jit

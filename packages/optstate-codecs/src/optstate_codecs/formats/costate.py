@@ -245,11 +245,11 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     highest: tl.constexpr = (1 << (bits - 1)) - 1
     half: tl.constexpr = 0.0 if bits > 2 else 0.5
     lowest: tl.constexpr = -highest if bits > 2 else -highest - 1
-    top, worst = finite_amax(x, rows, True)
-    block_scale = as_float(top) * (1.0 / highest) if highest > 0 else as_float(top)
+    amax, tile_amax = finite_amax(x, rows, True)
+    block_scale = as_float(amax) * (1.0 / highest) if highest > 0 else as_float(amax)
     if scale_per_mean > 0 or null_below > 0:
         total = row_sum(tl.abs(x), rows)
-        if worst >= INF_BITS:
+        if tile_amax >= INF_BITS:
             total = row_sum(tl.where(tl.abs(x) < float("inf"), tl.abs(x), 0.0), rows)
         size: tl.constexpr = block_size(offsets, rows)
         count = tl.minimum(tl.maximum(left - rows * size, 1), size).to(tl.float32)
@@ -257,7 +257,7 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
         if scale_per_mean > 0:
             block_scale = mean * scale_per_mean
     scale_bits = clamped_scale((as_bits(block_scale) + 0xFFFF) & -65536)
-    factor = tl.where(top > 0, as_float(scale_bits), 0.0)
+    factor = tl.where(amax > 0, as_float(scale_bits), 0.0)
     # a block of zeros is encoded as zeros under any scale
     inverse = spread(reciprocal(as_float(scale_bits)), offsets)
     if scale_per_mean > 0:
@@ -270,7 +270,7 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     store_scale(scale, factor, offsets, rows, left)
     store_codes(codes, position, offsets, rows, left, bits)
     if bits > 2:  # noqa: SIM102 - the inner condition is a device value
-        if worst >= INF_BITS:
+        if tile_amax >= INF_BITS:
             code = (position >> 16) & ((1 << bits) - 1)
             nan: tl.constexpr = 1 << (bits - 1)
             store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, bits)

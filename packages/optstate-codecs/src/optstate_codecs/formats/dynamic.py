@@ -284,11 +284,11 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
 @jit
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode and store a tile; ``random`` is ``Draw.bits16``."""
-    top, worst = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
-    scale_bits = (top + _COVER) & 0x7F800000
+    amax, tile_amax = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
+    scale_bits = (amax + _COVER) & 0x7F800000
     scale_bits = tl.minimum(tl.maximum(scale_bits, _SCALE_MIN), _SCALE_MAX)
-    factor = tl.where(top > 0, as_float(scale_bits), 0.0)
-    inverse = tl.where(top > 0, as_float(0x7F000000 - scale_bits), 0.0)
+    factor = tl.where(amax > 0, as_float(scale_bits), 0.0)
+    inverse = tl.where(amax > 0, as_float(0x7F000000 - scale_bits), 0.0)
 
     # z + 8^-7 in units of 2^-17 * 8^-7, at least 2^17: a range is three binades, and a third of
     # the bits of a float with exponent 144 + e has the exponent 48 + e // 3
@@ -311,6 +311,6 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
         code = third_byte(as_bits(t + 254.0) * 2 + random)
     store_scale(scale, factor, offsets, rows, left)
     tl.store(codes + offsets, code, mask=offsets < left)
-    if worst >= INF_BITS:
+    if tile_amax >= INF_BITS:
         nan: tl.constexpr = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
         store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, 8)

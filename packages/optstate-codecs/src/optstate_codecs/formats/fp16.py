@@ -79,8 +79,8 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile."""
     mask = offsets < left
-    top, _ = finite_amax(tl.where(mask, x, 0.0), rows, True)
-    field = tl.minimum(tl.maximum((top >> 23) + 1, _LOWEST), _HIGHEST)
+    amax, _ = finite_amax(tl.where(mask, x, 0.0), rows, True)
+    field = tl.minimum(tl.maximum((amax >> 23) + 1, _LOWEST), _HIGHEST)
     inverse = spread(as_float((254 - field) << 23), offsets)
     tl.store(codes + offsets, (x * inverse).to(tl.float16), mask=mask)
     store_scale(scale, as_float(field << 23), offsets, rows, left)

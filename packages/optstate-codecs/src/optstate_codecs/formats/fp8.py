@@ -160,10 +160,10 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
 @jit
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode and store a tile; ``random`` is ``Draw.bits16`` or ``Draw.paired16``."""
-    top, worst = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
-    bits = clamped_scale(((top + _COVER) & 0x7F800000) - _TOP)
-    factor = tl.where(top > 0, as_float(bits), 0.0)
-    inverse = tl.where(top > 0, as_float(0x7F000000 - bits), 0.0)
+    amax, tile_amax = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
+    bits = clamped_scale(((amax + _COVER) & 0x7F800000) - _TOP)
+    factor = tl.where(amax > 0, as_float(bits), 0.0)
+    inverse = tl.where(amax > 0, as_float(0x7F000000 - bits), 0.0)
     if OPTIONS & _SATURATE:
         small = (tl.abs(x) * spread(inverse, offsets)) * DOWN
     else:
@@ -181,5 +181,5 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     code = third_byte_signed(position, x)
     store_scale(scale, factor, offsets, rows, left)
     tl.store(codes + offsets, code, mask=offsets < left)
-    if worst >= INF_BITS:
+    if tile_amax >= INF_BITS:
         store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE, 8)

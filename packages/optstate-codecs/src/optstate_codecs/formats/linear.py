@@ -172,8 +172,8 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
 @jit
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile as int8 codes and store it; with OPTIONS 1 ``random`` is added to round."""
-    top, worst = finite_amax(x, rows, True)
-    factor = as_float(top) * (1.0 / 127.0)
+    amax, tile_amax = finite_amax(x, rows, True)
+    factor = as_float(amax) * (1.0 / 127.0)
     factor = tl.where(factor >= _TINY, factor, 0.0)
     tl.store(scale + rows, factor, mask=rows * block_size(offsets, rows) < left)
     inverse = tl.where(factor > 0, tl.math.div_rn(1.0 + factor * 0.0, factor), 0.0)
@@ -182,7 +182,7 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
         position = dithered(position, random)
     code = as_bits(position + ROUNDER) - 0x4B400000
     code = tl.minimum(tl.maximum(code, -127), 127)
-    if worst >= INF_BITS:
+    if tile_amax >= INF_BITS:
         code = tl.where((as_bits(x) & MAGNITUDE) >= INF_BITS, _NAN_CODE, code)
     tl.store(codes + offsets, code.to(tl.int8), mask=offsets < left)
 
@@ -208,9 +208,9 @@ def load4(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.c
 @jit
 def store4(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile as 4-bit codes, store it, and return it decoded."""
-    top, worst = finite_amax(x, rows, True)
-    bits = clamped_scale((as_bits(as_float(top) * (1.0 / 7.0)) + 0xFFFF) & -65536)
-    factor = tl.where(top > 0, as_float(bits), 0.0)
+    amax, tile_amax = finite_amax(x, rows, True)
+    bits = clamped_scale((as_bits(as_float(amax) * (1.0 / 7.0)) + 0xFFFF) & -65536)
+    factor = tl.where(amax > 0, as_float(bits), 0.0)
     # a block of zeros is encoded as zeros under any scale
     inverse = spread(reciprocal(as_float(bits)), offsets)
     if OPTIONS & _SATURATE:
@@ -220,7 +220,7 @@ def store4(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):
     position = as_bits(value) + (random if OPTIONS & _STOCHASTIC else 0x8000)
     store_scale(scale, factor, offsets, rows, left)
     store_codes(codes, position, offsets, rows, left, 4)
-    if worst >= INF_BITS:
+    if tile_amax >= INF_BITS:
         code = (position >> 16) & 15
         store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE4, 4)
     return (as_float(position & -65536) - 192.0) * spread(factor, offsets)

@@ -266,19 +266,19 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
 
 
 @jit
-def scales(top, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``Minifloat._scales`` of each block, from the bits ``top`` of its largest magnitude."""
+def scales(amax, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``Minifloat._scales`` of each block, from the bits ``amax`` of its largest magnitude."""
     mantissa: tl.constexpr = (OPTIONS >> 4) & 7
     nan: tl.constexpr = (OPTIONS >> 12) & 255
     fraction: tl.constexpr = ((nan - 1) % (1 << mantissa)) / (1 << mantissa)
     largest: tl.constexpr = (1 + fraction) * (1 << ((nan - 1) >> mantissa)) - 1
     if OPTIONS & _SIGNED:
-        bits = (as_bits(as_float(top) * (1.0 / largest)) + 0xFFFF) & -65536
+        bits = (as_bits(as_float(amax) * (1.0 / largest)) + 0xFFFF) & -65536
     else:
         # folded by the compiler
-        last = as_bits(top * 0.0 + largest)
+        last = as_bits(amax * 0.0 + largest)
         exponent = (last & ~_MANTISSA) - _ONE
-        bits = ((top + (_MANTISSA - (last & _MANTISSA))) & ~_MANTISSA) - exponent
+        bits = ((amax + (_MANTISSA - (last & _MANTISSA))) & ~_MANTISSA) - exponent
     bits = clamped_scale(bits)
     scale = as_float(bits)
     if OPTIONS & _SIGNED:
@@ -286,7 +286,7 @@ def scales(top, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     else:
         inverse = as_float(0x7F000000 - bits)
     # a block of zeros is encoded as zeros under any scale
-    return tl.where(top > 0, scale, 0.0), inverse
+    return tl.where(amax > 0, scale, 0.0), inverse
 
 
 @jit
@@ -296,8 +296,8 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     nan: tl.constexpr = (OPTIONS >> 12) & 255
     mantissa: tl.constexpr = (OPTIONS >> 4) & 7
     lift: tl.constexpr = (OPTIONS >> 8) & 15
-    top, worst = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
-    factor, inverse = scales(top, OPTIONS)
+    amax, tile_amax = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
+    factor, inverse = scales(amax, OPTIONS)
 
     magnitude = tl.abs(x) if OPTIONS & _SIGNED else x
     z = as_bits(fma(magnitude, spread(inverse, offsets), 1.0))
@@ -323,6 +323,6 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
         position = at_least_if_positive(position, 65536, x)
     store_scale(scale, factor, offsets, rows, left)
     store_codes(codes, position, offsets, rows, left, 4 if packed else 8)
-    if worst >= INF_BITS:
+    if tile_amax >= INF_BITS:
         code = (position >> 16) & (15 if packed else 255)
         store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, 4 if packed else 8)

@@ -191,10 +191,10 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     last: tl.constexpr = (1 << bits) - 2
     octave: tl.constexpr = last >> mantissa_bits
     fraction: tl.constexpr = (last - (octave << mantissa_bits)) << (23 - mantissa_bits)
-    top, worst = finite_amax(x, rows, False)
-    scale_bits = ((top + (_MANTISSA - fraction)) & ~_MANTISSA) - (octave << 23)
+    amax, tile_amax = finite_amax(x, rows, False)
+    scale_bits = ((amax + (_MANTISSA - fraction)) & ~_MANTISSA) - (octave << 23)
     scale_bits = tl.minimum(tl.maximum(scale_bits, _SCALE_MIN), _SCALE_MAX)
-    factor = tl.where(top > 0, as_float(scale_bits), 0.0)
+    factor = tl.where(amax > 0, as_float(scale_bits), 0.0)
 
     base = scale_bits - (1 << (23 - mantissa_bits))
     # in units of 2^-16 codes
@@ -205,7 +205,7 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     position = tl.maximum(position, tl.minimum(as_bits(x), 65536))
     store_scale(scale, factor, offsets, rows, left)
     store_codes(codes, position, offsets, rows, left, bits)
-    if worst >= INF_BITS:
+    if tile_amax >= INF_BITS:
         nonfinite = x - x != 0.0
         marked = row_max(nonfinite.to(tl.int32), rows)
         code = position >> 16
