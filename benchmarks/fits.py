@@ -23,8 +23,8 @@ from torch.nn import Parameter
 
 from optstate_codecs import GradientRelease, predicted_state_bytes
 from optstate_codecs.offloading import CHUNK_BYTES
-from optstate_codecs.offloading.ring import SLOTS
-from optstate_codecs.offloading.streaming import WAITING
+from optstate_codecs.offloading.copies import SLOTS
+from optstate_codecs.offloading.ring import WAITING
 from turboadam import TurboAdam
 
 RESULTS = Path(__file__).parent / "results" / "fits.json"

@@ -220,7 +220,7 @@ def moved_bytes(optimizer: Optimizer) -> int:
         return 0
     assert isinstance(optimizer, CodedOptimizer)
     session: Any = optimizer.executor
-    return sum(slab.nbytes for slab in session.slabs)
+    return sum(slab.nbytes for slab in session.placement.slabs)
 
 
 def host_bytes(optimizer: Optimizer) -> int:
@@ -236,4 +236,4 @@ def host_bytes(optimizer: Optimizer) -> int:
     if not moved_bytes(optimizer):
         return 0
     session: Any = optimizer.executor  # type: ignore[attr-defined]
-    return sum(memory.tensor.numel() for slab in session.slabs for memory in slab.family)
+    return sum(memory.tensor.numel() for slab in session.placement.slabs for memory in slab.family)

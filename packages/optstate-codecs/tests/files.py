@@ -1,8 +1,13 @@
 """Optimizers whose state is in a file, opened again."""
 
 import copy
+import os
+import traceback
+import warnings
+from collections.abc import Callable
 
 import pytest
+import torch
 from offloads import assert_alike, run
 from subjects import adam
 from torch.nn import Parameter
@@ -43,3 +48,23 @@ def refused(given, make, path, words):
     run(mine, optimizer, 1)
     run(before[1], again, 1)
     assert_alike((mine, before[1]), (optimizer, again))
+
+
+def forked(work: Callable[[int], object]) -> tuple[int, int]:
+    """A process that does the work with a pipe to write to: its number, and the pipe to read."""
+    reads, writes = os.pipe()
+    with warnings.catch_warnings():
+        # some versions warn of the threads that there are, which the child has no use for
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            os.close(reads)
+            torch.set_num_threads(1)
+            work(writes)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(writes)
+    return child, reads

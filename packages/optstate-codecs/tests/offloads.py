@@ -1,6 +1,7 @@
 """An optimizer and its twin whose state is elsewhere, held to the same steps."""
 
 from collections.abc import Callable
+from itertools import count
 
 import torch
 from torch.nn import Parameter
@@ -30,13 +31,15 @@ class Pair:
     Args:
         make: builds an optimizer from a list of parameters.
         build: makes the parameters.
+        offloaded: False: not yet.
         options: of ``offload``.
     """
 
-    def __init__(self, make: Callable, build: Callable = params, **options) -> None:
+    def __init__(self, make, build: Callable = params, offloaded=True, **options) -> None:
         self.make, self.build = make, build
         self.params = build(), build()
-        self.optimizers = make(self.params[0]), offload(make(self.params[1]), **options)
+        first, second = map(make, self.params)
+        self.optimizers = first, offload(second, **options) if offloaded else second
         self.time = 0
 
     def each(self):
@@ -69,3 +72,23 @@ def assert_alike(both_params, both_optimizers, what: str = "") -> None:
         assert list(states[0]) == list(states[1]), f"{what}: parameter {index}: keys"
         for key, value in states[0].items():
             assert torch.equal(value, states[1][key]), f"{what}: parameter {index}: {key}"
+
+
+class Fault(Exception):
+    """What is injected."""
+
+
+def injected(monkeypatch, owner, name: str, at: int, error=Fault, after: bool = False) -> list:
+    """Have the call number ``at`` of a method raise, before or after it does what it does."""
+    real, calls, raised = getattr(owner, name), count(), []
+
+    def method(*args, **kwargs):
+        if next(calls) != at:
+            return real(*args, **kwargs)
+        raised.append(at)
+        if after:
+            real(*args, **kwargs)
+        raise error("injected")
+
+    monkeypatch.setattr(owner, name, method)
+    return raised

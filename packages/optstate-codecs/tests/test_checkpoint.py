@@ -188,7 +188,7 @@ def group(key, value):
         (put("dim_order", 2), ValueError, r"\['dim_order'\]=2: must be from 0 to 1"),
         (put("exp_avg_codes", torch.zeros(4, dtype=torch.uint8)), ValueError, r"shape \(4,\)"),
         (put("exp_avg_codes", torch.zeros(61, 83)), ValueError, "dtype torch.float32, must be"),
-        (put("exp_avg_codes", "codes"), ValueError, "'codes', must be a tensor"),
+        (put("exp_avg_codes", "codes"), ValueError, "='codes': must be a tensor"),
         (put("exp_avg_scale", torch.full((3,), float("nan"))), ValueError, "finite"),
         (put("exp_avg_scale", torch.full((3,), float("inf"))), ValueError, "finite"),
         (put("step", torch.tensor(-1.0)), ValueError, "must be a whole number"),

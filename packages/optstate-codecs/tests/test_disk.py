@@ -16,11 +16,6 @@ from optstate_codecs.rules import SGD
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "state"
-
-
-@pytest.fixture
 def pair(path):
     return Pair(make, store="disk", path=path, chunk_bytes=9000).run(3)
 
@@ -155,7 +150,7 @@ BROKEN = {
     "order": (_entry("parameters", order=[1, 0]), "order"),
     "step": (_entry("parameters", step="x"), "not a manifest"),
     "starts": (_entry("parameters", starts={"exp_avg": 0}), "stored as"),
-    "groups": (_edited(param_groups=[]), "0 param groups, must be 1"),
+    "groups": (_edited(param_groups=[]), "0 groups, must be 1"),
     "group": (_edited(param_groups=["x"]), "not a manifest"),
     "lr": (_entry("param_groups", lr=-1.0), "lr"),
     "params": (_entry("param_groups", params=3), "3 parameters, must be 7"),
@@ -181,7 +176,7 @@ OTHERS = {
     "fewer": (lambda given: make(given[:4]), "7 parameters, must be 4"),
     "groups": (
         lambda given: make([{"params": given[:3]}, {"params": given[3:]}]),
-        "1 param groups, must be 2",
+        "1 groups, must be 2",
     ),
     "write": (lambda given: make([p.bfloat16() for p in given], write="split24"), "stored as"),
     "transposed": (

@@ -16,11 +16,6 @@ from optstate_codecs.offloading import manifest, offload
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "state"
-
-
-@pytest.fixture
 def pair(path):
     return Pair(make, store="disk", path=path, chunk_bytes=9000).run(3)
 
@@ -134,5 +129,5 @@ def test_many_slabs_need_no_descriptor_each(path):
     given = [Parameter(torch.ones(600)) for _ in range(300)]
     optimizer = offload(make(given), "disk", path=path, chunk_bytes=1)
     run(given, optimizer, 0, missing=False)
-    assert len(optimizer.executor.slabs) == 300
+    assert len(optimizer.executor.placement.slabs) == 300
     assert len(os.listdir("/proc/self/fd")) <= before + 4

@@ -4,32 +4,19 @@ import os
 import random
 import signal
 import time
-import traceback
-import warnings
 from collections import deque
 
 import pytest
 import torch
-from offloads import run
-from subjects import adam
-from torch.nn import Parameter
+from files import forked, make
+from offloads import params, run
 
 from optstate_codecs.offloading import Snapshot, offload, snapshot
 
-FORMATS = ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)")
 SHAPES = ((300, 70), (50,), (129, 140), (0,), (9, 3), ())
 KILLS = 20
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-
-
-def _params() -> list[Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-
-
-def _make(given, **options):
-    return adam(*FORMATS, lr=0.01, backend="eager", **options)(given)
 
 
 def _rate(number: int) -> float:
@@ -46,8 +33,8 @@ class Oracle:
     """The same steps with the state beside the parameters, remembered as long as it matters."""
 
     def __init__(self) -> None:
-        self.params = _params()
-        self.optimizer = _make(self.params)
+        self.params = params(shapes=SHAPES)
+        self.optimizer = make(self.params)
         self.steps: list[tuple[list[torch.Tensor], list[dict]]] = []
         self._remember()
 
@@ -81,7 +68,7 @@ def _train(path, begin: int, given, resume: bool, held: int, said: int) -> None:
 
     Snapshots are taken every other step; as many as ``held`` are open at a time.
     """
-    optimizer = offload(_make(given), "disk", path=path, resume=resume, chunk_bytes=9000)
+    optimizer = offload(make(given), "disk", path=path, resume=resume, chunk_bytes=9000)
     taken: deque[Snapshot] = deque(maxlen=held)
     for number in range(begin, 10_000):
         _step(given, optimizer, number)
@@ -95,23 +82,13 @@ def _train(path, begin: int, given, resume: bool, held: int, said: int) -> None:
 
 def _killed(after: float, *arguments) -> int:
     """Train in a process of its own that is killed; the last number of steps that it said."""
-    reads, writes = os.pipe()
-    with warnings.catch_warnings():
-        # some versions warn of the threads that there are, which the child has no use for
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            os.close(reads)
-            torch.set_num_threads(1)
-            _slow(os, "pwrite", 0.02)
-            _slow(type(arguments[0]), "replace", 0.04)
-            _train(*arguments, writes)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    os.close(writes)
+
+    def work(pipe: int) -> None:
+        _slow(os, "pwrite", 0.02)
+        _slow(type(arguments[0]), "replace", 0.04)
+        _train(*arguments, pipe)
+
+    child, reads = forked(work)
     first = os.read(reads, 8)
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
@@ -129,11 +106,11 @@ def test_killed_at_any_time(tmp_path):
     done, exact = 0, 0
     ended: list[int] = []
     for kill in range(KILLS):
-        given = _params()
+        given = params(shapes=SHAPES)
         for param, value in zip(given, oracle.after(done)[0], strict=True):
             param.data.copy_(value)
         said = _killed(moments.uniform(0.0, 0.1), path, done, given, kill > 0, kill % 3)
-        again = offload(_make(_params()), "disk", path=path, resume=True)
+        again = offload(make(params(shapes=SHAPES)), "disk", path=path, resume=True)
         states = list(again.state.items())
         counts = [int(state["step"]) for _, state in states]
         # a parameter misses every fifth gradient, so the counts tell the steps but for one

@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
-from files import files
+from files import files, forked
 from offloads import gradient, params
 from subjects import EXACT
 from torch.optim import lr_scheduler
@@ -59,11 +58,6 @@ def train(given, optimizer, schedule, begin: int, end: int) -> list[tuple]:
 def said(path) -> list[dict]:
     """The groups as the manifest has them."""
     return json.loads(path.with_name("state.json").read_text())["param_groups"]
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "state"
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -134,7 +128,7 @@ def test_the_manifest_says_what_groups_hold_after(look, path, tmp_path) -> None:
 
 def test_a_manifest_that_is_right_is_not_written_again(path, tmp_path, monkeypatch) -> None:
     optimizer, given, schedule = begin("lambda", path, tmp_path / "saved")
-    optimizer.executor.place.wait()
+    optimizer.executor.store.wait()
     written = []
     write = disk.write_manifest
     monkeypatch.setattr(disk, "write_manifest", lambda *a: (written.append(1), write(*a)))
@@ -243,18 +237,7 @@ def test_a_scheduler_may_be_made_from_a_later_epoch(path, tmp_path) -> None:
 
 def killed(work) -> None:
     """Do it in a process of its own, and kill that when it says so, which it waits for."""
-    reads, writes = os.pipe()
-    with warnings.catch_warnings():
-        # some versions warn of the threads that there are, which the child has no use for
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            work(lambda: (os.write(writes, b"x"), signal.pause()))
-        finally:
-            os._exit(1)
-    os.close(writes)
+    child, reads = forked(lambda pipe: work(lambda: (os.write(pipe, b"x"), signal.pause())))
     said = os.read(reads, 1)
     os.close(reads)
     os.kill(child, signal.SIGKILL)
@@ -272,7 +255,7 @@ def test_killed_after_the_schedulers_step(when, name, path, tmp_path, exact) -> 
             die()
         write = os.pwrite
         # of the first step's writes some may still be under way
-        optimizer.executor.place.wait()
+        optimizer.executor.store.wait()
         os.pwrite = lambda *arguments: (write(*arguments), die())
         train(given, optimizer, schedule, STOP, STOP + 1)
         optimizer.state  # noqa: B018

@@ -30,14 +30,6 @@ FORMATS = {
 }
 
 
-@pytest.fixture(params=["host", "disk"])
-def where(request, tmp_path):
-    """The arguments that say where state is to be."""
-    if request.param == "host":
-        return {"store": "host"}
-    return {"store": "disk", "path": tmp_path / "state"}
-
-
 @pytest.mark.parametrize("size", ["tiny", "small"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name, size):
@@ -48,9 +40,9 @@ def test_formats(name, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["fp32", "dynamic8"])
-def test_disk(name, size, tmp_path):
-    place = {"store": "disk", "path": tmp_path / "state", "chunk_bytes": SIZES[size]}
-    pair = Pair(adam(*FORMATS[name], lr=0.01, backend="eager"), **place)
+def test_disk(name, size, path):
+    where = {"store": "disk", "path": path, "chunk_bytes": SIZES[size]}
+    pair = Pair(adam(*FORMATS[name], lr=0.01, backend="eager"), **where)
     pair.run(6).check()
 
 
@@ -209,11 +201,7 @@ def test_closures_and_schedulers(where):
 
 
 def test_state_that_was_there_moves(where):
-    both = params(), params()
-    optimizers = [adam(*DYNAMIC, lr=0.01)(ours) for ours in both]
-    pair = Pair.__new__(Pair)
-    pair.params, pair.optimizers, pair.time = both, optimizers, 0
-    pair.run(3)
-    offload(optimizers[1], chunk_bytes=9000, **where)
+    pair = Pair(adam(*DYNAMIC, lr=0.01), offloaded=False).run(3)
+    offload(pair.optimizers[1], chunk_bytes=9000, **where)
     pair.check("before a step")
     pair.run(3).check("after it")

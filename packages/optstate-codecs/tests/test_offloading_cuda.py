@@ -29,13 +29,13 @@ ARRANGEMENTS = {
 }
 
 
-def run(formats, steps, place=None, dtype=torch.float32, between=lambda o, s: None, **options):
+def run(formats, steps, where=None, dtype=torch.float32, between=lambda o, s: None, **options):
     """Parameters and optimizer after some steps, in which one gradient comes and goes."""
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(torch.randn(s, generator=generator).to("cuda", dtype)) for s in SHAPES]
     optimizer = CodedOptimizer(params, Adam(decoupled=True), formats, lr=1e-2, **options)
-    if place is not None:
-        offload(optimizer, **place)
+    if where is not None:
+        offload(optimizer, **where)
     for step in range(steps):
         for number, param in enumerate(params):
             grad = torch.randn(param.shape, generator=generator).to(param)
@@ -66,8 +66,8 @@ def test_bits_are_those_of_state_beside_the_parameters(formats, chunk, dtype) ->
 @pytest.mark.parametrize("options", [{"fused": True}, {"max_grad_norm": 1.0}, {"amsgrad": True}])
 def test_options_too(options) -> None:
     formats = {**ARRANGEMENTS["8 bits"], "max_exp_avg_sq": "fp32"}
-    place = {"chunk_bytes": 1 << 18, "resident_bytes": 1 << 19}
-    assert_alike(run(formats, 9, **options), run(formats, 9, place, **options))
+    where = {"chunk_bytes": 1 << 18, "resident_bytes": 1 << 19}
+    assert_alike(run(formats, 9, **options), run(formats, 9, where, **options))
 
 
 def test_a_file_too_and_going_on_from_it(tmp_path) -> None:
@@ -81,7 +81,7 @@ def test_a_file_too_and_going_on_from_it(tmp_path) -> None:
     optimizer.step()
     here[1].step()
     _ = optimizer.state
-    optimizer.executor.place.close()
+    optimizer.executor.store.close()
     again = CodedOptimizer(params, Adam(decoupled=True), formats, lr=1e-2)
     offload(again, "disk", path=path, resume=True)
     again.step()
@@ -119,21 +119,21 @@ def test_memory_is_three_chunks_on_the_device_and_the_state_on_the_host() -> Non
     extra = torch.cuda.max_memory_allocated() - held
     # the allocator may give up to a MiB more than it is asked for
     assert extra <= 3 * ((1 << 22) + (1 << 20)) + 2 * table + (1 << 20), extra
-    slabs = sum(slab.nbytes for slab in optimizer.executor.slabs)
+    slabs = sum(slab.nbytes for slab in optimizer.executor.placement.slabs)
     assert slabs <= 1.005 * predicted_state_bytes(optimizer)
-    assert all(slab.memory.tensor.is_pinned() for slab in optimizer.executor.slabs)
+    assert all(slab.memory.tensor.is_pinned() for slab in optimizer.executor.placement.slabs)
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 1 << 25])
 def test_steps_beside_backward_give_the_same_bits(chunk) -> None:
-    def trained(release, **place):
+    def trained(release, **where):
         torch.manual_seed(0)
         layers = [torch.nn.Linear(768, 768, device="cuda") for _ in range(8)]
         model = torch.nn.Sequential(*layers)
         formats = ARRANGEMENTS["8 bits"]
         optimizer = CodedOptimizer(model.parameters(), Adam(), formats, lr=1e-3)
-        if place:
-            offload(optimizer, **place)
+        if where:
+            offload(optimizer, **where)
         generator = torch.Generator("cuda").manual_seed(1)
         data = [torch.randn(64, 768, device="cuda", generator=generator) for _ in range(8)]
         with GradientRelease(optimizer, bucket_bytes=1 << 22) if release else nullcontext():

@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 import torch
-from offloads import Pair, gradient, params, run
+from offloads import Fault, Pair, gradient, injected, params, run
 from subjects import adam
 
 from optstate_codecs.engine import eager
@@ -16,30 +16,11 @@ from optstate_codecs.offloading.ring import Ring
 from optstate_codecs.offloading.store import HostStateStore
 
 SHAPES = ((300, 70), (50,), (129, 257), (5,), (0,), (64, 9, 3), (), (40, 40), (3000,), (2, 4))
+STORES = {"host": HostStateStore, "disk": DiskStateStore}
 FORMATS = {
     "fp32": ("fp32", "fp32"),
     "dynamic8": ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)"),
 }
-
-
-class Fault(Exception):
-    """What is injected."""
-
-
-def injected(monkeypatch, owner, name: str, at: int, error=Fault, after: bool = False) -> list:
-    """Have the call number ``at`` of a method raise, before or after it does what it does."""
-    real, calls, raised = getattr(owner, name), count(), []
-
-    def method(*args, **kwargs):
-        if next(calls) != at:
-            return real(*args, **kwargs)
-        raised.append(at)
-        if after:
-            real(*args, **kwargs)
-        raise error("injected")
-
-    monkeypatch.setattr(owner, name, method)
-    return raised
 
 
 class Watched:
@@ -112,24 +93,17 @@ class Watched:
                     assert torch.equal(value, found[key]), f"parameter {index}: {key}"
 
 
-@pytest.fixture(params=["host", "disk"])
-def where(request, tmp_path):
-    """The arguments that say where state is to be."""
-    if request.param == "host":
-        return {"store": "host"}
-    return {"store": "disk", "path": tmp_path / "state"}
-
-
+#: what fails, by phase: where it is (None: in the store), its name, and whether it works before
 PHASES = {
     "load": (Ring, "_load", False),
     "loaded": (Ring, "_load", True),
-    "source": ("place", "source", False),
+    "source": (None, "source", False),
     "step": (eager, "_step_param", False),
     "leave": (Ring, "leave", False),
     "left": (Ring, "leave", True),
-    "sink": ("place", "sink", False),
-    "reserve": ("place", "reserve", False),
-    "stored": ("place", "stored", False),
+    "sink": (None, "sink", False),
+    "reserve": (None, "reserve", False),
+    "stored": (None, "stored", False),
 }
 
 
@@ -137,10 +111,8 @@ PHASES = {
 @pytest.mark.parametrize("phase", PHASES)
 def test_faults(phase, at, where, monkeypatch):
     owner, name, after = PHASES[phase]
-    if owner == "place":
-        owner = HostStateStore if where["store"] == "host" else DiskStateStore
     watched = Watched("dynamic8", **where)
-    raised = injected(monkeypatch, owner, name, at, after=after)
+    raised = injected(monkeypatch, owner or STORES[where["store"]], name, at, after=after)
     for index, param in enumerate(watched.params):
         param.grad = gradient(2, index, param, missing=False)
     said = None
@@ -163,8 +135,7 @@ def test_faults(phase, at, where, monkeypatch):
 def test_no_memory_for_what_a_step_makes(at, where, monkeypatch):
     """It is asked for before anything changes."""
     watched = Watched("dynamic8", **where)
-    place = HostStateStore if where["store"] == "host" else DiskStateStore
-    injected(monkeypatch, place, "target", at)
+    injected(monkeypatch, STORES[where["store"]], "target", at)
     watched.fail(Fault)
     monkeypatch.undo()
     nothing = StepError("", (), range(len(SHAPES)))
@@ -176,10 +147,8 @@ def test_no_memory_for_what_a_step_makes(at, where, monkeypatch):
 @pytest.mark.parametrize("at", [0, 3])
 def test_interrupts(phase, at, where, monkeypatch):
     owner, name, after = PHASES[phase]
-    if owner == "place":
-        owner = HostStateStore if where["store"] == "host" else DiskStateStore
     watched = Watched("fp32", **where)
-    injected(monkeypatch, owner, name, at, KeyboardInterrupt, after)
+    injected(monkeypatch, owner or STORES[where["store"]], name, at, KeyboardInterrupt, after)
     watched.fail(KeyboardInterrupt)
     monkeypatch.undo()
     watched.check(None)
@@ -188,16 +157,16 @@ def test_interrupts(phase, at, where, monkeypatch):
 
 
 def test_what_cannot_be_stored_for_a_while_is_not_lost(where, monkeypatch):
-    """The place refuses everything from one chunk on, until it is asked after the step."""
-    place = HostStateStore if where["store"] == "host" else DiskStateStore
-    watched, real, calls = Watched("dynamic8", **where), place.sink, count()
+    """The store refuses everything from one chunk on, until it is asked after the step."""
+    store = STORES[where["store"]]
+    watched, real, calls = Watched("dynamic8", **where), store.sink, count()
 
     def full(self, chunk):
         if next(calls) >= 2:
             raise OSError(28, "No space left on device")
         return real(self, chunk)
 
-    monkeypatch.setattr(place, "sink", full)
+    monkeypatch.setattr(store, "sink", full)
     said = watched.fail()
     assert said.unstepped
     with pytest.raises(OSError, match="No space"):

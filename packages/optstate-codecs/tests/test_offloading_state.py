@@ -20,14 +20,6 @@ DYNAMIC = ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic
 SIZES = (1 << 25, 9000)
 
 
-@pytest.fixture(params=["host", "disk"])
-def where(request, tmp_path):
-    """The arguments that say where state is to be."""
-    if request.param == "host":
-        return {"store": "host"}
-    return {"store": "disk", "path": tmp_path / "state"}
-
-
 @pytest.fixture(params=SIZES)
 def pair(request, where):
     return Pair(adam(*EXACT, lr=0.01), chunk_bytes=request.param, **where).run(3)
@@ -99,11 +91,11 @@ def test_parameters_that_moved(pair):
     pair.run(3).check()
 
 
-def _saved(state_dict):
+def _saved(value, weights_only=True):
     file = io.BytesIO()
-    torch.save(state_dict, file)
+    torch.save(value, file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(file, weights_only=weights_only)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -158,10 +150,7 @@ def test_copies_go_their_own_way(how, where):
     elif how == "pickle":
         ours, optimizer = pickle.loads(pickle.dumps(both))
     else:
-        file = io.BytesIO()
-        torch.save(both, file)
-        file.seek(0)
-        ours, optimizer = torch.load(file, weights_only=False)
+        ours, optimizer = _saved(both, weights_only=False)
     assert optimizer.offloaded.store == "host"
     assert optimizer.offloaded.path is None
     frozen = {i: s["step"].clone() for i, s in enumerate(optimizer.state.values())}
@@ -184,11 +173,12 @@ def test_bytes(formats, size, where):
         run(ours, optimizer, time, missing=False)
     stream = optimizer.executor
     predicted = predicted_state_bytes(optimizer)
-    kept = sum(slab.nbytes for slab in stream.slabs)
+    kept = sum(slab.nbytes for slab in stream.placement.slabs)
     assert state_bytes(optimizer) == predicted
     assert predicted - 4 * len(ours) <= kept <= 1.015 * predicted
-    held = sum(slot.untyped_storage().nbytes() for r in stream._rings.values() for slot in r.slots)
-    largest = max(chunk.nbytes for chunk in stream._chunks)
+    rings = stream.placement.rings.values()
+    held = sum(slot.memory.untyped_storage().nbytes() for ring in rings for slot in ring.slots)
+    largest = max(chunk.nbytes for chunk in stream.placement.chunks)
     assert held == 3 * largest
     assert largest <= max(1.05 * size, 8192 * 9)
 
@@ -202,10 +192,11 @@ def test_what_is_dropped_is_freed_at_once(where):
         for time in range(3):
             run(ours, optimizer, time)
         stream = optimizer.executor
-        known = [weakref.ref(stream), weakref.ref(stream.place)]
-        known += [weakref.ref(memory) for slab in stream.slabs for memory in slab.family]
-        known += [weakref.ref(slot) for ring in stream._rings.values() for slot in ring.slots]
-        del stream, optimizer
+        known = [weakref.ref(stream), weakref.ref(stream.store)]
+        known += [weakref.ref(memory) for slab in stream.placement.slabs for memory in slab.family]
+        rings = stream.placement.rings.values()
+        known += [weakref.ref(slot.memory) for ring in rings for slot in ring.slots]
+        del stream, optimizer, rings
         assert [reference for reference in known if reference() is not None] == []
     finally:
         gc.enable()

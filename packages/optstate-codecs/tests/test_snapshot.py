@@ -7,12 +7,12 @@ import io
 import os
 import threading
 import weakref
-from itertools import count
+from functools import partial
 
 import pytest
 import torch
 from files import files, reopened
-from offloads import Pair, assert_alike, params, run
+from offloads import Pair, assert_alike, injected, params, run
 from subjects import adam
 
 from optstate_codecs import GradientRelease, snapshot
@@ -27,20 +27,12 @@ DYNAMIC = adam("dynamic8(units=update)", "dynamic8(signed=False, rounding=stocha
 SIZE = 9000
 
 
-@pytest.fixture(params=["host", "disk"])
-def away(request, tmp_path):
-    """The arguments that say where state is to be."""
-    if request.param == "host":
-        return {"store": "host"}
-    return {"store": "disk", "path": tmp_path / "state"}
-
-
 @pytest.fixture(params=["host", "disk", "resident", "beside"])
-def where(request, tmp_path):
-    """Those of every place that state can be in; None: beside the parameters."""
+def anywhere(request, path):
+    """Those of every store, and of resident state; None: not offloaded."""
     return {
         "host": {"store": "host"},
-        "disk": {"store": "disk", "path": tmp_path / "state"},
+        "disk": {"store": "disk", "path": path},
         "resident": {"resident_bytes": 120_000},
         "beside": None,
     }[request.param]
@@ -48,11 +40,7 @@ def where(request, tmp_path):
 
 def paired(make, where, size=SIZE):
     """Two optimizers, the second with its state there."""
-    if where is not None:
-        return Pair(make, chunk_bytes=size, **where)
-    pair = Pair(make)
-    pair.optimizers = pair.optimizers[0], make(pair.params[1])
-    return pair
+    return Pair(make, chunk_bytes=size, **where) if where else Pair(make, offloaded=False)
 
 
 def now(optimizer):
@@ -79,17 +67,17 @@ def assert_same(first, second, where="state_dict"):
 
 
 class Counted:
-    """How many memories places have made since this was asked last."""
+    """How many memories stores have made since this was asked last."""
 
     def __init__(self, monkeypatch) -> None:
         self.calls = 0
-        for place in (HostStateStore, DiskStateStore):
-            monkeypatch.setattr(place, "new", self._counting(place.new))
+        for store in (HostStateStore, DiskStateStore):
+            monkeypatch.setattr(store, "new", self._counting(store.new))
 
     def _counting(self, real):
-        def new(place, nbytes):
+        def new(store, nbytes):
             self.calls += 1
-            return real(place, nbytes)
+            return real(store, nbytes)
 
         return new
 
@@ -105,8 +93,8 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("size", [SIZE, 1 << 25])
 @pytest.mark.parametrize("make", [EXACT, DYNAMIC], ids=["fp32", "dynamic8"])
-def test_stays_what_it_was(make, size, where):
-    pair = paired(make, where, size).run(3)
+def test_stays_what_it_was(make, size, anywhere):
+    pair = paired(make, anywhere, size).run(3)
     expected = now(pair.optimizers[1])
     with snapshot(pair.optimizers[1]) as taken:
         assert_same(taken.state_dict(), expected)
@@ -121,9 +109,9 @@ def test_stays_what_it_was(make, size, where):
     pair.run(3).check("after it was closed")
 
 
-def test_parameters_without_gradients_are_part_of_it(away):
+def test_parameters_without_gradients_are_part_of_it(where):
     """Their slabs are not stepped, or only as others' that are in the same one."""
-    pair = paired(EXACT, away).run(1, missing=False)
+    pair = paired(EXACT, where).run(1, missing=False)
     expected = now(pair.optimizers[1])
     with snapshot(pair.optimizers[1]) as taken:
         for frozen in ([0, 1, 3], [2, 4, 5], [0]):
@@ -136,12 +124,12 @@ def test_parameters_without_gradients_are_part_of_it(away):
         pair.check()
 
 
-def test_groups_and_counts_are_copies(where):
+def test_groups_and_counts_are_copies(anywhere):
     def make(given):
         groups = [{"params": given[:2], "lr": torch.tensor(0.1)}, {"params": given[2:]}]
         return EXACT(groups, fused=True)
 
-    pair = paired(make, where).run(2)
+    pair = paired(make, anywhere).run(2)
     expected = now(pair.optimizers[1])
     taken = snapshot(pair.optimizers[1])
     for _, optimizer in pair.each():
@@ -152,8 +140,8 @@ def test_groups_and_counts_are_copies(where):
 
 
 @pytest.mark.parametrize("make", [EXACT, DYNAMIC], ids=["fp32", "dynamic8"])
-def test_saved_in_a_thread_and_gone_on_from(make, where):
-    pair = paired(make, where).run(3)
+def test_saved_in_a_thread_and_gone_on_from(make, anywhere):
+    pair = paired(make, anywhere).run(3)
     expected, values = now(pair.optimizers[1]), [p.detach().clone() for p in pair.params[1]]
     begun, stepped = threading.Event(), threading.Event()
 
@@ -192,9 +180,9 @@ def _bytes(state) -> int:
     return sum(value.nbytes for value in state.values())
 
 
-def test_loads_without_being_saved(away):
+def test_loads_without_being_saved(where):
     """Nothing of it is aliased by who loads it."""
-    pair = paired(DYNAMIC, away).run(3)
+    pair = paired(DYNAMIC, where).run(3)
     expected = now(pair.optimizers[1])
     with snapshot(pair.optimizers[1]) as taken:
         other = Pair(DYNAMIC, chunk_bytes=SIZE)
@@ -206,8 +194,8 @@ def test_loads_without_being_saved(away):
         assert_same(taken.state_dict(), expected)
 
 
-def test_state_that_is_loaded_or_replaced_while_it_is_open(away):
-    pair = paired(EXACT, away).run(2)
+def test_state_that_is_loaded_or_replaced_while_it_is_open(where):
+    pair = paired(EXACT, where).run(2)
     early = now(pair.optimizers[0])
     pair.run(2)
     expected = now(pair.optimizers[1])
@@ -229,15 +217,15 @@ def test_state_that_is_loaded_or_replaced_while_it_is_open(away):
         assert_same(one.state_dict(), state_dict)
 
 
-def test_without_state(where):
-    pair = paired(EXACT, where)
+def test_without_state(anywhere):
+    pair = paired(EXACT, anywhere)
     with snapshot(pair.optimizers[1]) as taken:
         pair.run(2).check()
         assert taken.state_dict()["state"] == {}
 
 
-def test_several_at_once(where):
-    pair, kept = paired(DYNAMIC, where).run(1), []
+def test_several_at_once(anywhere):
+    pair, kept = paired(DYNAMIC, anywhere).run(1), []
     for _ in range(3):
         pair.run(1)
         kept.append((snapshot(pair.optimizers[1]), now(pair.optimizers[1])))
@@ -252,11 +240,11 @@ def test_several_at_once(where):
     assert_same(kept[0][0].state_dict(), kept[0][1])
 
 
-def test_what_is_in_slabs_is_not_copied(away, counted):
+def test_what_is_in_slabs_is_not_copied(where, counted):
     """Taking one makes no memory; steps make one for each slab that they change, and no more."""
-    pair = paired(EXACT, away).run(2, missing=False)
+    pair = paired(EXACT, where).run(2, missing=False)
     optimizer, ours = pair.optimizers[1], pair.params[1]
-    slabs = len(optimizer.executor.slabs)
+    slabs = len(optimizer.executor.placement.slabs)
     assert slabs > 2
     counted.since()
     taken = snapshot(optimizer)
@@ -294,7 +282,7 @@ def test_what_is_in_slabs_is_not_copied(away, counted):
 def test_a_file_has_no_more_than_it_needs(tmp_path):
     path = tmp_path / "state"
     pair = paired(EXACT, {"store": "disk", "path": path}).run(2, missing=False)
-    slabs, before = pair.optimizers[1].executor.slabs, path.stat().st_size
+    slabs, before = pair.optimizers[1].executor.placement.slabs, path.stat().st_size
     # regions begin at pages
     once = sum(-(-slab.nbytes // 4096) * 4096 for slab in slabs)
     assert before == 4096 + 2 * once
@@ -315,14 +303,7 @@ def test_a_file_has_no_more_than_it_needs(tmp_path):
 def test_a_full_disk(tmp_path, monkeypatch):
     pair = paired(DYNAMIC, {"store": "disk", "path": tmp_path / "state"}).run(2, missing=False)
     taken, expected = snapshot(pair.optimizers[1]), now(pair.optimizers[1])
-    calls, real = count(), os.posix_fallocate
-
-    def some(*args):
-        if next(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args)
-
-    monkeypatch.setattr(os, "posix_fallocate", some)
+    injected(monkeypatch, os, "posix_fallocate", 2, partial(OSError, errno.ENOSPC))
     pair.run(1, missing=False)
     before = [p.detach().clone() for p in pair.params[1]]
     with pytest.raises(OSError, match="no room"):
@@ -345,19 +326,12 @@ def test_another_goes_on_from_the_file_while_it_is_open(tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 3, 5])
-def test_a_step_that_fails(at, away, monkeypatch):
+def test_a_step_that_fails(at, where, monkeypatch):
     # nothing is cut, so that no parameter is torn
-    pair = paired(adam("int8", "fp32", lr=0.01, backend="eager"), away, 200_000)
+    pair = paired(adam("int8", "fp32", lr=0.01, backend="eager"), where, 200_000)
     pair.run(2, missing=False)
     expected, taken = now(pair.optimizers[1]), snapshot(pair.optimizers[1])
-    real, calls = eager._step_param, count()
-
-    def step_param(*args, **kwargs):
-        if next(calls) == at:
-            raise ArithmeticError("injected")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(eager, "_step_param", step_param)
+    injected(monkeypatch, eager, "_step_param", at)
     with pytest.raises(StepError) as info:
         run(pair.params[1], pair.optimizers[1], 2, missing=False)
     monkeypatch.undo()
@@ -374,22 +348,14 @@ def test_a_step_that_fails(at, away, monkeypatch):
 
 
 @pytest.mark.parametrize("at", [2, 6])
-def test_a_step_that_fails_within_a_parameter(at, away, monkeypatch):
+def test_a_step_that_fails_within_a_parameter(at, where, monkeypatch):
     """It leaves what it leaves where no snapshot is open: what was not reached comes along."""
-    pair = paired(adam("fp32", "fp32", lr=0.01, backend="eager"), away)
+    pair = paired(adam("fp32", "fp32", lr=0.01, backend="eager"), where)
     offload(pair.optimizers[0], chunk_bytes=SIZE)
     pair.run(2, missing=False)
     expected, taken = now(pair.optimizers[1]), snapshot(pair.optimizers[1])
-    real = eager._step_param
     for ours, optimizer in pair.each():
-        calls = count()
-
-        def step_param(*args, calls=calls, **kwargs):
-            if next(calls) == at:
-                raise ArithmeticError("injected")
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(eager, "_step_param", step_param)
+        injected(monkeypatch, eager, "_step_param", at)
         with pytest.raises(StepError) as info:
             run(ours, optimizer, 2, missing=False)
         monkeypatch.undo()
@@ -400,9 +366,9 @@ def test_a_step_that_fails_within_a_parameter(at, away, monkeypatch):
     assert_same(taken.state_dict(), expected)
 
 
-def test_during_gradient_release(away):
+def test_during_gradient_release(where):
     """Parameters are stepped during backward, each in a step of its own."""
-    pair = paired(EXACT, away)
+    pair = paired(EXACT, where)
 
     def step():
         for ours, optimizer in pair.each():
@@ -434,8 +400,8 @@ def test_closed():
     assert_same(another.state_dict(), expected)
 
 
-def test_one_that_is_dropped_is_closed(away, counted):
-    pair = paired(EXACT, away).run(2, missing=False)
+def test_one_that_is_dropped_is_closed(where, counted):
+    pair = paired(EXACT, where).run(2, missing=False)
     counted.since()
     gc.collect()
     gc.disable()
@@ -449,11 +415,11 @@ def test_one_that_is_dropped_is_closed(away, counted):
     assert counted.since() == 0
 
 
-def test_outlives_the_optimizer_and_keeps_only_its_memory(away):
+def test_outlives_the_optimizer_and_keeps_only_its_memory(where):
     gc.collect()
     gc.disable()
     try:
-        optimizer = offload(DYNAMIC(params()), chunk_bytes=SIZE, **away)
+        optimizer = offload(DYNAMIC(params()), chunk_bytes=SIZE, **where)
         ours = optimizer.param_groups[0]["params"]
         for time in range(3):
             run(ours, optimizer, time)
@@ -462,11 +428,11 @@ def test_outlives_the_optimizer_and_keeps_only_its_memory(away):
             run(ours, optimizer, time)
         stream = optimizer.executor
         assert isinstance(stream, StreamingExecutor)
-        memories = [memory for slab in stream.slabs for memory in slab.family]
+        memories = [memory for slab in stream.placement.slabs for memory in slab.family]
         held = [weakref.ref(memory) for memory in memories if memory.holders]
         free = [weakref.ref(memory) for memory in memories if not memory.holders]
-        assert len(held) == len(stream.slabs)
-        free += [weakref.ref(one) for one in (optimizer, stream, stream.place)]
+        assert len(held) == len(stream.placement.slabs)
+        free += [weakref.ref(one) for one in (optimizer, stream, stream.store)]
         del stream, memories, optimizer
         assert [reference for reference in free if reference() is not None] == []
         assert_same(taken.state_dict(), expected)

@@ -147,7 +147,7 @@ def test_progress_of_policies_is_saved(problem) -> None:
     for saved in (run.optimizer.state_dict(), run.optimizer.packed_state_dict()):
         twin = problem(make)
         twin.optimizer.load_state_dict(reloaded(saved))
-        assert twin.optimizer.engine.steps == 3
+        assert twin.optimizer.engine.encoder.steps == 3
         assert not twin.optimizer.policy.active
         assert twin.optimizer.policy.update_on_loss(0.5)
 
@@ -156,7 +156,7 @@ def test_warm_up_of_a_plain_checkpoint_is_over(problem) -> None:
     plain = problem(lambda groups: torch.optim.AdamW(groups)).run(7)
     ours = problem(lambda groups: wrap(torch.optim.AdamW(groups), WarmupPolicy(5)))
     ours.optimizer.load_state_dict(plain.optimizer.state_dict())
-    assert ours.optimizer.engine.steps >= 5
+    assert ours.optimizer.engine.encoder.steps >= 5
 
 
 def spoiled(spoil):
@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(problem, same,
         with pytest.raises((KeyError, ValueError), match=words):
             run.optimizer.load_state_dict(saved)
         same(before, run)
-        assert run.optimizer.engine.steps == 3
+        assert run.optimizer.engine.encoder.steps == 3
 
 
 def test_saving_after_zero_grad_changes_nothing(problem) -> None:

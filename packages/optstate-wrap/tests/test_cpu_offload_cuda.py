@@ -70,7 +70,7 @@ def test_on_a_gpu_a_step_waits_for_its_copies_only(offload) -> None:
 
 
 def test_on_a_gpu_offloaded_gradients_take_no_memory(monkeypatch) -> None:
-    monkeypatch.setattr("optstate_wrap.cpu.lanes.WAITING", 1 << 22)
+    monkeypatch.setattr("optstate_wrap.cpu.host_copy.WAITING", 1 << 22)
     net, optimizer = on_gpu(offload_gradients=True)
     train(net, optimizer, passes=1)
     torch.cuda.synchronize()

@@ -15,15 +15,15 @@ SHAPES = ((20, 33), (7,), (900,), (3, 3))
 
 #: what fails, by phase: where it is, and its name
 PHASES = {
-    "keep": (transaction.Transaction, "keep"),
+    "keep": (transaction.Transaction, "save"),
     "load": (store.DeviceStore, "load"),
     "decode": (chunked, "decode_state"),
-    "step": (chunked, "own_step"),
+    "step": (chunked, "unhooked_step"),
     "encode": (encoder, "encode_state"),
-    "store": (store.DeviceStore, "placed"),
-    "bring": (transfers.StateRing, "bring"),
+    "store": (store.DeviceStore, "to_store"),
+    "bring": (transfers.StateRing, "load"),
     "slab": (slabs.Spares, "take"),
-    "send": (transfers.StateRing, "send"),
+    "send": (transfers.StateRing, "store"),
 }
 STORES = {"device": store.DeviceStore, "host": host.HostStore}
 POLICIES = {
@@ -73,12 +73,12 @@ def test_fault_in_every_chunk_and_phase(problem, phase, after, policy, where) ->
     if phase in ("load", "store"):
         owner = STORES[where]
     if phase == "step":
-        real = chunked.own_step
+        real = chunked.unhooked_step
 
         def make_failing(call):
             calls = iter(range(1 << 20))
 
-            def own_step(inner):
+            def unhooked_step(inner):
                 step, number = real(inner), next(calls)
 
                 def stepped(*args):
@@ -90,7 +90,7 @@ def test_fault_in_every_chunk_and_phase(problem, phase, after, policy, where) ->
 
                 return stepped
 
-            return own_step
+            return unhooked_step
     else:
         real = getattr(owner, name)
 
@@ -146,9 +146,6 @@ def test_interrupt_is_not_wrapped_but_rolled_back(problem, same) -> None:
     ours = run_of(problem, POLICIES["exact"]).run(2)
     before = copy.deepcopy(ours)
     ours.set_gradients()
-    with (
-        mock.patch.object(chunked, "own_step", interrupted),
-        pytest.raises(KeyboardInterrupt),
-    ):
+    with mock.patch.object(chunked, "unhooked_step", interrupted), pytest.raises(KeyboardInterrupt):
         ours.optimizer.step()
     same(before, ours)

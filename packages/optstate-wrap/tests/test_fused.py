@@ -76,7 +76,8 @@ class Run:
 
     @property
     def fused_parameters(self) -> int:
-        return sum(bool(ready.param_steps) for ready in self.optimizer.engine.fused._ready.values())
+        prepared = self.optimizer.engine.fused._prepared.values()
+        return sum(bool(entry.param_steps) for entry in prepared)
 
 
 def assert_alike(ours: Run, theirs: Run, rate: float = 2e-3) -> None:
@@ -176,7 +177,7 @@ def test_presets_step_every_dtype_in_it(dtype, variance) -> None:
             before = param.detach().clone()
             param.grad = torch.randn_like(param)
             optimizer.step()
-        assert optimizer.engine.fused._ready[param].param_steps
+        assert optimizer.engine.fused._prepared[param].param_steps
         moved = (param.detach().double() - before.double()).abs().max()
         assert 0 < moved < 0.02
 
@@ -261,7 +262,7 @@ def test_a_scaler_skips_and_unscales_in_it() -> None:
         if found:
             assert all(map(torch.equal, before, run.params))
             assert float(run.optimizer.state[run.params[0]]["step"]) == 2
-    plain.optimizer.engine.steps += 1  # what was skipped has drawn
+    plain.optimizer.engine.encoder.steps += 1  # what was skipped has drawn
     plain.optimizer.step()
     for ours, theirs in zip(run.params, plain.params, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -49,7 +49,7 @@ def test_slabs_are_made_once(problem, codecs) -> None:
 
 
 def slabs_of(run, number):
-    records = run.optimizer.engine.store.kept(run.params[number])
+    records = run.optimizer.engine.store.records(run.params[number])
     return {slab for record in records for slab in record.slabs}
 
 
@@ -69,7 +69,7 @@ def test_the_host_has_no_byte_more_than_the_records(problem, kept) -> None:
             record
             for param in run.params
             if param in run.optimizer.engine.store
-            for record in run.optimizer.engine.store.kept(param)
+            for record in run.optimizer.engine.store.records(param)
             if slab in record.slabs
         ]
         assert slab.records == len(records)
@@ -118,7 +118,7 @@ def test_what_the_engine_takes_over_leaves_no_slab(problem) -> None:
     for _ in range(4 + slabs.PATIENCE):
         step(run)
     store = run.optimizer.engine.store
-    assert run.optimizer.engine.fused._ready
+    assert run.optimizer.engine.fused._prepared
     assert not kept_slabs(run)
     assert not store.spares.nbytes
 
@@ -143,7 +143,7 @@ def test_rows_come_ahead_in_at_most_three_slots(problem, monkeypatch) -> None:
     run = run_of(problem)
     step(run)
     calls = []
-    for name in ("bring", "enter", "send"):
+    for name in ("load", "enter", "store"):
         real = getattr(transfers.StateRing, name)
 
         def noted(self, *args, name=name, real=real):
@@ -154,9 +154,9 @@ def test_rows_come_ahead_in_at_most_three_slots(problem, monkeypatch) -> None:
     step(run)
     rows = calls.count("enter")
     assert rows > 4
-    assert calls.count("bring") == calls.count("send") == rows
-    assert calls[:5] == ["bring"] * 3 + ["enter", "send"]
-    assert calls[5 : 5 + 3 * (rows - 3)] == ["bring", "enter", "send"] * (rows - 3)
+    assert calls.count("load") == calls.count("store") == rows
+    assert calls[:5] == ["load"] * 3 + ["enter", "store"]
+    assert calls[5 : 5 + 3 * (rows - 3)] == ["load", "enter", "store"] * (rows - 3)
 
 
 class Replacing(torch.optim.SGD):
@@ -199,16 +199,16 @@ def test_reading_copying_and_setting_state_between_steps(problem, same, cls) -> 
 
 def test_runs_are_copied_at_once_and_nothing_between_them() -> None:
     device = torch.device("cpu")
-    slab = slabs.Slab(torch.arange(160, dtype=torch.uint8), device)
+    slab = slabs.RecordSlab(torch.arange(160, dtype=torch.uint8), device)
     inside = [view_bytes_as(slab.memory, 16 * n, torch.empty(3)) for n in range(8)]
     alone = torch.full((3,), 7.0)
     items = [transfers.Item(tensor, slab) for tensor in inside]
     items = [*items[:2], transfers.Item(alone, None), *items[2:4], items[6], items[5]]
-    offsets, nbytes = slabs.layout([item.tensor for item in items])
+    offsets, nbytes = slabs.pack([item.tensor for item in items])
     room = torch.zeros(nbytes, dtype=torch.uint8)
     found = list(transfers._runs(room, items, offsets))
     assert [source.numel() for source, _ in found] == [3, 28, 28, 12, 12]
-    lane = transfers.StateRing(device)
-    slot = lane.bring(items)
+    ring = transfers.StateRing(device)
+    slot = ring.load(items)
     for item in items:
         assert torch.equal(slot.views[id(item.tensor)], item.tensor)

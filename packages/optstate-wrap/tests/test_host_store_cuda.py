@@ -128,7 +128,7 @@ def test_stores_trail_the_step() -> None:
     after.record()
     assert not after.query()
     for mine, yours in zip(reversed(ours), reversed(theirs), strict=True):
-        kept = wrapped.engine.store.kept(mine)[0]["exp_avg"].tensor.clone()
+        kept = wrapped.engine.store.records(mine)[0]["exp_avg"].tensor.clone()
         assert torch.equal(kept, plain.state[yours]["exp_avg"].cpu())
 
 
@@ -159,7 +159,7 @@ def test_an_exception_leaves_what_was_stored(number, undo_bytes, monkeypatch) ->
     ours, theirs = params(), params()
     wrapped = OffloadOptimizer(torch.optim.AdamW(ours, lr=1e-2), chunk_size=100_000, fused=False)
     plain = torch.optim.AdamW(theirs, lr=1e-2)
-    real, calls = chunked.own_step, iter(range(1 << 20))
+    real, calls = chunked.unhooked_step, iter(range(1 << 20))
 
     def failing(inner):
         if next(calls) == number:
@@ -174,7 +174,10 @@ def test_an_exception_leaves_what_was_stored(number, undo_bytes, monkeypatch) ->
         if step != 3:
             wrapped.step()
             continue
-        with mock.patch.object(chunked, "own_step", failing), pytest.raises(StepError) as caught:
+        with (
+            mock.patch.object(chunked, "unhooked_step", failing),
+            pytest.raises(StepError) as caught,
+        ):
             wrapped.step()
         for done in caught.value.stepped:
             ours[done].grad = None

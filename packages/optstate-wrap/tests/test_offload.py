@@ -42,12 +42,12 @@ def test_host_state_lies_in_one_slab_a_chunk(problem) -> None:
     run = problem(
         lambda groups: OffloadOptimizer(torch.optim.AdamW(groups), CODED), shapes=((600,), (900,))
     ).run(1)
-    kept = run.optimizer.engine.store.kept
+    records = run.optimizer.engine.store.records
     storages = {
         part.untyped_storage().data_ptr()
         for param in run.params
         for key in CODED
-        for part in kept(param)[0][key].parts
+        for part in records(param)[0][key].parts
     }
     assert len(storages) == 1
 

@@ -46,7 +46,7 @@ def test_coded_is_the_device_store() -> None:
     ours, optimizer = trained(
         lambda p: OffloadOptimizer(torch.optim.AdamW(p), policy, chunk_size=8192)
     )
-    assert optimizer.engine.fused._ready
+    assert optimizer.engine.fused._prepared
     assert all(map(torch.equal, plain, ours))
 
 

@@ -254,7 +254,7 @@ def test_a_parameter_that_moves_goes_on(kind, chunk, monkeypatch) -> None:
         params = parameters()
         optimizer = make(params)
         if chunk > 256 and hasattr(optimizer, "engine"):
-            optimizer.engine.encoder.chunk = chunk
+            optimizer.engine.encoder.chunk_size = chunk
         step(params, optimizer, 2)
         gaps = lambda p: torch.stack([p, p], -1)[..., 0]  # noqa: E731
         for move in (torch.clone, relaid, relaid, gaps, relaid):
@@ -283,7 +283,7 @@ def test_a_parameter_that_is_transposed_where_it_lies_goes_on(make, chunk) -> No
         params = parameters(((24, 24),))
         optimizer = maker(params)
         if chunk > 256 and hasattr(optimizer, "engine"):
-            optimizer.engine.encoder.chunk = chunk
+            optimizer.engine.encoder.chunk_size = chunk
         for _ in range(3):
             step(params, optimizer, 2)
             params[0].data = params[0].data.t()
@@ -298,7 +298,7 @@ def test_parts_that_were_cut_by_another_order_are_read_and_loaded_by_it() -> Non
     expected = optimizer.state[params[0]]["exp_avg"].clone()
     packed = copy.deepcopy(optimizer.packed_state_dict())
     params[0].data = relaid(params[0])
-    optimizer.engine.states.forget()
+    optimizer.engine.states.discard_read_states()
     assert torch.equal(optimizer.state[params[0]]["exp_avg"], expected)
     optimizer.load_state_dict(packed)
     assert torch.equal(optimizer.state[params[0]]["exp_avg"], expected)
@@ -307,7 +307,7 @@ def test_parts_that_were_cut_by_another_order_are_read_and_loaded_by_it() -> Non
     assert torch.equal(twin.state[twin.param_groups[0]["params"][0]]["exp_avg"], expected)
     twin.state[twin.param_groups[0]["params"][0]]["exp_avg"].mul_(2)
     twin.engine.states.write_back()
-    twin.engine.states.forget()
+    twin.engine.states.discard_read_states()
     assert torch.equal(twin.state[twin.param_groups[0]["params"][0]]["exp_avg"], 2 * expected)
 
 

@@ -279,7 +279,7 @@ def test_what_nobody_changed_keeps_its_bits(kind, store, monkeypatch) -> None:
     first = pair.ours.state[pair.mine[1]]["exp_avg"].clone()
     pair.ours.state[pair.mine[1]]["exp_avg_sq"].mul_(4)
     pair.ours.state_dict()
-    pair.ours.engine.states.forget()
+    pair.ours.engine.states.discard_read_states()
     again = pair.ours.state[pair.mine[1]]["exp_avg"]
     torch.testing.assert_close(again, first, rtol=0.02, atol=0.02 * float(first.abs().max()))
 
@@ -288,12 +288,13 @@ def test_a_step_does_nothing_for_what_was_only_read(monkeypatch) -> None:
     pair = Pair("coded")
     for param in pair.mine:
         pair.ours.state[param]["exp_avg"].sum()
-    real, calls = decoded.States._store, []
-    monkeypatch.setattr(decoded.States, "_store", lambda *args: calls.append(1) or real(*args))
+    cls = decoded.DecodedStates
+    real, calls = cls._store, []
+    monkeypatch.setattr(cls, "_store", lambda *args: calls.append(1) or real(*args))
     pair.step()
     assert not calls
     # and keeps nothing of it
-    assert not pair.ours.engine.states._shown
+    assert not pair.ours.engine.states._read_states
 
 
 @pytest.mark.parametrize("kind", ["exact", "coded", "coded-fused"])

@@ -5,7 +5,6 @@ come after whatever another one has done with it that it is in conflict with.
 """
 
 from collections import defaultdict
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -73,43 +72,39 @@ class Races:
                 self.found.append((other.kind, stream.kind))
         self.used[storage.data_ptr()].append((stream, stream.work(), write))
 
-    @contextmanager
-    def on(self, stream):
-        before, self.current = self.current, stream
-        yield
-        self.current = before
+    def switch(self, stream) -> None:
+        self.current = stream
 
 
 @pytest.fixture
 def races(monkeypatch):
     races = Races()
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "stream", races.on)
+    monkeypatch.setattr(torch.cuda, "set_stream", races.switch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: races.current)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    real = {name: getattr(transfers.StateRing, name) for name in ("__init__", "enter", "send")}
+    real = {name: getattr(transfers.StateRing, name) for name in ("__init__", "enter", "store")}
     copy = torch.Tensor.copy_
 
-    def init(lane, device) -> None:
-        real["__init__"](lane, device)
-        lane._streams = Stream("load"), Stream("store")
-        for slot in lane._slots:
-            slot.loaded = Event()
+    def init(ring, device) -> None:
+        real["__init__"](ring, device)
+        ring.streams.load, ring.streams.store = Stream("load"), Stream("store")
 
-    def enter(lane, slot) -> None:
-        real["enter"](lane, slot)
-        races.use(slot.room, True)
+    def enter(ring, slot) -> None:
+        real["enter"](ring, slot)
+        races.use(slot.memory, True)
 
-    def send(lane, slot, tensors, slab) -> None:
-        races.use(slot.room, True)  # it has just been stepped
-        real["send"](lane, slot, tensors, slab)
+    def store(ring, slot, tensors, slab) -> None:
+        races.use(slot.memory, True)  # it has just been stepped
+        real["store"](ring, slot, tensors, slab)
 
     def copied(self, source, non_blocking=False):
         races.use(source, False)
         races.use(self, True)
         return copy(self, source, non_blocking)
 
-    for name, stand_in in (("__init__", init), ("enter", enter), ("send", send)):
+    for name, stand_in in (("__init__", init), ("enter", enter), ("store", store)):
         monkeypatch.setattr(transfers.StateRing, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "copy_", copied)
     return races
@@ -129,7 +124,7 @@ def run_of(problem, policy, chunk_size=512):
 @pytest.mark.parametrize("codecs", [{}, CODED], ids=["exact", "coded"])
 def test_streams_are_in_order(problem, races, monkeypatch, codecs, warmup, chunk_size) -> None:
     run = run_of(problem, ConfigurablePolicy(codecs, warmup_steps=warmup), chunk_size)
-    real = chunked.own_step
+    real = chunked.unhooked_step
     for number in range(12):
         calls = iter(range(1 << 20))
 
@@ -139,7 +134,7 @@ def test_streams_are_in_order(problem, races, monkeypatch, codecs, warmup, chunk
                 raise MemoryError("boom")
             return real(inner)
 
-        monkeypatch.setattr(chunked, "own_step", failing)
+        monkeypatch.setattr(chunked, "unhooked_step", failing)
         run.set_gradients()
         try:
             run.optimizer.step()

@@ -151,11 +151,11 @@ def test_copies_go_on_equally(problem, same, policy, copied) -> None:
 
 def test_gradients_that_are_missing_leave_codes_alone(problem) -> None:
     run = problem(adamw(CODED)).run(2)
-    before = run.optimizer.engine.store.kept(run.params[0])
+    before = run.optimizer.engine.store.records(run.params[0])
     run.set_gradients()
     run.params[0].grad = None
     run.optimizer.step()
-    assert run.optimizer.engine.store.kept(run.params[0])[0] is before[0]
+    assert run.optimizer.engine.store.records(run.params[0])[0] is before[0]
 
 
 def test_zero_grad_and_set_to_none(problem) -> None:
@@ -197,12 +197,12 @@ def test_default_policy_codes_momenta_after_warm_up(problem) -> None:
         lambda groups: wrap(torch.optim.SGD(groups, lr=0.1, momentum=0.9), policy),
         shapes=((900,), (8,)),
     )
-    kept = run.optimizer.engine.store.kept
+    records = run.optimizer.engine.store.records
     run.run(2)
-    assert isinstance(kept(run.params[0])[0]["momentum_buffer"], torch.Tensor)
+    assert isinstance(records(run.params[0])[0]["momentum_buffer"], torch.Tensor)
     run.run(1)
-    assert kept(run.params[0])[0]["momentum_buffer"].format == Int8MomentumCodec().stored
-    assert isinstance(kept(run.params[1])[0]["momentum_buffer"], torch.Tensor)
+    assert records(run.params[0])[0]["momentum_buffer"].format == Int8MomentumCodec().stored
+    assert isinstance(records(run.params[1])[0]["momentum_buffer"], torch.Tensor)
 
 
 def test_sparse_gradients_of_split_tensors_are_refused(problem) -> None:

@@ -1,7 +1,4 @@
-"""Adam and AdamW with 8-bit, FP8 and 4-bit state: change one line, keep an eighth of the memory.
-
-Lion and SGD are here in 8 bits as well.
-"""
+"""Adam and AdamW with 8-bit, FP8 and 4-bit state; Lion and SGD with 8-bit state."""
 
 from lowbit_adam.adam import Adam4bit, Adam8bit, AdamFp8, AdamW4bit, AdamW8bit, AdamWFp8
 from lowbit_adam.convert import from_bitsandbytes, from_torchao

@@ -1,4 +1,4 @@
-"""Adam and AdamW with coded moments; a class of this family is a choice of formats."""
+"""Adam and AdamW in 8-bit, 4-bit and FP8; each class selects formats for the two moments."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from optstate_codecs.writes import write_named
 __all__ = ["Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"]
 
 
-def _named(formats: Any) -> Mapping[str, Format | str]:
-    """``formats``, if it is a mapping that names moments only."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def _checked(formats: Any) -> Mapping[str, Format | str]:
+    """Return ``formats``; raise unless it maps names of moments."""
     if not isinstance(formats, Mapping):
         raise TypeError(
             f"formats={formats!r}: must map names of moments to formats, "
@@ -29,17 +32,14 @@ def _named(formats: Any) -> Mapping[str, Format | str]:
     return formats
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-
 @lru_cache(maxsize=64)
-def _moments(cls: type[_CodedAdam], block_size: int) -> tuple[Format, Format]:
-    """A class's formats, which every step asks for: made and validated once."""
+def _formats_of(cls: type[_CodedAdam], block_size: int) -> tuple[Format, Format]:
+    """A class's formats; cached, because every step needs them."""
     return cls.moment_formats(block_size)
 
 
 class _CodedAdam(CodedOptimizer):
-    """Adam's arguments; subclasses say how the moments are stored."""
+    """Adam's arguments; subclasses define the formats of the moments."""
 
     rule_type = Adam
     storage_options = ("block_size", "formats")
@@ -64,7 +64,7 @@ class _CodedAdam(CodedOptimizer):
         super().__init__(
             params,
             Adam(decoupled=self.decoupled),
-            _named({} if formats is None else formats),
+            _checked({} if formats is None else formats),
             lr=lr,
             betas=betas,
             eps=eps,
@@ -81,17 +81,17 @@ class _CodedAdam(CodedOptimizer):
         raise NotImplementedError
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
-        kind: Any = type(self)
-        first, second = _moments(kind, checks.block_size(group["block_size"]))
-        given = {name: as_format(f) for name, f in _named(group["formats"]).items()}
-        formats = {"exp_avg": first, "exp_avg_sq": second, **given}
+        cls: Any = type(self)
+        first, second = _formats_of(cls, checks.block_size(group["block_size"]))
+        chosen = {name: as_format(f) for name, f in _checked(group["formats"]).items()}
+        formats = {"exp_avg": first, "exp_avg_sq": second, **chosen}
         formats.setdefault("max_exp_avg_sq", formats["exp_avg_sq"])
-        kept = MOMENTS if group["amsgrad"] else MOMENTS[:2]
-        return {name: formats[name] for name in kept}
+        names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+        return {name: formats[name] for name in names}
 
 
 class _CodedAdamW(_CodedAdam):
-    """As ``_CodedAdam``, with decoupled weight decay and AdamW's default for it."""
+    """``_CodedAdam`` with decoupled weight decay and AdamW's default for it."""
 
     decoupled = True
 
@@ -117,9 +117,9 @@ class _Dynamic8Moments(CodedOptimizer):
 class Adam8bit(_Dynamic8Moments, _CodedAdam):
     """Adam with 8 bits per moment (16 + 64 / block_size bits per parameter).
 
-    Both moments are stored in the dynamic exponent map of Dettmers et al., arXiv:2110.02861; the
-    second as its root, rounded stochastically, which keeps step lengths unbiased where rounding
-    to nearest cannot follow a running mean.
+    Both moments are stored in the dynamic exponent map of Dettmers et al., arXiv:2110.02861, the
+    second as its root. Rounding is stochastic, which keeps step lengths unbiased; rounding to
+    nearest loses the small changes of a running mean.
 
     Args:
         params: tensors, ``named_parameters()``, or dicts of param groups; float16, bfloat16,
@@ -131,15 +131,15 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
         amsgrad: divide by the largest second moment so far; 8 more bits per parameter.
         block_size: elements that share a scale, a power of two from 16 to 8192; default 2048.
             Can be set per group.
-        formats: what to store moments in instead, for those it names: ``exp_avg``, ``exp_avg_sq``
-            and with ``amsgrad`` ``max_exp_avg_sq``, which otherwise follows ``exp_avg_sq``. A
-            ``Format`` or its text, e.g. ``{"exp_avg": "bf16"}``; block sizes are its own. Can be
-            set per group.
+        formats: other formats for the moments that it names: ``exp_avg``, ``exp_avg_sq`` and,
+            with ``amsgrad``, ``max_exp_avg_sq``, which by default has the format of
+            ``exp_avg_sq``. Each is a ``Format`` or its text, e.g. ``{"exp_avg": "bf16"}``, with
+            its own block size. Can be set per group.
         bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
             their precision are kept in the mean.
-        master_weight_bits: 24 or 32 keeps what rounding leaves of bfloat16 and float16
-            parameters, 1 or 2 bytes each, and trains the master weight of that many bits that
-            both hold; not together with ``bf16_stochastic_round``.
+        master_weight_bits: 24 or 32 keeps the rounding error of bfloat16 and float16 parameters,
+            in 1 or 2 bytes each, and trains the master weight of that many bits that both make
+            up; not together with ``bf16_stochastic_round``.
         **options: ``backend``, ``maximize``, ``skip_nonfinite``, ``max_grad_norm``,
             ``rounding_seed`` (see ``CodedOptimizer``) and the flags ``foreach``, ``fused``,
             ``capturable``, ``differentiable``.
@@ -155,8 +155,8 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
 class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
     """AdamW with 8 bits per moment (16 + 64 / block_size bits per parameter).
 
-    As ``Adam8bit``, ``formats`` included, with decoupled weight decay (Loshchilov & Hutter,
-    arXiv:1711.05101): the parameter is multiplied by ``1 - lr * weight_decay``, by default 1e-2,
+    Arguments are those of ``Adam8bit``. Weight decay is decoupled (Loshchilov & Hutter,
+    arXiv:1711.05101), 1e-2 by default: the parameter is multiplied by ``1 - lr * weight_decay``
     before the step.
 
     Example:
@@ -175,14 +175,15 @@ class _FourBitMoments(CodedOptimizer):
 class Adam4bit(_FourBitMoments, _CodedAdam):
     """Adam with 4 bits per moment (8 + 32 / block_size bits per parameter).
 
-    Two codes a byte: the first moment in units of the update, as an integer from -7 to 7; the
-    second as its root, in floating-point codes of two exponent and two mantissa bits. Both are
-    rounded stochastically, the first in pairs of steps. Steps are as long as exact Adam's within
-    5 %, and shorter where second moments differ by more than a thousand in one block.
+    A byte holds two codes. The first moment is stored in update units, as an integer from -7 to
+    7; the second as its root, in floating-point codes of two exponent and two mantissa bits. Both
+    are rounded stochastically, the first with random numbers mirrored every other step. Step
+    lengths are within 5 % of exact Adam's, and shorter where second moments in one block differ by
+    a factor of more than 1,000.
 
-    Arguments are those of ``Adam8bit``. ``block_size`` is 128 by default, which makes 8.25 bits
-    per parameter; 64 makes 8.5 and follows unequal gradients more closely. For the second moment
-    as Li et al., arXiv:2309.01507, published it, ask for
+    Arguments are those of ``Adam8bit``. ``block_size`` is 128 by default, 8.25 bits per
+    parameter; 64 takes 8.5 bits and follows unequal gradients more closely. The second moment as
+    published by Li et al., arXiv:2309.01507, is
     ``formats={"exp_avg_sq": "linear4(normalization=rank1)"}``.
 
     Example:
@@ -193,7 +194,7 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
 class AdamW4bit(_FourBitMoments, _CodedAdamW):
     """AdamW with 4 bits per moment (8 + 32 / block_size bits per parameter).
 
-    As ``Adam4bit``, ``formats`` included, with decoupled weight decay, see ``AdamW8bit``.
+    ``Adam4bit`` with the decoupled weight decay of ``AdamW8bit``.
 
     Example:
         >>> optimizer = AdamW4bit(model.parameters(), lr=3e-4, weight_decay=0.1)
@@ -209,9 +210,9 @@ class _Fp8Moments(CodedOptimizer):
 class AdamFp8(_Fp8Moments, _CodedAdam):
     """Adam with FP8 state (16 + 64 / block_size bits per parameter), on any device.
 
-    The first moment is ``float8_e4m3fn`` in units of the update, made and read with integers, so
-    that no hardware for FP8 is needed. The second needs finer steps than e4m3 has, and is stored
-    as ``Adam8bit`` stores it. Arguments are those of ``Adam8bit``.
+    The first moment is stored as ``float8_e4m3fn`` in update units, encoded and decoded with
+    integer arithmetic, so that FP8 hardware is not needed. The second needs finer steps than e4m3
+    has and is stored as in ``Adam8bit``. Arguments are those of ``Adam8bit``.
 
     Example:
         >>> optimizer = AdamFp8(model.parameters(), lr=1e-3)
@@ -221,7 +222,7 @@ class AdamFp8(_Fp8Moments, _CodedAdam):
 class AdamWFp8(_Fp8Moments, _CodedAdamW):
     """AdamW with FP8 state (16 + 64 / block_size bits per parameter), on any device.
 
-    As ``AdamFp8``, ``formats`` included, with decoupled weight decay, see ``AdamW8bit``.
+    ``AdamFp8`` with the decoupled weight decay of ``AdamW8bit``.
 
     Example:
         >>> optimizer = AdamWFp8(model.parameters(), lr=3e-4, weight_decay=0.1)

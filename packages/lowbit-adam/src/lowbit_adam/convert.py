@@ -1,6 +1,6 @@
-"""Other libraries' low-bit Adam states in ``torch.optim``'s layout.
+"""Convert low-bit Adam state of torchao and bitsandbytes to ``torch.optim``'s layout.
 
-Every optimizer here loads that layout, and encodes it as it stores its moments:
+Every optimizer of this package loads that layout and encodes the moments in its own formats:
 
     optimizer.load_state_dict(from_bitsandbytes(torch.load("optimizer.pt")))
 """
@@ -18,7 +18,7 @@ from optstate_codecs.convert import adam_state_dict
 __all__ = ["from_bitsandbytes", "from_torchao"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# bitsandbytes' names, and the entry that its newer versions wrap the coded state in
+# bitsandbytes' names of moments, and the entry in which newer versions wrap the quantized state
 BNB_MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 BNB_WRAPPED = "__bnb_optimizer_quant_state__"
 BNB_BLOCK = 256
@@ -28,12 +28,12 @@ def from_torchao(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state of torchao's ``Adam(W)8bit``, ``Adam(W)4bit`` or ``Adam(W)Fp8``, decoded.
 
     Args:
-        state_dict: what their ``state_dict()`` returned. Their tensors decode themselves, so
-            torchao has to be importable where it was pickled.
+        state_dict: the result of their ``state_dict()``. Their tensors decode themselves, so that
+            torchao must be installed to unpickle them.
 
     Returns:
-        A state dict in the layout of ``torch.optim.AdamW``, in float32. Where a second moment was
-        stored as zero beside a first moment that is not, it is the square of that.
+        A state dict in the layout of ``torch.optim.AdamW``, in float32. A second moment that was
+        stored as zero for a nonzero first moment becomes the square of the first moment.
 
     Raises:
         KeyError: an entry is missing; the message names it.
@@ -57,16 +57,16 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state of bitsandbytes' block-wise 8-bit ``Adam`` or ``AdamW``, decoded.
 
     Args:
-        state_dict: what their ``state_dict()`` returned: ``state1``, ``qmap1`` and ``absmax1`` for
-            the first moment and the same with 2 for the second, wrapped or not; tensors that they
-            leave in float32 as well.
+        state_dict: the result of their ``state_dict()``, with ``state1``, ``qmap1`` and
+            ``absmax1`` for the first moment and the same with 2 for the second, wrapped or not.
+            Moments that they keep in float32 are accepted too.
 
     Returns:
-        As ``from_torchao``.
+        A state dict as from ``from_torchao``.
 
     Raises:
         KeyError: an entry is missing; the message names it.
-        ValueError: scales are not one for each 256 elements.
+        ValueError: the number of scales is not one for each 256 elements.
     """
 
     def decode(number: Any, state: Mapping[str, Any], group: object) -> dict[str, Tensor]:

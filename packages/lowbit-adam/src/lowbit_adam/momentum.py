@@ -1,4 +1,4 @@
-"""Lion and SGD, which keep one moment, in 8 bits."""
+"""Lion and SGD with their momentum in 8 bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Lion8bit", "SGD8bit"]
 
 
 class _Momentum8(CodedOptimizer):
-    """One signed moment in its own units: there is no second one to take update units from."""
+    """A signed moment stored by value: without a second moment there are no update units."""
 
     storage_options = ("block_size",)
 
@@ -44,9 +44,9 @@ class _Momentum8(CodedOptimizer):
 class Lion8bit(_Momentum8):
     """Lion with 8 bits of momentum (8 + 32 / block_size bits per parameter).
 
-    Chen et al., arXiv:2302.06675, with decoupled weight decay. The momentum is stored in the
-    dynamic exponent map of Dettmers et al., arXiv:2110.02861, rounded stochastically. The
-    keyword-only arguments are those of ``Adam8bit``, less ``formats``.
+    Lion is by Chen et al., arXiv:2302.06675; weight decay is decoupled. The momentum is stored in
+    the dynamic exponent map of Dettmers et al., arXiv:2110.02861, rounded stochastically. The
+    keyword-only arguments are those of ``Adam8bit`` except ``formats``.
 
     Example:
         >>> optimizer = Lion8bit(model.parameters(), lr=1e-4, weight_decay=0.1)
@@ -68,8 +68,8 @@ class Lion8bit(_Momentum8):
 class SGD8bit(_Momentum8):
     """SGD with 8 bits of momentum (8 + 32 / block_size bits per parameter; 0 without momentum).
 
-    The arguments and steps are ``torch.optim.SGD``'s, weight decay coupled; the momentum is stored
-    as ``Lion8bit`` stores its own, and the keyword-only arguments are the same.
+    Arguments and steps are those of ``torch.optim.SGD``, with coupled weight decay. The momentum
+    is stored as in ``Lion8bit``, which has the same keyword-only arguments.
 
     Example:
         >>> optimizer = SGD8bit(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)

@@ -1,9 +1,9 @@
-"""The arguments that an optimizer's class takes, from the signatures, and the error for others.
+"""Finds the arguments that an optimizer's class takes, and makes the error for unknown ones.
 
-A constructor with ``**options`` hands them to its base, so the walk goes on there, with the base's
-keyword-only arguments: what a base takes by position (``rule``, ``formats``, ``write``) is for its
-subclasses to choose. Last come the ``shared_options`` of ``CodedOptimizer`` and the
-hyper-parameters of the rule, by its ``rule_type``.
+A constructor with ``**options`` passes them to its base, so the keyword-only arguments of the base
+count too. Positional arguments of a base (``rule``, ``formats``, ``write``) do not: its subclasses
+choose them. Last come the ``shared_options`` of ``CodedOptimizer`` and the hyper-parameters of the
+rule, given by ``rule_type``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["arguments_of", "unknown_argument"]
 
 
 def arguments_of(cls: type, rule_type: type | None = None) -> dict[str, Any]:
-    """The type of each argument that a class takes by keyword, but for the parameters.
+    """The type of each argument that a class takes by keyword, except the parameters.
 
     Args:
         cls: of the family, or any optimizer whose constructor has annotations or defaults.
-        rule_type: of the rule whose hyper-parameters are among them, where the class has none.
+        rule_type: the rule's class, if ``cls`` has no ``rule_type``.
 
     Example:
         >>> arguments_of(torch.optim.SGD)["nesterov"]
@@ -30,11 +30,11 @@ def arguments_of(cls: type, rule_type: type | None = None) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     constructors = [base for base in cls.__mro__ if "__init__" in vars(base)]
-    for place, base in enumerate(constructors):
+    for depth, base in enumerate(constructors):
         signature = inspect.signature(vars(base)["__init__"], eval_str=True)
         parameters = list(signature.parameters.values())[1:]
         for parameter in parameters:
-            own = place == 0 and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            own = depth == 0 and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             if (own or parameter.kind is parameter.KEYWORD_ONLY) and parameter.name != "params":
                 found.setdefault(parameter.name, _type_of(parameter))
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -54,26 +54,23 @@ def _type_of(parameter: inspect.Parameter) -> Any:
 
 
 def _type_by(default: Any) -> Any:
-    """The type that an argument without an annotation has by its default; None is a flag's."""
+    """The type of an argument without an annotation, from its default; None: a flag."""
     return bool | None if default is None else type(default)
 
 
 def _hyper_parameters(rule_type: Any) -> dict[str, Any]:
-    """What a rule's ``hyper`` returns, by field."""
+    """The types of a rule's hyper-parameters, the fields that ``hyper`` returns."""
     hyper = get_type_hints(rule_type.hyper).get("return") if rule_type is not None else None
     return get_type_hints(hyper) if is_dataclass(hyper) else {}
 
 
 _CLASS = (("", "the class: AdamW8bit decouples weight decay, Adam8bit does not"),)
-#: what other libraries call an argument, and what that is here, for the classes that have the one
-#: named first
+#: arguments of other libraries, each with pairs of an argument of ours and advice; the first pair
+#: whose argument the class takes applies, and "" always does
 ELSEWHERE: Mapping[str, tuple[tuple[str, str], ...]] = {
     "adam_w_mode": _CLASS,
     "args": (("", "keyword arguments; optstate_codecs.typed_arguments reads them from text"),),
-    "block_wise": (
-        ("block_size", "always, in blocks of block_size elements"),
-        ("", "no blocks"),
-    ),
+    "block_wise": (("block_size", "always, in blocks of block_size elements"), ("", "no blocks")),
     "compress_state_dict": (("", "always: state_dict() is packed, full_state_dict() is not"),),
     "decoupled_weight_decay": _CLASS,
     "is_paged": (("", "optstate_codecs.offload(optimizer), which keeps state on the host"),),
@@ -94,12 +91,12 @@ ELSEWHERE: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 
 def unknown_argument(cls: type, name: str, known: Iterable[str]) -> TypeError:
-    """The error for an argument that ``cls`` does not take: what may have been meant, and all.
+    """The error for an argument that ``cls`` does not take, with a suggestion and all arguments.
 
     Args:
         cls: the optimizer's class.
         name: of the argument.
-        known: the names of those that it takes.
+        known: the names of the arguments that it takes.
     """
     known = list(known)
     here = next((text for has, text in ELSEWHERE.get(name, ()) if not has or has in known), None)

@@ -1,7 +1,7 @@
-"""Validation of user arguments: every message names the argument, its value and what is allowed.
+"""Validation of user arguments: messages name the argument, its value and the allowed values.
 
-Numbers of other libraries are taken, numpy's among them. Checks of values that are no tensors
-return them as plain Python ones (see ``optstate_codecs.plain``), to be kept in place of the given.
+Numbers of other libraries, such as numpy's, are accepted. Checks of values that are not tensors
+return them as plain Python values (see ``optstate_codecs.plain``), for the caller to keep.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def _number(name: str, value: Any) -> float | None:
-    """The value as a number, or None for a tensor whose value only the device knows."""
+    """The value as a number, or None for a tensor that the host should not read."""
     if type(value) is float or type(value) is int:
         return value
     if isinstance(value, Tensor):
@@ -54,7 +54,7 @@ def nonnegative(name: str, value: Any) -> None:
 
 
 def positive(name: str, value: Any) -> float:
-    """Raise unless ``value`` is a finite number above zero; no tensor."""
+    """Raise unless ``value`` is a finite number above zero, and not a tensor."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: must be a number, got Tensor")
     number = _number(name, value)
@@ -71,7 +71,7 @@ def unit_interval(name: str, value: Any) -> None:
 
 
 def share(name: str, value: Any) -> float:
-    """Raise unless ``value`` is a number from 0 to 1; no tensor."""
+    """Raise unless ``value`` is a number from 0 to 1, and not a tensor."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: must be a number, got Tensor")
     number = _number(name, value)

@@ -1,4 +1,4 @@
-"""Other libraries' Adam states in the layout of ``torch.optim``, which every optimizer loads."""
+"""Converts Adam states of other libraries to ``torch.optim``'s layout, for any optimizer here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["adam_state_dict"]
 
 GROUP_KEYS = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
 
-# number of a parameter, what is stored for it, and its group
+# number of a parameter, its stored state, and its group
 Decode = Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Mapping[str, Tensor]]
 
 
@@ -23,12 +23,12 @@ def adam_state_dict(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, 
 
     Args:
         state_dict: ``state`` by parameter number, with a ``step`` each, and ``param_groups``.
-        decode: given a parameter's number, what is stored for it, and its group: its moments by
-            torch's names, float32, of its shape.
+        decode: returns a parameter's moments by torch's names, float32, of its shape; its
+            arguments are the parameter's number, stored state and group.
 
     Returns:
-        A new state dict. Where a second moment is zero beside a first moment that is not, it is
-        the square of that, see ``moments.without_underflow``.
+        A new state dict. A second moment that is zero while the first one is not becomes the
+        square of the first, see ``moments.without_underflow``.
 
     Raises:
         KeyError: an entry is missing; the message names it.
@@ -44,7 +44,7 @@ def adam_state_dict(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, 
         if "step" not in stored:
             raise KeyError(f"state_dict['state'][{number!r}]: missing key 'step'")
         moments = dict(decode(number, stored, group_of[number]))
-        # codes lose small ones, and dividing by zero would be a long step
+        # codes round small ones to zero, and dividing by zero would give a long step
         moments["exp_avg_sq"] = without_underflow(moments["exp_avg_sq"], moments["exp_avg"])
         step = torch.tensor(float(stored["step"]), dtype=torch.float32, device="cpu")
         state[number] = {"step": step, **moments}

@@ -1,10 +1,10 @@
-"""Step counts: float32 numbers, as ``torch.optim`` has them, that count on past 2^24.
+"""Step counts: float32 numbers as in ``torch.optim``, which also count beyond 2^24.
 
-Adding 1 to 2^24 changes nothing in float32. Bias corrections have ended long before, but random
-numbers are keyed by the count and would repeat. So from 2^24 on, a step moves the count to the next
-float32 number: 2^24, 2^24 + 2, 2^24 + 4 ... 2^25, 2^25 + 4 and so on. The bits of these numbers
-count the steps, so nothing else is stored. A count below 2^24 is the number of steps. The largest
-float32 number is reached after 889,192,447 steps.
+Adding 1 to 2^24 changes nothing in float32. Bias corrections are 1 long before, but random numbers
+are keyed by the count and would repeat. So from 2^24 on, a step moves the count to the next float32
+number: 2^24, 2^24 + 2, 2^24 + 4 ... 2^25, 2^25 + 4 and so on. The bits of these numbers count the
+steps, so nothing else is stored. A count below 2^24 is the number of steps. The largest float32
+number is reached after 889,192,447 steps.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 
 __all__ = ["END", "OFFSET", "advance", "as_step", "counted", "take_back", "taken"]
 
-# up to which a float32 counts, and what its bits from there on are more than the steps taken
+# the end of plain counting in float32; from there on the bits minus OFFSET are the steps taken
 END = 1 << 24
 OFFSET = 0x4B800000 - END
 LAST = 0x7F7FFFFF - OFFSET
-# times this, a number from 2^24 on is 5/8 to 5/4 of the distance to the next one: added, it gives
-# that one. From 2^23 on it gives 5/8 to 5/4, which added is 1, the distance there.
+# a number from 2^24 on times this is 5/8 to 5/4 of the distance to the next float32 number, so that
+# adding it gives that number. From 2^23 on it is 5/8 to 5/4, and adding it adds 1.
 TO_NEXT = 1.25 * 2.0**-24
 
 
 def taken(step: float) -> int:
-    """How many steps the count ``step``, as ``state["step"]`` has it, stands for.
+    """The number of steps that the count ``step``, from ``state["step"]``, stands for.
 
     Example:
         >>> taken(2.0**24 + 4)
@@ -40,7 +40,7 @@ def taken(step: float) -> int:
 
 
 def as_step(count: int) -> float:
-    """The count that stands for ``count`` steps; after the last one they begin anew."""
+    """The count that stands for ``count`` steps; after the last count they start again at 0."""
     count %= LAST + 1
     if count < END:
         return float(count)
@@ -51,15 +51,15 @@ def as_step(count: int) -> float:
 def advance(
     counters: list[Tensor], plainly: bool, largest: float = inf, one: Tensor | None = None
 ) -> None:
-    """Count a step in tensors of counts, in place and without reading them.
+    """Add a step to tensors of step counts, in place and without reading them.
 
     Args:
         counters: float32.
-        plainly: as ``torch.optim`` counts, since something else keys the random numbers.
-        largest: no count is larger; infinite where only the device knows.
-        one: 1, or 0 for a step that is not to count; 0-d, on the device of the counts.
+        plainly: count as ``torch.optim`` does, because the counts do not key random numbers.
+        largest: an upper bound of the counts; infinite if only the device knows them.
+        one: 1, or 0 for a step that does not count; 0-d, on the device of the counts.
     """
-    # a list, since a single tensor would be read by the host
+    # a list: the host would read a single tensor
     ones = None if one is None else [one] * len(counters)
     if plainly or largest < END:
         if ones is None:
@@ -75,16 +75,16 @@ def advance(
 
 
 def counted(counters: list[Tensor], plainly: bool) -> list[float]:
-    """Count a step in counts on the host, as ``advance`` does, and return what they are then."""
+    """Add a step to counts on the host, as ``advance`` does, and return the new counts."""
     before = [float(step) for step in counters]
     largest = max(before)
     advance(counters, plainly, largest)
-    # reading a tensor takes longer than all else here
+    # reading tensors takes longer than everything else here
     return [step + 1 for step in before] if largest < END else [float(step) for step in counters]
 
 
 def take_back(step: Tensor, plainly: bool, skipped: Tensor | None = None) -> None:
-    """Undo ``advance`` on one count, in place; not where ``skipped``, a 0-d flag, is set."""
+    """Undo ``advance`` on one count, in place, unless ``skipped``, a 0-d flag, is set."""
     before = step - 1
     if not plainly:
         before = torch.where(step > END, torch.nextafter(step, torch.zeros_like(step)), before)

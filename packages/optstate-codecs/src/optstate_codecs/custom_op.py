@@ -1,98 +1,109 @@
-"""Operations of ``torch.library``, which a compiler calls and does not look into: the step is one.
+"""Custom operators of ``torch.library``, which compilers call without tracing; a step is one.
 
 ``torch.compile`` would otherwise trace the host's side of a step: hyper-parameters would become
-constants of the graph, and a new learning rate a new compilation. Through the operation they are
-read when the graph runs.
+constants of the graph, and a new learning rate would compile it again. The operator reads them when
+the graph runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from optstate_codecs.optimizer import CodedOptimizer
+__all__ = ["call_step_op", "define", "register_step", "untraced"]
 
-__all__ = ["define", "new_handle", "step_as_operation", "untraced"]
-
-# an operation takes tensors and numbers only, so an optimizer goes by a number
-SCHEMA = "step(int handle, int[] places, Tensor(a!)[] params, Tensor[] grads) -> ()"
-# where this torch has them: a compiler must not record one into a CUDA graph of its own, since the
-# host has a part in each, and must hand tensors over laid out as they are
+# an operator takes tensors and numbers only, so a handle stands for the optimizer
+SCHEMA = "step(int handle, int[] indices, Tensor(a!)[] params, Tensor[] grads) -> ()"
+# set where this torch has them: a compiler must not record the operator into a CUDA graph of its
+# own, since part of it runs on the host, and must pass tensors with the strides they have
 TAGS = ("cudagraph_unsafe", "needs_exact_strides")
-_optimizers: WeakValueDictionary[int, CodedOptimizer] = WeakValueDictionary()
+
+ParamsMethod = Callable[[], Sequence[Tensor]]
+StepMethod = Callable[[Mapping[int, Tensor]], None]
+_steps: dict[int, tuple[WeakMethod[ParamsMethod], WeakMethod[StepMethod]]] = {}
 _handles = count()
 
 
-def new_handle(optimizer: CodedOptimizer) -> int:
-    """A number by which the operation finds ``optimizer`` as long as it lives."""
+def register_step(params: ParamsMethod, step: StepMethod) -> int:
+    """Make a handle by which the operator steps an optimizer for as long as that lives.
+
+    Args:
+        params: a bound method that returns all parameters of the optimizer.
+        step: a bound method that takes a step with the given gradients, by parameter index.
+    """
     handle = next(_handles)
-    _optimizers[handle] = optimizer
+    # bound now: when the interpreter exits, the module's names may be gone before an optimizer is
+    pop = _steps.pop
+    _steps[handle] = WeakMethod(params, lambda _: pop(handle, None)), WeakMethod(step)
     return handle
 
 
-def step_as_operation(
-    handle: int, places: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor]
-) -> None:
-    """Step the optimizer; compilers take this into their graph as it is.
+def call_step_op(handle: int, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Step the parameters that have gradients; compilers put one operator call into their graph.
 
     Args:
-        handle: of the optimizer.
-        places: of the parameters that have gradients, counted over all groups.
-        params: these parameters.
-        grads: their gradients.
+        handle: of the optimizer, from ``register_step``.
+        groups: its param groups.
     """
-    torch.ops.optstate.step(handle, places, params, grads)
+    indices, params, grads = [], [], []
+    index = 0
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                indices.append(index)
+                params.append(param)
+                grads.append(param.grad)
+            index += 1
+    if indices:
+        torch.ops.optstate.step(handle, indices, params, grads)
 
 
-def _run(handle: int, places: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
-    optimizer = _optimizers.get(handle)
-    if optimizer is None:
+def _run(handle: int, indices: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+    registered = _steps.get(handle)
+    all_params = registered and registered[0]()
+    step = registered and registered[1]()
+    if not all_params or not step:
         raise RuntimeError("optstate::step: its optimizer is gone; compile the step again")
-    if optimizer.traced_groups is not optimizer.param_groups:
-        raise RuntimeError(
-            "optstate::step: optimizer.param_groups is another list than the compiled one; "
-            "take a step outside torch.compile and compile again"
-        )
-    every = [param for group in optimizer.param_groups for param in group["params"]]
-    own = [every[place] for place in places]
-    # a compiler that removes mutation hands over copies and writes them back later
+    every = all_params()
+    # a compiler that removes mutation passes copies and writes them back later
     copies = [
-        (mine, given)
-        for mine, given in zip(own, params, strict=True)
-        if mine.data_ptr() != given.data_ptr()
+        (every[index], given)
+        for index, given in zip(indices, params, strict=True)
+        if every[index].data_ptr() != given.data_ptr()
     ]
-    for mine, given in copies:
-        mine.copy_(given)
-    optimizer._step(dict(zip(places, grads, strict=True)))
-    for mine, given in copies:
-        given.copy_(mine)
+    for own, given in copies:
+        own.copy_(given)
+    step(dict(zip(indices, grads, strict=True)))
+    for own, given in copies:
+        given.copy_(own)
 
 
 def define(schema: str, run: Callable[..., None]) -> None:
-    """Make an operation ``optstate::...`` that changes what its schema says, and returns nothing.
+    """Define the operator ``optstate::...``, which mutates its arguments and returns nothing.
 
     Args:
-        schema: its name, arguments and what it changes.
-        run: what it does.
+        schema: its name, its arguments and which of them it mutates.
+        run: its implementation.
     """
     name = schema.partition("(")[0]
     tags = [getattr(torch.Tag, tag) for tag in TAGS if hasattr(torch.Tag, tag)]
     library: Any = _library
     library.define(schema, tags=tags)
     library.impl(name, untraced(torch.no_grad()(run)), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"optstate::{name}", _pretend, lib=_library)
+    # on tensors without data it does nothing
+    torch.library.register_fake(f"optstate::{name}", lambda *_, **__: None, lib=_library)
 
 
 def untraced(run: Callable[..., None]) -> Callable[..., None]:
-    """``run``, into which a compiler does not look where it has begun to trace the call.
+    """Wrap ``run`` so that a compiler does not trace into it.
 
-    As where a graph breaks at an operation, and in hooks of a backward between two graphs.
+    A compiler traces the call where a graph breaks at an operator, and in hooks of a backward
+    between two graphs.
     """
     disabled: list[Callable[..., None]] = []
 
@@ -101,16 +112,12 @@ def untraced(run: Callable[..., None]) -> Callable[..., None]:
             run(*args)
             return
         if not disabled:
-            # not before: it loads the compiler
+            # not before: ``disable`` loads the compiler
             disable: Any = torch.compiler.disable
             disabled.append(disable(run))
         disabled[0](*args)
 
     return call
-
-
-def _pretend(*args: object, **kwargs: object) -> None:
-    """An operation on tensors without data: it returns nothing."""
 
 
 _library = torch.library.Library("optstate", "FRAGMENT")  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What a step raises that stopped part of the way."""
+"""The error that is raised when a step fails part-way."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ from collections.abc import Iterable
 
 __all__ = ["StepError"]
 
+Indices = Iterable[int]
+
 
 class StepError(RuntimeError):
-    """A step that stopped part of the way; its cause is the exception it was raised from.
+    """Raised when a step fails part-way, from the exception that stopped it.
 
     Attributes:
-        stepped: numbers of the parameters, counted over all groups, that have taken their step.
-        unstepped: numbers of those that have not, and are as they were before.
-        torn: numbers of those that have taken it in a part of their elements only, which can be
-            where a parameter is larger than a chunk of state that is elsewhere.
+        stepped: indices, counted over all groups, of the parameters that were stepped.
+        unstepped: indices of those that were not, and have not changed.
+        torn: indices of those of which only some elements were stepped. This can happen to
+            parameters larger than a chunk of offloaded state.
     """
 
     def __init__(
-        self,
-        message: str,
-        stepped: Iterable[int],
-        unstepped: Iterable[int],
-        torn: Iterable[int] = (),
+        self, message: str, stepped: Indices, unstepped: Indices, torn: Indices = ()
     ) -> None:
         super().__init__(message)
         self.stepped = list(stepped)
@@ -34,16 +32,16 @@ class StepError(RuntimeError):
         cls,
         error: BaseException,
         where: str,
-        stepped: Iterable[int],
-        unstepped: Iterable[int],
-        torn: Iterable[int] = (),
+        stepped: Indices,
+        unstepped: Indices,
+        torn: Indices = (),
     ) -> StepError:
-        """The error that says how far a step came that ``error`` stopped."""
+        """The error for a step that ``error`` stopped, with a message that names the parameters."""
         lists = sorted(stepped), sorted(unstepped), sorted(torn)
-        parted = f", parameters {_span(lists[2])} in a part of their elements" if lists[2] else ""
+        partly = f", parameters {_span(lists[2])} in a part of their elements" if lists[2] else ""
         return cls(
             f"step stopped{where}: {type(error).__name__}: {error}; parameters {_span(lists[0])} "
-            f"have taken their step{parted}, parameters {_span(lists[1])} are as they were before "
+            f"have taken their step{partly}, parameters {_span(lists[1])} are as they were before "
             "it",
             *lists,
         )

@@ -1,8 +1,8 @@
-"""FSDP1 (``FullyShardedDataParallel``): its flat parameters, and who may have their packed state.
+"""Flat parameters of FSDP1 (``FullyShardedDataParallel``), whose packed state cannot be gathered.
 
-A step works on a worker's part of a flat parameter as on any other tensor, and the packed state is
-that worker's own. ``FullyShardedDataParallel.optim_state_dict`` gathers state element by element,
-which codes and scales are not: it fails inside a collective. Decoded state can be gathered.
+A step treats a worker's part of a flat parameter like any other tensor, and the packed state is
+that worker's own. ``FullyShardedDataParallel.optim_state_dict`` gathers state element by element;
+with codes and scales it fails inside a collective. Decoded state can be gathered.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["is_flat", "refuse_gathering"]
+__all__ = ["check_not_gathered", "is_flat"]
 
-# what asks an optimizer for its state dict to gather that: of FSDP1, and of distributed checkpoints
+# callers of ``state_dict`` that gather it: functions of FSDP1, and of distributed checkpoints
 GATHERERS = {
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "optim_state_dict"),
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "full_optim_state_dict"),
@@ -32,17 +32,17 @@ WAYS = (
 
 
 def is_flat(param: Tensor) -> bool:
-    """Whether it is a worker's part of a flat parameter of FSDP1, or a view of one."""
+    """Whether ``param`` is a worker's part of a flat parameter of FSDP1, or a view of one."""
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
-def refuse_gathering(optimizer: Optimizer) -> None:
+def check_not_gathered(optimizer: Optimizer) -> None:
     """Raise if FSDP1 is about to gather an optimizer's packed state; warn once if it might.
 
-    FSDP1 does not say that it asks, so who has called is looked up, where parameters are flat.
+    FSDP1 calls ``state_dict`` like anybody else, so this inspects the stack if parameters are flat.
 
     Raises:
-        RuntimeError: with what to do instead; on every worker, before any collective.
+        RuntimeError: on every worker, before any collective; the message names alternatives.
     """
     flat = any(is_flat(param) for group in optimizer.param_groups for param in group["params"])
     if not flat or not optimizer.state:

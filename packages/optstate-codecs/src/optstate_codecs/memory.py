@@ -1,22 +1,21 @@
-"""Exact byte accounting: what is stored, counted over real storages, and what will be."""
+"""Byte counts of optimizer state: the present ones over real storages, and predicted ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.param_checks import check_params
 from optstate_codecs.sharding import is_distributed, local_of, shard_formats
+from optstate_codecs.state.components import components_of
 from optstate_codecs.state.dim_order import follows_order
 from optstate_codecs.state.layout import Declaration, bound
-from optstate_codecs.writes import parameter_write
-
-if TYPE_CHECKING:
-    from optstate_codecs.optimizer import CodedOptimizer
+from optstate_codecs.state.owner import StateOwner
+from optstate_codecs.writes import MASTER, parameter_write
 
 __all__ = ["MemoryReport", "memory_report", "predicted_state_bytes", "state_bytes"]
 
@@ -26,16 +25,13 @@ ORDER_BYTES = 8
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
-        # a subclass without storage of its own, as other libraries keep state in
+        # a subclass without storage of its own; some libraries keep state in these
         for name in value.__tensor_flatten__()[0]:
             yield from _tensors(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
 
 
@@ -61,34 +57,33 @@ def state_bytes(optimizer: Optimizer) -> int:
     return storage_bytes(dict(optimizer.state))
 
 
-def predicted_state_bytes(optimizer: CodedOptimizer) -> int:
-    """Bytes that the state will take once every parameter has been stepped.
+def predicted_state_bytes(optimizer: StateOwner) -> int:
+    """Bytes of the state after every parameter has been stepped.
 
-    Exact: it adds up what the formats and the write declare, 4 bytes of step count per parameter,
-    and 8 for the order of dimensions (``dim_order``) where there are several and blocks follow it.
+    Exact: the sum of the components that formats and write declare, 4 bytes of step count per
+    parameter, and 8 for the order of dimensions (``dim_order``) if blocks follow one of several.
     Of a ``DTensor`` the shard of this process counts.
 
     Raises:
-        TypeError: a parameter is of a kind that the optimizer does not step.
+        TypeError: a parameter is of a class that the optimizer does not step.
     """
     check_params(optimizer)
     total = 0
     for group in optimizer.param_groups:
         formats = optimizer.group_formats(group)
-        for given in group["params"]:
-            param = local_of(given)
-            write = parameter_write(optimizer.write, param.dtype)
-            sized = shard_formats(formats, given) if is_distributed(given) else formats
-            stored: list[Declaration] = [*bound(sized, param).values(), write]
-            parts = [component for declared in stored for component in declared.components]
+        for owner in group["params"]:
+            param, write = local_of(owner), parameter_write(optimizer.write, owner.dtype)
+            sized = shard_formats(formats, owner) if is_distributed(owner) else formats
+            stored: dict[str, Declaration] = {**bound(sized, param), MASTER: write}
+            parts = components_of(stored).values()
             total += STEP_BYTES + sum(part.nbytes(param.numel()) for part in parts)
-            total += ORDER_BYTES * follows_order(param, stored)
+            total += ORDER_BYTES * follows_order(param, stored.values())
     return total
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes that training holds between steps.
+    """Bytes of parameters, gradients and optimizer state between steps.
 
     Attributes:
         parameters: elements in all parameters; of a ``DTensor``, those of its shard here.
@@ -109,13 +104,13 @@ class MemoryReport:
 
 
 def local_elements(tensor: Tensor) -> int:
-    """How many elements this process holds: of a ``DTensor`` those of its shard."""
+    """The number of elements in this process; of a ``DTensor``, those of its shard."""
     return local_of(tensor).numel()
 
 
 def memory_report(optimizer: Optimizer) -> MemoryReport:
-    """Count what any optimizer's parameters, gradients and state take now, in bytes."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    """Count the present bytes of any optimizer's parameters, gradients and state."""
+    params = list(dict.fromkeys(p for group in optimizer.param_groups for p in group["params"]))
     return MemoryReport(
         parameters=sum(map(local_elements, params)),
         parameter_bytes=storage_bytes(params),

@@ -3,81 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from optstate_codecs import checks, engine
 from optstate_codecs.arguments import arguments_of, unknown_argument
-from optstate_codecs.custom_op import new_handle, step_as_operation
+from optstate_codecs.custom_op import call_step_op, register_step
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.request import ParamStep
-from optstate_codecs.flat_params import is_flat, refuse_gathering
+from optstate_codecs.flat_params import check_not_gathered
 from optstate_codecs.formats import Format, as_format
 from optstate_codecs.gradients.centralization import find_grad_means
 from optstate_codecs.gradients.grad_norm import gradient_factor, nonfinite
-from optstate_codecs.param_checks import check_param
-from optstate_codecs.parameters import Entry, GroupSpec, ParameterTable, StateSpec
+from optstate_codecs.param_checks import check_formats, check_group_params
+from optstate_codecs.parameters import ParameterTable
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rules import Rule
 from optstate_codecs.sharding import check_whole_rows
 from optstate_codecs.state import checkpoint
 from optstate_codecs.state.building import counts_on_device
-from optstate_codecs.state.checkpoint import Lent
-from optstate_codecs.state.conform import has_state
+from optstate_codecs.state.checkpoint import StepCopy
+from optstate_codecs.state.owner import OffloadOptions
 from optstate_codecs.writes import WRITES
-
-if TYPE_CHECKING:
-    from optstate_codecs.offloading.offload import Offload
 
 __all__ = ["CodedOptimizer"]
 
-PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# names that torch.optim users pass; the engine decides what they would decide
-TORCH_FLAGS: dict[str, Any] = {
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
-
-# what the base takes for every rule
-OWN_OPTIONS: dict[str, Any] = {"centralization": 0.0}
+# by parameter index; None for those in ``param.grad``
+GivenGrads = Mapping[int, Tensor] | None
 
 
 class CodedOptimizer(torch.optim.Optimizer):
     """An optimizer assembled from an update rule, a format per moment and a parameter write.
 
-    The step is exact Adam (or whatever the rule is) on decoded moments; only how moments and
-    parameters are rounded when stored differs. State is plain tensors in ``optimizer.state``.
+    A step is the exact rule (Adam, say) on decoded moments; only the rounding of stored moments
+    and parameters differs. State is plain tensors in ``optimizer.state``.
 
     Args:
         params: tensors, ``named_parameters()``, or dicts of param groups.
         rule: the mathematics, e.g. ``optstate_codecs.rules.Adam(decoupled=True)``.
-        formats: for each of the rule's moments a format or its text; can be set per group.
+        formats: a format or its text for each of the rule's moments; can be set per group.
         write: "nearest"; "stochastic" for unbiased bfloat16 parameters; "split24" or "split32" to
-            keep what rounding leaves of bfloat16 and float16 parameters, 1 or 2 bytes each, so
-            that both hold a master weight of 24 or 32 bits (see ``master_weights``).
+            keep the rounding error of bfloat16 and float16 parameters, in 1 or 2 bytes each, so
+            that both together hold a master weight of 24 or 32 bits (see ``master_weights``).
         backend: "auto", "eager", "compile" or "triton", see ``optstate_codecs.engine``; the
-            environment variable OPTSTATE_BACKEND stands in for "auto".
+            environment variable OPTSTATE_BACKEND replaces "auto".
         rounding_seed: keys every random number, 0 to 2^63 - 1.
-        skip_nonfinite: leave everything as it is when any gradient holds a NaN or Inf.
+        skip_nonfinite: skip the step when any gradient holds a NaN or Inf.
         max_grad_norm: above 0: step as after ``torch.nn.utils.clip_grad_norm_`` over all
             parameters, without rewriting gradients; None: do not clip.
-        **options: the rule's hyper-parameters; ``centralization``, how much of its mean over all
-            dimensions but the first is subtracted from a gradient of two dimensions or more, from
-            0 to 1 (Yong et al., arXiv:2004.01461); and the flags ``foreach``, ``fused``,
-            ``capturable``, ``differentiable`` of ``torch.optim``.
+        **options: the rule's hyper-parameters; ``centralization``, the share from 0 to 1 of its
+            mean over all dimensions but the first that is subtracted from a gradient of two
+            dimensions or more (Yong et al., arXiv:2004.01461); and the flags ``foreach``,
+            ``fused``, ``capturable``, ``differentiable`` of ``torch.optim``.
 
-    Numbers may be those of other libraries, such as numpy scalars; they are kept and saved as plain
-    Python ones. 0-d tensors stay tensors.
+    Numbers of other libraries, such as numpy scalars, are kept and saved as plain Python numbers.
+    0-d tensors stay tensors.
 
     Attributes:
         max_grad_norm: as given; may be changed between steps.
-        offloaded: how its state is kept elsewhere, see ``optstate_codecs.offload``; or None.
-        grad_norm: what the norm of the last step's gradients was before clipping, 0-d on their
-            device; None without ``max_grad_norm``.
+        offloaded: how state is offloaded, see ``optstate_codecs.offload``; or None.
+        grad_norm: norm of the last step's gradients before clipping, 0-d on their device; None
+            without ``max_grad_norm``.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -87,13 +75,19 @@ class CodedOptimizer(torch.optim.Optimizer):
         >>> optimizer = CodedOptimizer(model.parameters(), Adam(), formats, lr=3e-4)
     """
 
-    #: group keys that decide how state is stored; a checkpoint never overrides them
+    #: group keys that decide how state is stored; loading a checkpoint never changes them
     storage_options: ClassVar[tuple[str, ...]] = ("formats",)
-    #: what ``**options`` takes besides the rule's hyper-parameters, with the defaults
-    shared_options: ClassVar[Mapping[str, Any]] = {**OWN_OPTIONS, **TORCH_FLAGS}
-    #: of the rule, which decides the hyper-parameters
+    #: options besides the rule's hyper-parameters, with their defaults; the flags are torch.optim's
+    shared_options: ClassVar[Mapping[str, Any]] = {
+        "centralization": 0.0,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+    }
+    #: the class of the rule, which decides the hyper-parameters
     rule_type: ClassVar[type[Rule]] = Rule  # type: ignore[type-abstract]
-    #: set while a ``GradientRelease`` steps parameters before ``step`` does
+    #: set while a ``GradientRelease`` steps parameters during backward
     steps_in_parts = False
 
     def __init__(
@@ -115,17 +109,14 @@ class CodedOptimizer(torch.optim.Optimizer):
         checks.one_of("write", write, WRITES)
         checks.one_of("backend", backend, engine.BACKENDS)
         rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
-        skip_nonfinite = checks.flag("skip_nonfinite", skip_nonfinite)
+        self.skip_nonfinite = checks.flag("skip_nonfinite", skip_nonfinite)
         if max_grad_norm is not None:
             max_grad_norm = checks.positive("max_grad_norm", max_grad_norm)
-        self.rule = rule
-        self.write = write
-        self.skip_nonfinite = skip_nonfinite
+        self.rule, self.write, self.backend = rule, write, backend
         self.max_grad_norm = max_grad_norm
-        self.backend = backend
-        self.offloaded: Offload | None = None
+        self.offloaded: OffloadOptions | None = None
         self.executor: engine.Executor = engine.ResidentExecutor(backend)
-        self._forget()
+        self._reset_caches()
         known = {**rule.defaults(), **self.shared_options, "rounding_seed": rounding_seed}
         if formats is not None and "formats" not in self.storage_options:
             options["formats"] = formats
@@ -133,26 +124,25 @@ class CodedOptimizer(torch.optim.Optimizer):
             known["formats"] = {k: as_format(f).spec for k, f in formats.items()}
         storage = {key: options.pop(key) for key in self.storage_options if key in options}
         if unknown := sorted(set(options) - set(known)):
-            every = arguments_of(type(self), type(rule))
-            raise unknown_argument(type(self), unknown[0], every)
+            raise unknown_argument(type(self), unknown[0], arguments_of(type(self), type(rule)))
         super().__init__(params, plain_value({**known, **storage, **options}))
-        # by its own name, torch.compile would guard on every value in it
+        # under the name param_groups, torch.compile would guard on every value in the list
         self.traced_groups = self.param_groups
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler hands grad_scale and found_inf to step instead of unscaling itself."""
+        """Whether GradScaler passes grad_scale and found_inf to ``step`` and does not unscale."""
         return self.steps_in_parts or bool(self.defaults.get("fused"))
 
     @property
     def state(self) -> Any:
-        """By parameter, its state as plain tensors; all of it has been stored when this returns.
+        """Each parameter's state as plain tensors; reading it waits until all of it is stored.
 
-        It may be edited: a moment may be put there in plain numbers, under its own name, and is
-        encoded at the next step or save. Entries of others stay as they are and are saved too.
+        It may be edited: a moment assigned in plain numbers under its own name is encoded at the
+        next step or save. Keys that the optimizer does not know are kept and saved.
         """
         self.executor.synchronize()
-        self._take_back()
+        self._adopt_copies()
         return self.__dict__["state"]
 
     @state.setter
@@ -161,24 +151,24 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     @property
     def state_device(self) -> torch.device | None:
-        """Where state is made and loaded to: None is beside each parameter."""
+        """The device on which state is created and loaded; None: each parameter's."""
         return None if self.offloaded is None else torch.device("cpu")
 
-    def _forget(self) -> None:
-        """Drop what is kept from step to step."""
+    def _reset_caches(self) -> None:
+        """Drop what was cached in earlier steps."""
         self.grad_norm: Tensor | None = None
-        self._handle = new_handle(self)
+        self._handle = register_step(self._traced_params, self._step)
         self._table = ParameterTable()
-        self._lent: list[Lent] = []
+        self._copies: list[StepCopy] = []
 
-    def _take_back(self) -> None:
-        """Take what was loaded in place into the last state dict; see ``checkpoint.take_back``."""
-        if self._lent:
-            lent, self._lent = self._lent, []
-            checkpoint.take_back(self._table, lent)
+    def _adopt_copies(self) -> None:
+        """Adopt what was loaded in place into the last state dict."""
+        if self._copies:
+            copies, self._copies = self._copies, []
+            checkpoint.adopt_copies(copies, self._table.forget)
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
-        """The format of each moment that ``group`` keeps, in the rule's order."""
+        """The format of each moment of ``group``, in the rule's order."""
         given = group.get("formats", {})
         names = [moment.name for moment in self.rule.moments(self.rule.hyper(group))]
         if missing := [name for name in names if name not in given]:
@@ -197,7 +187,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         raise KeyError(f"param of shape {tuple(param.shape)}: not a parameter of this optimizer")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; one that fails validation leaves the optimizer as it was."""
+        """Add a group; an invalid one leaves the optimizer unchanged."""
         count = len(self.param_groups)
         super().add_param_group(param_group)
         try:
@@ -207,39 +197,15 @@ class CodedOptimizer(torch.optim.Optimizer):
             raise
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise unless the group is as it has to be; its hyper-parameters become plain values."""
+        """Raise unless ``group`` is valid; its hyper-parameters become plain Python values."""
         group.update({key: plain_value(group[key]) for key in self.defaults if key in group})
         hyper = self.rule.hyper(group)
         checks.whole_number("rounding_seed", group["rounding_seed"])
         checks.share("centralization", group["centralization"])
-        formats = self.group_formats(group)
-        for moment in self.rule.moments(hyper):
-            format = formats[moment.name]
-            checks.whole_number(f"formats[{moment.name!r}]: min_elements", format.min_elements)
-            if not moment.signed and not format.keeps_positive:
-                raise ValueError(
-                    f"formats[{moment.name!r}]={format.spec!r}: rounds small second moments to "
-                    "zero, which makes steps of thousands x lr; use an unsigned format"
-                )
-            if moment.signed and not format.keeps_sign:
-                raise ValueError(
-                    f"formats[{moment.name!r}]={format.spec!r}: holds no negative numbers; "
-                    "use a signed format"
-                )
+        check_formats(self.rule.moments(hyper), self.group_formats(group))
         if group["differentiable"]:
             raise ValueError("differentiable=True: not supported; leave it False")
-        for i, param in enumerate(group["params"]):
-            check_param(f"params[{i}]", param)
-            if self.max_grad_norm is not None and is_flat(param):
-                raise ValueError(
-                    f"max_grad_norm={self.max_grad_norm}: must be None for FSDP1, whose norm is "
-                    "that of all shards; call clip_grad_norm_ of the model"
-                )
-            if param.dtype not in PARAM_DTYPES:
-                allowed = ", ".join(str(d).removeprefix("torch.") for d in PARAM_DTYPES)
-                raise TypeError(f"params[{i}]: dtype {param.dtype}, must be one of {allowed}")
-            if param.layout != torch.strided:
-                raise TypeError(f"params[{i}]: layout {param.layout}, must be dense")
+        check_group_params(group["params"], self.max_grad_norm)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -249,38 +215,33 @@ class CodedOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss; called once, with gradients on.
 
         Returns:
-            What the closure returned, or None.
+            The closure's loss, or None.
 
         Raises:
             TypeError, ValueError: a gradient or hyper-parameter is unusable; nothing has changed.
-            RuntimeError: a CUDA graph is being recorded, and the step cannot be part of it.
+            RuntimeError: a CUDA graph is being captured, and the step cannot be part of it.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            self._step_in_graph()
+            call_step_op(self._handle, self.traced_groups)
         else:
             self._step()
         return loss
 
-    def _step_in_graph(self) -> None:
-        """What a compiler traces of a step: which parameters have gradients, and one operation."""
-        places, params, grads = [], [], []
-        index = 0
-        for group in self.traced_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    places.append(index)
-                    params.append(param)
-                    grads.append(param.grad)
-                index += 1
-        if places:
-            step_as_operation(self._handle, places, params, grads)
+    def _traced_params(self) -> list[Tensor]:
+        """All parameters; raises if ``param_groups`` is not the list that was traced."""
+        if self.traced_groups is not self.param_groups:
+            raise RuntimeError(
+                "optstate::step: optimizer.param_groups is another list than the compiled one; "
+                "take a step outside torch.compile and compile again"
+            )
+        return [param for group in self.param_groups for param in group["params"]]
 
     def refuse_parts(self) -> None:
-        """Raise if what a step does to a parameter depends on the gradients of others."""
+        """Raise if the step of one parameter depends on the gradients of others."""
         if self.skip_nonfinite:
             raise ValueError(
                 "skip_nonfinite=True: cannot be combined with GradientRelease, which has stepped "
@@ -294,53 +255,54 @@ class CodedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
-        """Step these parameters, with their gradients multiplied with ``factor``."""
+        """Step these parameters, with their gradients multiplied by ``factor``."""
         groups = self.param_groups
-        given = {self._table.number(groups, p): p.grad for p in params if p.grad is not None}
+        given = {self._table.index_of(groups, p): p.grad for p in params if p.grad is not None}
         self._step(given, factor, last=False)
 
     def join_parts(self) -> None:
-        """Have the current stream wait for the parts that were stepped."""
+        """Have the current CUDA stream wait for earlier ``step_part`` calls."""
         self.executor.join()
 
     def _step(
-        self,
-        given: Mapping[int, Tensor] | None = None,
-        factor: Tensor | None = None,
-        last: bool = True,
+        self, given: GivenGrads = None, factor: Tensor | None = None, last: bool = True
     ) -> None:
-        """Step with the gradients ``given`` by place, or else with those of the parameters.
+        """Step with the gradients ``given`` by index, or with ``param.grad`` of all parameters.
 
-        They are multiplied with ``factor``; ``last`` says that the step is complete with them.
+        They are multiplied by ``factor``; ``last``: this completes the step.
         """
         try:
-            self._take_step(given, factor, last)
+            request = self._request(given, factor)
+            if request is not None:
+                request.asynchronous = not last
+                self.executor.step(request)
         except BaseException:
             self.executor.finish(False)
             raise
         if last:
             self.executor.finish()
 
-    def _take_step(
-        self, given: Mapping[int, Tensor] | None, factor: Tensor | None, last: bool
-    ) -> None:
+    def _request(self, given: GivenGrads, factor: Tensor | None) -> engine.StepRequest | None:
+        """The request for a step; None without gradients, or if non-finite ones are skipped."""
         self._opt_called = True
         self.traced_groups = self.param_groups
         if capturing() and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturable=False: must be True for steps in a CUDA graph")
-        self._take_back()
+        self._adopt_copies()
         hypers = [self.rule.hyper(group) for group in self.param_groups]
         found = self._table.gradients(self.param_groups, given)
         grads = found.grads
         if not grads:
-            return
+            return None
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self.skip_nonfinite:
             bad = nonfinite(grads, found.params)
             found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
             if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
-                return
-        param_steps = self._table.cached_param_steps(self.param_groups, found, *self._kept(hypers))
+                return None
+        # not through the property, which would wait until all state is stored
+        spec = self._table.state_spec(self, hypers, self.__dict__["state"])
+        param_steps = self._table.cached_param_steps(found, spec)
         if factor is None:
             factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm, found.params)
         means = None
@@ -361,38 +323,18 @@ class CodedOptimizer(torch.optim.Optimizer):
         )
         if not param_steps[0].param.is_cuda:  # where there is nothing to choose
             request.total = engine.trainable(self.param_groups)
-        request.asynchronous = not last
-        self.executor.step(request)
-
-    def _kept(self, hypers: Sequence[Any]) -> tuple[list[GroupSpec], dict[Tensor, Any], StateSpec]:
-        """What decides how state is kept, group by group and for all, and the state there is."""
-        specs = []
-        for number, (group, hyper) in enumerate(zip(self.param_groups, hypers, strict=True)):
-            moments, formats = self.rule.moments(hyper), self.group_formats(group)
-            spec = GroupSpec(moments, formats, plain_value(group["rounding_seed"]))
-            specs.append(self._table.spec(number, spec))
-        # not through the property, which would wait for what is still being stored
-        states = self.__dict__["state"]
-        return specs, states, StateSpec(self.write, self.state_device, self.rule.counted)
+        return request
 
     def stored_param_steps(self, params: Collection[Tensor] | None = None) -> list[ParamStep]:
-        """The units of all parameters that have state, or of those of ``params``, in order.
+        """The ``ParamStep`` of each parameter that has state, in order; or of those in ``params``.
 
-        State that was put there by hand is in the optimizer's formats afterwards.
+        State that was assigned by hand is converted to the optimizer's formats first.
 
         Raises:
-            TypeError, ValueError, RuntimeError, KeyError: state that cannot be, by name.
+            TypeError, ValueError, RuntimeError, KeyError: state cannot be converted; the message
+                names it.
         """
-        states = self.__dict__["state"]
-        hypers = [self.rule.hyper(group) for group in self.param_groups]
-        every = [(n, p) for n, group in enumerate(self.param_groups) for p in group["params"]]
-        entries = [
-            Entry(index, number, param)
-            for index, (number, param) in enumerate(every)
-            if (params is None or param in params)
-            and has_state(states.get(param), self.rule.moments(hypers[number]))
-        ]
-        return self._table.param_steps(self.param_groups, entries, *self._kept(hypers))
+        return self._table.stored(self, self.__dict__["state"], params)
 
     def state_dict(self) -> dict[str, Any]:
         """The packed state: tensors and plain Python values, about as large as the state.
@@ -402,28 +344,34 @@ class CodedOptimizer(torch.optim.Optimizer):
         (``torch.distributed.checkpoint.load``) until the next step.
 
         Raises:
-            RuntimeError: FSDP1 asks for it, to gather what only decoded state can be gathered.
+            RuntimeError: FSDP1 asks for it to gather it, and only decoded state can be gathered.
         """
-        refuse_gathering(self)
+        check_not_gathered(self)
         self.stored_param_steps()
-        saved, self._lent = checkpoint.packed(self, super().state_dict())
+        saved, self._copies = checkpoint.packed(self, super().state_dict())
         return saved
 
     def full_state_dict(self) -> dict[str, Any]:
-        """The state decoded to float32 in the plain layout that ``torch.optim`` loads."""
+        """The state decoded to float32, in the layout that ``torch.optim`` loads."""
         return checkpoint.full(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a packed state dict, a full one, or that of the plain ``torch.optim`` class.
+        """Load a packed or full state dict, or that of the ``torch.optim`` class of the rule.
 
-        State stored in other formats is encoded anew in this optimizer's. Nothing of
-        ``state_dict`` is aliased, and ``param_groups`` stay the same objects.
+        State in other formats is converted to this optimizer's. Nothing in ``state_dict`` is
+        aliased, and ``param_groups`` stay the same objects.
 
         Raises:
-            TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
+            TypeError, ValueError, KeyError: something does not fit; the message names it, and
+                nothing has changed.
         """
         with torch.inference_mode(False), torch.no_grad():
+            state_dict = dict(state_dict)
+            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                state_dict = pre_hook(self, state_dict) or state_dict
             checkpoint.load(self, state_dict)
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("rule", "write", "skip_nonfinite", "max_grad_norm", "backend", "offloaded")
@@ -439,16 +387,14 @@ class CodedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if not alive:
             self.executor = engine.ResidentExecutor(self.backend)
-            offloaded: Offload | None = self.__dict__["offloaded"]
-            if offloaded is not None:
-                offloaded.again(self)
-        self._forget()
+            if self.offloaded is not None:
+                self.offloaded.again(self)
+        self._reset_caches()
         self.traced_groups = self.param_groups
         for group in self.param_groups:
-            for key, value in self.shared_options.items():
-                group.setdefault(key, value)
+            group.update({**self.shared_options, **group})
 
 
-# A learning rate scheduler wraps ``step`` to note that it was called, which breaks a compiler's
-# graph; ``_step`` notes it itself, and this says so.
+# A learning rate scheduler wraps ``step`` to record that it was called, which breaks a compiler's
+# graph. ``_request`` records it, and this tells the scheduler that wrapping is not needed.
 CodedOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]

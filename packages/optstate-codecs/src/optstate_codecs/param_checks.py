@@ -1,23 +1,37 @@
-"""Which tensors the engine can step, checked by name before anything changes.
+"""Checks of param groups: that formats can hold the moments, and the engine can step the tensors.
 
-Kernels and compiled loops read and write a tensor at its address, so it has to have plain memory of
-its own. Tensor subclasses that handle torch's operations themselves do not: ``DTensor`` (FSDP2,
-tensor parallelism), quantized weights of other libraries, ``MaskedTensor``, ``FakeTensor``.
+Kernels and compiled loops read and write a tensor at its address, so it must have plain memory of
+its own. Tensor subclasses that handle torch's operations themselves do not: quantized weights of
+other libraries, ``MaskedTensor``, ``FakeTensor``. Of a ``DTensor`` the local shard has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
+from optstate_codecs import checks
+from optstate_codecs.flat_params import is_flat
+from optstate_codecs.formats import Format
+from optstate_codecs.rules import Moment
 from optstate_codecs.sharding import check_placements, is_distributed, local_of
 
-__all__ = ["check_kind", "check_param", "check_params", "check_steppable"]
+__all__ = [
+    "check_formats",
+    "check_group_params",
+    "check_kind",
+    "check_param",
+    "check_params",
+    "check_steppable",
+]
 
+PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, Parameter)
-# what steps parameters of any kind, since torch's own operations do the arithmetic
+# the wrapper steps parameters of any class, since torch's own operations do the arithmetic
 WRAP = "use optstate_wrap.wrap(torch.optim.AdamW(...)), which works with FSDP2"
 
 
@@ -25,12 +39,12 @@ def check_kind(name: str, tensor: Tensor, instead: str = WRAP) -> None:
     """Raise unless a tensor has plain memory.
 
     Args:
-        name: what the message calls it.
+        name: of the tensor, for the message.
         tensor: of any class.
-        instead: what a user of a ``DTensor`` is told to do.
+        instead: the alternative suggested to users of a ``DTensor``.
 
     Raises:
-        TypeError: it has not.
+        TypeError: it has no plain memory.
     """
     kind = type(tensor)
     if kind in _PLAIN:
@@ -52,10 +66,10 @@ def check_kind(name: str, tensor: Tensor, instead: str = WRAP) -> None:
 
 
 def check_param(name: str, param: Tensor) -> None:
-    """Raise unless a parameter has plain memory, or is a ``DTensor`` whose shard has.
+    """Raise unless a parameter, or the local shard of a ``DTensor``, has plain memory.
 
     Raises:
-        TypeError: it has not.
+        TypeError: it has no plain memory, or is a partial sum.
     """
     if is_distributed(param):
         check_placements(name, param)
@@ -66,12 +80,12 @@ def check_steppable(index: int, param: Tensor) -> None:
     """Raise unless a step can write parameter number ``index``, counted over all groups.
 
     Raises:
-        TypeError, ValueError, RuntimeError: what is wrong with it, by name.
+        TypeError, ValueError, RuntimeError: it cannot; the message names it.
     """
     name = f"parameter {index}"
     check_param(name, param)
     param = local_of(param)
-    # the commonest layout first
+    # the most common layout first
     if not param.is_contiguous() and _overlaps(param):
         raise ValueError(
             f"{name}: shape {tuple(param.shape)} with strides {param.stride()}, so that several "
@@ -85,18 +99,69 @@ def check_steppable(index: int, param: Tensor) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory as after ``expand``, which is what torch looks for."""
+    """Whether elements share memory as after ``expand``; torch checks for the same."""
     return any(
         stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
-def check_params(optimizer: Optimizer) -> None:
+class HasGroups(Protocol):
+    """An optimizer of any kind."""
+
+    param_groups: list[dict[str, Any]]
+
+
+def check_params(optimizer: HasGroups) -> None:
     """Raise unless every parameter of an optimizer has plain memory.
 
-    They were checked when their groups were added. Somebody may have put others in their place
-    since, as trainers do when they shard a model after its optimizer was made.
+    Parameters are checked when a group is added, but may be replaced later: trainers do that when
+    they shard a model after creating its optimizer.
     """
     params = (param for group in optimizer.param_groups for param in group["params"])
     for index, param in enumerate(params):
         check_param(f"parameter {index}", param)
+
+
+def check_formats(moments: Sequence[Moment], formats: Mapping[str, Format]) -> None:
+    """Raise unless every moment's format can hold that moment.
+
+    Raises:
+        TypeError, ValueError: a format cannot; the message names it.
+    """
+    for moment in moments:
+        format = formats[moment.name]
+        checks.whole_number(f"formats[{moment.name!r}]: min_elements", format.min_elements)
+        if not moment.signed and not format.keeps_positive:
+            raise ValueError(
+                f"formats[{moment.name!r}]={format.spec!r}: rounds small second moments to "
+                "zero, which makes steps of thousands x lr; use an unsigned format"
+            )
+        if moment.signed and not format.keeps_sign:
+            raise ValueError(
+                f"formats[{moment.name!r}]={format.spec!r}: holds no negative numbers; "
+                "use a signed format"
+            )
+
+
+def check_group_params(params: Sequence[Tensor], max_grad_norm: float | None) -> None:
+    """Raise unless a group may hold these tensors.
+
+    Args:
+        params: the tensors.
+        max_grad_norm: of the optimizer; the shards of FSDP1 cannot be clipped by it.
+
+    Raises:
+        TypeError, ValueError: a tensor is unsuitable; the message names it.
+    """
+    for i, param in enumerate(params):
+        check_param(f"params[{i}]", param)
+        if max_grad_norm is not None and is_flat(param):
+            raise ValueError(
+                f"max_grad_norm={max_grad_norm}: must be None for FSDP1, whose norm is "
+                "that of all shards; call clip_grad_norm_ of the model"
+            )
+        if param.dtype not in PARAM_DTYPES:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in PARAM_DTYPES)
+            raise TypeError(f"params[{i}]: dtype {param.dtype}, must be one of {allowed}")
+        if param.layout != torch.strided:
+            raise TypeError(f"params[{i}]: layout {param.layout}, must be dense")

@@ -1,58 +1,46 @@
-"""The table of parameters: which has which state, formats and gradient, found again at each step.
+"""The table of parameters: which state, formats and gradient each of them has at a step.
 
-Everything here may change between two steps without a word: parameters get other memory, another
-shape or dtype, state is replaced or edited, groups change. What was found is kept, and compared.
+All of these may change between two steps without notice: a parameter gets other memory, another
+shape or dtype, its state is replaced or edited, its group changes. So the table caches the result
+of a step and compares it at the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from optstate_codecs.engine.capture import capturing, needs_warm_up
 from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.formats import Format
 from optstate_codecs.param_checks import check_kind, check_steppable
+from optstate_codecs.plain import plain_value
 from optstate_codecs.rules import Moment
 from optstate_codecs.sharding import (
     any_distributed,
-    check_placements,
     is_distributed,
+    local_grad,
     local_of,
     shard_formats,
     shard_offset,
 )
 from optstate_codecs.state.building import counts_on_device, share_steps
-from optstate_codecs.state.conform import Wanted, conformed, own_keys
+from optstate_codecs.state.conform import StateForm, conformed, has_state, own_keys
+from optstate_codecs.state.owner import StateOwner
 from optstate_codecs.writes import parameter_write
 
-__all__ = ["Entry", "Gradients", "GroupSpec", "ParameterTable", "StateSpec"]
+__all__ = ["Gradients", "GroupSpec", "ParameterTable", "StateSpec"]
 
 Groups = Sequence[Mapping[str, Any]]
-# sets of parameters of which is kept what was found: the buckets of a GradientRelease are as many
-REMEMBERED = 256
-
-
-class Entry(NamedTuple):
-    """A parameter, and its gradient where a step is to take one.
-
-    Attributes:
-        number: its place in the optimizer, counted over all groups.
-        group: the number of its group.
-        param: the parameter.
-        grad: the gradient, or None.
-    """
-
-    number: int
-    group: int
-    param: Tensor
-    grad: Tensor | None = None
+# a parameter's index counted over all groups, its group's number, itself, and its gradient if any
+Row = tuple[int, int, Tensor, Tensor | None]
+# cached sets of parameters; a GradientRelease steps one set per span of parameters
+MAX_CACHED = 256
 
 
 @dataclass(eq=False)
@@ -60,15 +48,15 @@ class Gradients:
     """The parameters that a step takes and their gradients, by column.
 
     Attributes:
-        numbers: the place of each parameter in the optimizer, counted over all groups.
-        groups: the number of the group of each.
-        params: the parameters, as the groups have them.
-        grads: their gradients; of a DTensor the local shards.
+        indices: of the parameters, counted over all groups.
+        groups: the number of each parameter's group.
+        params: the parameters, as in the groups.
+        grads: their gradients; of DTensors the local shards.
         addresses: of the gradients' first elements.
         layouts: the dtype and strides of each gradient.
     """
 
-    numbers: list[int]
+    indices: list[int]
     groups: list[int]
     params: list[Tensor]
     grads: list[Tensor]
@@ -76,49 +64,44 @@ class Gradients:
     layouts: list[Any] = field(default_factory=list)
 
     @property
-    def entries(self) -> list[Entry]:
-        """Row by row."""
-        columns = (self.numbers, self.groups, self.params, self.grads)
-        return [Entry(*row) for row in zip(*columns, strict=True)]
+    def rows(self) -> list[Row]:
+        """The first four columns, one row per parameter."""
+        return list(zip(self.indices, self.groups, self.params, self.grads, strict=True))
 
 
-class _Found:
-    """What was found for the parameters of a step, by column, to be compared at the next one.
+class _CachedSteps:
+    """The parameter steps of a set of parameters, by column, to be compared at the next step.
 
-    A step of many small tensors is bound by the host, and a list comprehension over one column
-    takes a fraction of what a loop over rows with calls in it does.
+    The host limits a step of many small tensors, and a list comprehension over one column takes a
+    fraction of the time of a loop over rows with calls in it.
     """
 
-    def __init__(
-        self, given: Gradients, specs: Sequence[GroupSpec], param_steps: list[ParamStep]
-    ) -> None:
+    def __init__(self, given: Gradients, spec: StateSpec, param_steps: list[ParamStep]) -> None:
         self.addresses, self.layouts = given.addresses, given.layouts
         self.param_steps = param_steps
-        self._params, self._specs = given.params, list(specs)
+        self._params, self._specs = given.params, spec.specs
         self._states = [param_step.state for param_step in param_steps]
         self._used = [
             (param_step.state, itemgetter(*param_step.keys, "step")) for param_step in param_steps
         ]
         self._sharded = any_distributed(given.params)
-        self._where = self._look()
+        self._memory = self._memory_now()
 
-    def holds(
-        self, given: Gradients, specs: Sequence[GroupSpec], states: Mapping[Tensor, Any]
-    ) -> bool:
-        """Whether all of it is where it was, and laid out as it was."""
+    def valid(self, given: Gradients, spec: StateSpec) -> bool:
+        """Whether parameters, state and formats are the same, with the same memory and strides."""
         if not (
-            len(specs) == len(self._specs)
-            and all(map(is_, specs, self._specs))
+            len(spec.specs) == len(self._specs)
+            and all(map(is_, spec.specs, self._specs))
             and all(map(is_, given.params, self._params))
-            and all(map(is_, map(states.get, given.params), self._states))
+            and all(map(is_, map(spec.states.get, given.params), self._states))
         ):
             return False
         try:
-            return self._where == self._look()
+            return self._memory == self._memory_now()
         except (KeyError, AttributeError):
             return False
 
-    def _look(self) -> tuple[list[Any], ...]:
+    def _memory_now(self) -> tuple[list[Any], ...]:
         params = list(map(local_of, self._params)) if self._sharded else self._params
         return (
             [len(state) for state, _ in self._used],
@@ -130,7 +113,7 @@ class _Found:
 
 
 class GroupSpec(NamedTuple):
-    """What of a group decides how its parameters are stored and rounded."""
+    """The parts of a group that decide how its parameters are stored and rounded."""
 
     moments: tuple[Moment, ...]
     formats: Mapping[str, Format]
@@ -139,91 +122,113 @@ class GroupSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class StateSpec:
-    """What decides how the state of all parameters is kept.
+    """The existing state of all parameters, and the options that decide its form.
 
     Attributes:
+        groups: the param groups.
+        specs: one per group; the same object until the group changes.
+        states: each parameter's state.
         write: the name of the parameter write.
-        home: where state is kept; None is beside each parameter.
+        state_device: where state is kept; None: on the parameter's device.
         counted: whether ``torch.optim``'s class of the rule counts its steps.
     """
 
+    groups: Groups
+    specs: Sequence[GroupSpec]
+    states: dict[Tensor, Any]
     write: str
     state_device: torch.device | None
     counted: bool
 
 
 class ParameterTable:
-    """What was found at the last step, for every parameter."""
+    """Which state, formats and gradient each parameter has, cached from step to step."""
 
     def __init__(self) -> None:
         self._param_steps: dict[int, ParamStep] = {}
-        # those whose state was only looked at, on a device where it cannot be stepped
-        self._away: set[int] = set()
+        # indices of parameters with state on another device, which may be read but not stepped
+        self._not_steppable: set[int] = set()
         self._specs: dict[int, GroupSpec] = {}
-        # by the numbers of the parameters that had gradients
-        self._found: dict[tuple[int, ...], _Found] = {}
-        self._numbers: dict[Tensor, tuple[int, int, int]] = {}
-        # of DTensors, by number: the group's formats, and those for the global size
-        self._sharded_formats: dict[int, tuple[Any, dict[str, Format]]] = {}
+        # by the indices of the parameters that had gradients
+        self._cached: dict[tuple[int, ...], _CachedSteps] = {}
+        # each parameter's group, position in the group, and index
+        self._positions: dict[Tensor, tuple[int, int, int]] = {}
+        # of DTensors, by index: the group's formats, and those of the parameter
+        self._shard_formats: dict[int, tuple[Any, dict[str, Format]]] = {}
 
     def forget(self, param: Tensor) -> None:
-        """Look at the state of a parameter anew, the next time that it is wanted."""
-        local = local_of(param)
-        for index in [
-            i for i, param_step in self._param_steps.items() if param_step.param is local
-        ]:
-            del self._param_steps[index]
-        self._found.clear()
+        """Check the state of a parameter again the next time that it is used."""
+        steps, local = self._param_steps.items(), local_of(param)
+        self._param_steps = {index: step for index, step in steps if step.param is not local}
+        self._cached.clear()
 
-    def number(self, groups: Groups, param: Tensor) -> int:
-        """The place of a parameter, counted over all groups; looked up where it was last time."""
-        number, place, index = self._numbers.get(param, (0, 0, 0))
-        here = groups[number]["params"] if number < len(groups) else []
-        if place < len(here) and here[place] is param:
-            return index
-        every = [(n, k, p) for n, group in enumerate(groups) for k, p in enumerate(group["params"])]
-        self._numbers = {p: (n, k, index) for index, (n, k, p) in enumerate(every)}
-        return self._numbers[param][2]
-
-    def spec(self, number: int, new: GroupSpec) -> GroupSpec:
-        """A group's specification: the same object until it changes."""
-        if self._specs.get(number) != new:
-            self._specs[number] = new
-        return self._specs[number]
-
-    def gradients(self, groups: Groups, given: Mapping[int, Tensor] | None) -> Gradients:
-        """The parameters that have gradients: those ``given`` by place, or else their own.
+    def index_of(self, groups: Groups, param: Tensor) -> int:
+        """The index of a parameter, counted over all groups; its last position is tried first.
 
         Raises:
-            TypeError, ValueError: a gradient is unusable, by name.
+            KeyError: no group holds it.
+        """
+        number, position, index = self._positions.get(param, (0, 0, 0))
+        members = groups[number]["params"] if number < len(groups) else []
+        if position < len(members) and members[position] is param:
+            return index
+        every = [(n, k, p) for n, group in enumerate(groups) for k, p in enumerate(group["params"])]
+        self._positions = {p: (n, k, index) for index, (n, k, p) in enumerate(every)}
+        return self._positions[param][2]
+
+    def state_spec(
+        self, owner: StateOwner, hypers: Sequence[Any], states: dict[Tensor, Any]
+    ) -> StateSpec:
+        """The existing state, and the form that it must have.
+
+        Args:
+            owner: the optimizer.
+            hypers: the validated hyper-parameters of each group.
+            states: each parameter's state, also where some is still being stored.
+        """
+        specs = []
+        for number, (group, hyper) in enumerate(zip(owner.param_groups, hypers, strict=True)):
+            moments, formats = owner.rule.moments(hyper), owner.group_formats(group)
+            new = GroupSpec(moments, formats, plain_value(group["rounding_seed"]))
+            if self._specs.get(number) != new:
+                self._specs[number] = new
+            specs.append(self._specs[number])
+        counted = owner.rule.counted
+        return StateSpec(
+            owner.param_groups, specs, states, owner.write, owner.state_device, counted
+        )
+
+    def gradients(self, groups: Groups, given: Mapping[int, Tensor] | None) -> Gradients:
+        """The parameters that have gradients: those ``given`` by index, or else ``param.grad``.
+
+        Raises:
+            TypeError, ValueError: a gradient is unusable; the message names it.
         """
         every = [(n, p) for n, group in enumerate(groups) for p in group["params"]]
         if given is None:
             grads = [param.grad for _, param in every]
-            numbers = [number for number, grad in enumerate(grads) if grad is not None]
+            indices = [index for index, grad in enumerate(grads) if grad is not None]
             chosen = [grad for grad in grads if grad is not None]
         else:
-            numbers = sorted(given)
-            chosen = [given[number] for number in numbers]
+            indices = sorted(given)
+            chosen = [given[index] for index in indices]
         found = Gradients(
-            numbers,
-            [every[number][0] for number in numbers],
-            [every[number][1] for number in numbers],
+            indices,
+            [every[index][0] for index in indices],
+            [every[index][1] for index in indices],
             chosen,
         )
         sharded = any_distributed(chosen)
         if sharded:
-            found.grads = chosen = [
-                _local_grad(index, every[index][1], grad)
-                for index, grad in zip(numbers, chosen, strict=True)
-            ]
+            columns = zip(indices, found.params, chosen, strict=True)
+            found.grads = chosen = [local_grad(*row) for row in columns]
         if any(grad.layout is not torch.strided for grad in chosen):
             self._check(found, sharded)
         addresses = [grad.data_ptr() for grad in chosen]
         layouts = [(grad.dtype, grad.stride()) for grad in chosen]
-        last = self._found.get(tuple(numbers))
-        # good gradients that lay and looked alike make these good too; where a parameter has
-        # changed, its unit is made anew, which checks again
+        last = self._cached.get(tuple(indices))
+        # gradients with the addresses and layouts of valid ones are valid; where a parameter has
+        # changed, its ParamStep is made again, which checks its gradient
         if last is None or last.addresses != addresses or last.layouts != layouts:
             self._check(found, sharded)
         if last is not None and last.layouts == layouts:
@@ -235,125 +240,103 @@ class ParameterTable:
 
     @staticmethod
     def _check(found: Gradients, sharded: bool) -> None:
-        for entry in found.entries:
-            assert entry.grad is not None
-            if not sharded:
-                _local_grad(entry.number, entry.param, entry.grad)
-            check_grad(entry.number, local_of(entry.param), entry.grad)
+        for index, param, grad in zip(found.indices, found.params, found.grads, strict=True):
+            check_grad(index, local_of(param), grad if sharded else local_grad(index, param, grad))
 
-    def cached_param_steps(
-        self,
-        groups: Groups,
-        given: Gradients,
-        specs: Sequence[GroupSpec],
-        states: dict[Tensor, Any],
-        kept: StateSpec,
+    def stored(
+        self, owner: StateOwner, states: dict[Tensor, Any], params: Collection[Tensor] | None
     ) -> list[ParamStep]:
-        """``param_steps`` for the parameters of a step: the same list where nothing has changed."""
-        key = tuple(given.numbers)
-        last = self._found.get(key)
-        if last is not None and last.holds(given, specs, states):
+        """``param_steps`` of the parameters that have state, in order; or of those in ``params``.
+
+        Args:
+            owner: the optimizer.
+            states: each parameter's state, also where some is still being stored.
+            params: None: all.
+        """
+        hypers = [owner.rule.hyper(group) for group in owner.param_groups]
+        every = [(n, p) for n, group in enumerate(owner.param_groups) for p in group["params"]]
+        rows = [
+            (index, number, param, None)
+            for index, (number, param) in enumerate(every)
+            if (params is None or param in params)
+            and has_state(states.get(param), owner.rule.moments(hypers[number]))
+        ]
+        return self.param_steps(rows, self.state_spec(owner, hypers, states))
+
+    def cached_param_steps(self, given: Gradients, spec: StateSpec) -> list[ParamStep]:
+        """``param_steps`` for the parameters of a step; the same list where nothing has changed."""
+        key = tuple(given.indices)
+        last = self._cached.get(key)
+        if last is not None and last.valid(given, spec):
             return last.param_steps
-        param_steps = self.param_steps(groups, given.entries, specs, states, kept)
-        if len(self._found) >= REMEMBERED:
+        param_steps = self.param_steps(given.rows, spec)
+        if len(self._cached) >= MAX_CACHED:
             # models that route have ever new sets of parameters with gradients
-            self._found.clear()
-        self._found[key] = _Found(given, specs, param_steps)
+            self._cached.clear()
+        self._cached[key] = _CachedSteps(given, spec, param_steps)
         return param_steps
 
-    def param_steps(
-        self,
-        groups: Groups,
-        entries: Sequence[Entry],
-        specs: Sequence[GroupSpec],
-        states: dict[Tensor, Any],
-        kept: StateSpec,
-    ) -> list[ParamStep]:
-        """A unit for each entry, last time's where nothing has changed.
+    def param_steps(self, rows: Sequence[Row], spec: StateSpec) -> list[ParamStep]:
+        """A ``ParamStep`` for each row: the last one, or a new one where something has changed.
 
-        State that is missing is started, and state that was changed is brought into the form that
-        a step takes, see ``conform``.
+        Missing state is initialized, and state that was changed is converted to the form that a
+        step takes, see ``state.conform``.
 
         Raises:
-            TypeError, ValueError, RuntimeError, KeyError: what cannot be stepped, by name; no state
-                has changed.
+            TypeError, ValueError, RuntimeError, KeyError: a parameter cannot be stepped; the
+                message names it, and no state has changed.
         """
-        param_steps, anew = self._param_steps, []
-        for entry in entries:
-            index, group, param = entry[:3]
-            spec = specs[group]
-            formats = self._formats_of(index, spec, param)
-            param = local_of(param)
+        param_steps, outdated = self._param_steps, []
+        for index, group, param, grad in rows:
+            wanted, local = spec.specs[group], local_of(param)
             param_step = param_steps.get(index)
             if (
                 param_step is None
-                or param_step.param is not param
-                or param_step.state is not states.get(entry.param)
-                or param_step.formats is not formats
-                or param_step.seed != spec.seed
+                or param_step.param is not local
+                or param_step.state is not spec.states.get(param)
+                or param_step.formats is not self._formats_of(index, wanted, param)
+                or param_step.seed != wanted.seed
                 or param_step.group != group
                 or param_step.write.dtype is not param.dtype
                 or param_step.moved()
-                or (index in self._away and entry.grad is not None)
+                or (index in self._not_steppable and grad is not None)
             ):
-                anew.append(entry)
-        if anew:
-            self._renew(groups, anew, specs, states, kept)
-        return [param_steps[entry.number] for entry in entries]
+                outdated.append((index, group, param, grad))
+        if outdated:
+            self._renew(outdated, spec)
+        return [param_steps[index] for index, *_ in rows]
 
     def _formats_of(self, index: int, spec: GroupSpec, param: Tensor) -> Mapping[str, Format]:
-        """The formats of a parameter: those of its group, for a DTensor as its global size asks."""
-        if type(param) is Parameter or not is_distributed(param):
+        """The formats of a parameter: its group's, or those that suit the shards of a DTensor."""
+        if not is_distributed(param):
             return spec.formats
-        given, formats = self._sharded_formats.get(index, (None, {}))
+        given, formats = self._shard_formats.get(index, (None, {}))
         if given is not spec.formats:
             formats = shard_formats(spec.formats, param)
-            self._sharded_formats[index] = spec.formats, formats
+            self._shard_formats[index] = spec.formats, formats
         return formats
 
-    def _renew(
-        self,
-        groups: Groups,
-        entries: Sequence[Entry],
-        specs: Sequence[GroupSpec],
-        states: dict[Tensor, Any],
-        kept: StateSpec,
-    ) -> None:
-        """Make units anew; all state is looked at before any is changed."""
-        changes = []
-        for entry in entries:
-            index, number, param, grad = entry[:4]
-            moments, _, seed = specs[number]
-            formats = self._formats_of(index, specs[number], param)
-            offset = shard_offset(param) if is_distributed(param) else 0
-            param = local_of(param)
+    def _renew(self, rows: Sequence[Row], spec: StateSpec) -> None:
+        """Make each ``ParamStep`` again; all state is checked before any is changed."""
+        states, device, counted = spec.states, spec.state_device, spec.counted
+        changes, fresh = [], []
+        for index, number, param, grad in rows:
+            local, offset = local_of(param), shard_offset(param)
             if grad is not None:
-                check_grad(index, param, grad)
-            write = parameter_write(kept.write, param.dtype)
-            wanted = Wanted(
-                f"parameter {index}",
-                param,
-                moments,
-                formats,
-                write,
-                seed,
-                index,
-                kept.state_device,
-                kept.counted,
-                stepped=grad is not None,
-                offset=offset,
-            )
-            state = states.get(entry.param, {})
+                check_grad(index, local, grad)
+            write, stepped = parameter_write(spec.write, param.dtype), grad is not None
+            group = spec.specs[number]
+            kept = group._replace(formats=self._formats_of(index, group, param))
+            form = StateForm(local, *kept, write, index, offset, device, counted, stepped)
+            state = states.get(param, {})
             if not isinstance(state, dict):
                 raise TypeError(f"parameter {index}: state: must be a dict, got {type(state)}")
-            is_fresh = not own_keys(moments, wanted.stored) & state.keys()
+            is_fresh = not own_keys(form.moments, form.stored) & state.keys()
             if capturing() and is_fresh:
                 raise needs_warm_up(f"parameter {index} has no state")
             with torch.inference_mode(False):
-                changes.append((entry, wanted, conformed(wanted, state), is_fresh))
-        fresh = []
-        for entry, _, new, is_fresh in changes:
-            _, number, param = entry[:3]
+                changes.append((param, number, form, conformed(form, state), is_fresh))
+        for param, number, form, new, is_fresh in changes:
             state = states.get(param)
             if state is None:
                 state = states[param] = new
@@ -361,58 +344,21 @@ class ParameterTable:
                 state.clear()
                 state.update(new)
             if is_fresh:
-                fresh.append((param, state, counts_on_device(groups[number])))
+                fresh.append((form.param, state, counts_on_device(spec.groups[number])))
         share_steps(fresh)
-        for entry, wanted, *_ in changes:
-            index, number, owner = entry[:3]
-            param = wanted.param
-            param_step = self._param_steps[index] = ParamStep(
-                param,
-                states[owner],
-                wanted.moments,
-                wanted.formats,
-                wanted.write,
-                wanted.seed,
-                index,
-                number,
-                wanted.offset,
-            )
-            homes = (wanted.state_device or param.device, param.device)
-            here = all(param_step.state[key].device in homes for key in param_step.keys[1:])
-            (self._away.discard if here else self._away.add)(index)
-
-
-def _local_grad(index: int, param: Tensor, grad: Tensor) -> Tensor:
-    """The shard of a gradient that belongs to the parameter's shard.
-
-    Raises:
-        TypeError, ValueError: one of the two is a DTensor and the other is not, or the global
-            shapes differ.
-    """
-    name = f"gradient of parameter {index}"
-    if is_distributed(grad) != is_distributed(param):
-        kinds = type(grad).__name__, type(param).__name__
-        raise TypeError(f"{name}: is a {kinds[0]}, must be a {kinds[1]} as the parameter")
-    if not is_distributed(grad):
-        return grad
-    ours: Any = param
-    theirs: Any = grad
-    if theirs.shape != ours.shape:
-        raise ValueError(
-            f"{name}: shape {tuple(theirs.shape)}, must be {tuple(ours.shape)} as the parameter's"
-        )
-    check_placements(f"parameter {index}", ours)
-    if theirs.placements != ours.placements:
-        # a sum that is still to be made, as tensor parallelism leaves it
-        theirs = theirs.redistribute(ours.device_mesh, ours.placements)
-    return local_of(theirs)
+        for param, number, form, *_ in changes:
+            param_step = self._param_steps[form.index] = form.param_step(states[param], number)
+            allowed = (device or form.param.device, form.param.device)
+            steppable = all(param_step.state[k].device in allowed for k in param_step.keys[1:])
+            (self._not_steppable.discard if steppable else self._not_steppable.add)(form.index)
 
 
 def check_grad(index: int, param: Tensor, grad: Tensor) -> None:
-    """Raise unless a gradient can be used.
+    """Raise unless a step can use a gradient.
 
     Raises:
-        TypeError, ValueError, RuntimeError: what is wrong with it or its parameter, by name.
+        TypeError, ValueError, RuntimeError: the gradient or its parameter is unusable; the message
+            names it.
     """
     name = f"gradient of parameter {index}"
     check_steppable(index, param)

@@ -1,9 +1,9 @@
-"""Plain Python values: what numbers of other libraries become before they are kept or saved.
+"""Converts numbers of other libraries to plain Python values before they are kept or saved.
 
-A numpy scalar computes like a number, but ``torch.load(weights_only=True)`` and JSON refuse it, and
-a float32 one rounds what it is combined with. So hyper-parameters are ints, floats, bools and
-tuples of them from where they come in, and again where a state dict or a manifest is made: a
-scheduler may put anything into a param group in between.
+A numpy scalar computes like a number, but ``torch.load(weights_only=True)`` and JSON reject it, and
+a float32 one rounds the numbers combined with it. So hyper-parameters become ints, floats, bools
+and tuples of them when they are passed, and again when a state dict or a manifest is made, since a
+scheduler may assign any value to a param group in between.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _plain_already(values: Iterable[Any]) -> bool:
 
 
 def plain_value(value: Any) -> Any:
-    """A value with plain Python numbers for those of other libraries.
+    """The value, with numbers of other libraries replaced by plain Python numbers.
 
     Numpy scalars and arrays, other real and integer types, and objects with ``__index__`` become
     ints, floats and bools; a sequence that is neither tuple nor list becomes a tuple; dicts, lists
@@ -57,21 +57,21 @@ def plain_value(value: Any) -> Any:
 
 
 def _of_numpy(value: Any) -> Any:
-    """Numbers, bools and text of numpy as Python's; anything else as it is."""
+    """Numbers, bools and text of numpy as Python's; anything else unchanged."""
     if value.dtype.kind not in "biufU":
         return value
     if value.ndim:
         return tuple(map(_of_numpy, value))
-    # item() of a long double is a long double again
+    # item() of a long double returns a long double
     return float(value) if value.dtype.kind == "f" else value.item()
 
 
 class PlainFields:
-    """Base of frozen dataclasses that keep their fields as plain values."""
+    """Base of frozen dataclasses whose fields are converted to plain values."""
 
     def __post_init__(self) -> None:
         fields = self.__dict__
-        # every step makes hyper-parameters and formats, nearly always of plain values
+        # every step creates hyper-parameters and formats, nearly always from plain values
         if _plain_already(fields.values()):
             return
         for name, value in fields.items():

@@ -25,13 +25,14 @@ __all__ = [
     "check_whole_rows",
     "component_shape",
     "is_distributed",
+    "local_grad",
     "local_of",
     "local_slice",
+    "reduced",
     "rewrapped",
     "shard_formats",
     "shard_offset",
     "sharding_groups",
-    "summed",
 ]
 
 _PLAIN = {Tensor, Parameter}
@@ -154,7 +155,7 @@ def shard_offset(tensor: Any) -> int:
     the number is that of the element in the global tensor, so that draws do not depend on the
     number of workers. Elsewhere each shard has a range of its own. Replicas draw the same.
     """
-    dims = _dims(tensor)
+    dims = _dims(tensor) if is_distributed(tensor) else []
     if not dims:
         return 0
     numel: int = tensor.numel()
@@ -243,22 +244,40 @@ def sharding_groups(tensor: Any) -> tuple[Any, ...]:
     return tuple(tensor.device_mesh.get_group(number) for number, _ in _dims(tensor))
 
 
-def summed(values: Mapping[tuple[Any, ...], Tensor], largest: bool = False) -> Tensor:
-    """The sum over all workers of 0-d ``values``, or the largest, each over its process groups.
+def reduced(values: Mapping[tuple[Any, ...], Tensor], largest: bool) -> Tensor:
+    """The sum, or the largest, of 0-d ``values`` over all workers.
 
     Args:
-        values: by the groups that hold shards of what a value was made of.
-        largest: take the maximum instead.
+        values: by the process groups that hold the shards it was computed from.
+        largest: take the maximum instead of the sum.
     """
     import torch.distributed as dist
 
-    total: Tensor | None = None
     for groups, value in values.items():
         for group in groups:
             dist.all_reduce(value, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
-        if total is None:
-            total = value
-        else:
-            total = torch.maximum(total, value) if largest else total + value
-    assert total is not None
-    return total
+    device = next(iter(values.values())).device
+    together = torch.stack([value.to(device) for value in values.values()])
+    return together.amax() if largest else together.sum()
+
+
+def local_grad(index: int, param: Any, grad: Any) -> Tensor:
+    """The shard of a gradient that belongs to the parameter's shard; a plain gradient itself.
+
+    Raises:
+        TypeError, ValueError: only one of the two is a DTensor, or their global shapes differ; the
+            message names the gradient.
+    """
+    name = f"gradient of parameter {index}"
+    if is_distributed(grad) != is_distributed(param):
+        kinds = type(grad).__name__, type(param).__name__
+        raise TypeError(f"{name}: is a {kinds[0]}, must be a {kinds[1]} as the parameter")
+    if is_distributed(grad):
+        if grad.shape != param.shape:
+            shapes = f"shape {tuple(grad.shape)}, must be {tuple(param.shape)}"
+            raise ValueError(f"{name}: {shapes} as the parameter's")
+        check_placements(f"parameter {index}", param)
+        if grad.placements != param.placements:
+            # such as a sum that tensor parallelism has not reduced yet
+            grad = grad.redistribute(param.device_mesh, param.placements)
+    return local_of(grad)

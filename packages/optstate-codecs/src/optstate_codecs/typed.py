@@ -1,6 +1,6 @@
-"""Text as arguments of an optimizer, by the types in its signature.
+"""Parses text into arguments of an optimizer, by the types in its signature.
 
-Launchers and configuration files hand text: ``block_size=256,betas=(0.9,0.95)``.
+Launchers and configuration files pass text: ``block_size=256,betas=(0.9,0.95)``.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
 def typed_arguments(cls: type, given: Mapping[str, Any] | str) -> dict[str, Any]:
-    """Arguments for an optimizer's class from their text.
+    """Parse the text of arguments for an optimizer's class.
 
-    What a text means is decided by the annotation of the argument: numbers as Python writes them;
+    The annotation of the argument decides how its text is read: numbers in Python's syntax;
     ``true``, ``false``, ``yes``, ``no``, ``1`` and ``0`` for flags; ``none`` where None is allowed;
-    ``0.9,0.95``, in brackets or not, for several numbers; and for a mapping, such as ``formats``,
-    ``{exp_avg: bf16, exp_avg_sq: dynamic8(signed=False)}``. Quotes around a text are removed.
-    Ranges are left to the constructor.
+    ``0.9,0.95``, with or without brackets, for several numbers; and for a mapping, such as
+    ``formats``, ``{exp_avg: bf16, exp_avg_sq: dynamic8(signed=False)}``. Quotes around a text are
+    removed. The constructor checks ranges.
 
     Args:
         cls: of the family, or any optimizer with annotations or defaults, ``torch.optim``'s too.
-        given: by name; what is not text is returned as it is. Or all of it as one text,
-            ``name=value`` separated by commas; a comma inside brackets, or before something that
-            is no ``name=value``, is the value's.
+        given: by name; values that are not text are returned unchanged. Or one text of
+            ``name=value`` separated by commas; a comma inside brackets, or not followed by
+            ``name=value``, belongs to the value.
 
     Returns:
         Keyword arguments for ``cls``, without its parameters.
 
     Raises:
-        TypeError: an argument that ``cls`` does not take, or one that text cannot give.
-        ValueError: a text that is not of the argument's type.
+        TypeError: ``cls`` does not take an argument, or text cannot express it.
+        ValueError: a text is not of the argument's type.
 
     Example:
         >>> typed_arguments(torch.optim.AdamW, "lr=3e-4,betas=(0.9,0.95),fused=none")
@@ -113,26 +113,16 @@ def _flag(name: str, text: str, kind: Any) -> bool:
     return FLAGS[text.lower()]
 
 
-def _int(name: str, text: str, kind: Any) -> int:
+def _number(name: str, text: str, kind: Any) -> int | float:
     try:
-        return int(text)
+        return int(text) if kind is int else float(text)
     except ValueError:
-        raise ValueError(f"{name}={text!r}: must be an int") from None
-
-
-def _float(name: str, text: str, kind: Any) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name}={text!r}: must be a number") from None
-
-
-def _text(name: str, text: str, kind: Any) -> str:
-    return text
+        noun = "an int" if kind is int else "a number"
+        raise ValueError(f"{name}={text!r}: must be {noun}") from None
 
 
 def _inside(text: str, opening: str) -> str:
-    """What is between brackets, if they are around all of ``text``."""
+    """``text`` without the brackets around it, if there are any."""
     if len(text) > 1 and text[0] in opening and text[-1] == BRACKETS[text[0]]:
         return text[1:-1]
     return text
@@ -161,9 +151,9 @@ def _mapping(name: str, text: str, kind: Any) -> dict[str, Any]:
 
 _READERS: dict[Any, Callable[[str, str, Any], Any]] = {
     bool: _flag,
-    int: _int,
-    float: _float,
-    str: _text,
+    int: _number,
+    float: _number,
+    str: lambda name, text, kind: text,
     tuple: _several,
     Mapping: _mapping,
 }

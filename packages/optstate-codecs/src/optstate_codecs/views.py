@@ -1,4 +1,4 @@
-"""Reads an optimizer's state in plain numbers: decoded moments and master weights."""
+"""Reads decoded moments and master weights of an optimizer, in plain numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.sharding import is_distributed, local_of, rewrapped
 from optstate_codecs.state.building import decode_param_step
+from optstate_codecs.state.shards import as_owner
 from optstate_codecs.writes import MASTER, parameter_write
 
 __all__ = ["decode_state", "master_weights"]
@@ -22,7 +23,7 @@ def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
 
     Returns:
         ``step`` (0-d) and every moment in float32 with the parameter's shape; copies. Empty for a
-        parameter that has not been stepped.
+        parameter that has not been stepped. Moments of a ``DTensor`` are ``DTensor``s.
 
     Raises:
         KeyError: the parameter is not the optimizer's.
@@ -32,27 +33,19 @@ def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
     """
     optimizer.group_of(param)
     found = optimizer.stored_param_steps({param}) if optimizer.state.get(param) else []
-    if not found:
-        return {}
-    decoded = decode_param_step(*found)
-    if is_distributed(param):
-        return {
-            key: value if key == "step" else rewrapped(value, param, param.shape)
-            for key, value in decoded.items()
-        }
-    return decoded
+    return as_owner(decode_param_step(*found), param) if found else {}
 
 
 def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:
-    """The weights that training goes on from: a parameter and what its rounding left.
+    """The weights that training continues from: a parameter plus its stored rounding error.
 
     Args:
         optimizer: any optimizer of the family.
         param: one of its parameters.
 
     Returns:
-        float32 (float64 for float64 parameters), of the parameter's shape; a copy. The parameter
-        itself where the optimizer keeps no correction of it.
+        float32 (float64 for float64 parameters), of the parameter's shape; a copy. It equals the
+        parameter if the optimizer stores no rounding error.
 
     Raises:
         KeyError: the parameter is not the optimizer's.

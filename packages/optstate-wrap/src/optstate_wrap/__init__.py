@@ -1,10 +1,7 @@
 """Wraps any PyTorch optimizer so that its state lives compressed, or in host memory."""
 
 from optstate_codecs.errors import StepError
-from optstate_wrap.activations import (
-    checkpoint_sequential_modules,
-    enable_gradient_checkpointing,
-)
+from optstate_wrap.activations import checkpoint_sequential_modules, enable_gradient_checkpointing
 from optstate_wrap.codecs import (
     BF16Codec,
     Codec,
@@ -16,12 +13,7 @@ from optstate_wrap.codecs import (
 from optstate_wrap.cpu.offload import CPUOffloadOptimizer
 from optstate_wrap.metrics import MetricsWriter, plot_memory
 from optstate_wrap.offload.optimizer import OffloadOptimizer
-from optstate_wrap.policies import (
-    AdaptiveWarmupPolicy,
-    ConfigurablePolicy,
-    Policy,
-    WarmupPolicy,
-)
+from optstate_wrap.policies import AdaptiveWarmupPolicy, ConfigurablePolicy, Policy, WarmupPolicy
 from optstate_wrap.presets import (
     auto_wrap,
     make_low_memory_policy,

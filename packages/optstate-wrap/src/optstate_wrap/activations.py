@@ -1,4 +1,4 @@
-"""Gradient checkpointing, in torch's own words: activations are computed again instead of kept."""
+"""Gradient checkpointing: the backward pass recomputes activations instead of storing them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["checkpoint_sequential_modules", "enable_gradient_checkpointing"]
 
 
 def enable_gradient_checkpointing(model: nn.Module, use_reentrant: bool = False) -> bool:
-    """Turn gradient checkpointing on in a model that has a method for it, as transformers' do.
+    """Turn on gradient checkpointing in a model with a method for it, as in ``transformers``.
 
     Args:
         model: any module.
-        use_reentrant: which of torch's two ways; False is the one that torch recommends.
+        use_reentrant: which of torch's two implementations; torch recommends False.
 
     Returns:
-        Whether the model had the method.
+        Whether the model has the method.
     """
     use_reentrant = checks.flag("use_reentrant", use_reentrant)
     enable: Any = getattr(model, "gradient_checkpointing_enable", None)
@@ -30,7 +30,7 @@ def enable_gradient_checkpointing(model: nn.Module, use_reentrant: bool = False)
     try:
         enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     except TypeError:
-        # older models take no arguments
+        # the method of older models takes no arguments
         enable()
     return True
 
@@ -41,16 +41,16 @@ def checkpoint_sequential_modules(
     x: Tensor,
     use_reentrant: bool = False,
 ) -> Tensor:
-    """Run modules one after the other and keep only what goes into each segment.
+    """Run modules one after the other, storing only the inputs of each segment.
 
     Args:
         modules: in order.
-        segments: how many, from 1 to the number of modules.
-        x: what goes into the first.
-        use_reentrant: which of torch's two ways.
+        segments: number of segments, from 1 to the number of modules.
+        x: input of the first module.
+        use_reentrant: which of torch's two implementations.
 
     Returns:
-        What comes out of the last.
+        The output of the last module.
     """
     segments = checks.whole_number("segments", segments)
     if not 1 <= segments <= len(modules):

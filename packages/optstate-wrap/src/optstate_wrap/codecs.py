@@ -1,7 +1,7 @@
-"""Codecs: which format stores a state key, under the names that users of wrappers know.
+"""Codecs: how the wrapper stores the tensors of a state key.
 
-A codec is a thin view of a format of ``optstate_codecs``. ``as_codec`` also takes a format or its
-text, so every format there is a codec here.
+A codec is a thin layer over a format of ``optstate_codecs``, or over none. ``as_codec`` also takes
+a format or its text, so every format there is a codec here.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Codec:
-    """How the tensors under one state key are stored.
+    """The format in which the tensors of one state key are stored.
 
     Args:
-        format: a format or its text; None keeps each tensor as the optimizer made it.
+        format: a format or its text; None stores each tensor as the optimizer made it.
 
     Example:
         >>> Codec("int8(block_size=64)").nbytes(4096)
@@ -45,17 +45,17 @@ class Codec:
 
     @property
     def stored(self) -> Format | None:
-        """The format, or None where tensors are kept as they are."""
+        """The format, or None if tensors are stored unchanged."""
         return None if self.format is None else as_format(self.format)
 
     def encode(self, x: Tensor, counter: Counter | None = None) -> Tensor | Coded:
-        """Store one tensor, as the wrapper would; ``counter`` keys random numbers."""
+        """Encode one tensor as the wrapper does; ``counter`` keys random numbers."""
         counter = counter or Counter(0, 1, 0)
         stored: Tensor | Coded = encode_state({"x": x}, x, {"x": self.stored}, counter)["x"]
         return stored
 
     def decode(self, stored: Tensor | Coded) -> Tensor:
-        """The tensor that ``encode`` has stored; a copy."""
+        """A copy of the tensor that ``encode`` stored."""
         value: Tensor = decode_state({"x": stored})["x"]
         return value
 
@@ -65,40 +65,40 @@ class Codec:
 
 
 class IdentityCodec(Codec):
-    """Keeps each tensor as the optimizer made it, bit for bit and in its dtype."""
+    """Stores each tensor as the optimizer made it, bit for bit and in its dtype."""
 
     def __init__(self) -> None:
         super().__init__(None)
 
 
 class FP32Codec(Codec):
-    """Float32: exact for all state but float64, which it halves."""
+    """Float32: exact for all state except float64, whose size it halves."""
 
     def __init__(self) -> None:
         super().__init__(FP32())
 
 
 class FP16Codec(Codec):
-    """Float16 under a scale per block, for first moments; see ``optstate_codecs.formats.FP16``."""
+    """Float16 with a scale per block, for first moments; see ``optstate_codecs.formats.FP16``."""
 
     def __init__(self, block_size: int = 2048) -> None:
         super().__init__(FP16(block_size))
 
 
 class BF16Codec(Codec):
-    """Bfloat16, rounded stochastically unless told otherwise, for any moment."""
+    """Bfloat16 for any moment, by default with stochastic rounding."""
 
     def __init__(self, rounding: str = "stochastic") -> None:
         super().__init__(BF16(rounding))
 
 
 class Int8MomentumCodec(Codec):
-    """Linear int8 under a scale per block, for first moments."""
+    """Linear int8 with a scale per block, for first moments."""
 
     def __init__(self, block_size: int = 256) -> None:
         super().__init__(Int8(block_size))
 
 
 def as_codec(value: Codec | Format | str | None) -> Codec:
-    """A codec as it is, or of a format, its text, or None (exact)."""
+    """The codec of a format, its text or None (exact); a codec is returned itself."""
     return value if isinstance(value, Codec) else Codec(value)

@@ -1,4 +1,4 @@
-"""What every optimizer around another one has of it: groups, defaults and hooks, the very same."""
+"""The base of optimizers around another optimizer, whose groups, defaults and hooks they share."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optstate_wrap.hooks import STATE_DICT_HOOKS
+from optstate_wrap.hooks import STATE_DICT_HOOKS, STEP_HOOKS
 
-__all__ = ["Delegate", "load_into", "own_step"]
+__all__ = ["Delegate", "load_into", "unhooked_step"]
 
-#: group options that say how a step is computed here, not what it computes
+#: group options that say how a step is computed on this machine, not its result
 FLAGS = ("capturable", "foreach", "fused")
-#: what torch's optimizers are pickled as
+#: attributes with which torch's optimizers are pickled
 TORCH = ("state", "param_groups", "defaults")
-# both have the very same dicts, so that a hook fires once, whichever it was given to
-HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", *STATE_DICT_HOOKS)
+# The hook dicts are the same objects, so that each hook is called once, wherever it was added.
+HOOKS = (*STEP_HOOKS, *STATE_DICT_HOOKS)
 
 
 class Delegate(Optimizer):
-    """An optimizer whose groups, defaults and hooks are those of the one inside.
+    """An optimizer with the groups, defaults and hooks of an inner one.
 
     Attributes:
-        inner: the one inside.
+        inner: the inner optimizer.
     """
 
     inner: Optimizer
 
-    def _share(self) -> None:
-        """Take the inner optimizer's hooks for one's own."""
+    def share_hooks(self) -> None:
+        """Use the inner optimizer's hooks as this one's."""
         self._warned_capturable_if_run_uncaptured = True
         for name in HOOKS:
             setattr(self, name, getattr(self.inner, name))
         self._patch_step_function()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become what was copied, or take new ``state``, groups or defaults, as torch's do."""
+        """Restore a copy, or take new ``state``, groups or defaults, as torch's optimizers do."""
         values = {key: value for key, value in state.items() if key in TORCH}
         vars(self).update({key: value for key, value in state.items() if key not in TORCH})
         if "inner" in state:
-            self._begin()
+            self.attach_inner()
         if values:
-            self._given(values)
+            self.set_torch_state(values)
 
-    def _begin(self) -> None:
-        """Take up what this has in common with the inner optimizer."""
-        self._share()
+    def attach_inner(self) -> None:
+        """Set up the attributes that depend on a new ``inner``."""
+        self.share_hooks()
 
-    def _given(self, values: dict[str, Any]) -> None:
+    def set_torch_state(self, values: dict[str, Any]) -> None:
         """Take new ``state``, ``param_groups`` or ``defaults``."""
         self.inner.__setstate__(values)
 
@@ -72,14 +72,14 @@ class Delegate(Optimizer):
         self.inner.defaults = value
 
 
-def own_step(inner: Optimizer) -> Callable[..., Any]:
-    """The optimizer's ``step`` without the hooks that torch puts around it."""
+def unhooked_step(inner: Optimizer) -> Callable[..., Any]:
+    """The ``step`` function of an optimizer's class, without the hooks that torch adds."""
     step = type(inner).step
     return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
 def load_into(inner: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Load a state dict while groups stay the same objects and keep ``FLAGS``, with no alias."""
+    """Load a state dict without aliasing it; groups stay the same objects and keep ``FLAGS``."""
     groups = inner.param_groups
     states = [state for state in state_dict["state"].values() if isinstance(state, Mapping)]
     given = {id(value) for state in states for value in state.values()}

@@ -1,4 +1,4 @@
-"""What a run cost, step by step: rows of a CSV file, and a picture of the memory."""
+"""Metrics of a training run: writes a CSV file with a row for each step, and plots memory."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ MB = 1e6
 class MetricsWriter:
     """Appends a row for each step to a CSV file with the columns ``COLUMNS``.
 
-    Times are there if the optimizer was wrapped with ``profile=True``. ``tensor_mem_mb`` is what
-    the optimizer's state takes, ``cpu_mem_mb`` the process's largest resident size so far.
+    Times are written if the optimizer was wrapped with ``profile=True``. ``tensor_mem_mb`` is the
+    memory of the optimizer's state, ``cpu_mem_mb`` the process's largest resident size so far.
 
     Args:
-        path: of the file; it is begun anew unless it has these columns already.
-        run: a name for the rows.
+        path: of the file; overwritten unless it has these columns already.
+        run: the name of the run, written in each row.
 
     Example:
         >>> with MetricsWriter("run.csv", "int8") as metrics:
@@ -66,7 +66,7 @@ class MetricsWriter:
         accuracy: float | None = None,
         val_accuracy: float | None = None,
     ) -> dict[str, Any]:
-        """Add the row of a step that has just been taken, and return it."""
+        """Write the row of the step that was just taken, and return it."""
         row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
         given = {"loss": loss, "accuracy": accuracy, "val_accuracy": val_accuracy}
         row.update({key: float(value) for key, value in given.items() if value is not None})
@@ -97,7 +97,7 @@ class MetricsWriter:
 
 
 def _resident_mb() -> float | str:
-    """The largest resident size of this process, where the system tells it."""
+    """The largest resident size of this process; "" if the system does not report it."""
     try:
         import resource
     except ImportError:
@@ -110,12 +110,12 @@ def _resident_mb() -> float | str:
 def plot_memory(
     state_bytes: Mapping[str, Sequence[float] | float], path: str | Path, title: str = ""
 ) -> None:
-    """Draw bars of how much memory optimizers' states take, as a PNG; needs matplotlib.
+    """Plot the memory of optimizers' states as bars in a PNG; needs matplotlib.
 
     Args:
-        state_bytes: bytes by name, or a row of bytes, whose largest counts.
+        state_bytes: bytes by name, or a sequence of bytes, of which the largest is drawn.
         path: of the PNG.
-        title: above the bars.
+        title: of the plot.
 
     Raises:
         RuntimeError: matplotlib is not installed.

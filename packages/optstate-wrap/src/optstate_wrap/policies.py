@@ -1,4 +1,4 @@
-"""Policies: which codec stores which state key, and from when on."""
+"""Policies: which codec stores which state key, and from which step on."""
 
 from __future__ import annotations
 
@@ -16,22 +16,15 @@ from optstate_wrap.codecs import Codec, IdentityCodec, Int8MomentumCodec, as_cod
 __all__ = ["AdaptiveWarmupPolicy", "ConfigurablePolicy", "Policy", "WarmupPolicy"]
 
 AnyCodec = Codec | Format | str | None
-#: keys under which optimizers keep what they divide by, or by the root of
-VARIANCES = (
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "square_avg",
-    "ema_squared",
-    "exp_inf",
-    "sum",
-)
+#: state keys of values by which, or by whose root, optimizers divide
+VARIANCES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "ema_squared", "exp_inf", "sum")
 
 
 class Policy(ABC):
-    """Decides how the state of each parameter is stored.
+    """Chooses how the state of each parameter is stored.
 
     Attributes:
-        device_resident: False asks for the host's memory; None leaves it to whoever wraps.
+        device_resident: False stores state in host memory, unless the wrapper's ``store`` is given.
     """
 
     device_resident: bool | None = None
@@ -40,19 +33,19 @@ class Policy(ABC):
     def get_codecs(
         self, param: Tensor, state: Mapping[str, Any], step: int
     ) -> Mapping[str, AnyCodec]:
-        """The codec of each key; keys without one stay exact.
+        """The codec of each state key; keys without one stay exact.
 
-        Only tensors with one number per element are ever coded: what else a codec is given for,
-        0-d step counts and factored rows, stays exact too.
+        Only tensors with one number per element are encoded. Other values, such as 0-d step counts
+        and factored moments, stay exact even if their key has a codec.
 
         Args:
             param: the parameter.
-            state: its state, or that of a part of it, as the optimizer has just left it.
-            step: how many steps the wrapper had taken before this one.
+            state: of the parameter, or of a chunk of it, as the optimizer has just left it.
+            step: number of steps that the wrapper had taken before this one.
         """
 
     def compressing(self, step: int) -> bool:
-        """Whether anything is coded at this step."""
+        """Whether any state is encoded at this step."""
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,26 +53,26 @@ class Policy(ABC):
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up saved progress."""
+        """Restore saved progress."""
         return None
 
 
 class WarmupPolicy(Policy):
-    """Exact state for some steps, then an int8 first moment and, if asked for, a coded second.
+    """Exact state for some steps; then an int8 first moment and optionally a coded second moment.
 
     Args:
-        warmup_steps: how many steps stay exact.
-        momentum_key: of the first moment, or a tuple of the keys that it may have.
-        variance_key: of the second moment.
-        variance_codec: of the second moment; None keeps it exact.
-        min_int8_elements: smaller tensors have ``small_tensor_codec`` for both.
+        warmup_steps: number of steps with exact state.
+        momentum_key: state key of the first moment, or a tuple of the keys that it may have.
+        variance_key: state key of the second moment.
+        variance_codec: of the second moment; None is exact.
+        min_int8_elements: smaller tensors have ``small_tensor_codec`` for both moments.
         small_tensor_codec: None is exact.
-        device_resident: False keeps state in the host's memory.
+        device_resident: False stores state in host memory.
         momentum_codec: of the first moment; None is ``Int8MomentumCodec()``.
 
     Raises:
-        ValueError: a codec that rounds small second moments to zero, which makes steps of
-            thousands of learning rates.
+        ValueError: a codec rounds small second moments to zero, which makes steps of thousands of
+            learning rates.
     """
 
     def __init__(
@@ -98,12 +91,12 @@ class WarmupPolicy(Policy):
         self.momentum_keys = (momentum_key,) if isinstance(momentum_key, str) else momentum_key
         self.variance_key = variance_key
         momentum = Int8MomentumCodec() if momentum_codec is None else as_codec(momentum_codec)
-        variance = _variance(as_codec(variance_codec))
+        variance = checked(VARIANCES[0], as_codec(variance_codec))
         self.min_int8_elements = checks.whole_number("min_int8_elements", min_int8_elements)
         self.device_resident = plain_value(device_resident)
         small = as_codec(small_tensor_codec)
         self._large = self._codecs(momentum, variance)
-        self._small = self._codecs(small, _variance(small))
+        self._small = self._codecs(small, checked(VARIANCES[0], small))
 
     def _codecs(self, momentum: Codec, variance: Codec) -> dict[str, AnyCodec]:
         momenta = {key: checked(key, momentum) for key in self.momentum_keys}
@@ -121,16 +114,16 @@ class WarmupPolicy(Policy):
 
 
 class AdaptiveWarmupPolicy(WarmupPolicy):
-    """As ``WarmupPolicy``, but exact until the loss stops falling, or for ``warmup_steps``.
+    """``WarmupPolicy`` that begins compression when the loss stops falling.
 
     Args:
-        patience: this many losses in a row that are not better begin compression.
-        tol: a loss is better if it is below the best by more than this.
-        warmup_steps: compression begins here at the latest.
+        patience: compression begins after this many losses in a row without improvement.
+        tol: a loss improves if it is below the best one by more than this.
+        warmup_steps: compression begins after this many steps at the latest.
         **options: of ``WarmupPolicy``.
 
     Attributes:
-        active: whether compression was begun by a plateau or by ``activate_compression``.
+        active: whether a plateau or ``activate_compression`` has begun compression.
     """
 
     def __init__(
@@ -150,7 +143,7 @@ class AdaptiveWarmupPolicy(WarmupPolicy):
         self._waited = 0
 
     def update_on_loss(self, loss: float) -> bool:
-        """Take note of a loss; returns whether compression is active."""
+        """Record a loss; return whether compression is active."""
         if float(loss) < self._best - self.tol:
             self._best, self._waited = float(loss), 0
         else:
@@ -159,7 +152,7 @@ class AdaptiveWarmupPolicy(WarmupPolicy):
         return self.active
 
     def activate_compression(self) -> None:
-        """Begin with the next step."""
+        """Begin compression with the next step."""
         self.active = True
 
     def compressing(self, step: int) -> bool:
@@ -175,12 +168,12 @@ class AdaptiveWarmupPolicy(WarmupPolicy):
 
 
 class ConfigurablePolicy(Policy):
-    """The codecs that a map names, by state key.
+    """Codecs from a mapping by state key.
 
     Args:
         codecs_map: codecs, formats or their texts; None is exact.
-        default_codec: for keys that the map leaves out.
-        warmup_steps: how many steps stay exact.
+        default_codec: for keys that are not in the mapping.
+        warmup_steps: number of steps with exact state.
 
     Example:
         >>> ConfigurablePolicy({"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"})
@@ -210,17 +203,13 @@ class ConfigurablePolicy(Policy):
         return {**self._codecs, **default}
 
     def _default_of(self, key: str) -> Codec:
-        """The default, if it can hold what this key has."""
+        """The default codec if it fits the values of this key, else an exact one."""
         format = self._default.stored
         return self._default if format is None or not _unfit(key, format) else IdentityCodec()
 
 
-def _variance(codec: Codec) -> Codec:
-    return checked(VARIANCES[0], codec)
-
-
 def checked(key: str, codec: Codec) -> Codec:
-    """The codec, unless it would spoil what is kept under ``key``."""
+    """Return the codec, or raise if it does not fit the values under ``key``."""
     format = codec.stored
     if format is not None and (why := _unfit(key, format)):
         raise ValueError(f"codec of {key!r}={format.spec!r}: {why}")
@@ -228,6 +217,7 @@ def checked(key: str, codec: Codec) -> Codec:
 
 
 def _unfit(key: str, format: Format) -> str:
+    """Why a format does not fit the values under ``key``; "" if it does."""
     if key in VARIANCES and not format.keeps_positive:
         return (
             "rounds small second moments to zero, which makes steps of thousands of learning "

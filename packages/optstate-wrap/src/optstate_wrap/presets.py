@@ -1,4 +1,4 @@
-"""Wrapping in one call."""
+"""One-call functions that wrap an optimizer, and the policies that they use."""
 
 from __future__ import annotations
 
@@ -39,20 +39,12 @@ def wrap(
     Example:
         >>> optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=3e-4))
     """
-    return OptimizerWrapper(
-        optimizer,
-        policy,
-        chunk_size,
-        chunk_size_on_cuda,
-        initial_chunk_size,
-        pin_memory,
-        profile,
-        **options,
-    )
+    sizes = (chunk_size, chunk_size_on_cuda, initial_chunk_size)
+    return OptimizerWrapper(optimizer, policy, *sizes, pin_memory, profile, **options)
 
 
 def auto_wrap(optimizer: Optimizer, **options: Any) -> OptimizerWrapper:
-    """Wrap an optimizer with what is usual; ``options`` are those of ``wrap``."""
+    """Wrap an optimizer with the defaults; ``options`` are those of ``wrap``."""
     return wrap(optimizer, **options)
 
 
@@ -60,8 +52,8 @@ def variance_codec(mode: AnyCodec) -> Codec:
     """The codec of a second moment.
 
     Args:
-        mode: "fp32"; "fp16": 16 bits, as bfloat16, since float16 has no room for small second
-            moments; "int8": 8 bits of its root, which never become zero; or any codec or format.
+        mode: "fp32"; "fp16": 16 bits as bfloat16, since small second moments underflow in float16;
+            "int8": 8 bits of the root, which are never zero; or any codec or format.
     """
     if mode in ("fp32", None):
         return Codec(None)
@@ -79,14 +71,14 @@ def make_low_memory_policy(
     small_tensor_codec: AnyCodec = None,
     device_resident: bool | None = None,
 ) -> WarmupPolicy:
-    """Int8 first moments and smaller second moments, after some exact steps.
+    """A policy of int8 first moments and smaller second moments, after some exact steps.
 
     Args:
-        warmup_steps: how many steps stay exact.
+        warmup_steps: number of steps with exact state.
         variance_mode: "fp16", "int8", "fp32", or any codec or format, see ``variance_codec``.
         min_int8_elements: smaller tensors have ``small_tensor_codec`` for both moments.
         small_tensor_codec: None is exact.
-        device_resident: False keeps state in the host's memory.
+        device_resident: False stores state in host memory.
     """
     return WarmupPolicy(
         warmup_steps,
@@ -113,24 +105,24 @@ def wrap_low_memory_adamw(
     chunk_size_on_cuda: int | None = None,
     **adamw_kwargs: Any,
 ) -> OptimizerWrapper:
-    """``torch.optim.AdamW`` with int8 first moments and 16-bit second moments: 24 bits.
+    """``torch.optim.AdamW`` with int8 first and 16-bit second moments: 24 bits a parameter.
 
-    Coded parameters are stepped by the codecs' engine, bfloat16 and float16 ones in float32
+    The codecs' engine steps parameters with coded state, bfloat16 and float16 ones in float32
     arithmetic: ``fused=True`` of ``OptimizerWrapper``.
 
     Args:
         params: of ``torch.optim.AdamW``.
         lr: learning rate.
         weight_decay: decoupled, at least 0.
-        warmup_steps: how many steps stay exact.
+        warmup_steps: number of steps with exact state.
         variance_mode: of second moments, see ``make_low_memory_policy``.
-        chunk_size: parameters that are decoded at a time, see ``OptimizerWrapper``.
+        chunk_size: number of elements decoded at a time, see ``OptimizerWrapper``.
         initial_chunk_size: the same for the step that creates the state.
-        pin_memory: of the host's slabs.
+        pin_memory: whether host memory for state is page-locked.
         min_int8_elements: smaller tensors have ``small_tensor_codec``.
         small_tensor_codec: None is exact.
-        device_resident: False keeps state in the host's memory.
-        chunk_size_on_cuda: instead of ``chunk_size`` there.
+        device_resident: False stores state in host memory.
+        chunk_size_on_cuda: replaces ``chunk_size`` on a GPU.
         **adamw_kwargs: of ``torch.optim.AdamW``.
 
     Example:
@@ -145,7 +137,7 @@ def wrap_low_memory_adamw(
 
 
 class MaxCompressionPolicy(ConfigurablePolicy):
-    """4 bits for each moment of large tensors; small ones stay exact."""
+    """4 bits for each moment of large tensors; the moments of small ones stay exact."""
 
     def __init__(self, device_resident: bool | None = None, min_elements: int = 4096) -> None:
         min_elements = checks.whole_number("min_elements", min_elements)
@@ -176,19 +168,19 @@ def wrap_max_compression_adamw(
     device_resident: bool | None = None,
     **adamw_kwargs: Any,
 ) -> OptimizerWrapper:
-    """``torch.optim.AdamW`` with 4 bits for each moment: 8.25 bits of state for a parameter.
+    """``torch.optim.AdamW`` with 4 bits for each moment: 8.25 bits of state a parameter.
 
-    Coded parameters are stepped as ``wrap_low_memory_adamw`` steps them.
+    Parameters with coded state are stepped as in ``wrap_low_memory_adamw``.
 
     Args:
         params: of ``torch.optim.AdamW``.
         lr: learning rate.
         weight_decay: decoupled, at least 0.
-        chunk_size: parameters that are decoded at a time, see ``OptimizerWrapper``.
-        chunk_size_on_cuda: instead of ``chunk_size`` there.
+        chunk_size: number of elements decoded at a time, see ``OptimizerWrapper``.
+        chunk_size_on_cuda: replaces ``chunk_size`` on a GPU.
         initial_chunk_size: the same for the step that creates the state.
-        pin_memory: of the host's slabs.
-        device_resident: False keeps state in the host's memory.
+        pin_memory: whether host memory for state is page-locked.
+        device_resident: False stores state in host memory.
         **adamw_kwargs: of ``torch.optim.AdamW``.
 
     Example:

@@ -1,8 +1,8 @@
-"""What an optimizer allows, found out by trying it on three tiny tensors.
+"""Probes how an optimizer may be stepped, by trying it on three tiny tensors.
 
-Four steps are taken whole, in chunks of one tensor, and with the tensors split, by the wrapper's
-own engine with exact state. Where every bit of parameters, state and groups comes out the same,
-chunks may be stepped one by one, or tensors in parts.
+A probe takes four steps with all tensors at once, in batches of one tensor, and with the tensors
+split, by the wrapper's own engine with exact state. If all bits of parameters, state and groups
+are equal, batches may be stepped one by one, or tensors in parts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,39 +22,39 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from optstate_codecs.tables import in_mode
-from optstate_wrap.delegate import own_step
+from optstate_wrap.delegate import unhooked_step
 from optstate_wrap.policies import ConfigurablePolicy
 from optstate_wrap.state.store import DeviceStore
 from optstate_wrap.step.chunked import Engine
 
-__all__ = ["Findings", "first_of", "probe", "why_not"]
+__all__ = ["Findings", "first_param", "probe", "why_not"]
 
-# one group's tensors: odd, of one row, and of three dimensions
 _log = logging.getLogger(__name__)
 
 Shapes = tuple[tuple[int, ...], ...]
+# of a group's tensors: with odd sizes, with one dimension, and with three
 SHAPES: Shapes = ((5, 37), (150,), (2, 3, 29))
 MATRICES: Shapes = ((5, 37), (10, 15), (6, 29))
 PART = 64
 STEPS = 4
-#: groups that differ are tried together, up to this many
+#: at most this many groups that differ are tried, all together
 GROUPS = 8
 REMEMBERED = 256
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a probe has found.
+    """The results of a probe.
 
     Attributes:
-        chunked: stepping some parameters at a time changes nothing.
-        splittable: neither does stepping a tensor in parts.
-        keys: state keys that every tensor had, each with the dtype of its tensors where that is
-            not the parameter's, else None.
-        optional: state keys that only some had, or only at times.
+        chunked: stepping the parameters in batches gives the same result.
+        splittable: so does stepping a tensor in parts.
+        keys: state keys of every tensor, each with the dtype of its tensors; None if that is the
+            parameter's.
+        optional: state keys of some tensors or some steps only.
         elementwise: keys whose values have the parameter's shape.
         counts_in_tensors: whether ``step`` is a tensor.
-        tried: whether it could be tried at all; otherwise, nothing is known of its keys.
+        tried: whether the optimizer could be tried; otherwise its keys are unknown.
     """
 
     chunked: bool
@@ -67,7 +67,7 @@ class Findings:
 
     @property
     def known(self) -> frozenset[str] | None:
-        """The state keys that the optimizer makes; None: nobody knows."""
+        """The state keys that the optimizer makes; None: unknown."""
         return frozenset(self.keys) | self.optional if self.tried else None
 
 
@@ -76,18 +76,18 @@ _reasons: dict[Any, str | None] = {}
 
 
 def probe(inner: Optimizer) -> Findings:
-    """Try ``inner``'s class with its groups' hyper-parameters; remembered for both.
+    """Try the class of ``inner`` with its groups' hyper-parameters; results are cached by both.
 
-    Neither ``inner`` nor torch's random numbers change.
+    ``inner`` and torch's random generators do not change.
     """
     with torch.inference_mode(False), torch.no_grad():
         if in_mode():
-            # what fails on fake tensors may do on others
+            # not cached: a failure may be due to fake tensors
             return _probe(inner)
         key = _key(inner)
         if key not in _found:
             if len(_found) == REMEMBERED:
-                # a schedule of betas makes ever new ones
+                # for example, a schedule of betas makes a new key at each step
                 _found.clear()
             _found[key] = _probe(inner)
         return _found[key]
@@ -96,19 +96,19 @@ def probe(inner: Optimizer) -> Findings:
 def why_not(
     inner: Optimizer, param: torch.dtype, grad: torch.dtype, state: torch.dtype
 ) -> str | None:
-    """Why ``inner`` cannot step parameters of these dtypes; None: it can, or it cannot be tried.
+    """Why ``inner`` cannot step parameters with these dtypes; None: it can, or it is unknown.
 
     Args:
         inner: the optimizer.
-        param: dtype of the parameter, which was of the state's dtype before.
-        grad: of the gradient.
-        state: of what was made like the parameter.
+        param: dtype of the parameter, which had the dtype ``state`` before.
+        grad: dtype of the gradient.
+        state: dtype of the state that has the parameter's shape.
     """
     key = _key(inner), param, grad, state
     if key not in _reasons:
         if len(_reasons) == REMEMBERED:
             _reasons.clear()
-        with _quietly(inner), _on_real_device():
+        with _isolated(inner):
             _reasons[key] = _reason(inner, param, grad, state)
     return _reasons[key]
 
@@ -117,64 +117,60 @@ def why_not(
 def _reason(
     inner: Optimizer, param: torch.dtype, grad: torch.dtype, state: torch.dtype
 ) -> str | None:
-    twin, params = _twin(inner, MATRICES, state)
-    step = own_step(twin)
-    for tiny in params:
-        tiny.grad = torch.ones_like(tiny)
+    tiny, params = _tiny_copy(inner, MATRICES, state)
+    step = unhooked_step(tiny)
+    for p in params:
+        p.grad = torch.ones_like(p)
     try:
-        step(twin)
+        step(tiny)
     except Exception:
         return None
-    for tiny in params:
-        tiny.grad = None
-        tiny.data = tiny.to(grad)
-        tiny.grad = torch.ones_like(tiny)
-        tiny.data = tiny.to(param)
+    for p in params:
+        p.grad = None
+        p.data = p.to(grad)
+        p.grad = torch.ones_like(p)
+        p.data = p.to(param)
     try:
-        step(twin)
+        step(tiny)
     except Exception as error:
         return str(error)
     return None
 
 
 @contextmanager
-def _quietly(inner: Optimizer) -> Iterator[None]:
-    """Inside, nobody is warned, and the generators that a step may draw from are put back."""
+def _isolated(inner: Optimizer) -> Iterator[None]:
+    """Inside, nothing warns, random generators are put back, and new tensors are not on "meta"."""
     devices = [device] if (device := _device(inner)).type == "cuda" else []
+    on_meta = torch.get_default_device().type == "meta"
     with warnings.catch_warnings(), torch.random.fork_rng(devices):
         warnings.simplefilter("ignore")
-        yield
+        with torch.device("cpu") if on_meta else nullcontext():
+            yield
 
 
 def _key(inner: Optimizer) -> Any:
-    first = first_of(inner)
+    first = first_param(inner)
     return (
         type(inner),
         (first.device.type, first.dtype),
-        # what an optimizer makes may depend on torch's defaults
-        (torch.get_default_dtype(), _with_numbers(torch.get_default_device())),
+        # the tensors that an optimizer makes may depend on torch's defaults
+        (torch.get_default_dtype(), _off_meta(torch.get_default_device())),
         tuple(_hyper(group) for group in _distinct(inner)),
     )
 
 
-def first_of(inner: Optimizer) -> Tensor:
-    """The first parameter; a number on the host where there is none."""
+def first_param(inner: Optimizer) -> Tensor:
+    """The first parameter; a 0-d tensor on the CPU if there is none."""
     params = [param for group in inner.param_groups for param in group["params"][:1]]
     return params[0] if params else torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def _device(inner: Optimizer) -> torch.device:
-    """Where to try it: beside the first parameter, but where numbers are."""
-    return _with_numbers(first_of(inner).device)
+    """The device for the tiny tensors: the first parameter's, but not "meta"."""
+    return _off_meta(first_param(inner).device)
 
 
-def _on_real_device() -> AbstractContextManager[object]:
-    """Inside, what is made without a device has numbers: models are often built on "meta"."""
-    without = torch.get_default_device().type == "meta"
-    return torch.device("cpu") if without else nullcontext()
-
-
-def _with_numbers(device: torch.device) -> torch.device:
+def _off_meta(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -189,49 +185,32 @@ def _distinct(inner: Optimizer) -> list[dict[str, Any]]:
 
 
 def _probe(inner: Optimizer) -> Findings:
-    with _quietly(inner), _on_real_device():
-        shapes, whole = SHAPES, _tried(inner, SHAPES, chunked=False, chunk=1 << 30)
+    with _isolated(inner):
+        shapes, whole = SHAPES, _run(inner, SHAPES, chunked=False, size=1 << 30)
         if whole is None:
-            # some take matrices only
-            shapes, whole = MATRICES, _tried(inner, MATRICES, chunked=False, chunk=1 << 30)
+            # some optimizers take matrices only
+            shapes, whole = MATRICES, _run(inner, MATRICES, chunked=False, size=1 << 30)
         if whole is None:
-            # it does not take four ordinary steps, so nothing is known about it
             return Findings(False, False, {}, tried=False)
-        in_chunks = _tried(inner, shapes, chunked=True, chunk=1)
-        chunked = in_chunks is not None and _equal(whole, in_chunks)
-        in_parts = _tried(inner, shapes, True, PART, split=True) if chunked else None
+        in_batches = _run(inner, shapes, chunked=True, size=1)
+        chunked = in_batches is not None and _equal(whole, in_batches)
+        in_parts = _run(inner, shapes, True, PART, split=True) if chunked else None
         splittable = in_parts is not None and _equal(whole, in_parts)
-    states = whole[1]
+    params, states = whole[:2]
     every = set.intersection(*map(set, states)) if states else set()
     some = set().union(*states) if states else set()
-    keys = {key: _dtype(states, whole[0], key) for key in sorted(every)}
-    shaped = (
-        [
-            {k for k, v in s.items() if isinstance(v, Tensor) and v.shape == p.shape}
-            for s, p in zip(states, whole[0], strict=True)
-        ]
-        if len(states) == len(whole[0])
-        else []
-    )
+    keys = {key: _dtype(states[0][key], params[0]) for key in sorted(every)}
+    pairs = zip(states, params, strict=True) if len(states) == len(params) else ()
+    shaped = [
+        {k for k, v in s.items() if isinstance(v, Tensor) and v.shape == p.shape} for s, p in pairs
+    ]
     elementwise = frozenset(set.intersection(*shaped)) if shaped else frozenset()
     counts = bool(states) and isinstance(states[0].get("step"), Tensor)
     return Findings(chunked, splittable, keys, frozenset(some - every), elementwise, counts)
 
 
-def _dtype(states: Any, params: Any, key: str) -> torch.dtype | None:
-    value, param = states[0][key], params[0]
-    if isinstance(value, Tensor) and value.dtype != param.dtype:
-        return value.dtype
-    return None
-
-
-def _tried(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: bool = False) -> Any:
-    """What ``_run`` returns, or None where the optimizer raises."""
-    try:
-        return _run(inner, shapes, chunked, chunk, split)
-    except Exception:
-        _log.debug("%s raised while it was tried", type(inner).__name__, exc_info=True)
-        return None
+def _dtype(value: Any, param: Tensor) -> torch.dtype | None:
+    return value.dtype if isinstance(value, Tensor) and value.dtype != param.dtype else None
 
 
 def _noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -239,64 +218,74 @@ def _noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def _seed(device: torch.device) -> None:
-    """Seed the generators that a step may draw from, and no other device's."""
+    """Seed the generators that a step may use, but not those of other devices."""
     torch.default_generator.manual_seed(0)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(0)
 
 
-def _run(inner: Optimizer, shapes: Shapes, chunked: bool, chunk: int, split: bool) -> Any:
-    """Parameters, states and groups after some steps of a small twin of ``inner``."""
-    _seed(_device(inner))
-    twin, params = _twin(inner, shapes)
-    engine = Engine(twin, ConfigurablePolicy({}), DeviceStore(), chunk, chunk, 0)
-    engine.encoder.chunked, engine.encoder.splittable = chunked, split
-    generator = torch.Generator().manual_seed(1)
-    for step in range(STEPS):
-        for number, param in enumerate(params):
-            noise = _noise(param.shape, generator) * 10.0 ** (number % 3 - 1)
-            # gradients come and go
-            param.grad = None if (step, number % 3) == (2, 1) else noise.to(param)
-        with torch.no_grad():
-            engine.step()
-    states = [engine.states.copy(p) for p in params if p in engine.store]
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in twin.param_groups]
-    counters = {key: value for key, value in vars(twin).items() if isinstance(value, (int, float))}
-    return [p.detach() for p in params], states, groups, engine.states.extra, counters
+def _run(inner: Optimizer, shapes: Shapes, chunked: bool, size: int, split: bool = False) -> Any:
+    """Take some steps with a tiny copy of ``inner``, in batches of ``size`` if ``chunked``.
+
+    Returns:
+        parameters, their states, groups, other state and counters; None if the optimizer raises.
+    """
+    try:
+        _seed(_device(inner))
+        tiny, params = _tiny_copy(inner, shapes)
+        engine = Engine(tiny, ConfigurablePolicy({}), DeviceStore(), size, size, 0)
+        engine.encoder.chunked, engine.encoder.splittable = chunked, split
+        generator = torch.Generator().manual_seed(1)
+        for step in range(STEPS):
+            for number, param in enumerate(params):
+                noise = _noise(param.shape, generator) * 10.0 ** (number % 3 - 1)
+                # one gradient is missing in one step
+                param.grad = None if (step, number % 3) == (2, 1) else noise.to(param)
+            with torch.no_grad():
+                engine.step()
+        states = [engine.states.copy(p) for p in params if p in engine.store]
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in tiny.param_groups]
+        counters = {
+            key: value for key, value in vars(tiny).items() if isinstance(value, (int, float))
+        }
+        return [p.detach() for p in params], states, groups, engine.states.extra, counters
+    except Exception:
+        _log.debug("%s raised while it was tried", type(inner).__name__, exc_info=True)
+        return None
 
 
-def _twin(
+def _tiny_copy(
     inner: Optimizer, shapes: Shapes, dtype: torch.dtype | None = None
 ) -> tuple[Optimizer, list[Parameter]]:
-    """An optimizer of the same class and attributes for tiny parameters, with no state."""
+    """An optimizer of the same class and attributes, for tiny parameters and without state."""
     if dtype is None:
-        like = first_of(inner).dtype
+        like = first_param(inner).dtype
         dtype = like if like.is_floating_point else torch.float32
     memo: dict[int, Any] = {}
     groups, params = [], []
     generator = torch.Generator().manual_seed(2)
     for group in _distinct(inner):
-        tiny = [Parameter(_noise(shape, generator).to(_device(inner), dtype)) for shape in shapes]
-        groups.append({"params": tiny, **_values(group)})
-        params += tiny
-        memo[id(group["params"])] = tiny
+        new = [Parameter(_noise(shape, generator).to(_device(inner), dtype)) for shape in shapes]
+        groups.append({"params": new, **_values(group)})
+        params += new
+        memo[id(group["params"])] = new
         for number, param in enumerate(group["params"]):
-            memo[id(param)] = tiny[number % 3]
-    twin = object.__new__(type(inner))
+            memo[id(param)] = new[number % 3]
+    tiny = object.__new__(type(inner))
     own = ("state", "param_groups", "step")
     rest = {
         key: value
         for key, value in vars(inner).items()
         if key not in own and not key.startswith("_optimizer_")
     }
-    twin.__setstate__({**copy.deepcopy(rest, memo), "state": {}, "param_groups": groups})
-    twin.state = defaultdict(dict)
-    return twin, params
+    tiny.__setstate__({**copy.deepcopy(rest, memo), "state": {}, "param_groups": groups})
+    tiny.state = defaultdict(dict)
+    return tiny, params
 
 
 def _values(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's hyper-parameters, with a learning rate that shows what the step does."""
+    """A group's hyper-parameters, with a learning rate at which steps have a visible effect."""
     values = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}
     if isinstance(values.get("lr"), Tensor):
         values["lr"] = torch.full_like(values["lr"], 0.01)

@@ -1,4 +1,4 @@
-"""The wrapper: an optimizer whose mathematics is another optimizer's and whose state is coded."""
+"""``OptimizerWrapper``: wraps any ``torch.optim`` optimizer and stores its state compressed."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from optstate_codecs import checks
 from optstate_wrap.delegate import Delegate
 from optstate_wrap.offload.host import make_store
 from optstate_wrap.policies import Policy, WarmupPolicy
-from optstate_wrap.probe import Findings, first_of, probe
+from optstate_wrap.probe import Findings, first_param, probe
 from optstate_wrap.report import WrapperMemoryReport, report
 from optstate_wrap.state import checkpoint, loading
+from optstate_wrap.state.param_chunks import MIN_CHUNK_SIZE, ParamChunk, default_chunk_size
 from optstate_wrap.state.store import Store
 from optstate_wrap.state.view import StateView
-from optstate_wrap.step.checks import refuse_params, refuse_records
+from optstate_wrap.step.checks import check_params, check_records
 from optstate_wrap.step.chunked import Engine
-from optstate_wrap.step.pieces import LEAST, ParamChunk, default_chunk
 from optstate_wrap.step.timing import now
 
 __all__ = ["OptimizerWrapper"]
 
 
 class OptimizerWrapper(Delegate):
-    """Keeps the state of any optimizer coded, and decodes it chunk by chunk for the step.
+    """Stores the state of any optimizer compressed, and decodes it chunk by chunk for the step.
 
-    ``param_groups`` and ``defaults`` are the inner optimizer's own objects; ``state`` is a view
-    that decodes what is asked for. With exact codecs every bit is as without the wrapper. (On a CPU
-    with several threads, torch's own steps of bfloat16 parameters differ in a last place here and
-    there with how a tensor is divided among them, and so they do with how it is split.)
+    ``param_groups`` and ``defaults`` are the inner optimizer's own objects. ``state`` is a mapping
+    that decodes a state when it is read. With exact codecs, results have the same bits as without
+    the wrapper. (On a CPU with several threads, torch's own steps of bfloat16 parameters depend in
+    some last bits on how a tensor is divided among threads, and so also on how it is split.)
 
     Args:
-        optimizer: the inner optimizer; what state it has is taken over.
-        policy: which codec stores which key; None: ``WarmupPolicy`` for first moments of any of the
-            usual names.
-        chunk_size: parameters (elements) that are decoded at a time, at least 256; larger tensors
-            are split if the optimizer allows it. None: 16 Mi on a GPU, or 8 Mi where their state
-            is in the host's memory, and 2 Mi on a CPU.
-        chunk_size_on_cuda: instead of ``chunk_size`` where the first parameter is on a GPU.
-        initial_chunk_size: for the step that creates the state; 1 is one tensor at a time.
-        pin_memory: of the host's slabs; None: where parameters are on a GPU.
+        optimizer: the inner optimizer; its existing state is taken over.
+        policy: which codec stores which state key; None: ``WarmupPolicy`` for first moments under
+            any of the usual keys.
+        chunk_size: number of elements decoded at a time, at least 256; larger tensors are split if
+            the optimizer allows it. None: 16 Mi on a GPU, or 8 Mi if its state is in host memory,
+            and 2 Mi on a CPU.
+        chunk_size_on_cuda: replaces ``chunk_size`` if the first parameter is on a GPU.
+        initial_chunk_size: for the step that creates the state; 1 decodes one tensor at a time.
+        pin_memory: whether host memory for state is page-locked; None: if parameters are on a GPU.
         profile: fill ``last_step_timings``.
-        store: "device" keeps the coded state beside the parameters, "host" in the host's memory.
-        strict: refuse an optimizer that cannot be stepped in chunks, instead of stepping it whole.
+        store: "device" stores state on the parameters' device, "host" in host memory.
+        strict: raise if the optimizer cannot be stepped in chunks, instead of stepping it whole.
         rounding_seed: keys every random number, 0 to 2^63 - 1.
-        fused: where the inner optimizer is torch's Adam, AdamW or SGD and the state stays on the
-            device, coded state is decoded, stepped and encoded at once by the codecs' kernel. None
-            does so for float32 parameters, where that is the same but for the last bit; True
-            also for bfloat16 and float16 ones, in float32 arithmetic; False never.
+        fused: whether the codecs' kernel decodes, steps and encodes coded state at once, if the
+            inner optimizer is torch's Adam, AdamW or SGD. None: for float32 parameters, where the
+            result differs only in the last bit. True: also for bfloat16 and float16 ones, in
+            float32 arithmetic. False: never.
 
     Attributes:
         last_step_timings: with ``profile``, milliseconds of the parts of the last step.
@@ -84,40 +84,38 @@ class OptimizerWrapper(Delegate):
             raise TypeError(f"optimizer: must be a torch.optim.Optimizer, not wrapped, got {got}")
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"policy={policy!r}: must be a Policy, got {type(policy).__name__}")
-        chunk_size = _chunk_size("chunk_size", chunk_size, LEAST)
-        chunk_size_on_cuda = _chunk_size("chunk_size_on_cuda", chunk_size_on_cuda, LEAST)
+        chunk_size = _chunk_size("chunk_size", chunk_size, MIN_CHUNK_SIZE)
+        chunk_size_on_cuda = _chunk_size("chunk_size_on_cuda", chunk_size_on_cuda, MIN_CHUNK_SIZE)
         initial_chunk_size = _chunk_size("initial_chunk_size", initial_chunk_size, 1)
         rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
         profile = checks.flag("profile", profile)
         strict = checks.flag("strict", strict)
-        if fused is not None:
-            fused = checks.flag("fused", fused)
-        policy = (
-            WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer")) if policy is None else policy
-        )
+        fused = None if fused is None else checks.flag("fused", fused)
+        if policy is None:
+            policy = WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer"))
         if store is None:
             store = "host" if policy.device_resident is False else "device"
-        device = first_of(optimizer).device
+        device = first_param(optimizer).device
         if device.type != "cpu" and chunk_size_on_cuda is not None:
             chunk_size = chunk_size_on_cuda
-        kept = make_store(store, pin_memory)
-        away = kept.name == "host"
-        chunk = default_chunk(device, away) if chunk_size is None else chunk_size
-        start = chunk if initial_chunk_size is None else min(initial_chunk_size, chunk)
+        records = make_store(store, pin_memory)
+        on_host = records.name == "host"
+        batch_size = default_chunk_size(device, on_host) if chunk_size is None else chunk_size
+        first = batch_size if initial_chunk_size is None else min(initial_chunk_size, batch_size)
         self.inner = optimizer
-        self.engine = Engine(optimizer, policy, kept, chunk, start, rounding_seed, fused)
+        self.engine = Engine(optimizer, policy, records, batch_size, first, rounding_seed, fused)
         self.engine.timer.on = profile
         self.strict = strict
         self.last_step_timings: dict[str, float] = {}
         self._warned = False
-        self._share()
+        self.share_hooks()
         self.examine()
         existing, optimizer.state = optimizer.state, type(optimizer.state)(dict)
         self.state.update(existing)
-        self.engine.states.forget()
+        self.engine.states.discard_read_states()
 
-    def examine(self) -> None:
-        """Find out what the inner optimizer allows with the hyper-parameters that it has now.
+    def examine(self) -> Findings:
+        """Probe how the inner optimizer may be stepped with its current hyper-parameters.
 
         Raises:
             ValueError: ``strict``, and it cannot be stepped in chunks.
@@ -137,21 +135,22 @@ class OptimizerWrapper(Delegate):
         self.engine.encoder.chunked = self.findings.chunked
         self.engine.encoder.splittable = self.findings.splittable
         self.engine.states.known = self.findings.known
+        return self.findings
 
     @property
     def state(self) -> Any:
-        """By parameter, its state as the inner optimizer keeps it: decoded.
+        """The decoded state by parameter, as the inner optimizer makes it.
 
-        It may be read and changed as in ``torch.optim``: entries assigned and deleted, tensors
-        changed in place. Before the next use of the state, a tensor that has changed is stored in
-        the format that it had; all others keep their bits. Entries under keys that the optimizer
-        does not make are kept as they are.
+        Read and change it as in ``torch.optim``: assign and delete entries, or change tensors in
+        place. Before the next use of the state, a changed tensor is stored in the format that it
+        had; all others keep their bits. Entries under keys that the optimizer does not make are
+        stored unchanged.
 
-        Reading the state of a parameter keeps it decoded until the next step, and gives the same
-        object until then. After a step, read it again: what was read before shows nothing of the
-        step, and changing it has no effect. Changes that a tensor's version counter does not see,
-        through ``.data`` or ``.numpy()``, are found only where the tensor is not coded; assign the
-        tensor instead.
+        Reading the state of a parameter keeps it decoded until the next step, and returns the same
+        object until then. Read it again after a step: an object from before the step does not show
+        the step, and changing it has no effect. Changes through ``.data`` or ``.numpy()``, which a
+        tensor's version counter does not count, are found only if the tensor is stored uncoded;
+        assign the tensor instead.
         """
         return StateView(self.engine.states)
 
@@ -166,28 +165,28 @@ class OptimizerWrapper(Delegate):
 
     @property
     def policy(self) -> Policy:
-        """What decides how state is stored."""
+        """The policy that chooses the codec of each state key."""
         return self.engine.encoder.policy
 
     @property
     def compression_active(self) -> bool:
-        """Whether the policy codes anything at the next step."""
-        return self.policy.compressing(self.engine.steps)
+        """Whether the policy encodes any state at the next step."""
+        return self.policy.compressing(self.engine.encoder.steps)
 
-    #: set while a ``GradientRelease`` steps parameters before ``step`` does
+    #: set while a ``GradientRelease`` steps parameters before ``step`` is called
     steps_in_parts = False
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         return self.steps_in_parts or bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
-    def _refuse(self, plan: Sequence[ParamChunk]) -> None:
-        """Raise if a parameter of some pieces cannot be stepped."""
-        refuse_params((p.number, p.param, p.param.grad) for p in plan if not p.part)
-        refuse_records(self.inner, plan, self.engine.store, self.findings)
+    def _check(self, chunks: Sequence[ParamChunk]) -> None:
+        """Raise if the parameter of a chunk cannot be stepped."""
+        check_params((c.number, c.param, c.param.grad) for c in chunks if not c.part)
+        check_records(self.inner, chunks, self.engine.store, self.findings)
 
     def refuse_parts(self) -> None:
-        """Raise if what a step does to a parameter depends on the gradients of others."""
+        """Raise if the step of a parameter depends on the gradients of others."""
         if not self.findings.chunked:
             raise ValueError(
                 f"optimizer={type(self.inner).__name__}: cannot be stepped in chunks with the same "
@@ -196,18 +195,18 @@ class OptimizerWrapper(Delegate):
 
     @torch.no_grad()
     def step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
-        """Step these parameters, with their gradients multiplied with ``factor``."""
+        """Step these parameters, after multiplying their gradients by ``factor``."""
         if factor is not None:
             for grad in [p.grad for p in dict.fromkeys(params) if p.grad is not None]:
                 grad.mul_(factor.to(grad.device))
-        self.engine.step(some=set(params), refuse=self._refuse)
+        self.engine.step(some=set(params), check=self._check)
 
     def join_parts(self) -> None:
-        """Have the current stream wait for the parts that were stepped."""
+        """Make the current stream wait for the parts that were stepped."""
         self.engine.fused.join()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the inner optimizer; one that it refuses leaves all as it was."""
+        """Add a group to the inner optimizer; if that raises, nothing has changed."""
         count = len(self.param_groups)
         self.inner.add_param_group(param_group)
         try:
@@ -222,15 +221,15 @@ class OptimizerWrapper(Delegate):
 
         Args:
             closure: re-evaluates the model and returns the loss; called once, with gradients on.
-                An optimizer that cannot be stepped in chunks calls it as often as it likes.
+                An optimizer that cannot be stepped in chunks may call it several times.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure, or None.
 
         Raises:
-            RuntimeError: a parameter, its gradient or its state is of a kind that cannot be
-                stepped; nothing has changed.
-            StepError: from what went wrong; every parameter is before its step or after it.
+            RuntimeError: a parameter, its gradient or its state cannot be stepped; nothing has
+                changed.
+            StepError: from the error of a failed step; every parameter is before or after its step.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("CUDA graph: a wrapped step makes new state and cannot be recorded")
@@ -244,8 +243,8 @@ class OptimizerWrapper(Delegate):
         scaling = {n: getattr(self, n) for n in ("grad_scale", "found_inf") if hasattr(self, n)}
         vars(self.inner).update(scaling)
         try:
-            # a closure that is still to be called makes the gradients
-            returned = engine.step(closure, refuse=self._refuse if closure is None else None)
+            # with a closure that the optimizer calls, gradients do not exist yet
+            returned = engine.step(closure, check=self._check if closure is None else None)
         finally:
             for name in scaling:
                 delattr(self.inner, name)
@@ -254,37 +253,38 @@ class OptimizerWrapper(Delegate):
         return loss if engine.encoder.chunked else returned
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state dict, decoded: ``torch.optim`` loads it.
+        """The inner optimizer's state dict, decoded; ``torch.optim`` can load it.
 
-        It also has the policy's progress, under a key that ``torch.optim`` passes over.
+        It also has the policy's progress, under a key that ``torch.optim`` ignores.
         """
-        return checkpoint.plain(self)
+        return checkpoint.plain(self, self.engine.states)
 
     def packed_state_dict(self) -> dict[str, Any]:
-        """What is stored as it is stored: tensors and plain Python values, as small as the state.
+        """A state dict in the stored form: tensors and plain Python values, of the state's size.
 
-        Loaded into a wrapper with the same arguments, training goes on bit for bit.
+        If it is loaded into a wrapper with the same arguments, training continues bit for bit.
         """
-        return checkpoint.packed(self)
+        return checkpoint.packed(self.engine.states)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a plain state dict, the inner optimizer's or this one's, or a packed one.
+        """Load a plain state dict, of the inner optimizer or of a wrapper, or a packed one.
 
-        Nothing of ``state_dict`` is aliased, and ``param_groups`` stay the same objects. What is
-        loaded under ``torch.inference_mode()`` may be stepped outside of it. Keys of a parameter's
-        state that the optimizer does not make are kept as they are.
+        Nothing of ``state_dict`` is aliased, and ``param_groups`` stay the same objects. State that
+        is loaded under ``torch.inference_mode()`` can be stepped outside of it. Entries under keys
+        that the optimizer does not make are stored unchanged.
 
         Raises:
-            TypeError, ValueError, KeyError: what does not fit, by name; nothing has changed.
+            TypeError, ValueError, KeyError: an entry does not fit; the message names it, and
+                nothing has changed.
         """
-        loading.load(self, state_dict)
+        loading.load(self, self.engine.states, self.examine, state_dict)
 
     def memory_report(self) -> WrapperMemoryReport:
-        """Count what parameters, gradients and state take now, in bytes."""
-        return report(self, self.engine.store, self.engine.states)
+        """Count the current bytes of parameters, gradients and state."""
+        return report(self.engine.states)
 
     def unwrap(self) -> Optimizer:
-        """The inner optimizer with its state decoded; this wrapper has none left.
+        """Return the inner optimizer with its state decoded; this wrapper then has no state.
 
         Example:
             >>> optimizer = optimizer.unwrap()
@@ -297,12 +297,12 @@ class OptimizerWrapper(Delegate):
         return self.inner
 
     def __getstate__(self) -> dict[str, Any]:
-        # before the records are asked for
+        # before the records are copied
         self.engine.states.write_back()
         names = ("inner", "engine", "strict", "findings", "_warned", "last_step_timings")
         return {name: getattr(self, name) for name in names}
 
-    def _given(self, values: dict[str, Any]) -> None:
+    def set_torch_state(self, values: dict[str, Any]) -> None:
         inner, empty = self.inner, self.inner.state
         inner.__setstate__(values)
         state, inner.state = inner.state, empty

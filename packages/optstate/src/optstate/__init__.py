@@ -1,7 +1,7 @@
-"""The umbrella of the optstate family: one install for all of it, and the ``optstate`` command.
+"""The umbrella package of the optstate family, with the ``optstate`` command.
 
-Nothing of the family is imported here. The command loads what a subcommand needs when it runs, so
-that ``pip install optstate`` stays a matter of seconds and ``optstate --help`` answers at once.
+It imports no other package of the family. Each subcommand imports its own dependencies when it
+runs, so that ``pip install optstate`` takes seconds and ``optstate --help`` answers at once.
 """
 
 __version__ = "0.1.0"

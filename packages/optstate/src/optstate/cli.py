@@ -1,4 +1,4 @@
-"""The ``optstate`` command. Each subcommand loads what it needs when it runs."""
+"""The ``optstate`` command. Each subcommand imports its dependencies when it runs."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Loading what the umbrella does not depend on, with a way out when it is not there."""
+"""Imports optional modules; if one is missing, the error says which extra installs it."""
 
 import importlib
 from types import ModuleType
@@ -12,7 +12,7 @@ EXTRA_OF = {
     "stochbf16": "stochbf16",
     "optstate_wrap": "wrap",
 }
-"""The extra of this distribution that brings each optional module, by top-level import name."""
+"""The extra of this distribution that installs each optional module, by top-level name."""
 
 SIBLINGS_OF = {
     "codecs": ("optstate-codecs",),
@@ -22,7 +22,7 @@ SIBLINGS_OF = {
     "wrap": ("optstate-codecs", "optstate-wrap"),
     "demo": ("optstate-codecs", "lowbit-adam"),
 }
-"""The distributions of the family that each extra brings, with those that they need."""
+"""The distributions of the family that each extra installs, with their dependencies."""
 
 
 class MissingExtra(RuntimeError):
@@ -30,14 +30,14 @@ class MissingExtra(RuntimeError):
 
 
 def require(module: str) -> ModuleType:
-    """Imports an optional module, or says how to install it.
+    """Imports an optional module.
 
     Args:
         module: Its dotted name. The first part must be a key of `EXTRA_OF`.
 
     Raises:
-        MissingExtra: The module is not installed. An import that fails *inside* the module is not
-            hidden: it propagates as it is.
+        MissingExtra: The module is not installed; the message says how to install it. An import
+            error from *inside* the module propagates unchanged.
 
     Example:
         >>> require("matplotlib.pyplot").figure()  # doctest: +SKIP
@@ -55,6 +55,6 @@ def require(module: str) -> ModuleType:
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra, in a clone: by path, since no package index has the family yet."""
+    """The command that installs an extra, by path, since the family is on no package index yet."""
     paths = " ".join(f"./packages/{sibling}" for sibling in SIBLINGS_OF[extra])
     return f'in a clone of the repository, pip install {paths} "./packages/optstate[{extra}]"'

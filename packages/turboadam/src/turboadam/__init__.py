@@ -1,4 +1,4 @@
-"""AdamW that keeps its two moments in 7.25 bits for each parameter."""
+"""TurboAdam: AdamW with both moments in 7.25 bits per parameter."""
 
 from turboadam.adam import TurboAdam
 from turboadam.convert import from_turboadam

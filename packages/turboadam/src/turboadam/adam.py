@@ -17,15 +17,15 @@ M_BITS, V_BITS = (1, 2, 3, 4, 6), (2, 3, 4, 6, 8)
 
 
 class TurboAdam(CodedOptimizer):
-    """AdamW with ``m_bits + v_bits + 32 / block_size`` bits of state for each parameter: 7.25.
+    """AdamW with ``m_bits + v_bits + 32 / block_size`` bits of state per parameter; default 7.25.
 
-    The first moment is held in units of the update as *CoState*, a sign and a costate (null, phase
-    or amplitude), the second as *1Q*, its root on a logarithmic grid. Both are decoded from what is
-    stored alone, and exact AdamW steps on what was decoded. Weight decay is decoupled.
+    The first moment is stored in update units as *CoState*, a sign and a costate (null, phase or
+    amplitude); the second as *1Q*, its root on a logarithmic grid. Decoding uses stored state only,
+    and the step on decoded moments is exact AdamW. Weight decay is decoupled.
 
-    Arguments up to ``min_m_compress_elements`` may be given by position. Those from ``block_size``
-    on, but for ``error_feedback`` and ``capturable``, say how moments are stored; they can be set
-    per group, and a checkpoint that was stored otherwise is encoded anew.
+    Arguments up to ``min_m_compress_elements`` can be positional. Those from ``block_size`` on,
+    except ``error_feedback`` and ``capturable``, define how moments are stored. They can be set per
+    group, and a checkpoint with other settings is encoded again when it is loaded.
 
     Args:
         params: tensors, ``named_parameters()``, or dicts of param groups; float16, bfloat16,
@@ -35,34 +35,34 @@ class TurboAdam(CodedOptimizer):
         eps: added to the root of the second moment, at least 0.
         weight_decay: the parameter is multiplied by ``1 - lr * weight_decay``; at least 0.
         block_size: elements that share a scale, a power of two from 16 to 8192.
-        v_bits: for an element of the second moment: 2, 3, 4, 6 or 8.
+        v_bits: bits per element of the second moment: 2, 3, 4, 6 or 8.
         compress_m: False keeps the first moment in float32.
         compress_v: False keeps the second moment in float32.
-        null_pct: share of a normal block's smallest first moments that is kept as null, zero, from
-            0 to below 1; above 0 it takes ``m_bits`` of 3 or more.
-        amp_pct: share of a normal block below the amplitude costate, above 0 and below 1; it
-            decides the step between levels, and what lies above the highest is cut off. None is
-            0.8 with ``m_bits=2``, and with more makes the largest the highest level. Not with
-            ``m_bits=1``.
-        error_feedback: deliver at once what rounding takes from the first moment, so that all
-            that was ever subtracted from a parameter is what AdamW would have. It stores nothing.
-            It helps where ``m_bits`` is 1 or 2, and did harm where it was 3.
-        capturable: let a CUDA graph record steps.
+        null_pct: share of a normal block's smallest first moments that is encoded as null, that
+            is zero; from 0 to below 1. Must be 0 with ``m_bits`` of 1 or 2.
+        amp_pct: share of a normal block's magnitudes below the amplitude costate, above 0 and
+            below 1. It sets the distance of levels; magnitudes above the highest level are
+            clipped. None means 0.8 with ``m_bits=2``; with more bits the largest magnitude becomes
+            the highest level. Must be None with ``m_bits=1``.
+        error_feedback: apply the rounding error of the first moment to the parameter at once, so
+            that the sum of all steps stays AdamW's. It needs no memory. It improves results with
+            ``m_bits`` of 1 or 2; with 3 it made them worse.
+        capturable: allow a CUDA graph to record steps.
         min_m_compress_elements: tensors with fewer elements keep the first moment in float32.
-        m_bits: for an element of the first moment: 1, 2, 3, 4 or 6. With 2 and large vocabularies
-            the loss ends higher, since rows of an embedding get gradients rarely; give the
-            embedding's group 4.
-        min_v_compress_elements: tensors with fewer keep the second moment in float32.
+        m_bits: bits per element of the first moment: 1, 2, 3, 4 or 6. With 2 bits and large
+            vocabularies the loss ends higher, since rows of an embedding get gradients rarely; use
+            4 for the embedding's group.
+        min_v_compress_elements: tensors with fewer elements keep the second moment in float32.
         bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
             their precision are kept in the mean.
-        master_weight_bits: 24 or 32 keeps what rounding leaves of bfloat16 and float16
-            parameters, 1 or 2 bytes each; not together with ``bf16_stochastic_round``.
+        master_weight_bits: 24 or 32 keeps the rounding error of bfloat16 and float16 parameters,
+            in 1 or 2 bytes each; not together with ``bf16_stochastic_round``.
         **options: ``rounding_seed``, ``backend``, ``skip_nonfinite``, ``max_grad_norm`` (see
-            ``CodedOptimizer``), ``maximize``, ``amsgrad`` (another ``v_bits``) and the flags
-            ``foreach``, ``fused``, ``differentiable``.
+            ``CodedOptimizer``), ``maximize``, ``amsgrad`` (``v_bits`` more per parameter) and the
+            flags ``foreach``, ``fused``, ``differentiable``.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type or value, or no effect beside another;
+        TypeError, ValueError: an argument has a wrong type or value, or conflicts with another;
             the message names it.
 
     Example:
@@ -142,7 +142,7 @@ class TurboAdam(CodedOptimizer):
 
 def _first_moment(group: Mapping[str, Any]) -> Format:
     bits, amp_pct, null_pct = group["m_bits"], group["amp_pct"], group["null_pct"]
-    _check_stored(group, "m", M_BITS)
+    _check_storage(group, "m", M_BITS)
     if bits == 1 and amp_pct is not None:
         raise ValueError(f"amp_pct={amp_pct!r}: must be None with m_bits=1, which has one costate")
     if bits <= 2 and null_pct != 0:
@@ -160,7 +160,7 @@ def _first_moment(group: Mapping[str, Any]) -> Format:
 
 
 def _second_moment(group: Mapping[str, Any]) -> Format:
-    _check_stored(group, "v", V_BITS)
+    _check_storage(group, "v", V_BITS)
     coded = OneQ(
         bits=group["v_bits"],
         block_size=group["block_size"],
@@ -169,12 +169,12 @@ def _second_moment(group: Mapping[str, Any]) -> Format:
     return coded if group["compress_v"] else FP32()
 
 
-def _check_stored(group: Mapping[str, Any], moment: str, allowed: tuple[int, ...]) -> None:
-    """Raise unless what says how ``moment``, "m" or "v", is stored is as it has to be."""
+def _check_storage(group: Mapping[str, Any], moment: str, allowed: tuple[int, ...]) -> None:
+    """Raise unless the storage options of ``moment``, "m" or "v", are valid."""
     name = f"{moment}_bits"
     bits = checks.whole_number(name, group[name])
     if bits not in allowed:
         raise ValueError(f"{name}={bits}: must be one of {', '.join(map(str, allowed))}")
     checks.flag(f"compress_{moment}", group[f"compress_{moment}"])
-    smallest = f"min_{moment}_compress_elements"
-    checks.whole_number(smallest, group[smallest])
+    min_elements = f"min_{moment}_compress_elements"
+    checks.whole_number(min_elements, group[min_elements])

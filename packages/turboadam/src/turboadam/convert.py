@@ -1,11 +1,11 @@
-"""The state of the other distribution of this name, ``turboadam`` 0.2, in ``torch.optim``'s layout.
+"""Convert state of the other distribution named ``turboadam`` (0.2) to ``torch.optim``'s layout.
 
-What it stores for a parameter: ``step``; the first moment as ``exp_avg`` or ``ustate``; the second
-as ``exp_avg_sq`` or ``v_state``. Codes of b bits lie side by side from a byte's lowest bit on.
+Per parameter it stores ``step``, the first moment as ``exp_avg`` or ``ustate``, and the second as
+``exp_avg_sq`` or ``v_state``. Codes of b bits are packed from a byte's lowest bit on.
 
-    v_state   one of 2^b even steps of the logarithm, between a block's two ``scales``
-    ustate    m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), with v as stored, as one of four levels
-              (-3/2 to 3/2 times ``decode_step``), less the mean of these levels in its block, plus
+    v_state   one of 2^b levels, evenly spaced in the logarithm between a block's two ``scales``
+    ustate    m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), with v as stored: one of four levels
+              (-3/2 to 3/2 times ``decode_step``) minus the mean of these levels in its block, plus
               the block's mean
 """
 
@@ -22,7 +22,7 @@ from optstate_codecs.convert import adam_state_dict
 
 __all__ = ["from_turboadam"]
 
-# what a second moment begins with there, and its codes' reach: as good as zero
+# second moments start from about this value there, so that it means zero
 NOTHING = 2e-30
 
 
@@ -30,12 +30,12 @@ def from_turboadam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state of ``turboadam`` 0.2's ``TurboAdam``, decoded.
 
     Args:
-        state_dict: what its ``state_dict()`` returned.
+        state_dict: the result of its ``state_dict()``.
 
     Returns:
         A state dict in the layout of ``torch.optim.AdamW``, in float32. Where the second moment
-        says that there was no gradient, both are zero. Where it is so small that ``eps`` outweighs
-        it, a first moment is cut to what gradients with such a second moment can have.
+        means that there was no gradient, both moments are zero. Where its root is below ``eps``,
+        the first moment is clamped to the largest that this second moment allows.
 
     Raises:
         KeyError: an entry is missing; the message names it.
@@ -63,27 +63,27 @@ def _decoded(number: Any, state: Mapping[str, Any], group: Mapping[str, Any]) ->
     ratio = beta1**2 / beta2 if beta2 else math.inf
     if ratio < 1:
         # by the Cauchy-Schwarz inequality
-        longest = (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio)) * root
-        cut = first.clamp(-longest, longest)
-        first = torch.where(corrected < group["eps"], cut, first)
+        bound = (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio)) * root
+        clamped = first.clamp(-bound, bound)
+        first = torch.where(corrected < group["eps"], clamped, first)
     known = second > NOTHING
     return {"exp_avg": first * known, "exp_avg_sq": second * known}
 
 
 def _codes(packed: Tensor, bits: int) -> Tensor:
-    """Codes of ``bits`` bits, float32, and what fills up the last block."""
-    kind: dict[str, Any] = {"dtype": torch.int64, "device": packed.device}
-    stream = (packed.reshape(-1, 1) >> torch.arange(8, **kind)) & 1
-    weights = 1 << torch.arange(bits, **kind)
-    codes: Tensor = (stream.view(-1, bits) * weights).sum(1)
+    """Unpack codes of ``bits`` bits to float32, with the padding of the last block."""
+    options: dict[str, Any] = {"dtype": torch.int64, "device": packed.device}
+    bit_values = (packed.reshape(-1, 1) >> torch.arange(8, **options)) & 1
+    weights = 1 << torch.arange(bits, **options)
+    codes: Tensor = (bit_values.view(-1, bits) * weights).sum(1)
     return codes.to(torch.float32)
 
 
 def _second_moment(state: Mapping[str, Any]) -> Tensor:
     bits, scales = int(state["n_bits"]), state["scales"].float()
-    place = _codes(state["indices"], bits).view(len(scales), -1) / (2**bits - 1)
+    fraction = _codes(state["indices"], bits).view(len(scales), -1) / (2**bits - 1)
     low, high = scales[:, :1], scales[:, 1:]
-    values = torch.exp(low + place * (high - low))
+    values = torch.exp(low + fraction * (high - low))
     return values.view(-1)[: int(state["original_length"])].view(tuple(state["original_shape"]))
 
 
@@ -91,9 +91,9 @@ def _update_units(state: Mapping[str, Any]) -> Tensor:
     numel, size = int(state["original_numel"]), int(state["mean_block_size"])
     means = state["means"].float().reshape(-1, 1)
     levels = (_codes(state["codes"], 2) - 1.5) * state["decode_step"].float()
-    places = torch.arange(means.numel() * size, dtype=torch.int64, device=means.device)
-    there = (places < numel).view(-1, size)
-    levels = levels[: there.numel()].view_as(there) * there
-    levels = levels - levels.sum(1, keepdim=True) / there.sum(1, keepdim=True)
+    indices = torch.arange(means.numel() * size, dtype=torch.int64, device=means.device)
+    valid = (indices < numel).view(-1, size)
+    levels = levels[: valid.numel()].view_as(valid) * valid
+    levels = levels - levels.sum(1, keepdim=True) / valid.sum(1, keepdim=True)
     update: Tensor = (means + levels).view(-1)[:numel]
     return update

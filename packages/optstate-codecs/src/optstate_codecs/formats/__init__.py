@@ -1,10 +1,10 @@
-"""How a moment is stored: one file a family, with layout, mathematics, encode and decode.
+"""Formats: how a moment is stored. Each file holds one family: layout, mathematics and code.
 
 ========== ======================= ==================================================
-name       bits per element        for
+name       bits per element        use
 ========== ======================= ==================================================
-fp32       32                      anything, exactly
-bf16       16                      anything
+fp32       32                      any moment, exactly
+bf16       16                      any moment
 fp16       16 + 32 / block_size    first moments
 int8       8 + 32 / block_size     first moments
 dynamic8   8 + 32 / block_size     first moments; unsigned: second moments
@@ -17,7 +17,7 @@ oneq       2, 3, 4, 6 or 8,        second moments
            + 16 / block_size
 dynamic4   4 + 32 / block_size     first moments, as published, to compare with
 linear4    4 + 32 / block_size     second moments, as published, to compare with; also with scales
-                                   by row and column
+                                   per row and column
 ========== ======================= ==================================================
 """
 

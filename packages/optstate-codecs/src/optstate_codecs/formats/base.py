@@ -1,4 +1,4 @@
-"""The contract every format keeps: which tensors hold a moment, and how to encode and decode it."""
+"""The interface of a format: the tensors that store a moment, and encoding and decoding it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,19 @@ from torch import Tensor
 from optstate_codecs.plain import PlainFields
 from optstate_codecs.rounding import Draw
 
-__all__ = [
-    "Component",
-    "DeviceFunctions",
-    "Format",
-    "all_on_host",
-    "block_amax",
-    "blocked",
-    "float32_bits",
-    "mark_nonfinite",
-    "rounded",
-    "scaled",
-]
+__all__ = ["Component", "DeviceFunctions", "Format", "float32_bits", "rounded"]
 
 
 @dataclass(frozen=True)
 class Component:
-    """One of the tensors that a moment is stored as.
+    """One of the tensors that a moment is stored in.
 
     Attributes:
-        suffix: appended to the moment's name to give the state key; "" keeps the name itself.
+        suffix: follows the moment's name in the state key; "" makes the name itself the key.
         dtype: of the stored tensor.
-        span: consecutive elements of the moment that share entries (1: one entry each).
-        shared: how many they share; more than 1 where codes lie across the borders of bytes.
-        entries: how many, of a component whose entries do not follow the elements in a row.
+        span: number of consecutive elements that share entries (1: each has its own).
+        shared: number of entries that ``span`` elements share; above 1 where codes cross bytes.
+        entries: total number of entries, where they do not follow the order of the elements.
     """
 
     suffix: str
@@ -48,7 +37,7 @@ class Component:
 
     @property
     def per_element(self) -> bool:
-        """Whether it has the moment's shape."""
+        """Whether the stored tensor has the moment's shape."""
         return self.span == 1 and self.entries is None
 
     def key(self, moment: str) -> str:
@@ -56,11 +45,11 @@ class Component:
         return f"{moment}_{self.suffix}" if self.suffix else moment
 
     def length(self, numel: int) -> int:
-        """Entries for a moment of ``numel`` elements; the last ones may cover fewer."""
+        """Number of entries for ``numel`` elements; the last ones may cover fewer than ``span``."""
         return -(-numel // self.span) * self.shared if self.entries is None else self.entries
 
     def part(self, start: int, stop: int) -> slice:
-        """Which entries elements ``start`` to ``stop`` have; ``start`` is at a border."""
+        """The entries of elements ``start`` to ``stop``; ``start`` is a multiple of ``span``."""
         if self.entries is not None:
             return slice(self.entries)
         return slice(self.length(start), self.length(stop))
@@ -72,8 +61,8 @@ class Component:
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The stored shape for a moment of ``shape``.
 
-        Blocks that fit into rows keep the leading dimensions, so that the component can be cut
-        along them together with the parameter; otherwise it is one flat row of blocks.
+        Where ``span`` divides the last dimension, the leading dimensions are kept, so that the
+        component can be sharded along them with the parameter. Otherwise it is one-dimensional.
         """
         shape = tuple(shape)
         if self.per_element:
@@ -88,19 +77,26 @@ class Component:
 
 @dataclass(frozen=True)
 class DeviceFunctions:
-    """A format inside a kernel: how a tile of it is loaded and stored.
+    """The device functions of a format, which load and store one tile in a kernel.
 
-    ``load(first, second, offsets, rows, left, MARKED, OPTIONS)`` returns float32 [pieces,
-    elements], and an int32 for each block, below zero where it is marked (``formats.blocks``). Only
-    if MARKED, which it is wherever a block of the tile is, does it mind marks; ``marks`` says
-    whether blocks can be. ``store(first, second, x, random, offsets, rows, left, OPTIONS)`` keeps a
-    tile, and where ``returns`` says so returns it as it is kept.
+    ``load(first, second, offsets, rows, left, MARKED, OPTIONS)`` returns the decoded tile, float32
+    [pieces, elements], and an int32 for each block, negative where the block is marked
+    (``formats.block``). It decodes marked blocks correctly only with MARKED.
+    ``store(first, second, x, random, offsets, rows, left, OPTIONS)`` encodes the tile ``x``.
 
-    ``first`` and ``second`` point at the components' entries for the tile's first element
-    (``second`` is unused where there is one component); ``offsets`` [pieces, elements] count
-    elements and ``rows`` blocks from there, ``left`` says how many elements there are; ``random``
-    holds 16 random bits an element, int32. Pieces r, r + rows, r + 2 rows ... make block r:
-    ``device.spread`` brings a number a block to its elements, ``device.row_amax`` finds one.
+    ``first`` and ``second`` point to the components' entries for the tile's first element; with one
+    component ``second`` is unused. From that element, ``offsets`` [pieces, elements] number the
+    elements, ``rows`` number the blocks, and ``left`` is the number of elements up to the tensor's
+    end. ``random`` holds 16 random bits per element, int32. With n blocks, pieces r, r + n,
+    r + 2 n ... make up block r: ``spread`` brings one number per block to the pieces, and
+    ``row_amax`` finds the largest magnitude of each block.
+
+    Attributes:
+        load: as above.
+        store: as above.
+        options: the value of OPTIONS.
+        marks: whether blocks can be marked.
+        returns: whether ``store`` returns the tile as it decodes.
     """
 
     load: Any
@@ -114,11 +110,11 @@ class DeviceFunctions:
 class Format(PlainFields, ABC):
     """How a moment is stored.
 
-    A format is a small frozen dataclass: its fields are its options, and two equal formats store
-    equal bytes. Components of all-zero bytes decode to a moment of zeros.
+    A format is a frozen dataclass whose fields are its options. Equal formats store equal bytes.
+    Components of all-zero bytes decode to zeros.
 
     Args:
-        min_elements: tensors with fewer keep the moment in float32; 0 codes all of them.
+        min_elements: tensors with fewer elements keep the moment in float32; 0 encodes all.
     """
 
     name: ClassVar[str]
@@ -127,72 +123,74 @@ class Format(PlainFields, ABC):
     @property
     @abstractmethod
     def components(self) -> tuple[Component, ...]:
-        """The tensors a moment is stored as, in the order ``encode`` and ``decode`` take them."""
+        """The tensors that store a moment, in the order that ``encode`` and ``decode`` take."""
 
     @property
     def keeps_positive(self) -> bool:
-        """Whether a positive number never decodes to zero, as a second moment needs."""
+        """Whether positive numbers never decode to zero; a second moment requires it."""
         return True
 
     @property
     def keeps_sign(self) -> bool:
-        """Whether it holds negative numbers, as a first moment needs."""
-        return getattr(self, "signed", True)
+        """Whether negative numbers can be stored; a first moment requires it."""
+        return True
 
     @property
     def in_update_units(self) -> bool:
-        """Whether a first moment is held divided by the root of its second moment."""
-        return getattr(self, "units", "value") == "update"
+        """Whether a first moment is stored divided by the root of its second moment."""
+        return False
 
     @property
     def uses_random(self) -> bool:
-        """Whether ``encode`` needs a draw."""
-        return getattr(self, "rounding", "nearest") != "nearest"
+        """Whether ``encode`` needs random numbers."""
+        return False
 
     @property
     def in_pairs(self) -> bool:
-        """Whether steps 2k and 2k + 1 are rounded by mirrored random numbers."""
-        return getattr(self, "rounding", "nearest") == "paired"
+        """Whether step 2k + 1 is rounded with the mirrored random numbers of step 2k."""
+        return False
 
     @property
     def device_functions(self) -> DeviceFunctions | None:
-        """The format's device functions, or None where only the torch reference exists."""
+        """The format's device functions; None if only the torch code exists."""
         return None
 
     @property
     def whole(self) -> bool:
-        """Whether ``encode`` and ``decode`` need all of a moment at once, instead of a slice."""
+        """Whether ``encode`` and ``decode`` need the whole moment and not only a slice."""
         return False
 
     def for_shape(self, shape: Sequence[int], order: Sequence[int]) -> Format:
-        """The format as it stores a moment of ``shape``: itself, unless the shape decides.
+        """The format for a moment of ``shape``; the format itself unless it depends on the shape.
 
         Args:
             shape: of the parameter.
-            order: its dimensions from the slowest to the fastest in storage; elements come in it.
+            order: its dimensions from the slowest to the fastest in storage, which is the order
+                of the elements.
         """
         return self
 
     @abstractmethod
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
-        """Store ``x`` into ``parts``.
+        """Encode ``x`` into ``parts``.
 
         Args:
-            x: the moment or a slice of it, flat, float32, starting at a block's border.
+            x: the moment or a slice of it that starts at a multiple of ``span``; flat, float32.
             parts: the matching flat slices of the components; overwritten.
-            draw: random numbers of this slice; needed where ``uses_random``.
+            draw: random numbers of this slice; required where ``uses_random``.
         """
 
     @abstractmethod
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """The moment that ``parts`` hold, flat and float32 (a view where the format is fp32).
+        """Decode ``parts``: flat, float32, and for fp32 a view of the component.
 
-        Where codes share bytes, what fills up the last bytes comes last and is to be cut off.
+        Where codes share bytes, the padding of the last bytes is decoded as well and comes last;
+        the caller cuts it off.
         """
 
     @property
     def span(self) -> int:
-        """Elements per block: slices of a moment start at multiples of it."""
+        """Elements per block; slices of a moment start at multiples of it."""
         return max(component.span for component in self.components)
 
     def nbytes(self, numel: int) -> int:
@@ -203,12 +201,12 @@ class Format(PlainFields, ABC):
 
     @classmethod
     def options(cls) -> list[Field[Any]]:
-        """The fields, with what every format has after the format's own."""
+        """The dataclass fields: the format's own, then those that every format has."""
         return sorted(fields(cls), key=lambda f: bool(f.kw_only))
 
     @property
     def spec(self) -> str:
-        """The format as text, e.g. ``dynamic8(block_size=256)``; see ``parse_format``."""
+        """The format as text, e.g. ``dynamic8(block_size=256)``; ``parse_format`` reads it."""
         options = [
             f"{f.name}={getattr(self, f.name)}"
             for f in self.options()
@@ -216,65 +214,20 @@ class Format(PlainFields, ABC):
         ]
         return f"{self.name}({', '.join(options)})" if options else self.name
 
-    def _bits16(self, x: Tensor, draw: Draw | None) -> Tensor | int:
-        """What is added to positions in units of 2^-16 before the low 16 bits are cut off.
-
-        Mirrored numbers are mirrored once more where ``x`` is negative: they are for its value.
-        """
-        rounding = getattr(self, "rounding", "nearest")
-        if rounding == "nearest":
-            return 1 << 15
-        draw = self._need(draw)
-        if rounding == "stochastic":
-            return draw.bits16(x.numel(), x.device)
-        return draw.paired16(x.numel(), x.device) ^ (torch.signbit(x).to(torch.int32) * 0xFFFF)
-
-    def _need(self, draw: Draw | None) -> Draw:
+    def require_draw(self, draw: Draw | None) -> Draw:
+        """``draw``; raises ValueError if it is None."""
         if draw is None:
             raise ValueError(f"draw=None: {self.spec} rounds stochastically and needs a Draw")
         return draw
 
 
 def rounded(value: float) -> float:
-    """``value`` as float32 holds it."""
+    """``value`` rounded to float32."""
     (number,) = struct.unpack("<f", struct.pack("<f", value))
     return float(number)
 
 
 def float32_bits(value: float) -> int:
-    """The bits of ``value`` as a float32, as an int32 has them."""
+    """The bits of ``value`` as a float32, read as an int32."""
     (bits,) = struct.unpack("<i", struct.pack("<f", value))
     return int(bits)
-
-
-def blocked(x: Tensor, block_size: int) -> Tensor:
-    """View flat ``x`` as [blocks, elements]; a tail is padded with zeros (and so copied)."""
-    if x.numel() <= block_size:
-        return x.view(1, -1) if x.numel() else x.view(0, 1)
-    tail = -x.numel() % block_size
-    if tail:
-        x = torch.nn.functional.pad(x, (0, tail))
-    return x.view(-1, block_size)
-
-
-def block_amax(x: Tensor, block_size: int) -> Tensor:
-    """Each block's largest finite magnitude, [blocks, 1]; 0 where there is none."""
-    finite = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-    return blocked(finite.abs_(), block_size).amax(dim=1, keepdim=True)
-
-
-def scaled(x: Tensor, factor: Tensor, block_size: int) -> Tensor:
-    """Flat ``x`` times its block's ``factor`` ([blocks, 1]); a new tensor."""
-    return (blocked(x, block_size) * factor).view(-1)[: x.numel()]
-
-
-def all_on_host(flags: Tensor) -> bool:
-    """Whether all ``flags`` are set, as far as the host can tell without waiting for a device."""
-    if flags.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return bool(flags.all())
-
-
-def mark_nonfinite(code: Tensor, x: Tensor, nan_code: float) -> Tensor:
-    """``code`` (float, changed in place) with ``nan_code`` where ``x`` is NaN or infinite."""
-    return code.add_(x - x).nan_to_num_(nan=nan_code)

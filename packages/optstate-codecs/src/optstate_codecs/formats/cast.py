@@ -1,4 +1,4 @@
-"""Formats that only change the dtype: fp32 (exact) and bf16.
+"""Formats that only change the dtype: fp32, which is exact, and bf16.
 
 Layout: one component under the moment's own name, shaped like the parameter.
 """
@@ -28,7 +28,7 @@ __all__ = ["BF16", "FP32"]
 
 @dataclass(frozen=True)
 class FP32(Format):
-    """The moment itself in float32, laid out as ``torch.optim`` does: 32 bits an element."""
+    """The moment itself in float32 under ``torch.optim``'s state key: 32 bits per element."""
 
     name: ClassVar[str] = "fp32"
 
@@ -50,11 +50,11 @@ class FP32(Format):
 
 @dataclass(frozen=True)
 class BF16(Format):
-    """The moment in bfloat16: 16 bits an element.
+    """The moment in bfloat16: 16 bits per element.
 
     Args:
-        rounding: "stochastic" keeps the running mean unbiased; "nearest" loses updates below
-            1/256 of the moment, which a second moment at beta2 = .999 is made of.
+        rounding: "stochastic" keeps the running mean unbiased. "nearest" loses changes below 1/256
+            of the moment; a second moment at beta2 = .999 has no larger ones.
     """
 
     name: ClassVar[str] = "bf16"
@@ -69,16 +69,18 @@ class BF16(Format):
         return (Component("", torch.bfloat16),)
 
     @property
+    def uses_random(self) -> bool:
+        return self.rounding == "stochastic"
+
+    @property
     def device_functions(self) -> DeviceFunctions | None:
-        return DeviceFunctions(
-            load_bf16, store_bf16, int(self.rounding == "stochastic"), returns=True
-        )
+        return DeviceFunctions(load_bf16, store_bf16, int(self.uses_random), returns=True)
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         if self.rounding == "nearest":
             parts[0].copy_(x)
         else:
-            bits = self._need(draw).bits16(x.numel(), x.device)
+            bits = self.require_draw(draw).bits16(x.numel(), x.device)
             parts[0].copy_(stochastic_round_bf16(x, bits))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
@@ -93,7 +95,7 @@ def load_fp32(values, unused, offsets, rows, left, MARKED: tl.constexpr, OPTIONS
 
 @jit
 def store_fp32(values, unused, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store a float32 tile; returns it."""
+    """Store a float32 tile and return it."""
     tl.store(values + offsets, x, mask=offsets < left)
     return x
 
@@ -106,7 +108,7 @@ def load_bf16(values, unused, offsets, rows, left, MARKED: tl.constexpr, OPTIONS
 
 @jit
 def store_bf16(values, unused, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Round a tile to bfloat16, stochastically where OPTIONS is 1. Returns it rounded."""
+    """Round a tile to bfloat16, stochastically where OPTIONS is 1; store and return it."""
     if OPTIONS == 1:
         bits = to_bf16_bits_stochastic(x, random)
     else:

@@ -1,9 +1,9 @@
-"""The 8-bit dynamic exponent map (Dettmers et al., arXiv:2110.02861, sections 1.3 and 2.1).
+"""dynamic8: the 8-bit dynamic exponent map (Dettmers et al., arXiv:2110.02861, 1.3 and 2.1).
 
-Seven ranges below the block's scale, each ``base`` times the one below, are cut into 1, 2, 4,
-... 64 linear steps (twice as many when unsigned), so that precision is spent where an optimizer's
-state is largest. The paper's ranges are decades, base 10; ours are factors of 8 by default, which
-binary arithmetic reaches without a table and which lose nothing (see the docs on formats).
+Seven ranges below the block's scale, each ``base`` times the one below, are divided into 1, 2, 4,
+... 64 linear steps (twice as many when unsigned), so that the largest elements have the finest
+relative steps. The paper's ranges are decades, base 10. The default here is base 8, which binary
+arithmetic computes without a table at no loss of accuracy (see the docs on formats).
 
 Layout: ``codes`` uint8, one per element, shaped like the parameter; ``scale`` float32, one per
 block of ``block_size`` consecutive elements (the last block may be shorter).
@@ -11,29 +11,28 @@ block of ``block_size`` consecutive elements (the last block may be shorter).
 Mathematics. Let b be the base and k = 0 (signed) or 1 (unsigned). A position t in
 [2^(d+k), 2^(d+k+1)] of range d = 0..6 stands for the magnitude
 
-    z = b^(d-7) * ((b - 1) t / 2^(d+k) - (b - 2)) - b^-7:
+    z = b^(d-7) * ((b - 1) t / 2^(d+k) - (b - 2)) - b^-7.
 
-neighbouring ranges share a point, the first point is 0, the last 1 - b^-7, and t as a function
-of z is concave and piecewise linear,
+Neighbouring ranges share a point, the first point is 0, and the last is 1 - b^-7. As a function
+of z, t is concave and piecewise linear,
 
     t = 2^k * min over d of ((2/b)^d (b^7 z + 1) + 2^d (b - 2)) / (b - 1),
 
-so nearest rounding is floor(t + 1/2), stochastic rounding is floor(t + u) with u uniform in
-[0, 1), and neither needs a search. t is taken in units of 2^-16, u has 16 bits. The code is
-t - 2^k:
+so that nearest rounding is floor(t + 1/2) and stochastic rounding is floor(t + u), with u uniform
+in [0, 1), without a search. t is in units of 2^-16, and u has 16 bits. The code is t - 2^k:
 
     signed    bit 7 is the sign, 0 is zero, 1..127 are t = 2..128
     unsigned  0 is zero, 1..254 are t = 3..256; a positive number never becomes 0
 
-A negative scale says that its block holds elements that are not finite: there, and only there, the
-otherwise unused codes 128 (signed, "minus zero") and 255 (unsigned) are NaN.
+In marked blocks, whose scale is negative, codes 128 (signed: minus zero) and 255 (unsigned) are
+NaN; these codes are unused otherwise.
 
-A scale is the smallest power of two that covers the block's largest finite magnitude. It moves
-only when a binade is crossed, so stored values are rarely rounded again, scaling by it is exact,
-and gradients times 2^k give the same codes.
+A scale is the smallest power of two that covers the block's largest finite magnitude. It changes
+only when that magnitude crosses a power of two, so that stored values are rarely rounded again;
+scaling by it is exact, and multiplying gradients by 2^k gives the same codes.
 
-With ``domain="sqrt"`` the map holds the root of the moment: that is what the update divides by,
-and seven ranges of the root are fourteen of the second moment.
+With ``domain="sqrt"`` the root of the moment is stored. The update divides by the root, and seven
+ranges of the root are fourteen ranges of the second moment.
 """
 
 from __future__ import annotations
@@ -45,21 +44,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks, exact
-from optstate_codecs.formats.base import (
-    Component,
-    DeviceFunctions,
-    Format,
-    block_amax,
-    rounded,
-    scaled,
-)
+from optstate_codecs import exact
+from optstate_codecs.formats.base import DeviceFunctions, rounded
 from optstate_codecs.formats.block import (
+    SCALE_MIN,
+    BlockFormat,
+    block_amax,
     fill_marked,
     finite_amax,
     load_scale,
     mark,
     nan_where_marked,
+    power_of_two_scale,
+    scaled,
     store_marked,
     store_scale,
 )
@@ -88,28 +85,26 @@ UNSIGNED_NAN = 255
 RANGES = 7
 BASES = (8, 10)
 HALF = 1 << 15
-# exponent fields of the smallest and largest scale, 2^-100 and 2^126: both have exact reciprocals
-# and leave room for the factor base^-7 above float32's subnormals
-SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 126) << 23
-# rounds a float's bits up to the next power of two, unless it is within the top point
+# as float32 bits, the last point, 1 - 8^-7, and the largest scale, 2^126
+LARGEST, SCALE_MAX = 0x3F7FFFF8, (127 + 126) << 23
+# rounds a float's bits up to the next power of two, unless it is within the last point
 COVER = 0x800007
 
 
 @dataclass(frozen=True)
-class Dynamic8(Format):
-    """8-bit dynamic exponent codes under a power-of-two scale per block.
+class Dynamic8(BlockFormat):
+    """8-bit dynamic exponent codes with a power-of-two scale per block.
 
-    Rounding to nearest errs by at most 0.7 % of the scale when signed, half of it when unsigned,
-    and by less, though more in relation, in each range further down.
+    Rounding to nearest errs by at most 0.7 % of the scale when signed and half of that when
+    unsigned. In each lower range the error is smaller, and the relative error larger.
 
     Args:
         block_size: elements that share a scale, a power of two from 16 to 8192.
         signed: True for first moments, False for second moments.
         base: ratio of neighbouring ranges, 8, or 10 as in the paper.
         domain: "linear" stores the moment, "sqrt" (unsigned only) its root.
-        rounding: "nearest", or "stochastic": unbiased in the domain.
-        units: "value", or "update" (signed only) to hold m / sqrt(v), see
-            ``optstate_codecs.moments``.
+        rounding: "nearest", or "stochastic", which is unbiased in the domain.
+        units: "value" stores the moment; "update" (signed only) stores m / sqrt(v).
     """
 
     name: ClassVar[str] = "dynamic8"
@@ -122,42 +117,22 @@ class Dynamic8(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.block_size(self.block_size)
-        checks.flag("signed", self.signed)
         if self.base not in BASES:
             raise ValueError(f"base={self.base!r}: must be 8 or 10")
-        checks.one_of("domain", self.domain, ("linear", "sqrt"))
-        checks.one_of("rounding", self.rounding, ("nearest", "stochastic"))
-        checks.one_of("units", self.units, ("value", "update"))
-        if self.signed and self.domain == "sqrt":
-            raise ValueError("domain='sqrt': needs signed=False")
-        if not self.signed and self.units == "update":
-            raise ValueError("units='update': needs signed=True")
 
     @classmethod
     def first_moment(cls, block_size: int = 2048) -> Dynamic8:
-        """The variant made for first moments: stochastically rounded, in update units."""
+        """The variant for first moments: in update units, rounded stochastically."""
         return cls(block_size, rounding="stochastic", units="update")
 
     @classmethod
     def second_moment(cls, block_size: int = 2048) -> Dynamic8:
-        """The variant made for second moments: unsigned roots, stochastically rounded."""
+        """The variant for second moments: unsigned roots, rounded stochastically."""
         return cls(block_size, signed=False, domain="sqrt", rounding="stochastic")
 
     @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.uint8),
-            Component("scale", torch.float32, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return not self.signed
-
-    @property
     def device_functions(self) -> DeviceFunctions | None:
-        # roots and update units stay far below the largest scale; plain values may pass it
+        # values may exceed the largest scale, roots and update units do not
         saturate = self.domain == "linear" and self.units == "value"
         options = (
             self.signed * SIGNED
@@ -170,14 +145,13 @@ class Dynamic8(Format):
         codes, scale = parts
         if self.domain == "sqrt":
             x = exact.sqrt(x)
-        step, inverse = power_of_two_scale(block_amax(x, self.block_size))
-        units = scaled(x, inverse * float(self.base) ** RANGES, self.block_size).abs_().add_(1)
-        position = position_of(units, self.base).clamp_(max=128)
-        if self.rounding == "stochastic":
-            bits: Tensor | int = self._need(draw).bits16(x.numel(), x.device)
-        else:
-            bits = HALF
-        # adding to a float of this size leaves t in units of 2^-16 (2^-15) in the low bits
+        block_scale, inverse = power_of_two_scale(
+            block_amax(x, self.block_size), LARGEST, SCALE_MAX
+        )
+        magnitude = scaled(x, inverse * float(self.base) ** RANGES, self.block_size).abs_().add_(1)
+        position = position_of(magnitude, self.base).clamp_(max=128)
+        bits = self.rounding_bits(x, draw)
+        # after this addition, the low bits of the float are t in units of 2^-16 (2^-15)
         if self.signed:
             fixed = position.add_(127).view(torch.int32)
             code = (fixed + bits >> 16).bitwise_and_(127)
@@ -186,9 +160,9 @@ class Dynamic8(Format):
             lowest = (x > 0).to(x.dtype).add_(2)
             fixed = torch.maximum(position.mul_(2), lowest).add_(254).view(torch.int32)
             code = (fixed * 2 + bits >> 16).bitwise_and_(255)
-        code, step = mark(code, step, x, self._nan_code, self.block_size)
+        code, block_scale = mark(code, block_scale, x, self._nan_code, self.block_size)
         codes.copy_(code)
-        scale.copy_(step.view(-1))
+        scale.copy_(block_scale.view(-1))
 
     @property
     def _nan_code(self) -> int:
@@ -206,53 +180,40 @@ class Dynamic8(Format):
         return x.mul_(x) if self.domain == "sqrt" else x
 
 
-def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest power of two whose top point covers ``amax``, and its reciprocal.
-
-    (0, 0) for zero.
-    """
-    bits = (amax.view(torch.int32) + COVER).bitwise_and_(0x7F800000)
-    bits = bits.clamp_(SCALE_MIN, SCALE_MAX)
-    some = amax > 0
-    scale = bits.view(torch.float32) * some
-    inverse = (0x7F000000 - bits).view(torch.float32) * some
-    return scale, inverse
-
-
 def lines(base: int) -> list[tuple[float, float]]:
-    """Slope and offset of t(b^7 z + 1) in each range, signed."""
+    """Slope and offset of t as a function of b^7 z + 1 in each range, signed."""
     return [((2 / base) ** d / (base - 1), 2**d * (base - 2) / (base - 1)) for d in range(RANGES)]
 
 
-def position_of(units: Tensor, base: int) -> Tensor:
-    """The signed map's position t for ``units`` = b^7 z + 1; a new tensor."""
+def position_of(magnitude: Tensor, base: int) -> Tensor:
+    """The signed map's position t for ``magnitude`` = b^7 z + 1; a new tensor."""
     if base == 8 and exact.recorded.get():
-        # as in ``store``: binades in threes are the ranges
-        bits = units.view(torch.int32)
+        # as in ``store``: each range is three binades
+        bits = magnitude.view(torch.int32)
         ranges = ((bits >> 23) * 43 - 127 * 43) >> 7
         inside = (bits - ranges * (3 << 23)).view(torch.float32)
         line = exact.multiply_add(inside, 1 / 7, 6 / 7)
         return (line.view(torch.int32) + ranges * (1 << 23)).view(torch.float32)
     (slope, offset), *rest = lines(base)
-    # rounded once, as by the kernels' fused multiply-add
-    position = exact.multiply_add(units, slope, offset)
-    line = torch.empty_like(units)
+    # rounded once, as the kernels' fused multiply-add is
+    position = exact.multiply_add(magnitude, slope, offset)
+    line = torch.empty_like(magnitude)
     for slope, offset in rest:
-        exact.multiply_add(units, slope, offset, out=line)
+        exact.multiply_add(magnitude, slope, offset, out=line)
         torch.minimum(position, line, out=position)
     return position
 
 
 @cached_table()
 def value_table(signed: bool, base: int, device: torch.device) -> Tensor:
-    """What each of the 256 codes stands for under a scale of 1, float32; one per device."""
+    """The values of the 256 codes under a scale of 1, float32."""
     unit = rounded(float(base) ** -RANGES)
     magnitudes = []
     for t in range(1, 129) if signed else range(2, 257):
         top = t if signed else t / 2
         d = int(top).bit_length() - 1
-        # below 2^24, and in halves when unsigned; float32 arithmetic, since the product of two
-        # float32 is exact here until the table rounds it
+        # below 2^24, in halves when unsigned; the product of two float32 numbers is exact in
+        # float64, so that only the table rounds it
         whole = (base / 2) ** d * ((base - 1) * top - (base - 2) * 2**d) - 1
         magnitudes.append(rounded(whole) * unit)
     values = [*magnitudes, *(-m for m in magnitudes)] if signed else [*magnitudes, 0.0]
@@ -260,8 +221,8 @@ def value_table(signed: bool, base: int, device: torch.device) -> Tensor:
 
 
 def values_of(codes: Tensor, signed: bool) -> Tensor:
-    """What ``value_table`` holds for base 8, computed: compiled, that is cheaper than a look-up."""
-    # a range is three binades, and floats from 2 on end their exponents in the number of the range
+    """Compute the values of ``value_table`` for base 8, which is cheaper in compiled loops."""
+    # a range is three binades; the exponents of floats from 2 on end in the number of the range
     t = codes.bitwise_and(127).to(torch.float32) * 2 if signed else codes.to(torch.float32)
     bits = (t + 2).view(torch.int32)
     ranges = bits & 0x03800000
@@ -272,8 +233,8 @@ def values_of(codes: Tensor, signed: bool) -> Tensor:
     return x
 
 
-# The same on a tile of [rows, block_size], base 8 only: a range is three binades, so its number
-# and its two powers come from the float's own exponent.
+# The same on a tile, base 8 only: a range is three binades, so that its number and its two powers
+# follow from the exponent of the float.
 SIGNED, STOCHASTIC, SATURATE = 1, 2, 4
 _SIGNED, _STOCHASTIC, _SATURATE = constant(SIGNED), constant(STOCHASTIC), constant(SATURATE)
 _SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
@@ -283,7 +244,7 @@ _COVER, _HALF = constant(COVER), constant(HALF)
 
 @jit
 def decode_tile(code, t, unit, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What ``code`` stands for, from the bits of 2 t (signed) or t, in ``unit`` of 8^-7."""
+    """Values of ``code`` from the bits of 2 t (signed) or t; ``unit`` is the scale times 8^-7."""
     range_bits = t & 0x03800000
     x = as_float(as_bits(fma(as_float(t - range_bits), 3.5, -6.0)) + 3 * range_bits)
     x = fma(x, unit, -unit)
@@ -294,19 +255,19 @@ def decode_tile(code, t, unit, OPTIONS: tl.constexpr):  # type: ignore[no-untype
 
 @jit
 def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Decode a tile, in the format's domain and units."""
+    """Load and decode a tile, in the format's domain and units."""
     code = tl.load(codes + offsets, mask=offsets < left, other=0)
     factor = load_scale(scale, offsets, rows, left)
     unit = tl.abs(factor) * 4.76837158203125e-07
-    # floats whose exponents end in the three bits of d: 2 t when signed, t when unsigned
+    # 2 t (signed) or t (unsigned) as floats, whose exponents end in the three bits of d
     if offsets.shape[0] == 1:
-        # one scale: decoding every code once and looking them up takes a third of the work
-        every = tl.arange(0, 256)
+        # one scale: decoding all 256 codes once and looking values up takes a third of the work
+        all_codes = tl.arange(0, 256)
         if OPTIONS & _SIGNED:
-            t = as_bits(fma(as_float(every & 127 | 0x4B000000), 2.0, -16777214.0))
+            t = as_bits(fma(as_float(all_codes & 127 | 0x4B000000), 2.0, -16777214.0))
         else:
-            t = as_bits(as_float(every | 0x4B000000) - 8388606.0)
-        table = decode_tile(every, t, tl.sum(unit, axis=0), OPTIONS)
+            t = as_bits(as_float(all_codes | 0x4B000000) - 8388606.0)
+        table = decode_tile(all_codes, t, tl.sum(unit, axis=0), OPTIONS)
         x = tl.gather(table, tl.reshape(widened(code), offsets.shape[1]), 0)[None, :]
     else:
         if OPTIONS & _SIGNED:
@@ -322,15 +283,15 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
 
 @jit
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Encode a tile; ``random`` is what ``Draw.bits16`` gives."""
-    top, worst = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
-    scale_bits = (top + _COVER) & 0x7F800000
+    """Encode and store a tile; ``random`` is ``Draw.bits16``."""
+    amax, tile_amax = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
+    scale_bits = (amax + _COVER) & 0x7F800000
     scale_bits = tl.minimum(tl.maximum(scale_bits, _SCALE_MIN), _SCALE_MAX)
-    factor = tl.where(top > 0, as_float(scale_bits), 0.0)
-    inverse = tl.where(top > 0, as_float(0x7F000000 - scale_bits), 0.0)
+    factor = tl.where(amax > 0, as_float(scale_bits), 0.0)
+    inverse = tl.where(amax > 0, as_float(0x7F000000 - scale_bits), 0.0)
 
-    # in units of 2^-17 * 8^-7, from 2^17 on: a range is three binades, and a third of the bits of
-    # a float whose exponent is 144 + e has the exponent 48 + e // 3
+    # z + 8^-7 in units of 2^-17 * 8^-7, at least 2^17: a range is three binades, and a third of
+    # the bits of a float with exponent 144 + e has the exponent 48 + e // 3
     magnitude = tl.abs(x) if OPTIONS & _SIGNED else x
     z = as_bits(fma(magnitude, spread(inverse * 274877906944.0, offsets), 131072.0))
     range_bits = tl.umulhi(z, 0x55555556) & 0x03800000
@@ -350,6 +311,6 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
         code = third_byte(as_bits(t + 254.0) * 2 + random)
     store_scale(scale, factor, offsets, rows, left)
     tl.store(codes + offsets, code, mask=offsets < left)
-    if worst >= INF_BITS:
+    if tile_amax >= INF_BITS:
         nan: tl.constexpr = _SIGNED_NAN if OPTIONS & _SIGNED else _UNSIGNED_NAN
         store_marked(codes, scale, code, factor, x, offsets, rows, left, nan, 8)

@@ -1,13 +1,13 @@
-"""Float16 under a power of two per block: 16 bits for first moments, at any size of gradient.
+"""fp16: float16 codes with a power-of-two scale per block, for first moments of any magnitude.
 
 Layout: ``codes`` float16, one per element, shaped like the parameter; ``scale`` float32, one for
 each block of ``block_size`` consecutive elements (the last block may be shorter).
 
 Mathematics. The scale brings a block's largest finite magnitude into [1/2, 1), so that elements
-down to 2^-13 of it keep 11 bits, whatever their size: plain float16 loses bits below 6e-5 and
-everything below 3e-8. NaN and infinities are float16's own. A power of two and its reciprocal are
-exact, and both are made by integers from the magnitude's exponent, so that every device writes the
-same bits.
+down to 2^-13 of it keep 11 bits at any magnitude. Float16 without a scale loses bits below 6e-5 and
+everything below 3e-8. NaN and infinities are those of float16. Scales are powers of two with exact
+reciprocals, both computed with integers from the exponent of the magnitude, so that every device
+writes the same bits.
 """
 
 from __future__ import annotations
@@ -19,43 +19,35 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
-from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
-from optstate_codecs.formats.block import finite_amax, load_scale, store_scale
+from optstate_codecs.formats.base import DeviceFunctions
+from optstate_codecs.formats.block import (
+    BlockFormat,
+    block_amax,
+    finite_amax,
+    load_scale,
+    scaled,
+    store_scale,
+)
 from optstate_codecs.rounding import Draw
 from optstate_codecs.triton_lib import as_float, constant, jit, spread, tl
 
 __all__ = ["FP16"]
 
-# exponent fields of scales: both ends have normal reciprocals
+# smallest and largest exponent field of a scale; the reciprocals of both are normal numbers
 LOWEST, HIGHEST = 1, 253
 
 
 @dataclass(frozen=True)
-class FP16(Format):
-    """Float16 under a power of two per block, rounded to nearest.
+class FP16(BlockFormat):
+    """Float16 codes with a power-of-two scale per block, rounded to nearest.
 
     Args:
         block_size: elements that share a scale, a power of two from 16 to 8192.
     """
 
     name: ClassVar[str] = "fp16"
+    code_dtype: ClassVar[torch.dtype] = torch.float16
     block_size: int = 2048
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.block_size(self.block_size)
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.float16),
-            Component("scale", torch.float32, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return False
 
     @property
     def device_functions(self) -> DeviceFunctions | None:
@@ -87,8 +79,8 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Encode a tile."""
     mask = offsets < left
-    top, _ = finite_amax(tl.where(mask, x, 0.0), rows, True)
-    field = tl.minimum(tl.maximum((top >> 23) + 1, _LOWEST), _HIGHEST)
+    amax, _ = finite_amax(tl.where(mask, x, 0.0), rows, True)
+    field = tl.minimum(tl.maximum((amax >> 23) + 1, _LOWEST), _HIGHEST)
     inverse = spread(as_float((254 - field) << 23), offsets)
     tl.store(codes + offsets, (x * inverse).to(tl.float16), mask=mask)
     store_scale(scale, as_float(field << 23), offsets, rows, left)

@@ -1,19 +1,19 @@
-"""FP8: e4m3 codes (Micikevicius et al., arXiv:2209.05433) with a scale per block.
+"""fp8: e4m3 codes (Micikevicius et al., arXiv:2209.05433) with a power-of-two scale per block.
 
-Layout: ``codes`` uint8, one per element, shaped like the parameter, the bytes of float8_e4m3fn
-(``codes.view(torch.float8_e4m3fn)`` gives that; as bytes they can be pickled, and read by devices
-that do not know the type); ``scale`` float32, one per block of ``block_size`` consecutive elements
-(the last block may be shorter).
+Layout: ``codes`` uint8, one per element, shaped like the parameter; ``scale`` float32, one per
+block of ``block_size`` consecutive elements (the last block may be shorter). The codes are the
+bytes of float8_e4m3fn, and ``codes.view(torch.float8_e4m3fn)`` reads them as such. As uint8 they
+can be pickled, and read on devices without that dtype.
 
-Mathematics. The top bit of a code is the sign; of the other seven, n, the magnitude is
+Mathematics. The top bit of a code is the sign. The other seven bits are n, whose magnitude is
 
     n div 8 = 0:  (n mod 8) / 8 * 2^-6        otherwise:  (1 + (n mod 8) / 8) * 2^(n div 8 - 7)
 
-up to 448 = 1.75 * 2^8 for n = 126; n = 127 is NaN, so a non-finite element stays non-finite and
-leaves its block alone; the scale of a block that has one is negative, so that kernels need look for
-it nowhere else. A scale is the smallest power of two that brings the block's largest finite
-magnitude to 448 or below. Codes are made and read with integers: no hardware for FP8 is needed, and
-every device gives the same bits.
+up to 448 = 1.75 * 2^8 for n = 126. Code 127 is NaN, so that a non-finite element stays non-finite
+and does not affect its block. The scale of a block with NaN is negative, so that kernels look for
+NaN in such blocks only. Otherwise a scale is the smallest power of two that brings the block's
+largest finite magnitude to 448 or below. Encoding and decoding use integer arithmetic: FP8 hardware
+is not needed, and every device gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
-from optstate_codecs.formats.base import Component, DeviceFunctions, Format, block_amax, scaled
+from optstate_codecs.formats.base import DeviceFunctions
 from optstate_codecs.formats.block import (
+    BlockFormat,
+    block_amax,
+    clamped_scale,
     finite_amax,
     load_scale,
     mark,
     nan_where_marked,
+    power_of_two_scale,
+    scaled,
     store_marked,
     store_scale,
 )
@@ -55,62 +59,42 @@ __all__ = ["FP8"]
 
 NAN_CODE = 127
 LAST = 126
-# the exponent fields of 2^-6, the smallest normal number, and of 2^-7
+# 2^-6, the smallest normal number, and 2^-7, as float32 bits
 NORMAL, BELOW = (127 - 6) << 23, (127 - 7) << 23
-# 448 = 1.75 * 2^8: what lies above 1.75 of a binade needs the next scale
+# 448 = 1.75 * 2^8 as float32 bits; magnitudes above 1.75 of a binade need the next scale
+LARGEST = 0x43E00000
 COVER, TOP = 0x1FFFFF, 8 << 23
-SCALE_MIN, SCALE_MAX = (127 - 100) << 23, (127 + 120) << 23
 
 
 @dataclass(frozen=True)
-class FP8(Format):
-    """float8_e4m3fn under a power-of-two scale per block; relative steps of 1/8 to 1/16.
+class FP8(BlockFormat):
+    """float8_e4m3fn codes with a power-of-two scale per block; relative steps of 1/8 to 1/16.
 
     Args:
         block_size: elements that share a scale, a power of two from 16 to 8192.
-        signed: True for first moments; False keeps positive numbers positive.
+        signed: True for first moments; False keeps positive numbers above zero.
         rounding: "nearest"; "stochastic", unbiased; or "paired", see ``Minifloat``.
-        units: "value", or "update" (signed only) to hold m / sqrt(v), see
-            ``optstate_codecs.moments``.
+        units: "value" stores the moment; "update" (signed only) stores m / sqrt(v).
     """
 
     name: ClassVar[str] = "fp8"
+    roundings: ClassVar[tuple[str, ...]] = ("nearest", "stochastic", "paired")
     block_size: int = 2048
     signed: bool = True
     rounding: str = "nearest"
     units: str = "value"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.block_size(self.block_size)
-        checks.flag("signed", self.signed)
-        checks.one_of("rounding", self.rounding, ("nearest", "stochastic", "paired"))
-        checks.one_of("units", self.units, ("value", "update"))
-        if not self.signed and self.units == "update":
-            raise ValueError("units='update': needs signed=True")
-
     @classmethod
     def first_moment(cls, block_size: int = 2048) -> FP8:
-        """The variant made for first moments: in update units, rounded in pairs of steps."""
+        """The variant for first moments: in update units, with "paired" rounding."""
         return cls(block_size, rounding="paired", units="update")
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return (
-            Component("codes", torch.uint8),
-            Component("scale", torch.float32, self.block_size),
-        )
-
-    @property
-    def keeps_positive(self) -> bool:
-        return not self.signed
 
     @property
     def device_functions(self) -> DeviceFunctions:
         options = (
             self.signed * SIGNED
             + self.uses_random * STOCHASTIC
-            # update units stay far below the largest scale; plain values may pass it
+            # values may exceed the largest scale, update units do not
             + (self.units == "value") * SATURATE
             + self.in_pairs * PAIRED
         )
@@ -118,20 +102,20 @@ class FP8(Format):
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
-        step, inverse = power_of_two_scale(block_amax(x, self.block_size))
+        block_scale, inverse = power_of_two_scale(block_amax(x, self.block_size), LARGEST)
         magnitude = scaled(x.abs(), inverse, self.block_size)
-        # adding 2^-6 to what is below it gives floats whose steps are those of the subnormals
+        # below 2^-6, adding 2^-6 gives floats that are spaced as the subnormal codes are
         small = (magnitude + 2.0**-6).view(torch.int32) - NORMAL
         position = torch.where(magnitude < 2.0**-6, small, magnitude.view(torch.int32) - BELOW)
         position >>= 4
-        position += self._bits16(x, draw)
+        position += self.rounding_bits(x, draw)
         code = (position >> 16).clamp_(max=LAST)
         if not self.signed:
             code = torch.maximum(code, (x > 0).to(torch.int32))
-        code, step = mark(code, step, x, NAN_CODE, self.block_size)
+        code, block_scale = mark(code, block_scale, x, NAN_CODE, self.block_size)
         code += (torch.signbit(x) & torch.isfinite(x)).to(torch.int32) << 7
         codes.copy_(code)
-        scale.copy_(step.view(-1))
+        scale.copy_(block_scale.view(-1))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
@@ -140,36 +124,27 @@ class FP8(Format):
         return scaled(x, scale.abs().view(-1, 1), self.block_size)
 
 
-def power_of_two_scale(amax: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest power of two that brings ``amax`` to 448 or below, and its reciprocal."""
-    bits = ((amax.view(torch.int32) + COVER) & 0x7F800000) - TOP
-    scale = bits.clamp_(SCALE_MIN, SCALE_MAX).view(torch.float32)
-    some = amax > 0
-    return scale * some, scale.reciprocal() * some
-
-
 @cached_table()
 def value_table(device: torch.device) -> Tensor:
-    """What each of the 256 codes stands for under a scale of 1, float32; one per device."""
+    """The values of the 256 codes under a scale of 1, float32."""
     subnormal = [n / 8 * 2.0**-6 for n in range(8)]
     normal = [(1 + n % 8 / 8) * 2.0 ** (n // 8 - 7) for n in range(8, NAN_CODE)]
     values = [*subnormal, *normal, float("nan")]
     return torch.tensor([*values, *(-v for v in values)], dtype=torch.float32, device=device)
 
 
-# The same on a tile. Times 2^-120, a number of e4m3 has its own bits as a float32, the subnormal
-# ones too, and rounding to a multiple of 2^-149 is what adding 2^-6 does above.
+# The same on a tile. An e4m3 number times 2^-120 has its exponent and mantissa bits as a float32,
+# also if it is subnormal; rounding to a multiple of 2^-149 replaces the addition of 2^-6.
 SIGNED, STOCHASTIC, SATURATE, PAIRED = 1, 2, 4, 8
 _SIGNED, _STOCHASTIC = constant(SIGNED), constant(STOCHASTIC)
 _SATURATE, _PAIRED = constant(SATURATE), constant(PAIRED)
 _NAN_CODE, _COVER, _TOP = constant(NAN_CODE), constant(COVER), constant(TOP)
-_SCALE_MIN, _SCALE_MAX = constant(SCALE_MIN), constant(SCALE_MAX)
 DOWN, UP = constant(2.0**-120), constant(2.0**120)
 
 
 @jit
 def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Decode a tile, in the format's units."""
+    """Load and decode a tile, in the format's units."""
     code = tl.load(codes + offsets, mask=offsets < left, other=0)
     factor = load_scale(scale, offsets, rows, left)
     small = as_float((top_byte(code) >> 4) & -2014314496)
@@ -184,12 +159,11 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
 
 @jit
 def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Encode a tile; ``random`` is what ``Draw.bits16`` or ``Draw.paired16`` gives."""
-    top, worst = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
-    bits = ((top + _COVER) & 0x7F800000) - _TOP
-    bits = tl.minimum(tl.maximum(bits, _SCALE_MIN), _SCALE_MAX)
-    factor = tl.where(top > 0, as_float(bits), 0.0)
-    inverse = tl.where(top > 0, as_float(0x7F000000 - bits), 0.0)
+    """Encode and store a tile; ``random`` is ``Draw.bits16`` or ``Draw.paired16``."""
+    amax, tile_amax = finite_amax(x, rows, (OPTIONS & _SIGNED) != 0)
+    bits = clamped_scale(((amax + _COVER) & 0x7F800000) - _TOP)
+    factor = tl.where(amax > 0, as_float(bits), 0.0)
+    inverse = tl.where(amax > 0, as_float(0x7F000000 - bits), 0.0)
     if OPTIONS & _SATURATE:
         small = (tl.abs(x) * spread(inverse, offsets)) * DOWN
     else:
@@ -207,5 +181,5 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     code = third_byte_signed(position, x)
     store_scale(scale, factor, offsets, rows, left)
     tl.store(codes + offsets, code, mask=offsets < left)
-    if worst >= INF_BITS:
+    if tile_amax >= INF_BITS:
         store_marked(codes, scale, code, factor, x, offsets, rows, left, _NAN_CODE, 8)

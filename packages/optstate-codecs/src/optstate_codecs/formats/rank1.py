@@ -1,9 +1,9 @@
-"""Rank-1 normalisation: an element's scale from one number for each index of each dimension.
+"""Rank-1 normalization: scales per row and column, or per index of every dimension.
 
-The scale is the least, over the dimensions, of the largest magnitude among all elements that share
-the element's index in it: for a matrix, the smaller of its row's and its column's maximum (Li et
-al., arXiv:2309.01507, on rank-1 normalization). So an outlier coarsens no element in other rows and
-columns.
+For each dimension and index, the largest magnitude of the elements with that index is stored. An
+element's scale is the smallest of its maxima: for a matrix, the smaller of its row's and its
+column's maximum (Li et al., arXiv:2309.01507). An outlier does not coarsen elements that are in
+other rows and columns.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["Axes"]
 class Axes:
     """The dimensions of a tensor that are longer than one, from the slowest in storage.
 
-    The others are left out: the maximum over a whole tensor is never the least.
+    A dimension of length one has the maximum of the whole tensor, which is never the smallest.
 
     Attributes:
-        dims: their numbers.
+        dims: indices of these dimensions.
         sizes: their lengths.
     """
 
@@ -37,28 +37,28 @@ class Axes:
 
     @classmethod
     def of(cls, shape: Sequence[int], order: Sequence[int]) -> Axes:
-        """The axes of a ``shape`` whose elements come in ``order``."""
+        """The axes of a tensor of ``shape`` whose elements are stored in ``order``."""
         dims = tuple(d for d in order if shape[d] != 1)
         return cls(dims, tuple(shape[d] for d in dims))
 
     @property
     def numel(self) -> int:
-        """Elements of the tensor."""
+        """Number of elements of the tensor."""
         return prod(self.sizes)
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """The maxima as stored: ``scale0`` has one for each index of dimension 0."""
+        """The stored maxima: ``scale0`` has one for each index of dimension 0."""
         pairs = zip(self.dims, self.sizes, strict=True)
         return tuple(Component(f"scale{d}", torch.float32, entries=size) for d, size in pairs)
 
     def maxima(self, x: Tensor) -> list[Tensor]:
-        """The largest magnitudes of flat ``x``, which is finite, along each axis."""
-        whole, places = x.abs().view(self.sizes), range(len(self.sizes))
-        return [whole.amax([other for other in places if other != k]) for k in places]
+        """The largest magnitude of ``x`` (flat, finite) for each index of each axis."""
+        magnitude, axes = x.abs().view(self.sizes), range(len(self.sizes))
+        return [magnitude.amax([other for other in axes if other != k]) for k in axes]
 
     def scale(self, maxima: Sequence[Tensor]) -> Tensor:
-        """Each element's least maximum, flat."""
+        """The scale of each element, flat: the smallest of its maxima."""
         last = len(self.sizes) - 1
-        spread = [m.view(-1, *[1] * (last - k)) for k, m in enumerate(maxima)]
-        return reduce(torch.minimum, spread).view(-1)
+        per_axis = [m.view(-1, *[1] * (last - k)) for k, m in enumerate(maxima)]
+        return reduce(torch.minimum, per_axis).view(-1)

@@ -1,4 +1,4 @@
-"""Formats by name: ``parse_format("dynamic8(block_size=256)")``."""
+"""The registry of formats by name, and parsing them: ``parse_format("dynamic8(signed=False)")``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SPEC = re.compile(r"(\w+)(?:\((.*)\))?")
 
 @cache
 def _classes() -> dict[str, type[Format]]:
-    """Built-in formats, and those that installed packages offer under ``optstate.formats``."""
+    """Built-in formats, and those of installed packages' entry points ``optstate.formats``."""
     classes = {cls.name: cls for cls in _BUILT_IN}
     for entry in entry_points(group="optstate.formats"):
         classes.setdefault(entry.name, entry.load())
@@ -47,7 +47,7 @@ def _classes() -> dict[str, type[Format]]:
 
 
 def format_names() -> tuple[str, ...]:
-    """The names that ``parse_format`` knows, sorted."""
+    """The names that ``parse_format`` accepts, sorted."""
     return tuple(sorted(_classes()))
 
 
@@ -59,10 +59,10 @@ def parse_format(spec: str) -> Format:
         spec: a name, or a name with options: ``int8(block_size=64, rounding=stochastic)``.
 
     Returns:
-        The format; equal texts give equal formats.
+        The format. Equal texts give equal formats.
 
     Raises:
-        ValueError: an unknown name, an unknown option, or a value the format refuses.
+        ValueError: the name or an option is unknown, or the format rejects a value.
 
     Example:
         >>> parse_format("dynamic8(block_size=256)").nbytes(4096)
@@ -86,7 +86,7 @@ def parse_format(spec: str) -> Format:
 
 
 def as_format(value: Format | str) -> Format:
-    """A format as it is, or parsed from its text."""
+    """``value`` itself if it is a format, or the format that the text describes."""
     if isinstance(value, Format):
         return value
     if isinstance(value, str):

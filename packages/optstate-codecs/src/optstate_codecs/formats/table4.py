@@ -1,20 +1,20 @@
-"""The 4-bit maps of Li et al., arXiv:2309.01507, to compare with, by name.
+"""dynamic4 and linear4: the 4-bit maps of Li et al., arXiv:2309.01507, for comparison.
 
-Layout: ``codes`` uint8, one for two elements, the first in the low half; ``scale`` float32, one per
-block of ``block_size`` consecutive elements, its largest finite magnitude. With rank-1
-normalisation, tensors of two dimensions and more have ``scale0``, ``scale1`` ... instead, see
-``formats.rank1``.
+Layout: ``codes`` uint8, one per two elements, the first in the low half; ``scale`` float32, the
+largest finite magnitude of each block of ``block_size`` consecutive elements. With rank-1
+normalization, tensors of two dimensions or more have ``scale0``, ``scale1`` ... instead
+(``formats.rank1``).
 
-Values, in units of the scale, rounded to the nearest:
+Values, over the scale; rounding is to the nearest:
 
-    dynamic4   signed: 0, 1, and of either sign the middles of 1, 2 and 4 even parts of the decades
-               below 1: .0055 .0325 .0775 .2125 .4375 .6625 .8875
-    linear4    unsigned: 1/16, 2/16 ... 1 but for 3/16; no zero, so that a second moment has none
+    dynamic4   signed: 0, 1, and with both signs the centers of 1, 2 and 4 equal parts of the
+               decades below 1: .0055 .0325 .0775 .2125 .4375 .6625 .8875
+    linear4    unsigned: 1/16, 2/16 ... 1 except 3/16; without zero, so that no second moment is 0
 
-What is not finite needs a code. ``linear4`` has NaN in place of 3/16: the gap that it leaves is no
-wider in relation than that from 1/16 to 2/16. ``dynamic4`` keeps the published map: a negative
-scale says that its block holds elements that are not finite; there, and only there, the highest
-value is NaN, and finite elements nearest to it take the one below.
+Elements that are not finite need a code. ``linear4`` has NaN in place of 3/16; the gap is not
+larger, as a ratio, than that from 1/16 to 2/16. ``dynamic4`` keeps the published map and marks
+blocks by a negative scale: in marked blocks the highest code is NaN, and finite elements nearest to
+it take the value below.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.formats.base import Component, Format, block_amax, blocked, scaled
-from optstate_codecs.formats.block import SMALLEST_SCALE
+from optstate_codecs.formats.base import Component, Format
+from optstate_codecs.formats.block import SMALLEST_SCALE, BlockFormat, block_amax, blocked, scaled
 from optstate_codecs.formats.packing import pack, unpack
 from optstate_codecs.formats.rank1 import Axes
 from optstate_codecs.rounding import Draw
@@ -37,7 +37,7 @@ __all__ = ["Dynamic4", "Linear4"]
 
 LAST = 15
 _SIDE = (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875)
-# where it is NaN, the code is LAST
+# the code of NaN is LAST
 _LINEAR = (*(n / 16 for n in range(1, 17) if n != 3), float("nan"))
 
 
@@ -50,22 +50,22 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _lifted(scale: Tensor) -> Tensor:
-    """Scales, 0 or of at least ``SMALLEST_SCALE``, whose reciprocal is a normal number."""
+    """Raise scales above 0 to ``SMALLEST_SCALE``, whose reciprocal is a normal number."""
     return torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), scale)
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """The reciprocal; 0 of 0."""
+    """The reciprocal of a scale; 0 for 0."""
     return torch.where(scale > 0, scale.reciprocal(), scale)
 
 
 def _nearest(unit: Tensor, table: Tensor) -> Tensor:
-    """The place in ``table``, which ascends, of what is nearest to each of ``unit``; int32."""
+    """The index of the value in ascending ``table`` that is nearest to each of ``unit``; int32."""
     return torch.bucketize(unit, (table[1:] + table[:-1]) / 2, out_int32=True)
 
 
 @dataclass(frozen=True)
-class Dynamic4(Format):
+class Dynamic4(BlockFormat):
     """The signed 4-bit dynamic exponent map, for first moments; see the module.
 
     Args:
@@ -74,32 +74,21 @@ class Dynamic4(Format):
 
     name: ClassVar[str] = "dynamic4"
     values: ClassVar[tuple[float, ...]] = (*(-v for v in reversed(_SIDE)), 0.0, *_SIDE, 1.0)
+    bits: ClassVar[int] = 4
     block_size: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.block_size(self.block_size)
-
-    @property
-    def keeps_positive(self) -> bool:
-        return False
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        scale = Component("scale", torch.float32, self.block_size)
-        return Component("codes", torch.uint8, 2), scale
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
-        step = _lifted(block_amax(x, self.block_size))
-        unit = scaled(_finite(x), _inverse(step), self.block_size)
+        block_scale = _lifted(block_amax(x, self.block_size))
+        unit = scaled(_finite(x), _inverse(block_scale), self.block_size)
         code = _nearest(unit, _table(self.values, x.device))
-        bad = ~torch.isfinite(x)
-        some = blocked(bad.to(step.dtype), self.block_size).amax(1, keepdim=True)
-        limit = LAST - some.expand(-1, self.block_size).reshape(-1)[: x.numel()]
-        code = torch.minimum(code, limit.to(torch.int32)).masked_fill_(bad, LAST)
+        nonfinite = ~torch.isfinite(x)
+        marked = blocked(nonfinite.to(block_scale.dtype), self.block_size).amax(1, keepdim=True)
+        limit = LAST - marked.expand(-1, self.block_size).reshape(-1)[: x.numel()]
+        code = torch.minimum(code, limit.to(torch.int32)).masked_fill_(nonfinite, LAST)
         codes.copy_(pack(code))
-        scale.copy_(torch.where(some > 0, -step.clamp(min=SMALLEST_SCALE), step).view(-1))
+        negative = -block_scale.clamp(min=SMALLEST_SCALE)
+        scale.copy_(torch.where(marked > 0, negative, block_scale).view(-1))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
@@ -111,16 +100,16 @@ class Dynamic4(Format):
 
 
 @dataclass(frozen=True)
-class Linear4(Format):
+class Linear4(BlockFormat):
     """The unsigned 4-bit linear map without zero, for second moments; see the module.
 
-    Elements whose scale is zero stay zero; a zero under another becomes a sixteenth of it.
+    Elements with a scale of 0 stay 0; under another scale, 0 becomes a sixteenth of the scale.
 
     Args:
         block_size: elements that share a scale, a power of two from 16 to 8192.
-        normalization: "block"; or "rank1": the least of the maxima along an element's row, its
-            column and so on, 32 bits for each index of each dimension. That is for tensors of at
-            least two dimensions longer than one; others have blocks.
+        normalization: "block"; or "rank1", where an element's scale is the smallest of the maxima
+            along its row, its column and so on, and 32 bits are stored for each index of each
+            dimension. Tensors with fewer than two dimensions longer than one have blocks.
 
     Example:
         >>> Linear4(normalization="rank1").for_shape((256, 64), (0, 1)).nbytes(256 * 64)
@@ -129,22 +118,14 @@ class Linear4(Format):
 
     name: ClassVar[str] = "linear4"
     values: ClassVar[tuple[float, ...]] = _LINEAR[:LAST]
+    bits: ClassVar[int] = 4
+    signed: ClassVar[bool] = False
     block_size: int = 128
     normalization: str = "block"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.block_size(self.block_size)
         checks.one_of("normalization", self.normalization, ("block", "rank1"))
-
-    @property
-    def keeps_sign(self) -> bool:
-        return False
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        scale = Component("scale", torch.float32, self.block_size)
-        return Component("codes", torch.uint8, 2), scale
 
     def for_shape(self, shape: Sequence[int], order: Sequence[int]) -> Format:
         axes = Axes.of(shape, order)
@@ -154,10 +135,10 @@ class Linear4(Format):
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
         codes, scale = parts
-        step = _lifted(block_amax(x, self.block_size))
-        unit = scaled(_finite(x), _inverse(step), self.block_size)
+        block_scale = _lifted(block_amax(x, self.block_size))
+        unit = scaled(_finite(x), _inverse(block_scale), self.block_size)
         codes.copy_(_linear_codes(x, unit))
-        scale.copy_(step.view(-1))
+        scale.copy_(block_scale.view(-1))
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
@@ -166,7 +147,7 @@ class Linear4(Format):
 
 @dataclass(frozen=True)
 class _Rank1Linear4(Format):
-    """``Linear4(normalization="rank1")`` of a tensor with these axes."""
+    """``Linear4(normalization="rank1")`` for a tensor with these axes."""
 
     name: ClassVar[str] = Linear4.name
     axes: Axes
@@ -197,7 +178,7 @@ class _Rank1Linear4(Format):
 
 
 def _linear_codes(x: Tensor, unit: Tensor) -> Tensor:
-    """Packed codes of ``unit``, and NaN's where ``x`` is not finite."""
+    """Packed codes of ``unit``; the code of NaN where ``x`` is not finite."""
     code = _nearest(unit, _table(Linear4.values, x.device))
     return pack(code.masked_fill_(~torch.isfinite(x), LAST))
 

@@ -1,1 +1,1 @@
-"""What happens to gradients besides a rule: norm and clipping, centralization, release, hooks."""
+"""Processing of gradients besides the rule: norm and clipping, centralization, release, hooks."""

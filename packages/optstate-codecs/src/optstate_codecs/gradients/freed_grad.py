@@ -1,4 +1,4 @@
-"""What stands in ``param.grad`` for a gradient that was stepped and freed during backward."""
+"""The placeholder in ``param.grad`` for a gradient that was stepped and freed in backward."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from optstate_codecs.gradients.release_checks import scaler_refused
+from optstate_codecs.gradients.release_checks import scaler_error
 
 __all__ = ["FreedGradient", "has_gradient", "remove_before_backward", "remove_freed"]
 
 aten: Any = torch.ops.aten
-# what autograd adds another gradient with
+# with these, autograd accumulates another gradient
 ADDITIONS = (aten.add_.Tensor, aten.add.Tensor)
 
 
 class FreedGradient(Tensor):
     """A gradient's shape, dtype and device without its memory; operations on it raise.
 
-    Were ``param.grad`` None instead, ``torch.nn.utils.clip_grad_norm_``, a ``GradScaler`` or a
-    logger between backward and ``step()`` would find no gradients and do nothing, in silence.
-    ``zero_grad`` works, with either ``set_to_none``.
+    If ``param.grad`` were None instead, ``torch.nn.utils.clip_grad_norm_``, a ``GradScaler`` or a
+    logger between backward and ``step()`` would silently do nothing. ``zero_grad`` works, with
+    either ``set_to_none``.
 
     Args:
         grad: the gradient.
-        advice: what to do instead, for the error.
-        accumulated: called with this where a backward is about to add to it.
+        advice: the alternative to suggest in errors.
+        accumulated: called with this placeholder when a backward is about to add to it.
     """
 
     _advice: str
@@ -47,18 +47,18 @@ class FreedGradient(Tensor):
             device=grad.device,
             storage_size=0,
         )
-        # for what reads memory at an address, and asks no operation for it
+        # for code that reads the memory directly, without an operation
         torch._C._set_throw_on_mutable_data_ptr(freed)
         freed._advice, freed._accumulated = advice, accumulated
         return freed
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """None, whatever the shape."""
+        """0, whatever the shape."""
         return 0
 
-    def stands_for(self, grad: Tensor) -> bool:
-        """Whether it is what ``grad`` would leave behind."""
+    def matches(self, grad: Tensor) -> bool:
+        """Whether it has the dtype, shape, device and strides of ``grad``."""
         return (
             self.dtype is grad.dtype
             and self.shape == grad.shape
@@ -82,7 +82,7 @@ class FreedGradient(Tensor):
             args[0]._accumulated(args[0])
         name = func._schema.name.removeprefix("aten::")
         if name.startswith("_amp_"):
-            raise scaler_refused()
+            raise scaler_error()
         raise _error(name, (*args, *(kwargs or {}).values()))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -96,16 +96,12 @@ class FreedGradient(Tensor):
 
 
 def _error(name: str, values: Iterable[Any]) -> RuntimeError:
-    every = [item for value in values for item in (value if _is_list(value) else [value])]
-    advice = next(item._advice for item in every if isinstance(item, FreedGradient))
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    advice = next(x._advice for items in lists for x in items if isinstance(x, FreedGradient))
     return RuntimeError(
         f"GradientRelease: {name} of a gradient that was stepped and freed during backward; "
         f"{advice}"
     )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
 
 
 def has_gradient(param: Tensor) -> bool:
@@ -115,13 +111,13 @@ def has_gradient(param: Tensor) -> bool:
 
 
 def remove_freed(param: Tensor) -> None:
-    """Leave None where a freed gradient is."""
+    """Set ``param.grad`` to None if the gradient was freed."""
     if type(param.grad) is FreedGradient:
         param.grad = None
 
 
 def remove_before_backward(param: ref[Tensor], grad: Tensor) -> None:
-    """A hook, with ``grad`` for an argument, that has autograd find no gradient to add to."""
+    """A hook on a parameter's gradient: autograd then finds no placeholder to add to."""
     alive = param()
     if alive is not None:
         remove_freed(alive)

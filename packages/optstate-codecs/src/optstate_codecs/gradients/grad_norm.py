@@ -1,7 +1,7 @@
-"""The number that gradients are multiplied with inside a step: unscaling, then clipping.
+"""Gradient norms, and the factor that unscales and clips gradients inside a step.
 
-Both are one factor, so that a launch reads every gradient once and rewrites none. Nothing here is
-read by the host.
+Both are one factor, so a kernel launch reads every gradient once and rewrites none. The host reads
+none of these values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.sharding import any_distributed, is_distributed, sharding_groups, summed
+from optstate_codecs.sharding import any_distributed, is_distributed, reduced, sharding_groups
 
 __all__ = [
     "Share",
@@ -25,7 +25,7 @@ __all__ = [
     "share",
 ]
 
-# of one gradient in the norm of all: what it is summed with, and its own norm
+# a gradient's part in the norm of all: the device and dtype it is summed by, and its own norm
 Share = tuple[tuple[torch.device, torch.dtype], Tensor]
 
 
@@ -35,17 +35,17 @@ def gradient_factor(
     max_norm: float | None,
     params: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What to multiply gradients with, and the norm that they had.
+    """The factor for all gradients, and their norm.
 
     Args:
         grads: at least one.
-        grad_scale: what they are to be divided by first, or None.
-        max_norm: the norm that all of them together may have then, or None.
+        grad_scale: divides them first, or None.
+        max_norm: clips the norm of all of them together then, or None.
         params: their parameters; of DTensors, ``grads`` are the local shards.
 
     Returns:
-        The factor, or None for 1, and the norm of the unscaled gradients, or None where it was
-        not asked for; 0-d. With ``max_norm`` the factor is that of
+        The factor, or None for 1, and the norm of the unscaled gradients, or None without
+        ``max_norm``; 0-d. With ``max_norm`` the factor is that of
         ``torch.nn.utils.clip_grad_norm_``: a NaN norm makes it NaN, an infinite one 0.
     """
     inverse = None if grad_scale is None else grad_scale.reciprocal()
@@ -60,45 +60,45 @@ def gradient_factor(
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies gradients of this norm with."""
+    """The factor by which ``torch.nn.utils.clip_grad_norm_`` scales gradients of this norm."""
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
 def gradient_norm(grads: Sequence[Tensor], params: Sequence[Tensor] = ()) -> Tensor:
     """The 2-norm of all of ``grads`` together, 0-d, on the device of the first.
 
-    As ``torch.nn.utils.get_total_norm``, but float32 where that would be narrower. Where any of
-    ``params`` is a DTensor, the norm is that of all shards: every worker has to call this.
+    It equals ``torch.nn.utils.get_total_norm``, but has at least float32 precision. If any of
+    ``params`` is a DTensor, all shards count, and every worker must call this.
     """
     if any_distributed(params):
         members = _by_groups(grads, params)
-        squares = {key: gradient_norm(some).square() for key, some in members.items()}
-        return summed(squares).sqrt()
+        squares = {groups: gradient_norm(some).square() for groups, some in members.items()}
+        return reduced(squares, largest=False).sqrt()
     norm: Tensor = torch.linalg.vector_norm(_norms(grads, 2.0), 2.0)
     return norm
 
 
-def share(place: int, grad: Tensor, double: bool) -> Share:
-    """What ``norm_of`` needs to know of a gradient that is not kept.
+def share(index: int, grad: Tensor, double: bool) -> Share:
+    """The input to ``norm_of`` from a gradient that is about to be freed.
 
     Args:
-        place: of its parameter, for the message.
+        index: of its parameter, for the message.
         grad: the gradient.
         double: whether any of all gradients is float64.
 
     Raises:
-        TypeError: it is a DTensor, of which only a shard is here.
+        TypeError: it is a DTensor, so that only a shard of it is here.
     """
     if is_distributed(grad):
         raise TypeError(
-            f"max_grad_norm: gradient {place} is a DTensor, whose norm needs all its shards; "
+            f"max_grad_norm: gradient {index} is a DTensor, whose norm needs all its shards; "
             "step without GradientRelease, after torch.nn.utils.clip_grad_norm_"
         )
     return (grad.device, grad.dtype), _norms([grad], 2.0, double)
 
 
 def norm_of(shares: Iterable[Share]) -> Tensor:
-    """``gradient_norm`` of gradients, bit by bit, from their shares in the same order."""
+    """``gradient_norm`` from the shares of gradients in the same order; bitwise equal."""
     together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for kind, norm in shares:
         together.setdefault(kind, []).append(norm)
@@ -119,15 +119,14 @@ def _by_groups(
 
 
 def nonfinite(grads: Sequence[Tensor], params: Sequence[Tensor] = ()) -> Tensor:
-    """1.0 where any element of ``grads`` is NaN or infinite, else 0.0; 0-d float32.
+    """1.0 if any element of ``grads`` is NaN or infinite, else 0.0; 0-d float32.
 
-    Elements on meta, which have no values, are neither. Where any of ``params`` is a DTensor, all
-    shards count: every worker has to call this.
+    Elements on meta, which have no values, count as finite. If any of ``params`` is a DTensor, all
+    shards count, and every worker must call this.
     """
     if any_distributed(params):
         members = _by_groups(grads, params)
-        found = {key: nonfinite(some) for key, some in members.items()}
-        return summed(found, largest=True)
+        return reduced({g: nonfinite(some) for g, some in members.items()}, largest=True)
     # there is no maximum over nothing
     some = [grad for grad in grads if grad.numel() and not grad.is_meta]
     if not some:

@@ -1,10 +1,9 @@
-"""Parameters whose gradients are waited for together, and hooks that wait for them."""
+"""Hooks on gradients that hold their object weakly, and spans of parameters stepped together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakMethod
 
@@ -12,26 +11,26 @@ from torch import Tensor
 
 from optstate_codecs.custom_op import untraced
 
-__all__ = ["Bucket", "in_buckets", "weakly"]
+__all__ = ["ParamSpan", "spans_of", "weakly"]
 
 
 @dataclass(eq=False)
-class Bucket:
-    """Neighbouring parameters that are stepped together, and those that have their gradient."""
+class ParamSpan:
+    """Neighbouring parameters that are stepped together, and those that have a gradient now."""
 
     params: list[Any]
-    here: set[Tensor] = field(default_factory=set)
+    ready: set[Tensor] = field(default_factory=set)
 
 
-def in_buckets(params: Sequence[Tensor], size: int) -> list[Bucket]:
-    """Neighbours on one device that require gradients, in buckets of ``size`` bytes or of one."""
-    found: list[Bucket] = []
+def spans_of(params: Sequence[Tensor], size: int) -> list[ParamSpan]:
+    """Spans of parameters on one device that require gradients, of ``size`` bytes or one each."""
+    found: list[ParamSpan] = []
     filled = 0
     for param in params:
         if not param.requires_grad:
             continue
         if not found or filled + param.nbytes > size or found[-1].params[0].device != param.device:
-            found.append(Bucket([]))
+            found.append(ParamSpan([]))
             filled = 0
         found[-1].params.append(param)
         filled += param.nbytes
@@ -39,15 +38,16 @@ def in_buckets(params: Sequence[Tensor], size: int) -> list[Bucket]:
 
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """A call of ``method`` that does nothing once its object is gone.
+    """A function that calls ``method``, and does nothing once its object is gone.
 
-    For hooks on tensors, through which Python does not see: a strong reference would be a cycle
-    that it never collects.
+    For hooks on tensors: Python's garbage collector does not see through them, so a strong
+    reference would form a cycle that is never freed.
     """
-    return untraced(partial(_call, WeakMethod(method)))
+    weak: WeakMethod[Any] = WeakMethod(method)
 
+    def call(*args: Any) -> None:
+        alive = weak()
+        if alive is not None:
+            alive(*args)
 
-def _call(method: WeakMethod[Any], *args: Any) -> None:
-    alive = method()
-    if alive is not None:
-        alive(*args)
+    return untraced(call)

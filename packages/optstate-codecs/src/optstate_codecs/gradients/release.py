@@ -1,4 +1,4 @@
-"""Gradient release: parameters are stepped during backward, and their gradients freed at once."""
+"""Gradient release: steps parameters during backward and frees their gradients at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
-from types import TracebackType
 from typing import Any, NoReturn
 from weakref import ref
 
@@ -24,12 +23,12 @@ from optstate_codecs.gradients.freed_grad import (
     remove_freed,
 )
 from optstate_codecs.gradients.grad_norm import Share, clip_factor, norm_of, share
-from optstate_codecs.gradients.hooks import Bucket, in_buckets, weakly
+from optstate_codecs.gradients.hooks import ParamSpan, spans_of, weakly
 from optstate_codecs.gradients.release_checks import (
     Values,
-    refuse_changed,
-    refuse_step,
-    refuse_unreduced,
+    check_reduced,
+    check_step_call,
+    check_unchanged,
     values_of,
 )
 from optstate_codecs.optimizer import CodedOptimizer
@@ -41,35 +40,35 @@ __all__ = ["GradientRelease"]
 class GradientRelease:
     """Steps parameters during backward, so that all gradients never exist at the same time.
 
-    While attached, a bucket of neighbouring parameters is stepped as soon as all of them have
-    their gradients, which are then freed. ``optimizer.step()`` steps what is left and completes
-    the step: hooks, learning rate schedules and checkpoints are as without. So is every bit of
-    parameters and state. All gradients are None after ``step()``.
+    While attached, neighbouring parameters are stepped together as soon as all of them have their
+    gradients, which are then freed. ``optimizer.step()`` steps the remaining ones and completes
+    the step. Hooks, learning rate schedules and checkpoints work as without release, and every bit
+    of parameters and state is the same. All gradients are None after ``step()``.
 
-    Groups' values (the learning rate) must not change between backward and ``step()``, and there
-    is one backward a step for each parameter: gradients cannot be accumulated, looked at, clipped
-    or unscaled in between. Until ``step()`` or ``zero_grad()``, ``param.grad`` is a tensor without
-    memory where a gradient was freed. Every operation on it raises, those of
-    ``torch.nn.utils.clip_grad_norm_`` and of whatever calls that included.
+    Values of groups (the learning rate) must not change between backward and ``step()``, and each
+    parameter takes part in one backward per step: gradients cannot be accumulated, read, clipped
+    or unscaled in between. Until ``step()`` or ``zero_grad()``, ``param.grad`` of a freed gradient
+    is a tensor without memory. Every operation on it raises, also inside
+    ``torch.nn.utils.clip_grad_norm_``.
 
-    With ``max_grad_norm``, the global norm has to be known before the first bucket is stepped: a
-    first forward and backward inside ``measure()`` find it and free each gradient, and a second
-    forward and backward step as after ``torch.nn.utils.clip_grad_norm_``.
+    ``max_grad_norm`` needs the global norm before the first step: a first forward and backward
+    inside ``measure()`` compute it and free each gradient, and a second forward and backward step
+    as after ``torch.nn.utils.clip_grad_norm_``.
 
     Args:
         optimizer: of this family, or wrapped by ``optstate_wrap``.
-        bucket_bytes: of gradients, are stepped together; more is fewer launches, and that much
+        bucket_bytes: of gradients stepped together: more bytes are fewer launches, and more
             memory. Larger parameters are stepped alone.
         max_grad_norm: above 0, or None: do not clip.
         allow_distributed: step unsharded parameters although ``torch.distributed`` has several
-            workers: nothing reduces their gradients after this has seen them.
+            workers, because nothing reduces their gradients after backward.
 
     Attributes:
-        grad_norm: the last norm that ``measure`` found, 0-d on the gradients' device, or None.
+        grad_norm: the last norm that ``measure`` computed, 0-d on the gradients' device, or None.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument, or what cannot be combined with this; the
-            message names it. Also from ``backward`` and ``step``, where it shows only there.
+        TypeError, ValueError, RuntimeError: an argument is invalid, or something cannot be combined
+            with this; the message names it. Also raised by ``backward`` and ``step``.
 
     Example:
         >>> with GradientRelease(optimizer):
@@ -101,47 +100,47 @@ class GradientRelease:
         self.allow_distributed = allow_distributed
         self.grad_norm: Tensor | None = None
         self._hooks: list[Any] = []
-        self._buckets: list[Bucket] = []
-        # what gradients have left behind, by parameter: made once
+        self._spans: list[ParamSpan] = []
+        # placeholders of freed gradients, by parameter; reused from step to step
         self._freed: dict[Tensor, FreedGradient] = {}
-        self._second = weakly(self._accumulated)
-        # gradients of several devices come in threads of their own
+        self._on_accumulation = weakly(self._accumulated)
+        # each device's gradients come on a thread of its own
         self._lock = RLock()
-        # while measuring, the place of each parameter, and whether any is float64
+        # during ``measure``: the index of each parameter, and whether any is float64
         self._measuring: dict[Tensor, tuple[int, bool]] = {}
         self.abandon()
-        self._refuse()
+        self._check()
 
-    def _refuse(self) -> None:
+    def _check(self) -> None:
         self.optimizer.refuse_parts()
         if isinstance(self.optimizer, CodedOptimizer):
             for number, param in enumerate(self._params()):
                 if param.requires_grad:
                     check_steppable(number, param)
         if not self.allow_distributed:
-            refuse_unreduced(self._params())
+            check_reduced(self._params())
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
     def attach(self) -> GradientRelease:
-        """Begin to step in backward; nothing changes where it is attached already."""
+        """Start stepping in backward; does nothing if attached already."""
         if self._hooks:
             return self
-        self._refuse()
+        self._check()
         if self.optimizer.steps_in_parts:
             raise RuntimeError("optimizer: another GradientRelease is attached; detach that first")
-        self._buckets = in_buckets(self._params(), self.bucket_bytes)
+        self._spans = spans_of(self._params(), self.bucket_bytes)
         clear = untraced(remove_before_backward)
-        for number, bucket in enumerate(self._buckets):
-            # not the bucket: parameters that hold themselves are never collected
-            hook = partial(weakly(self._arrived), number)
-            for param in bucket.params:
+        for number, span in enumerate(self._spans):
+            # not the span itself: a parameter that its own hook refers to is never collected
+            hook = partial(weakly(self._gradient_ready), number)
+            for param in span.params:
                 self._hooks.append(param.register_post_accumulate_grad_hook(hook))
                 if self.max_grad_norm is not None:
-                    # the second backward must find nothing of the first
+                    # the second backward must not find placeholders of the first
                     self._hooks.append(param.register_hook(partial(clear, ref(param))))
-        # by these the optimizer keeps this alive
+        # through these hooks the optimizer keeps this object alive
         self._hooks.append(self.optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
         self.optimizer.steps_in_parts = True
@@ -149,7 +148,7 @@ class GradientRelease:
         return self
 
     def detach(self) -> None:
-        """Leave gradients alone from now on; ``step()`` completes a step that has begun."""
+        """Stop stepping in backward; ``step()`` completes a step that has begun."""
         if self._hooks:
             self.optimizer.steps_in_parts = False
             self._remove_freed()
@@ -159,33 +158,28 @@ class GradientRelease:
     def __enter__(self) -> GradientRelease:
         return self.attach()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.detach()
 
     def abandon(self) -> None:
-        """Forget the step that has begun, after a backward that failed outside of the optimizer.
+        """Discard the step that has begun, after a backward that failed outside of the optimizer.
 
-        What has been stepped stays so; call ``zero_grad()`` too. An error that this has raised
-        itself needs only that.
+        Parameters that have been stepped stay stepped; call ``zero_grad()`` too. After an error
+        that this object raised, ``zero_grad()`` is enough.
         """
         self._remove_freed()
-        self._begin()
+        self._begin_step()
 
-    def _begin(self) -> None:
-        """Be as before the first gradient of a step."""
+    def _begin_step(self) -> None:
+        """Reset to the state before the first gradient of a step."""
         self._stepped: set[Tensor] = set()
         self._shares: dict[Tensor, Share] = {}
         self._factor: Tensor | None = None
         self._values: Values = {}
         self._failed: int | None = None
         self._joining = False
-        for bucket in self._buckets:
-            bucket.here.clear()
+        for span in self._spans:
+            span.ready.clear()
 
     def __del__(self) -> None:
         if hasattr(self, "_freed"):
@@ -197,10 +191,10 @@ class GradientRelease:
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Inside, a backward only finds the norm of all gradients, for ``max_grad_norm``.
+        """Inside, a backward only computes the norm of all gradients, for ``max_grad_norm``.
 
-        The next backward must give the same gradients. For dropout, torch's random numbers are
-        put back at the end; what else a forward changes (batch norm) it changes twice.
+        The next backward must give the same gradients. For dropout, the state of torch's random
+        generators is restored at the end; other effects of a forward (batch norm) happen twice.
         """
         if self.max_grad_norm is None:
             raise ValueError("max_grad_norm=None: must be above 0 for measure()")
@@ -212,7 +206,7 @@ class GradientRelease:
         self.abandon()
         devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
         double = any(p.dtype == torch.float64 for p in params)
-        self._measuring = {param: (place, double) for place, param in enumerate(params)}
+        self._measuring = {param: (index, double) for index, param in enumerate(params)}
         try:
             with torch.random.fork_rng(devices):
                 yield
@@ -222,12 +216,12 @@ class GradientRelease:
             self.grad_norm = norm_of(self._shares[p] for p in params if p in self._shares)
             self._factor = clip_factor(self.grad_norm, self.max_grad_norm)
 
-    def _arrived(self, number: int, param: Tensor) -> None:
-        """A parameter of bucket ``number`` has its gradient."""
-        bucket = self._buckets[number]
+    def _gradient_ready(self, number: int, param: Tensor) -> None:
+        """A parameter of span ``number`` has its gradient."""
+        span = self._spans[number]
         with self._lock:
             task = torch._C._current_graph_task_id()
-            # a group may have a parameter twice, which is stepped with the first
+            # a group may hold a parameter twice: it is stepped the first time
             grad = param.grad if has_gradient(param) else None
             if grad is None or (task == self._failed and task >= 0):
                 return
@@ -238,20 +232,20 @@ class GradientRelease:
                     raise RuntimeError("create_graph=True: its graph needs parameters as they were")
                 self._expect(param)
                 if self._measuring:
-                    place, double = self._measuring[param]
-                    self._shares[param] = share(place, grad, double)
+                    index, double = self._measuring[param]
+                    self._shares[param] = share(index, grad, double)
                     self._free(param)
                     return
-                bucket.here.add(param)
-                if len(bucket.here) == len(bucket.params):
-                    stepping = bucket.params
+                span.ready.add(param)
+                if len(span.ready) == len(span.params):
+                    stepping = span.params
                     self._step(stepping)
                     self._join_at_the_end()
             except Exception as error:
                 self._fail(error, stepping)
 
     def _accumulated(self, freed: FreedGradient) -> None:
-        """A backward is about to add to what the gradient of this step has left behind."""
+        """A backward is about to add to a gradient that this step has freed."""
         with self._lock:
             try:
                 for param, left in self._freed.items():
@@ -261,7 +255,7 @@ class GradientRelease:
                 self._fail(error, [])
 
     def _fail(self, error: Exception, stepping: Sequence[Tensor]) -> NoReturn:
-        """Raise, in a backward, what says how far the step came; the next one begins anew."""
+        """Raise an error in backward that says how far the step came; then start a new step."""
         before, now = self._numbers(self._stepped), self._numbers(stepping)
         self.abandon()
         self._failed = torch._C._current_graph_task_id()
@@ -272,13 +266,13 @@ class GradientRelease:
         ) from error
 
     def _free(self, param: Tensor) -> None:
-        """Leave nothing of a parameter's gradient but what notices who looks for it."""
+        """Replace a parameter's gradient by a placeholder, on which operations raise."""
         grad = param.grad
         if grad is None:
             return
         freed = self._freed.get(param)
-        if freed is None or not freed.stands_for(grad):
-            freed = self._freed[param] = FreedGradient(grad, self._advice(), self._second)
+        if freed is None or not freed.matches(grad):
+            freed = self._freed[param] = FreedGradient(grad, self._advice(), self._on_accumulation)
         param.grad = freed
 
     def _advice(self) -> str:
@@ -289,10 +283,10 @@ class GradientRelease:
         return f"{how}, and no other clipping (max_grad_norm=0 for transformers.Trainer)"
 
     def _join_at_the_end(self) -> None:
-        """Have what follows this backward wait for steps that are taken beside it."""
+        """At the end of this backward, have the current stream wait for the steps in it."""
         if not self._joining:
             self._joining = True
-            # as torch's own data parallelism ends its backward
+            # torch's own data parallelism uses the same callback
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._join)
 
@@ -301,7 +295,7 @@ class GradientRelease:
         self.optimizer.join_parts()
 
     def _expect(self, param: Tensor) -> None:
-        """Raise if this gradient must not be there now."""
+        """Raise if this gradient was not to be expected now."""
         if param in self._stepped or (self._measuring and param in self._shares):
             raise RuntimeError(
                 f"parameter {self._numbers([param])[0]}: a second gradient in one step; gradients "
@@ -320,28 +314,28 @@ class GradientRelease:
 
     @torch.no_grad()
     def _step(self, params: Sequence[Tensor]) -> None:
-        """Step those that have gradients, and free these."""
+        """Step the parameters that have gradients, and free the gradients."""
         if capturing():
             raise RuntimeError("CUDA graph capture: cannot be combined with GradientRelease")
         self.optimizer.refuse_parts()
-        refuse_changed(self._values, values_of(self.optimizer))
+        check_unchanged(self._values, values_of(self.optimizer))
         given = [param for param in params if param.grad is not None]
         if not given:
             return
         self.optimizer.step_part(given, self._factor)
         for param in given:
-            # kernels write where autograd does not see it: what still needs the old value must fail
+            # autograd does not see kernels write: a later use of the old value must raise
             torch.autograd.graph.increment_version(param)
             self._free(param)
         self._stepped.update(given)
         self._values = values_of(self.optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Refuse what cannot be, and step what is left."""
-        refuse_step(optimizer, args[1:], kwargs)
+        """Raise if the step is not allowed; otherwise step the remaining parameters."""
+        check_step_call(optimizer, args[1:], kwargs)
         if self._failed is not None:
             raise RuntimeError("step(): backward has failed; call zero_grad() and run it again")
-        # the optimizer and the hooks that follow are to find no gradients
+        # the optimizer and later hooks must find no gradients
         self._remove_freed()
         left = [param for param in self._params() if param.grad is not None]
         for param in left:
@@ -351,4 +345,4 @@ class GradientRelease:
             param.grad = None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._begin()
+        self._begin_step()

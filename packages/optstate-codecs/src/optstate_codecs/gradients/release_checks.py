@@ -1,4 +1,4 @@
-"""What steps during backward cannot be combined with, by name; see ``release``."""
+"""Checks that raise for uses that gradient release does not support; see ``release``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from optstate_codecs.sharding import is_distributed
 
 __all__ = [
     "Values",
-    "refuse_changed",
-    "refuse_step",
-    "refuse_unreduced",
-    "scaler_refused",
+    "check_reduced",
+    "check_step_call",
+    "check_unchanged",
+    "scaler_error",
     "values_of",
 ]
 
-# what groups hold besides parameters, by group and key; of tensors, which one and when
+# values of the groups besides parameters, by group and key; for a tensor its identity and version
 Values = dict[tuple[int, str], Any]
 
 
-def refuse_unreduced(params: Sequence[Tensor]) -> None:
-    """Raise if other workers have a part in gradients that nobody has reduced yet."""
+def check_reduced(params: Sequence[Tensor]) -> None:
+    """Raise if several workers have gradients of these parameters that are not reduced yet."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return
@@ -37,17 +37,17 @@ def refuse_unreduced(params: Sequence[Tensor]) -> None:
         )
 
 
-def refuse_step(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check_step_call(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise if ``step`` was called by a scaler or with a closure."""
-    # taken away, since the scaler leaves them there after an exception
+    # removed, since the scaler leaves them there after an exception
     scaled = [vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf")]
     if any(value is not None for value in scaled):
-        raise scaler_refused()
+        raise scaler_error()
     if any(value is not None for value in (*args, *kwargs.values())):
         raise ValueError("closure: must be None under GradientRelease; call backward before")
 
 
-def scaler_refused() -> RuntimeError:
+def scaler_error() -> RuntimeError:
     """The error for gradients that are still scaled when they are stepped."""
     return RuntimeError(
         "GradScaler: cannot be combined with GradientRelease, which has stepped with scaled "
@@ -56,7 +56,7 @@ def scaler_refused() -> RuntimeError:
 
 
 def values_of(optimizer: Optimizer) -> Values:
-    """What the groups hold now."""
+    """The present values of the groups."""
     return {
         (number, key): (id(value), value._version) if isinstance(value, Tensor) else value
         for number, group in enumerate(optimizer.param_groups)
@@ -65,8 +65,8 @@ def values_of(optimizer: Optimizer) -> Values:
     }
 
 
-def refuse_changed(before: Values, now: Values) -> None:
-    """Raise if a value has changed in the middle of a step."""
+def check_unchanged(before: Values, now: Values) -> None:
+    """Raise if a value has changed between two parts of a step."""
     for (number, key), value in before.items():
         if now.get((number, key)) != value:
             raise RuntimeError(

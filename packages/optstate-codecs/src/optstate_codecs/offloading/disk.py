@@ -1,8 +1,8 @@
-"""State in a file: positional reads and writes on threads, and a manifest that is written last.
+"""A store that keeps state in a file on disk, with a manifest that makes it a checkpoint.
 
-Every slab has two places in the file. A step writes to the one that the manifest does not name, and
-when all of it is written a new manifest takes the place of the old one in a single renaming: what
-the manifest names is always one whole step, wherever the process is killed.
+Threads read and write the file. Every slab has two memories in it. A step writes to those that the
+manifest does not name. When all of them are written, a new manifest replaces the old one by a
+single rename. So the manifest always names one complete step, wherever the process is killed.
 """
 
 from __future__ import annotations
@@ -33,28 +33,32 @@ from optstate_codecs.offloading.tasks import Task
 
 __all__ = ["DiskStateStore"]
 
-# to be closed when the process ends, which collects no garbage
+# closed at process exit, when no garbage is collected
 _open: WeakSet[DiskStateStore] = WeakSet()
-# the file begins with what says which manifest is its own
+# the file begins with the id that its manifest must have
 HEADER = 4096
 THREADS = 4
 NAME = "optstate-disk"
 
 
 class DiskStateStore(StateStore):
-    """A preallocated file, and beside it ``PATH.json``, the manifest of the last whole step.
+    """Keeps state in a preallocated file; ``PATH.json`` is the manifest of the last complete step.
 
     Args:
-        path: of the file, which is made.
-        resume: the file is there, with its manifest; go on from it.
-        sync: have every step reach the disk itself before its manifest does, so that it also
-            outlives a loss of power; slow.
+        path: the file, which is created.
+        resume: go on from a file that exists, with its manifest.
+        sync: flush every step to the disk before its manifest, so that it also survives a loss of
+            power; slow.
+
+    Attributes:
+        manifest: with ``resume``, the manifest as it was read; else None.
+        groups: the param group values to keep in the manifest, or None.
 
     Raises:
-        FileExistsError: the file is there, and ``resume`` is False.
-        FileNotFoundError: ``resume`` is True and the file or its manifest is not there.
-        ValueError: the manifest is not one, or not this file's, or the file has been cut off.
-        OSError: another process uses it, or there is no room.
+        FileExistsError: the file exists, and ``resume`` is False.
+        FileNotFoundError: ``resume`` is True, and the file or its manifest is missing.
+        ValueError: the manifest is invalid or another file's, or the file is truncated.
+        OSError: another process uses the file, or the disk is full.
     """
 
     name = "disk"
@@ -65,14 +69,14 @@ class DiskStateStore(StateStore):
         self.sync = sync
         self.manifest: dict[str, Any] | None = None
         self.groups: GroupValues | None = None
-        # what the manifest says, or will
-        self._said: dict[str, Any] | None = None
-        self._shown: set[int] = set()
+        # the content of the last manifest that was written or will be
+        self._content: dict[str, Any] | None = None
+        self._protected: set[int] = set()
         self._reads: dict[int, tuple[Chunk, Task]] = {}
-        # the last of each chunk, and of each slot
+        # the last write of each chunk, and of each slot
         self._writes: dict[Chunk, Task] = {}
         self._sinks: dict[int, Task] = {}
-        self._rooms: dict[tuple[str, int], Tensor] = {}
+        self._buffers: dict[tuple[str, int], Tensor] = {}
         self._sent: dict[int, Any] = {}
         self._written: Task | None = None
         flags = os.O_RDWR if resume else os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -89,7 +93,7 @@ class DiskStateStore(StateStore):
         try:
             self._lock()
             if resume:
-                self.manifest = self._said = read_manifest(self.manifest_path)
+                self.manifest = self._content = read_manifest(self.manifest_path)
                 self._id, self._end = self.manifest["id"], int(self.manifest["bytes"])
                 if os.pread(self._file, 32, 0) != self._id.encode():
                     raise ValueError(
@@ -118,13 +122,13 @@ class DiskStateStore(StateStore):
             raise ValueError(f"{self.path}: cut off: {found} bytes, must be {nbytes}")
 
     def _grow(self, nbytes: int) -> int:
-        """Take more of the disk; where it begins."""
+        """Extend the file; returns where the new bytes begin."""
         start, size = self._end, -(-nbytes // GRANULARITY) * GRANULARITY
         if size:
             try:
                 os.posix_fallocate(self._file, start, size)
             except OSError as error:
-                with suppress(OSError):  # what there was of it
+                with suppress(OSError):  # the bytes that were allocated
                     os.ftruncate(self._file, start)
                 raise OSError(
                     error.errno, f"{self.path}: no room for {size} more bytes: {error.strerror}"
@@ -136,10 +140,10 @@ class DiskStateStore(StateStore):
         return self.mapped(self._grow(nbytes), nbytes)
 
     def mapped(self, offset: int, nbytes: int) -> Memory:
-        """What is in the file from ``offset`` on.
+        """Bytes of the file, from ``offset`` on, as memory.
 
         Raises:
-            ValueError: that is not all in it.
+            ValueError: they are not all in the file.
         """
         if offset % GRANULARITY or not 0 <= offset <= offset + nbytes <= self._end:
             raise ValueError(f"{self.manifest_path}: a slab of {nbytes} bytes at byte {offset}")
@@ -149,10 +153,10 @@ class DiskStateStore(StateStore):
         before = self._end
         try:
             slab = super().allocate(nbytes)
-            # the second memory now: a full disk is to be found before a step, not in it
+            # the second memory now, so that a full disk is noticed before a step, not during it
             slab.family.append(self.new(nbytes))
         except OSError:
-            # nothing of it is in use: another attempt is to find as much room as this one
+            # nothing of it is in use: the next attempt should find as much space
             with suppress(OSError):
                 os.ftruncate(self._file, before)
                 self._end = before
@@ -160,36 +164,32 @@ class DiskStateStore(StateStore):
         return slab
 
     def writable(self, memory: Memory) -> bool:
-        return super().writable(memory) and id(memory) not in self._shown
+        return super().writable(memory) and id(memory) not in self._protected
 
-    def show(self, memories: Iterable[Memory]) -> None:
-        """The manifest names these."""
-        self._shown = set(map(id, memories))
+    def protect(self, memories: Iterable[Memory]) -> None:
+        self._protected = set(map(id, memories))
 
     def check(self) -> None:
         self._check_size(self._end)
-        self._again()
-
-    def _again(self) -> None:
-        """Try again what could not be kept, before a step makes more of it."""
+        # retry failed writes, before a step adds more
         for task in (*self._writes.values(), self._written):
             if task is not None and task.failed:
                 task.result()
 
-    def _room(self, kind: str, chunk: Chunk) -> Tensor:
-        """Host memory that a slot's chunks pass through on their way in or out."""
-        room = self._rooms.get((kind, chunk.slot))
-        if room is None or room.numel() < chunk.nbytes:
-            room = empty_pinned(chunk.nbytes, torch.cuda.is_available())
-            self._rooms[kind, chunk.slot] = room
-        return room
+    def _buffer(self, kind: str, chunk: Chunk) -> Tensor:
+        """The host memory between the file and a slot's chunks, ``kind`` "in" or "out"."""
+        buffer = self._buffers.get((kind, chunk.slot))
+        if buffer is None or buffer.numel() < chunk.nbytes:
+            buffer = empty_pinned(chunk.nbytes, torch.cuda.is_available())
+            self._buffers[kind, chunk.slot] = buffer
+        return buffer
 
     def prepare(self, chunk: Chunk) -> None:
         reading = self._reads.get(chunk.slot)
         if reading is not None and (reading[0] is chunk or not reading[1].done()):
             return
-        # no reference to the place: threads are not to be the last that have it
-        room, written, file = self._room("in", chunk), self._writes.get(chunk), self._file
+        # no reference to the store, which a thread must not be the last to hold
+        buffer, written, file = self._buffer("in", chunk), self._writes.get(chunk), self._file
         event, regions, start = self._sent.pop(chunk.slot, None), chunk.regions, chunk.memory.offset
 
         def read() -> None:
@@ -198,7 +198,7 @@ class DiskStateStore(StateStore):
             if event is not None:
                 event.synchronize()
             for region in regions:
-                inside = room[region.offset : region.offset + region.nbytes]
+                inside = buffer[region.offset : region.offset + region.nbytes]
                 _read(file, inside, start + region.start)
 
         self._reads[chunk.slot] = chunk, Task(self._pool, read)
@@ -214,8 +214,8 @@ class DiskStateStore(StateStore):
         self.prepare(chunk)
         self._reads[chunk.slot][1].result()
         del self._reads[chunk.slot]
-        room = self._room("in", chunk)
-        return [(room[r.offset : r.offset + r.nbytes], r) for r in chunk.regions]
+        buffer = self._buffer("in", chunk)
+        return [(buffer[r.offset : r.offset + r.nbytes], r) for r in chunk.regions]
 
     def sent(self, chunk: Chunk, event: Any) -> None:
         if event is not None:
@@ -234,21 +234,21 @@ class DiskStateStore(StateStore):
 
     def sink(self, chunk: Chunk) -> Iterable[tuple[Tensor, Region]]:
         self.reserve(chunk)
-        room = self._room("out", chunk)
-        return [(room[r.offset : r.offset + r.nbytes], r) for r in chunk.regions]
+        buffer = self._buffer("out", chunk)
+        return [(buffer[r.offset : r.offset + r.nbytes], r) for r in chunk.regions]
 
     def stored(self, chunk: Chunk) -> None:
-        room, start, file = self._room("out", chunk), chunk.memory.offset, self._file
-        event, regions, shown = chunk.stored, chunk.regions, self._written
+        buffer, start, file = self._buffer("out", chunk), chunk.memory.offset, self._file
+        event, regions, manifest = chunk.stored, chunk.regions, self._written
 
         def write() -> None:
-            if shown is not None:
-                # until then, the manifest on the disk names what this is written over
-                shown.result()
+            if manifest is not None:
+                # until then, the manifest on the disk names the memory that this overwrites
+                manifest.result()
             if event is not None:
                 event.synchronize()
             for region in regions:
-                inside = room[region.offset : region.offset + region.nbytes]
+                inside = buffer[region.offset : region.offset + region.nbytes]
                 _write(file, inside, start + region.start)
 
         self._sinks[chunk.slot] = self._writes[chunk] = Task(self._pool, write)
@@ -263,12 +263,12 @@ class DiskStateStore(StateStore):
 
     def commit(self, describe: Callable[[], dict[str, Any]]) -> None:
         content = describe()
-        self.show(content.pop("memories"))
+        self.protect(content.pop("memories"))
         counts = content.pop("counts")
         tasks = [task for task in (*self._writes.values(), self._written) if task is not None]
         if self.groups is not None:
             content["param_groups"] = self.groups.take()
-        self._said = content = {"id": self._id, "bytes": self._end, **content}
+        self._content = content = {"id": self._id, "bytes": self._end, **content}
         file, path, sync = self._file, self.manifest_path, self.sync
 
         def keep() -> None:
@@ -285,7 +285,7 @@ class DiskStateStore(StateStore):
     def restate(self) -> bool:
         if self._file < 0 or self._owner != os.getpid() or not self._outdated:
             return False
-        content, before = self._again_said(), self._written
+        content, before = self._updated_content(), self._written
         path, sync = self.manifest_path, self.sync
 
         def keep() -> None:
@@ -302,36 +302,36 @@ class DiskStateStore(StateStore):
 
     @property
     def _outdated(self) -> bool:
-        """Whether there is a manifest, and groups hold other values than it says."""
-        return self._said is not None and self.groups is not None and self.groups.changed()
+        """Whether there is a manifest with other group values than the present ones."""
+        return self._content is not None and self.groups is not None and self.groups.changed()
 
-    def _again_said(self) -> dict[str, Any]:
-        """What the manifest says, with the values that groups hold now."""
-        assert self._said is not None
+    def _updated_content(self) -> dict[str, Any]:
+        """The manifest's content with the present group values."""
+        assert self._content is not None
         assert self.groups is not None
-        self._said = {**self._said, "param_groups": self.groups.take()}
-        return self._said
+        self._content = {**self._content, "param_groups": self.groups.take()}
+        return self._content
 
     def close(self, remove: bool = False) -> None:
-        """Write what is under way, and let go of the file, which can be removed."""
+        """Finish writes that are under way, and close the file, or remove it."""
         if self._file < 0:
             return
         file, self._file = self._file, -1
         if self._owner != os.getpid():
-            # a process that was forked has neither the threads nor the lock
+            # a forked process has neither the threads nor the lock
             os.close(file)
             return
         last: Callable[[], object] | None = None
-        # whoever collects garbage is not to wait for a device
+        # the garbage collector may call this, and must not wait for a device
         if not remove and self._outdated and self.groups and not self.groups.on_device:
-            last = partial(write_manifest, self.manifest_path, self._again_said(), self.sync)
+            last = partial(write_manifest, self.manifest_path, self._updated_content(), self.sync)
         writes = list(self._writes.values())
         given = (file, self._pool, writes, self._written, last, self.path if remove else None)
         if current_thread().name.startswith(NAME):
-            # the collector of garbage came by on a thread of this very pool, which cannot await it
-            Thread(target=_let_go, args=given).start()
+            # the garbage collector runs on a thread of this pool, which cannot wait for itself
+            Thread(target=_finish, args=given).start()
         else:
-            _let_go(*given)
+            _finish(*given)
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0 and hasattr(self, "_pool"):
@@ -340,11 +340,11 @@ class DiskStateStore(StateStore):
 
 @atexit.register
 def _close_all() -> None:
-    for place in list(_open):
-        place.close()
+    for store in list(_open):
+        store.close()
 
 
-def _let_go(
+def _finish(
     file: int,
     pool: ThreadPoolExecutor,
     writes: Sequence[Task],
@@ -352,11 +352,11 @@ def _let_go(
     last: Callable[[], object] | None,
     remove: Path | None,
 ) -> None:
-    """Let go of a file after all that is under way, and after ``last`` if there is a manifest."""
+    """Close a file after all writes, and after ``last`` unless writing the manifest failed."""
     pool.shutdown()
     for task in (*writes, manifest):
         if task is not None and task.failed:
-            # it has been raised before, or nobody asks any more; what is named is whole
+            # the error was raised before; the old manifest is still valid
             with suppress(Exception):
                 task.result()
     if last is not None and (manifest is None or not manifest.failed):
@@ -364,7 +364,7 @@ def _let_go(
             last()
     if remove is not None:
         remove.unlink(missing_ok=True)
-    # what is mapped holds the file, and so would the lock
+    # mapped regions keep the file open, and would keep the lock
     fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
 

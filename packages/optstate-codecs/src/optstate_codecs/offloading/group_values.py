@@ -1,4 +1,4 @@
-"""The values of param groups as a manifest has them, and whether they have changed since."""
+"""Param group values for a manifest, and the detection of changes to them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from optstate_codecs.plain import plain_value
 __all__ = ["UNSAID", "Group", "GroupValues", "plain"]
 
 Group = dict[str, Any]
-# names are the model's, which may have changed them
+# not in a manifest as they are; names belong to the model and may change
 UNSAID = ("params", "param_names")
 _unknown = object()
 
 
 def plain(group: Mapping[str, Any]) -> Group:
-    """A group's values as JSON has them, and how many parameters it has; no others' objects."""
+    """A group's values as JSON values, and its number of parameters; other objects are left out."""
     values = {key: _plain(value) for key, value in group.items() if key not in UNSAID}
     kept = {key: value for key, value in values.items() if value is not _unknown}
     return {**kept, "params": len(group["params"])}
@@ -42,10 +42,10 @@ def _plain(value: Any) -> Any:
 
 
 class GroupValues:
-    """What an optimizer's groups hold, to be said in a manifest.
+    """The values in an optimizer's param groups, for a manifest.
 
     Args:
-        groups: the optimizer's list of them.
+        groups: ``optimizer.param_groups``.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -53,19 +53,19 @@ class GroupValues:
         self._taken: list[Any] | None = None
 
     def take(self) -> list[Group]:
-        """The values as they are now; those of tensors on a device are waited for."""
+        """The values as they are now; waits for tensors on a device."""
         self._taken = self._marks()
         return [plain(group) for group in self._groups]
 
     def forget(self) -> None:
-        """Nothing counts as changed until the values are taken again."""
+        """Report no change until the values are taken again."""
         self._taken = None
 
     def changed(self) -> bool:
-        """Whether a value is another than when they were taken.
+        """Whether a value has changed since the values were taken.
 
-        Nothing is waited for: of a tensor it is asked whether it was written to. Groups that have
-        come or grown since have no state in the manifest yet, so that their values can wait.
+        This does not wait for a device: a tensor has changed if it was written to. Added or larger
+        groups do not count, since a manifest has no state of their new parameters yet.
         """
         if self._taken is None:
             return False
@@ -75,7 +75,7 @@ class GroupValues:
 
     @property
     def on_device(self) -> bool:
-        """Whether to take them may wait for a device."""
+        """Whether ``take`` may wait for a device."""
         return any(_on_device(value) for group in self._groups for value in group.values())
 
     def _marks(self) -> list[Any]:
@@ -86,7 +86,7 @@ class GroupValues:
 
 
 def _mark(value: Any) -> Any:
-    """What differs where a value does."""
+    """A value to compare: it differs if the group's value differs or was written to."""
     if isinstance(value, Tensor):
         return id(value), 0 if value.is_inference() else value._version
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Regions of a file as tensors."""
+"""Memory-mapped regions of a file as tensors."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 
 __all__ = ["GRANULARITY", "mapped"]
 
-#: what regions begin at multiples of
+#: regions begin at multiples of it, in bytes
 GRANULARITY = mmap.ALLOCATIONGRANULARITY
 
 
 def mapped(file: int, offset: int, nbytes: int) -> Tensor:
-    """Bytes of a file in memory: what is written to them is in the file.
+    """Map bytes of a file into memory; writes to the tensor change the file.
 
-    Python's ``mmap`` would keep a descriptor of the file for each, and there are thousands.
+    Python's ``mmap`` would keep a file descriptor open for each of thousands of regions.
 
     Args:
-        file: its descriptor, which may be closed while the tensor lives.
-        offset: where they begin, a multiple of ``GRANULARITY``.
-        nbytes: how many.
+        file: the file's descriptor, which may be closed while the tensor lives.
+        offset: where the bytes begin, a multiple of ``GRANULARITY``.
+        nbytes: the number of bytes.
 
     Returns:
         uint8 [nbytes].
 
     Raises:
-        OSError: the system does not map them.
+        OSError: the system cannot map them.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -43,6 +43,6 @@ def mapped(file: int, offset: int, nbytes: int) -> Tensor:
         number = ctypes.get_errno()
         raise OSError(number, f"mapping {nbytes} bytes of a file: {os.strerror(number)}")
     region = (ctypes.c_uint8 * nbytes).from_address(address)
-    # not at the interpreter's end, when tensors may still be looked at
+    # not at interpreter exit, when tensors may still be read
     finalize(region, libc.munmap, ctypes.c_void_p(address), size).atexit = False
     return torch.frombuffer(region, dtype=torch.uint8)

@@ -1,18 +1,18 @@
-"""Keeping the state of an optimizer of the family elsewhere than on the device that steps it."""
+"""Offload optimizer state to host memory or a file: ``offload`` and ``synchronize``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import ref
+from weakref import WeakMethod
 
 from optstate_codecs import checks
-from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.offloading.group_values import GroupValues
+from optstate_codecs.offloading.placement import CHUNK_BYTES, Placement
 from optstate_codecs.offloading.resume import resume_from
 from optstate_codecs.offloading.store import HostStateStore, StateStore
-from optstate_codecs.offloading.streaming import CHUNK_BYTES, StreamingExecutor
+from optstate_codecs.offloading.streaming import StreamingExecutor
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.param_checks import check_params
 
@@ -23,7 +23,7 @@ STORES = ("host", "disk")
 
 @dataclass(frozen=True)
 class Offload:
-    """How an optimizer's state is kept elsewhere; the arguments of ``offload``."""
+    """How an optimizer's state is offloaded: the arguments of ``offload``."""
 
     store: str = "host"
     path: str | None = None
@@ -32,13 +32,14 @@ class Offload:
     resident_bytes: int = 0
 
     def again(self, optimizer: CodedOptimizer) -> None:
-        """Have a copy of an optimizer keep its state as the first does; a file is not shared."""
+        """Offload a copy of an optimizer likewise, but to the host: a file is not shared."""
         optimizer.offloaded = how = replace(self, store="host", path=None)
-        optimizer.executor = how.stream(optimizer, HostStateStore())
+        optimizer.executor = how.new_executor(optimizer, HostStateStore())
 
-    def stream(self, optimizer: CodedOptimizer, place: StateStore) -> StreamingExecutor:
-        """A session that keeps the optimizer's state in ``place``."""
-        return StreamingExecutor(optimizer.backend, place, self.chunk_bytes, self.resident_bytes)
+    def new_executor(self, optimizer: CodedOptimizer, store: StateStore) -> StreamingExecutor:
+        """A new executor that keeps the optimizer's state in ``store``."""
+        placement = Placement(store, self.chunk_bytes, self.resident_bytes)
+        return StreamingExecutor(optimizer.backend, placement)
 
 
 def offload(
@@ -51,31 +52,31 @@ def offload(
     chunk_bytes: int = CHUNK_BYTES,
     resident_bytes: int = 0,
 ) -> CodedOptimizer:
-    """Keep an optimizer's state in host memory or in a file; steps stay on the parameters' device.
+    """Offload optimizer state to CPU memory or disk; steps stay on the parameters' device.
 
-    A step brings the state to the device chunk by chunk, three at a time, while others go back, and
-    gives the very bits that it would give with the state beside the parameters. It returns before
-    all is back: ``optimizer.state`` waits for that. On a GPU the host's memory is page-locked.
-    A file has every slab twice, in turns: tensors of ``optimizer.state`` show the step that they
-    were asked for after, and are to be asked for again after the next.
+    A step loads the state to the device chunk by chunk, three at a time, and stores it again. The
+    result is bitwise equal to that of a step with the state on the device. The step returns before
+    all state is stored; ``optimizer.state`` waits for that. For a GPU, host memory is page-locked.
+    A file holds every slab twice, and steps alternate between the two. So tensors of
+    ``optimizer.state`` show the step after which they were read; read them again after the next.
 
     Args:
-        optimizer: of the family; what state it has moves. It is changed in place.
-        store: "host", or "disk".
-        path: of the file that "disk" keeps state in, twice its size; ``PATH.json`` beside it is the
-            manifest of the last whole step, which makes the two a checkpoint of the optimizer.
-        resume: take state, step counts and the values of param groups from the file, which is
-            there. Make a scheduler before, and load its state after.
-        sync: have each step reach the disk before its manifest does, as a loss of power demands.
-        chunk_bytes: of state that moves at a time; three times as much is taken on the device.
-        resident_bytes: of state that stays on the device, the first parameters', not with "disk".
+        optimizer: an optimizer of the family. It is changed in place, and its state moves.
+        store: "host" or "disk".
+        path: the file for "disk", twice the size of the state. ``PATH.json`` beside it is the
+            manifest of the last complete step; the two are a checkpoint of the optimizer.
+        resume: take state, step counts and param group values from the file, which exists. Make a
+            scheduler before, and load its state after.
+        sync: flush each step to the disk before its manifest, so that it survives a loss of power.
+        chunk_bytes: bytes of state that move at a time; three times as much is on the device.
+        resident_bytes: bytes of state that stay on the device, of the first parameters; not "disk".
 
     Returns:
         ``optimizer``.
 
     Raises:
         TypeError, ValueError, OSError: an argument is wrong, or the file is not usable; the
-            optimizer is as it was.
+            optimizer is unchanged.
 
     Example:
         >>> optimizer = offload(AdamW8bit(model.parameters(), lr=2e-5))
@@ -105,41 +106,42 @@ def offload(
     if optimizer.offloaded is not None:
         raise ValueError(f"optimizer: its state is offloaded already ({optimizer.offloaded.store})")
     how = Offload(store, None if path is None else str(path), sync, chunk_bytes, resident_bytes)
-    place: Any = _place_of(path, resume, sync)
+    state_store: Any = _make_store(path, resume, sync)
     try:
         if resume:
-            # parts are what they were
-            how = replace(how, chunk_bytes=place.manifest["chunk_bytes"])
-        stream = how.stream(optimizer, place)
+            # parts were cut by the size that the file was made with
+            how = replace(how, chunk_bytes=state_store.manifest["chunk_bytes"])
+        executor = how.new_executor(optimizer, state_store)
         if store == "disk":
-            # no reference to the optimizer, which has the stream
-            place.groups, this = GroupValues(optimizer.param_groups), ref(optimizer)
-            stream.every = lambda: _stored_param_steps(this())
-        # from here on state belongs on the host
+            # a weak reference, since the optimizer refers to the executor
+            collect: Any = WeakMethod(optimizer.stored_param_steps)
+            executor.all_param_steps = lambda: collect()()
+            state_store.groups = GroupValues(optimizer.param_groups)
+        # from here on, state is made on the host
         optimizer.offloaded = how
         if resume:
-            resume_from(optimizer, stream, place)
-            place.groups.take()
+            resume_from(optimizer, executor.placement, state_store)
+            state_store.groups.take()
         else:
             _move(optimizer)
     except BaseException:
         optimizer.offloaded = None
-        place.close(remove=not resume)
+        state_store.close(remove=not resume)
         raise
-    optimizer.executor = stream
+    optimizer.executor = executor
     return optimizer
 
 
 def synchronize(optimizer: CodedOptimizer) -> None:
-    """Wait until all state is stored, with a file's manifest saying what param groups hold now.
+    """Wait until all state is stored, and a file's manifest has the present param group values.
 
-    A step and a scheduler's step after it are one checkpoint: with a file, call this where you save
-    the parameters and the scheduler, and ``resume=True`` finds the values of that moment, wherever
-    the process is killed until the next step is complete. The next step does it as it begins, and
-    so do ``state_dict()``, ``optimizer.state``, and the end of the optimizer or of the process.
+    With a file, call this where you save the parameters and the scheduler, after the scheduler's
+    step. Until the next step is complete, ``resume=True`` then finds the values of this moment,
+    even if the process is killed. The same happens when the next step begins, on ``state_dict()``
+    and ``optimizer.state``, and when the optimizer or the process ends.
 
     Args:
-        optimizer: of the family, offloaded or not.
+        optimizer: an optimizer of the family, offloaded or not.
 
     Raises:
         TypeError: the optimizer is not of the family.
@@ -155,13 +157,8 @@ def synchronize(optimizer: CodedOptimizer) -> None:
     optimizer.executor.synchronize()
 
 
-def _stored_param_steps(optimizer: CodedOptimizer | None) -> list[ParamStep]:
-    assert optimizer is not None
-    return optimizer.stored_param_steps()
-
-
 def _check_params(optimizer: CodedOptimizer) -> None:
-    """Raise unless state can come to every parameter, by name."""
+    """Raise, naming the parameter, unless state can be stepped on every parameter's device."""
     check_params(optimizer)
     for index, param in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if param.is_meta:
@@ -172,7 +169,7 @@ def _check_params(optimizer: CodedOptimizer) -> None:
 
 
 def _move(optimizer: CodedOptimizer) -> None:
-    """Bring what state there is to the host."""
+    """Move existing state to the host."""
     moved = [
         (param_step.state, {key: param_step.state[key].to("cpu") for key in param_step.keys[1:]})
         for param_step in optimizer.stored_param_steps()
@@ -181,11 +178,11 @@ def _move(optimizer: CodedOptimizer) -> None:
         state.update(parts)
 
 
-def _place_of(path: str | Path | None, resume: bool, sync: bool) -> StateStore:
-    """The host, or the file at ``path``."""
+def _make_store(path: str | Path | None, resume: bool, sync: bool) -> StateStore:
+    """The store in host memory, or in the file at ``path``."""
     if path is None:
         return HostStateStore()
-    # locks and positional reads are not on every system, and only this wants them
+    # imported only when needed, since some systems lack file locks and positional reads
     from optstate_codecs.offloading.disk import DiskStateStore
 
     return DiskStateStore(path, resume, sync)

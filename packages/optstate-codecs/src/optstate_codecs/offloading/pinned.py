@@ -1,4 +1,4 @@
-"""Host memory of exact size, page-locked where a GPU is to copy from it and to it."""
+"""Page-locked (pinned) host memory of exact size, for copies from and to a GPU."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ __all__ = ["empty_pinned"]
 
 
 class _Region(mmap.mmap):
-    """Anonymous memory that is unlocked before the system takes it back."""
+    """Anonymous memory that is unlocked before it is returned to the system."""
 
     locked = 0
 
     def __del__(self) -> None:
         if self.locked:
-            with suppress(Exception):  # at the interpreter's end, CUDA may be gone already
-                # a copy that is under way must not lose its memory
+            with suppress(Exception):  # CUDA may be shut down at interpreter exit
+                # copies under way still need the memory
                 torch.cuda.synchronize()
                 torch.cuda.cudart().cudaHostUnregister(self.locked)  # type: ignore[no-untyped-call]
 
 
 def empty_pinned(nbytes: int, pin: bool = True) -> Tensor:
-    """A row of bytes on the host; copies between it and a GPU need not wait for each other.
+    """Allocate bytes on the host that a GPU can copy asynchronously.
 
-    ``torch.empty(pin_memory=True)`` takes the next power of two from the system and keeps it when
-    it is freed; this takes whole pages, and gives them back.
+    ``torch.empty(pin_memory=True)`` allocates the next power of two and keeps it when it is freed.
+    This allocates whole pages and returns them to the system.
 
     Args:
-        nbytes: how many.
-        pin: lock the pages; else it is ordinary memory.
+        nbytes: the number of bytes.
+        pin: whether to lock the pages; else it is ordinary memory.
 
     Returns:
         uint8 [nbytes].
 
     Raises:
-        MemoryError: the system does not give or lock that much.
+        MemoryError: the system cannot allocate or lock that much.
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8, device="cpu")

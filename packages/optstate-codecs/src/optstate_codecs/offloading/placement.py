@@ -1,19 +1,17 @@
-"""Where the state of each unit is, in slabs and on devices, and what is kept up as that changes."""
+"""Which slab and chunk each parameter's state is in, and the state's moves to a store and back."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.engine.executor import ResidentExecutor
-from optstate_codecs.engine.request import ParamStep, StepRequest
-from optstate_codecs.offloading.ring import SLOTS, Ring
+from optstate_codecs.engine.request import ParamStep
+from optstate_codecs.offloading.copies import SLOTS
+from optstate_codecs.offloading.ring import Rings
 from optstate_codecs.offloading.slabs import (
     Chunk,
     Part,
@@ -28,128 +26,106 @@ from optstate_codecs.offloading.slabs import (
     size_of,
 )
 from optstate_codecs.offloading.store import StateStore
-from optstate_codecs.state.layout import storage_order
 
-__all__ = ["CHUNK_BYTES", "HERE", "Placement", "bank_of"]
+__all__ = ["CHUNK_BYTES", "RESIDENT", "Placement"]
 
-# copies of half of it reach the bus's speed too, but the host then has twice as much to do; three
-# times this is on the device
+# copies of half the size are as fast, but cost the host twice the work
 CHUNK_BYTES = 1 << 26
-# the stage of units whose state is on the device
-HERE = -1
+
+# the stage of parameters whose state stays on the device
+RESIDENT = -1
+
+# a parameter's number and its offset, by which it is known from step to step
+Key = tuple[int, int]
 
 
 class Placement:
-    """The seats of units, the slabs that they share, and the rings that chunks pass through.
+    """A table of where each parameter's state is, with the slabs and the rings that it needs.
 
-    Seating a unit copies its state to the place and makes its ``state`` show it there; parameters
-    never move.
+    To place a parameter's state is to copy it to the store and to make the tensors of
+    ``param_step.state`` views of the slab. Parameters never move.
 
     Args:
-        backend: of the engine's session.
-        place: where state is kept.
-        chunk_bytes: of state that moves at a time; three times as much is taken on the device.
-        resident_bytes: of state that stays on each device, the first parameters' as far as it goes.
+        store: where state is kept.
+        chunk_bytes: bytes of state that move at a time; three times as much is on the device.
+        resident_bytes: bytes of state that stay on each device, the first parameters' first.
 
     Attributes:
-        slabs: that state is in.
-        watch: is told of a unit whose state is shown elsewhere than before.
-        every: gives the units of all state that there is, where all of it is to be in the place
-            after a step; None where state may stay elsewhere until it is stepped.
+        slabs: the slabs that state is in.
+        chunks: the chunks of all slabs, by number.
+        slab_of: the slab of each chunk, by number.
+        rings: the device memory that chunks pass through.
+        pending: whether writes of state or of a manifest may be under way.
+        generation: counts how often the device views were made anew.
+        watch: called with each parameter whose state tensors were replaced, or None.
     """
 
     def __init__(
-        self,
-        backend: str,
-        place: StateStore,
-        chunk_bytes: int = CHUNK_BYTES,
-        resident_bytes: int = 0,
+        self, store: StateStore, chunk_bytes: int = CHUNK_BYTES, resident_bytes: int = 0
     ) -> None:
-        self.backend = backend
-        self.place = place
+        self.store = store
         self.chunk_bytes = chunk_bytes
         self.resident_bytes = resident_bytes
         self.slabs: list[Slab] = []
-        self._entries: dict[tuple[int, int], PlacementEntry] = {}
-        self._chunks: list[Chunk] = []
-        self._slab_of: list[Slab] = []
-        # seats with several parts by where their counts are, and the seats of each slab
+        self.chunks: list[Chunk] = []
+        self.slab_of: list[Slab] = []
+        self.rings = Rings(store)
+        self.pending = False
+        self.generation = 0
+        self.watch: Callable[[ParamStep], None] | None = None
+        self._entries: dict[Key, PlacementEntry] = {}
+        # entries with several parts by the tensor that holds their counts, and entries by slab
         self._parted: dict[int, list[PlacementEntry]] = {}
         self._sharing: dict[int, list[PlacementEntry]] = {}
-        self._rings: dict[torch.device, Ring] = {}
         self._resident: dict[torch.device, int] = {}
-        self._executor = ResidentExecutor(backend)
-        self._pending = False
-        # steps taken apart, which the current stream has not waited for
-        self._behind: deque[tuple[list[tuple[torch.device, Any]], int, tuple[StepRequest, ...]]] = (
-            deque()
-        )
-        self._begun = False
-        self.watch: Callable[[ParamStep], None] | None = None
-        self.every: Callable[[], Sequence[ParamStep]] | None = None
 
     @property
     def entries(self) -> list[PlacementEntry]:
-        """Where the state of each unit is, in the order that they came in."""
+        """The entries of all parameters, in the order in which they were placed."""
         return list(self._entries.values())
 
-    def join(self) -> None:
-        """Have the current stream wait for all that has been stepped, apart or not."""
-        for ring in self._rings.values():
-            ring.join()
-        self._behind.clear()
+    def entry(self, param_step: ParamStep) -> PlacementEntry:
+        """The entry of a parameter that has been placed."""
+        return self._entries[_key(param_step)]
 
     def synchronize(self) -> None:
-        """Wait until all is stored, and make the units' state show where."""
-        self.join()
-        self._swap()
-        self._pending = self.place.restate() or self._pending
-        if self._pending:
-            self._wait()
-            for ring in self._rings.values():
-                # who sees the state may change it
-                ring.forget()
-            self._pending = False
+        """Wait until all is stored, and make the state tensors views of where it is."""
+        self.rings.join()
+        self.keep_targets()
+        self.pending = self.store.restate() or self.pending
+        if self.pending:
+            # the caller may change the state that it can see from here on
+            self.rings.flush()
+            self.pending = False
         if any(slab.stale for slab in self.slabs):
             for entry in self._entries.values():
                 if entry.slab is not None and entry.slab.stale:
-                    self._show(entry)
+                    self._view_slab(entry)
             for slab in self.slabs:
                 slab.stale = False
 
-    def supersede(self) -> None:
-        """State and groups' values are about to be replaced, which a step will have to keep."""
-        self.synchronize()
-        self.place.supersede()
-
-    def _swap(self) -> None:
+    def keep_targets(self) -> None:
+        """Have each slab keep the memory that the step has written it to."""
         for slab in self.slabs:
-            if slab.target is None:
-                continue
-            if slab.target is not slab.memory:
-                self._complete(slab, [c for c in slab.chunks if c.memory is slab.memory])
-                slab.memory, slab.stale = slab.target, True
+            target = slab.target
+            if target is not None and target is not slab.memory:
+                # chunks that the step has not reached are copied to where the others are now
+                missed = [chunk for chunk in slab.chunks if chunk.memory is slab.memory]
+                if missed:
+                    self.rings.wait()
+                for chunk in missed:
+                    pairs = zip(chunk.pieces(slab.memory), chunk.pieces(target), strict=True)
+                    for (old, _), (new, _) in pairs:
+                        new.copy_(old)
+                    chunk.memory = target
+                slab.memory, slab.stale = target, True
             slab.target = None
 
-    def _complete(self, slab: Slab, missed: Sequence[Chunk]) -> None:
-        """Bring what a step has not reached over to where the rest of the slab is now."""
-        assert slab.target is not None
-        if missed:
-            self._wait()
-        for chunk in missed:
-            pairs = zip(chunk.pieces(slab.memory), chunk.pieces(slab.target), strict=True)
-            for (old, _), (new, _) in pairs:
-                new.copy_(old)
-            chunk.memory = slab.target
-
-    def _wait(self) -> None:
-        for ring in self._rings.values():
-            ring.wait()
-        self.place.wait()
-
-    def _show(self, entry: PlacementEntry) -> None:
-        """Make a unit's state the tensors in its slab, where nobody has put others."""
+    def _view_slab(self, entry: PlacementEntry, anew: bool = False) -> None:
+        """Make state tensors views of their slab; unless ``anew``, not those the user replaced."""
         assert entry.slab is not None
+        if anew:
+            entry.values = dict(entry.param_step.state)
         state, shown = entry.param_step.state, entry.values
         untouched = not entry.param_step.moved()
         for key in entry.starts:
@@ -163,53 +139,50 @@ class Placement:
         if self.watch is not None:
             self.watch(entry.param_step)
 
-    def _bring(self, entry: PlacementEntry) -> None:
-        """Have a unit's state beside its parameter, to stay there."""
+    def _keep_on_device(self, entry: PlacementEntry) -> None:
+        """Move state that is to stay there to its parameter's device."""
         param_step = entry.param_step
         for key in components(param_step):
             param_step.state[key] = param_step.state[key].to(param_step.param.device)
         param_step.note()
+        entry.values = dict(param_step.state)
         if self.watch is not None:
             self.watch(param_step)
 
-    def _take(self, entry: PlacementEntry) -> None:
-        """Show a unit's state where it is now, whatever was there."""
-        entry.values = dict(entry.param_step.state)
-        self._show(entry)
-
-    def _look_for_changes(self, param_steps: Sequence[ParamStep]) -> None:
-        """See that what somebody has changed where it is kept is not what is on the device."""
-        entries = [
-            self._entries.get((param_step.index, param_step.offset)) for param_step in param_steps
-        ]
+    def reload_edited(self, param_steps: Sequence[ParamStep]) -> None:
+        """Discard loaded chunks if kept state of these parameters was changed in place."""
+        entries = [self._entries.get(_key(param_step)) for param_step in param_steps]
         slabs = {id(entry.slab): entry.slab for entry in entries if entry is not None}
-        # every one that moves along, so that none is asked about an old change later
+        # asks every entry of a slab, so that none reports an old change at a later step
         together = [entry for number in slabs for entry in self._sharing.get(number, ())]
         if sum(entry.changed() for entry in together):
-            self._wait()
-            for ring in self._rings.values():
-                ring.forget()
+            self.rings.flush()
 
-    def _seat(self, param_steps: Sequence[ParamStep], cut: bool) -> None:
-        """See that every unit's state is where it belongs, and has a twin."""
+    def place(self, param_steps: Sequence[ParamStep], cut: bool) -> None:
+        """Place the state of every parameter that is not placed as it is now.
+
+        Args:
+            param_steps: the parameters.
+            cut: whether large parameters may be stepped in parts.
+        """
         new: dict[torch.device, list[ParamStep]] = {}
         changed = False
         for param_step in param_steps:
-            entry = self._entries.get((param_step.index, param_step.offset))
-            if entry is not None and self._holds(entry, param_step, cut):
+            entry = self._entries.get(_key(param_step))
+            if entry is not None and self._is_current(entry, param_step, cut):
                 continue
             changed = True
             self.synchronize()
-            if entry is None or not self._adopt(entry, param_step, cut):
-                self._drop((param_step.index, param_step.offset))
+            if entry is None or not self._update(entry, param_step, cut):
+                self._remove(_key(param_step))
                 new.setdefault(param_step.param.device, []).append(param_step)
         for device, together in new.items():
-            self._place(device, together, cut)
+            self._add(device, together, cut)
         if changed:
             self._rebuild()
 
     @staticmethod
-    def _holds(entry: PlacementEntry, param_step: ParamStep, cut: bool) -> bool:
+    def _is_current(entry: PlacementEntry, param_step: ParamStep, cut: bool) -> bool:
         return (
             entry.param_step is param_step
             and (cut or len(entry.parts) == 1)
@@ -217,13 +190,10 @@ class Placement:
             and all(map(is_, param_step.state.values(), entry.values.values()))
         )
 
-    def _adopt(self, entry: PlacementEntry, param_step: ParamStep, cut: bool) -> bool:
-        """Take what a unit's state is now into its seat, if it is laid out like what was there."""
-        before, after, like = (
-            components(entry.param_step),
-            components(param_step),
-            layout(param_step),
-        )
+    def _update(self, entry: PlacementEntry, param_step: ParamStep, cut: bool) -> bool:
+        """Copy replaced state to its entry; False where it is laid out in another way."""
+        before, after = components(entry.param_step), components(param_step)
+        like = layout(param_step)
         alike = before == after and all(
             entry.like[key].stride() == like[key].stride()
             and entry.like[key].shape == param_step.state[key].shape
@@ -235,113 +205,124 @@ class Placement:
         slab = entry.slab
         if slab is None:
             entry.param_step = param_step
-            self._bring(entry)
-            entry.values = dict(param_step.state)
+            self._keep_on_device(entry)
             return True
         if any(
             param_step.state[key].data_ptr() != entry.view(key, slab.memory).data_ptr()
             for key in after
         ):
-            target = self.place.target(slab)
+            target = self.store.target(slab)
             if target is not slab.memory:
                 target.tensor.copy_(slab.memory.tensor)
                 slab.memory, slab.stale = target, True
-            # all of it first: somebody may have exchanged what lies here
+            # all values are copied first: the user may have exchanged views of this very slab
             given = {key: param_step.state[key].clone() for key in after}
             for key, value in given.items():
                 entry.view(key, target).copy_(value)
             for chunk in slab.chunks:
                 chunk.memory = target
-            self._rings[param_step.param.device].forget()
+            self.rings[param_step.param.device].forget()
         entry.param_step = param_step
-        self._take(entry)
+        self._view_slab(entry, anew=True)
         return True
 
-    def _place(self, device: torch.device, param_steps: Sequence[ParamStep], cut: bool) -> None:
-        """Seat units that have no seat."""
-        away = []
+    def _add(self, device: torch.device, param_steps: Sequence[ParamStep], cut: bool) -> None:
+        """Make entries for parameters of a device, which have none."""
+        offloaded = []
         for param_step in param_steps:
             size = size_of(param_step)
             left = self.resident_bytes - self._resident.get(device, 0)
-            # with none to stay, empty state goes too: a file's manifest counts its steps
+            # with nothing resident, empty state is offloaded too: a manifest counts its steps
             if size > left or not self.resident_bytes:
-                away.append(param_step)
+                offloaded.append(param_step)
                 continue
             self._resident[device] = self._resident.get(device, 0) + size
-            part = Part(0, param_step.param.numel(), None)
-            entry = PlacementEntry(param_step, None, {}, [part], layout(param_step))
-            entry.values = dict(param_step.state)
-            self._entries[param_step.index, param_step.offset] = entry
-            self._bring(entry)
-        for together, rows in arrange(away, self.chunk_bytes, cut):
-            self._move_in(together, rows)
+            entry = PlacementEntry(param_step, None, {}, Part.whole(param_step), layout(param_step))
+            self._entries[_key(param_step)] = entry
+            self._keep_on_device(entry)
+        for together, parts in arrange(offloaded, self.chunk_bytes, cut):
+            self._add_slab(together, parts)
 
-    def _move_in(self, param_steps: Sequence[ParamStep], rows: list[list[Part]]) -> None:
-        slab = self.place.allocate(sum(map(size_of, param_steps)))
-        entries = entries_of(param_steps, rows, slab)
+    def _add_slab(self, param_steps: Sequence[ParamStep], parts: list[list[Part]]) -> None:
+        """Copy state to a new slab."""
+        slab = self.store.allocate(sum(map(size_of, param_steps)))
+        entries = entries_of(param_steps, parts, slab)
         for entry in entries:
             for key in entry.starts:
                 entry.view(key, slab.memory).copy_(entry.param_step.state[key])
-            self._take(entry)
-            self._entries[entry.param_step.index, entry.param_step.offset] = entry
+        self._add_entries(slab, entries)
+
+    def _add_entries(self, slab: Slab, entries: Sequence[PlacementEntry]) -> None:
+        for entry in entries:
+            self._view_slab(entry, anew=True)
+            self._entries[_key(entry.param_step)] = entry
         self.slabs.append(slab)
 
+    def resume(
+        self, slabs: Sequence[tuple[Slab, Sequence[ParamStep], Sequence[Starts], bool]]
+    ) -> None:
+        """Take over slabs that hold the state of parameters already.
+
+        Args:
+            slabs: each with its parameters in order, where their components begin, and whether
+                they are in parts.
+        """
+        for slab, param_steps, starts, cut in slabs:
+            parts = list(map(Part.whole, param_steps))
+            if cut:
+                ((_, parts),) = arrange(param_steps, self.chunk_bytes, True)
+            self._add_entries(slab, entries_of(param_steps, parts, slab, starts))
+        self._rebuild()
+        self.store.protect(slab.memory for slab, *_ in slabs)
+
     def release(self, param_steps: Sequence[ParamStep]) -> None:
-        """Let units go, whose state shows where it is now."""
+        """Remove the entries of parameters; their state stays where it is shown."""
         self.synchronize()
         for param_step in param_steps:
-            self._drop((param_step.index, param_step.offset))
+            self._remove(_key(param_step))
 
-    def _forget_others(self, param_steps: Sequence[ParamStep]) -> None:
-        """Drop the seats of state that is no more."""
-        known = {(param_step.index, param_step.offset) for param_step in param_steps}
+    def keep_only(self, param_steps: Sequence[ParamStep]) -> None:
+        """Remove the entries of all other parameters, whose state is gone."""
+        known = set(map(_key, param_steps))
         if gone := [key for key in self._entries if key not in known]:
             self.synchronize()
             for key in gone:
-                self._drop(key)
+                self._remove(key)
             self._rebuild()
 
-    def _drop(self, key: tuple[int, int]) -> None:
+    def _remove(self, key: Key) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None and entry.slab is None:
             self._resident[entry.param_step.param.device] -= size_of(entry.param_step)
 
     def _rebuild(self) -> None:
-        """Number the chunks, make rings that are large enough, and every twin anew."""
-        self._wait()
-        for ring in self._rings.values():
-            ring.clear()
+        """Number the chunks, and make the rings large enough and all device views anew."""
+        self.rings.flush(order=True)
         entries = self._entries.values()
-        self._parted = {}
+        self._parted, self._sharing = {}, {}
         for entry in entries:
             if len(entry.parts) > 1:
-                self._parted.setdefault(id(bank_of(entry.param_step)), []).append(entry)
-        self._sharing = {}
-        for entry in entries:
+                self._parted.setdefault(id(_count_base(entry.param_step)), []).append(entry)
             if entry.slab is not None:
                 self._sharing.setdefault(id(entry.slab), []).append(entry)
-        used = {id(entry.slab) for entry in entries}
-        self.slabs = [slab for slab in self.slabs if id(slab) in used]
+        self.slabs = [slab for slab in self.slabs if id(slab) in self._sharing]
         pairs = [(chunk, slab) for slab in self.slabs for chunk in slab.chunks]
-        self._chunks = [chunk for chunk, _ in pairs]
-        self._slab_of = [slab for _, slab in pairs]
-        for device in dict.fromkeys(chunk.device for chunk in self._chunks):
-            together = [chunk for chunk in self._chunks if chunk.device == device]
-            for place, chunk in enumerate(together):
-                chunk.slot = place % SLOTS
-            nbytes = max(chunk.nbytes for chunk in together)
-            if device not in self._rings or self._rings[device].nbytes < nbytes:
-                self._rings.pop(device, None)
-                self._rings[device] = Ring(device, nbytes, self.place)
-        for number, chunk in enumerate(self._chunks):
+        self.chunks = [chunk for chunk, _ in pairs]
+        self.slab_of = [slab for _, slab in pairs]
+        for number, chunk in enumerate(self.chunks):
             chunk.number = number
-        for entry in self._entries.values():
+        for device in dict.fromkeys(chunk.device for chunk in self.chunks):
+            together = [chunk for chunk in self.chunks if chunk.device == device]
+            for number, chunk in enumerate(together):
+                chunk.slot = number % SLOTS
+            self.rings.fit(device, max(chunk.nbytes for chunk in together))
+        for entry in entries:
             self._view_on_device(entry)
-        self._executor = ResidentExecutor(self.backend)
+        self.generation += 1
 
     def _view_on_device(self, entry: PlacementEntry) -> None:
         param_step, step = entry.param_step, entry.param_step.state["step"]
-        # the parts of a unit that was stepped in some of them only have counts of their own
+        # the parts of a parameter of which only some were stepped have counts of their own
         counts = [
             part.device_view.state["step"] for part in entry.parts if part.device_view is not None
         ]
@@ -349,81 +330,39 @@ class Placement:
             counts = [step, *step.repeat(len(entry.parts) - 1).unbind()]
         for part, count in zip(entry.parts, counts, strict=True):
             if part.chunk is None:
-                part.device_view = replace(param_step, stage=HERE)
+                part.device_view = replace(param_step, stage=RESIDENT)
                 continue
-            slot = self._rings[part.chunk.device].slots[part.chunk.slot]
+            slot = self.rings[part.chunk.device].slots[part.chunk.slot]
             whole = len(entry.parts) == 1
             part.device_view = device_view_of(
-                param_step, part, whole, slot, count, part.chunk.number
+                param_step, part, whole, slot.memory, count, part.chunk.number
             )
         entry.version = step._version
 
-    def describe(self) -> dict[str, Any]:
-        """What there is, and where: see ``DiskStateStore.commit`` and ``places.resume``."""
-        numbers = {id(slab): number for number, slab in enumerate(self.slabs)}
-        entries = [entry for entry in self._entries.values() if entry.slab is not None]
-        return {
-            "chunk_bytes": self.chunk_bytes,
-            "memories": [slab.memory for slab in self.slabs],
-            "counts": _counts([entry.param_step.state["step"] for entry in entries]),
-            "slabs": [
-                {"bytes": slab.nbytes, "offset": slab.memory.offset}
-                | {"others": [m.offset for m in slab.family if m is not slab.memory]}
-                for slab in self.slabs
-            ],
-            "parameters": [
-                {
-                    "number": entry.param_step.index,
-                    "shape": list(entry.param_step.param.shape),
-                    "order": list(storage_order(entry.param_step.param)),
-                    "slab": numbers[id(entry.slab)],
-                    "parts": len(entry.parts),
-                    "starts": entry.starts,
-                }
-                for entry in entries
-            ],
-        }
+    def copy_counts(self, entries: Sequence[PlacementEntry]) -> None:
+        """Copy a parameter's step count to those of its parts where it was changed in place."""
+        for entry in entries:
+            step = entry.param_step.state["step"]
+            if len(entry.parts) > 1 and entry.version != step._version:
+                for part in entry.parts[1:]:
+                    assert part.device_view is not None
+                    part.device_view.state["step"].copy_(step)
 
-    def resume(
-        self, slabs: Sequence[tuple[Slab, Sequence[ParamStep], Sequence[Starts], bool]]
-    ) -> None:
-        """Take over slabs that hold the state of units already, which shows it there.
+    def note_counts(self, param_steps: Sequence[ParamStep]) -> None:
+        """Note that a step has written step counts, which is no change by the user.
 
-        Args:
-            slabs: each with its units in order, where their components begin, and whether they are
-                in parts.
+        Counts in one tensor share a version, so parameters that were not stepped are noted too.
         """
-        for slab, param_steps, starts, cut in slabs:
-            rows = [[Part(0, param_step.param.numel(), None)] for param_step in param_steps]
-            if cut:
-                ((_, rows),) = arrange(param_steps, self.chunk_bytes, True)
-            for entry in entries_of(param_steps, rows, slab, starts):
-                self._take(entry)
-                self._entries[entry.param_step.index, entry.param_step.offset] = entry
-            self.slabs.append(slab)
-        self._rebuild()
-        self.place.show(slab.memory for slab, *_ in slabs)
+        for base in {id(_count_base(param_step)) for param_step in param_steps}:
+            for entry in self._parted.get(base, ()):
+                entry.version = entry.param_step.state["step"]._version
 
 
-def bank_of(param_step: ParamStep) -> Tensor:
-    """What a unit's step count lies in, together with others."""
+def _key(param_step: ParamStep) -> Key:
+    return param_step.index, param_step.offset
+
+
+def _count_base(param_step: ParamStep) -> Tensor:
+    """The tensor that holds a parameter's step count, alone or with others."""
     step: Tensor = param_step.state["step"]
     return step if step._base is None else step._base
-
-
-def _counts(steps: Sequence[Tensor]) -> Callable[[], list[float]]:
-    """What step counts are now, to be asked for later: a device is not waited for here."""
-    if all(step.device.type == "cpu" for step in steps):
-        values = [float(step) for step in steps]
-        return lambda: values
-    together = torch.stack([step.to(steps[0].device) for step in steps])
-    copy = together.to("cpu", non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(together.device))
-
-    def read() -> list[float]:
-        event.synchronize()
-        values: list[float] = copy.tolist()
-        return values
-
-    return read

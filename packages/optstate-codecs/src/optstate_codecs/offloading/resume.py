@@ -1,7 +1,8 @@
-"""Going on from a file: what its manifest says is checked whole before the optimizer changes."""
+"""Resume an offloaded optimizer from a state file: check its whole manifest, then load it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.offloading.group_values import UNSAID, Group, plain
-from optstate_codecs.offloading.slabs import ALIGNMENT, Slab, Starts, apart
-from optstate_codecs.offloading.streaming import StreamingExecutor
+from optstate_codecs.offloading.placement import Placement
+from optstate_codecs.offloading.slabs import ALIGNMENT, Slab, Starts, own_storage_view
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.state.building import counts_on_device, share_steps
+from optstate_codecs.state.groups import merged_groups
 from optstate_codecs.state.layout import Declaration, bound, empty_state, storage_order
 from optstate_codecs.writes import MASTER, parameter_write
 
@@ -23,7 +25,7 @@ __all__ = ["resume_from"]
 
 
 def _like(old: Any, new: Any) -> Any:
-    """A value of a manifest in the type that the group has it in."""
+    """A value from a manifest in the type of the group's present value."""
     if isinstance(old, Tensor):
         return old.fill_(new)
     if isinstance(new, list):
@@ -31,28 +33,26 @@ def _like(old: Any, new: Any) -> Any:
     return new
 
 
-def resume_from(
-    optimizer: CodedOptimizer, stream: StreamingExecutor, place: DiskStateStore
-) -> None:
-    """Give the optimizer the state, step counts and hyper-parameters that a place's manifest names.
+def resume_from(optimizer: CodedOptimizer, placement: Placement, store: DiskStateStore) -> None:
+    """Load state, step counts and hyper-parameters from the manifest and the file of a store.
 
     Args:
-        optimizer: with the parameters and formats of the one that made the file.
-        stream: without units yet; it gets those of the manifest.
-        place: opened with ``resume``.
+        optimizer: has the parameters and formats of the optimizer that wrote the file.
+        placement: an empty placement, which gets the parameters of the manifest.
+        store: was opened with ``resume``.
 
     Raises:
-        ValueError: the file is not such an optimizer's; nothing has changed.
+        ValueError: the file does not fit the optimizer; nothing has changed.
     """
-    manifest = place.manifest
+    manifest = store.manifest
     assert manifest is not None
-    where = str(place.manifest_path)
+    where = str(store.manifest_path)
     try:
         groups = _merged(optimizer, manifest["param_groups"], where)
         slabs = []
         for slab in manifest["slabs"]:
             offsets = [slab["offset"], *slab["others"]]
-            family = [place.mapped(offset, slab["bytes"]) for offset in offsets]
+            family = [store.mapped(offset, slab["bytes"]) for offset in offsets]
             slabs.append(Slab(family, family[0]))
         every = [(n, param) for n, group in enumerate(groups) for param in group["params"]]
         states: dict[int, dict[str, Any]] = {}
@@ -62,7 +62,7 @@ def resume_from(
                 raise ValueError(f"{where}: parameter {number}: of {len(every)}, each once")
             group, param = groups[every[number][0]], every[number][1]
             slab = slabs[entry["slab"]]
-            states[number] = _shown(
+            states[number] = _state_in(
                 optimizer, group, param, entry, slab, f"{where}: parameter {number}"
             )
     except (TypeError, KeyError, AttributeError, IndexError) as error:
@@ -77,41 +77,33 @@ def resume_from(
         optimizer.state[param] = state
         loaded.append((param, state, counts_on_device(optimizer.param_groups[group])))
     share_steps(loaded)
-    stream.resume(_by_slab(optimizer, manifest, slabs))
+    placement.resume(_by_slab(optimizer, manifest, slabs))
 
 
 def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[Group]:
-    """The optimizer's groups as they will be."""
-    if len(saved) != len(optimizer.param_groups):
-        raise ValueError(
-            f"{where}: {len(saved)} param groups, must be {len(optimizer.param_groups)}"
-        )
-    merged = []
-    for number, (group, values) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
-        name = f"{where}: param_groups[{number}]"
-        if values.get("params") != len(group["params"]):
-            raise ValueError(
-                f"{name}: {values.get('params')} parameters, must be {len(group['params'])}"
-            )
-        new = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in values.items()
-            if key not in (*UNSAID, *optimizer.storage_options)
-        }
-        new = {**group, **new}
+    """The optimizer's groups with the values of the manifest."""
+
+    def check(new: Group, values: Mapping[str, Any]) -> None:
         try:
             optimizer.check_group(new)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from error
-        mine = plain(group)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        mine = plain(new)
         for key in optimizer.storage_options:
             if key in values and values[key] != mine.get(key):
-                raise ValueError(f"{name}: {key}={values[key]}, must be {mine.get(key)}")
-        merged.append(new)
-    return merged
+                raise ValueError(f"{key}={values[key]}, must be {mine.get(key)}")
+
+    return merged_groups(
+        f"{where}: param_groups",
+        optimizer.param_groups,
+        saved,
+        keep={*UNSAID, *optimizer.storage_options},
+        convert=lambda key, value: tuple(value) if isinstance(value, list) else value,
+        check=check,
+    )
 
 
-def _shown(
+def _state_in(
     optimizer: CodedOptimizer,
     group: Group,
     param: Tensor,
@@ -119,7 +111,7 @@ def _shown(
     slab: Slab,
     name: str,
 ) -> dict[str, Any]:
-    """A parameter's state as tensors in its slab."""
+    """A parameter's state as views of its slab."""
     if list(param.shape) != entry["shape"]:
         raise ValueError(f"{name}: shape {tuple(entry['shape'])}, must be {tuple(param.shape)}")
     if list(storage_order(param)) != entry["order"]:
@@ -143,7 +135,7 @@ def _shown(
         start = entry["starts"][key]
         if start < 0 or start % ALIGNMENT or start + like.nbytes > memory.numel():
             raise ValueError(f"{name}: {key} at byte {start} does not fit into its slab")
-        state[key] = apart(memory, start, like)
+        state[key] = own_storage_view(memory, start, like)
     return state
 
 
@@ -152,18 +144,17 @@ def _by_slab(
     manifest: dict[str, Any],
     slabs: list[Slab],
 ) -> list[tuple[Slab, list[ParamStep], list[Starts], bool]]:
-    """Each slab with the units of its parameters, their places, and whether they are in parts."""
-    entries = manifest["parameters"]
+    """Each slab with its parameters, where their components begin, and whether they are cut."""
     param_steps = {param_step.index: param_step for param_step in optimizer.stored_param_steps()}
-    members: list[list[ParamStep]] = [[] for _ in slabs]
-    starts: list[list[Starts]] = [[] for _ in slabs]
-    cut = [False] * len(slabs)
-    for entry in entries:
-        members[entry["slab"]].append(param_steps[entry["number"]])
-        starts[entry["slab"]].append(entry["starts"])
-        cut[entry["slab"]] = entry["parts"] > 1
+    members: dict[int, list[dict[str, Any]]] = {}
+    for entry in manifest["parameters"]:
+        members.setdefault(entry["slab"], []).append(entry)
     return [
-        (slab, mine, begins, parted)
-        for slab, mine, begins, parted in zip(slabs, members, starts, cut, strict=True)
-        if mine
+        (
+            slabs[number],
+            [param_steps[entry["number"]] for entry in entries],
+            [entry["starts"] for entry in entries],
+            entries[-1]["parts"] > 1,
+        )
+        for number, entries in sorted(members.items())
     ]

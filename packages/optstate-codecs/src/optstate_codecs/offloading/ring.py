@@ -1,212 +1,236 @@
-"""Three places on a device that chunks pass through: one is loaded, one stepped, one stored.
+"""Rings of three device slots through which chunks of state are loaded, stepped and stored.
 
-Two would make a load wait for the store before it; with three, a device's two copy engines and its
-processors are all at work. What the ring does not do is wait: every order is one between streams.
+While one chunk is loaded, another is stepped and a third is stored, so that a GPU's two copy
+engines and its processors work at the same time. The host never waits: every order is one between
+streams.
+- A load waits until the slot's last store, and the chunk's own, are done.
+- The worker waits for the chunk's load, and for the slot's last store.
+- A store waits for the worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from optstate_codecs.offloading.copies import (
+    SLOTS,
+    CopyStreams,
+    HeldQueue,
+    Slot,
+    record,
+    wait_for,
+)
 from optstate_codecs.offloading.slabs import Chunk
 from optstate_codecs.offloading.store import StateStore
 
-__all__ = ["SLOTS", "Ring"]
+__all__ = ["WAITING", "Ring", "Rings"]
 
-SLOTS = 3
+# bytes of gradients that partial steps may hold until the state they need has been loaded
+WAITING = 1 << 29
+
+
+@dataclass(eq=False)
+class ChunkSlot(Slot):
+    """A slot of fixed size.
+
+    Attributes:
+        chunk: whose state the memory holds; None: nothing that may be stepped.
+        unstored: the chunk whose latest state is in this memory only, or None.
+        stepped: the event after which the worker has stepped the chunk.
+    """
+
+    memory: Tensor
+    chunk: Chunk | None = None
+    unstored: Chunk | None = None
+    stepped: Any = None
 
 
 class Ring:
-    """Brings chunks to a device and back, each to the slot that it always has.
+    """The slots of one device; a chunk always comes to the slot with its number.
 
-    Which chunk follows which is learnt from the step before, so that the first chunks of the next
-    step are loaded already while the model computes.
+    The order of chunks is learnt from the step before, so that the first chunks of the next step
+    are loaded while the model computes.
 
     Args:
-        device: that steps; on a CPU, chunks are copied there and then.
-        nbytes: of the largest chunk.
-        place: that the chunks are kept in.
+        device: where chunks are stepped; on a CPU they are copied at once.
+        nbytes: size of the largest chunk.
+        store: where the chunks are kept.
     """
 
-    def __init__(self, device: torch.device, nbytes: int, place: StateStore) -> None:
+    def __init__(self, device: torch.device, nbytes: int, store: StateStore) -> None:
         self.device = device
-        self.place = place
+        self.store = store
         self.nbytes = nbytes
-        self.slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        self._held: list[Chunk | None] = [None] * SLOTS
-        # being stepped, or have been and are nowhere but in their slots
-        self._unstored: list[Chunk | None] = [None] * SLOTS
-        self._freed: list[Any] = [None] * SLOTS
+        self.slots = [
+            ChunkSlot(torch.empty(nbytes, dtype=torch.uint8, device=device)) for _ in range(SLOTS)
+        ]
+        self.streams = CopyStreams(device, worker=True)
+        self.streams.share([slot.memory for slot in self.slots])
         self._next: dict[Chunk, Chunk] = {}
         self._last: Chunk | None = None
-        self._streams: tuple[Any, Any] | None = None
-        self._loaded: list[Any] = [None] * SLOTS
-        if device.type == "cuda":
-            self._streams = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._loaded = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]
-            self._computed = [torch.cuda.Event() for _ in range(SLOTS)]  # type: ignore[no-untyped-call]
-            for stream in self._streams:
-                # what used a slot before it was this ring's is done before the ring does
-                stream.wait_stream(torch.cuda.current_stream(device))
-                for slot in self.slots:
-                    slot.record_stream(stream)
-            self.worker = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            for slot in self.slots:
-                slot.record_stream(self.worker)
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Inside, what is launched runs after what the current stream was given before.
-
-        Chunks are entered and left in there.
-        """
-        if self._streams is None:
-            yield
-            return
-        self.worker.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.worker):
-            yield
-
-    @contextmanager
-    def _on(self, stream: Any) -> Iterator[None]:
-        """As ``torch.cuda.stream``, without asking several times where one is: a chunk is short."""
-        before = torch.cuda.current_stream(self.device)
-        torch.cuda.set_stream(stream)
-        try:
-            yield
-        finally:
-            torch.cuda.set_stream(before)
-
-    def join(self) -> None:
-        """Have the current stream wait for what was worked."""
-        if self._streams is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.worker)
-
-    def mark(self) -> Any:
-        """An event after what was worked so far; None where that is done already."""
-        return None if self._streams is None else self.worker.record_event()
 
     def enter(self, chunk: Chunk) -> None:
-        """Let the worker see the chunk in its slot."""
+        """Have the chunk's state in its slot for the worker."""
         if self._last is not None:
             self._next[self._last] = chunk
         self._last = chunk
-        self.place.reserve(chunk)
-        if self._held[chunk.slot] is not chunk:
+        self.store.reserve(chunk)
+        slot = self.slots[chunk.slot]
+        if slot.chunk is not chunk:
             self._load(chunk)
-        if self._streams is not None:
-            self.worker.wait_event(self._loaded[chunk.slot])
-            if self._freed[chunk.slot] is not None:
-                # where it has stayed since the last step, it may still be on its way out
-                self.worker.wait_event(self._freed[chunk.slot])
+        # a chunk that has stayed in its slot since the last step may still be on its way out
+        wait_for(self.streams.worker, slot.loaded, slot.freed)
 
     def hold(self, chunk: Chunk) -> None:
-        """The chunk is stepped now: from here on, what is in its slot is all there is of it."""
-        self._unstored[chunk.slot] = chunk
+        """Note that the chunk is stepped from here on: its slot has its only latest state."""
+        self.slots[chunk.slot].unstored = chunk
 
     def leave(self, chunk: Chunk) -> None:
-        """Store the chunk once the worker has stepped it, and load what is to follow."""
+        """Store the chunk once the worker has stepped it, and load the slot's next chunk."""
         self._store(chunk)
-        # who wants that chunk tries again, and says what is wrong
+        # errors of a load ahead are ignored here: the load that is needed raises them
         with suppress(Exception):
             self._look_ahead(chunk)
 
     def _store(self, chunk: Chunk) -> None:
-        slot = chunk.slot
-        if self._streams is None:
-            self._copy_out(chunk)
-        else:
-            self._computed[slot].record(self.worker)
-            stream = self._streams[1]
-            with self._on(stream):
-                stream.wait_event(self._computed[slot])
-                self._copy_out(chunk)
-                if chunk.stored is None:
-                    chunk.stored = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                chunk.stored.record(stream)
-        self._freed[slot] = chunk.stored
-        self.place.stored(chunk)
-        self._unstored[slot] = None
-
-    def _copy_out(self, chunk: Chunk) -> None:
-        slot = self.slots[chunk.slot]
-        for to, region in self.place.sink(chunk):
-            to.copy_(slot[region.offset : region.offset + region.nbytes], non_blocking=True)
+        slot, streams = self.slots[chunk.slot], self.streams
+        slot.stepped = record(slot.stepped, streams.worker)
+        with streams.on(streams.store):
+            wait_for(streams.store, slot.stepped)
+            for to, region in self.store.sink(chunk):
+                inside = slot.memory[region.offset : region.offset + region.nbytes]
+                to.copy_(inside, non_blocking=True)
+            chunk.stored = record(chunk.stored, streams.store)
+        slot.freed = chunk.stored
+        self.store.stored(chunk)
+        slot.unstored = None
 
     def _load(self, chunk: Chunk) -> None:
-        slot = chunk.slot
+        slot, load = self.slots[chunk.slot], self.streams.load
         self.store_rest()
-        self._held[slot] = None
-        source = self.place.source(chunk)
-        with nullcontext() if self._streams is None else self._on(self._streams[0]):
-            if self._streams is not None:
-                for event in {self._freed[slot], chunk.stored} - {None}:
-                    self._streams[0].wait_event(event)
+        slot.chunk = None
+        source = self.store.source(chunk)
+        with self.streams.on(load):
+            wait_for(load, *dict.fromkeys((slot.freed, chunk.stored)))
             for data, region in source:
-                inside = self.slots[slot][region.offset : region.offset + region.nbytes]
+                inside = slot.memory[region.offset : region.offset + region.nbytes]
                 inside.copy_(data, non_blocking=True)
-            if self._streams is not None:
-                self._loaded[slot].record(self._streams[0])
-        self._held[slot] = chunk
-        self.place.sent(chunk, self._loaded[slot])
+            slot.loaded = record(slot.loaded, load)
+        slot.chunk = chunk
+        self.store.sent(chunk, slot.loaded)
 
     def _look_ahead(self, chunk: Chunk) -> None:
-        """Load what comes to the slot next, and have the place begin with what comes after."""
+        """Load the slot's next chunk, and have the store prepare the one after it."""
         follower = self._following(chunk)
-        if follower is not None and follower is not chunk and self.place.ready(follower):
+        if follower is not None and self.store.ready(follower):
             self._load(follower)
-            after = self._following(follower)
-            if after is not None and after is not follower:
-                self.place.prepare(after)
-        elif follower is not None and follower is not chunk:
-            self.place.prepare(follower)
+            follower = self._following(follower)
+        if follower is not None:
+            self.store.prepare(follower)
 
     def _following(self, chunk: Chunk) -> Chunk | None:
-        """The next chunk in this one's slot, as far as it is known."""
+        """The next other chunk in this one's slot, as far as it is known."""
         found = self._next.get(chunk)
-        # chunks take the slots in turn, but for the borders between one step and the next
+        # chunks take the slots in turn, except where one step ends and the next begins
         for _ in range(2 * SLOTS):
             if found is None or found.slot == chunk.slot:
-                return found
+                return None if found is chunk else found
             found = self._next.get(found)
         return None
 
-    def expect(self, order: list[Chunk]) -> None:
-        """Say which chunks the step has, in order, before any is entered."""
+    def expect(self, order: Sequence[Chunk]) -> None:
+        """Take the chunks of a step, in order, before any is entered, and load the first."""
         for chunk, follower in pairwise(order):
             self._next[chunk] = follower
         self._next.setdefault(order[-1], order[0])
         slots = set()
         for chunk in order[:SLOTS]:
-            if chunk.slot not in slots and self._held[chunk.slot] is not chunk:
+            if chunk.slot not in slots and self.slots[chunk.slot].chunk is not chunk:
                 self._load(chunk)
             slots.add(chunk.slot)
 
     def store_rest(self) -> None:
-        """Store what should have been, and was not because of an exception."""
-        for chunk in self._unstored:
-            if chunk is not None:
-                self._store(chunk)
+        """Store chunks that were stepped and not stored because of an exception."""
+        for slot in self.slots:
+            if slot.unstored is not None:
+                self._store(slot.unstored)
 
-    def forget(self) -> None:
-        """Chunks are no longer what they were where they are kept; all of them have been stored."""
-        self._held = [None] * SLOTS
-        self.place.forget()
-
-    def clear(self) -> None:
-        """Forget all chunks."""
-        self.forget()
-        self._next.clear()
-        self._last = None
+    def forget(self, order: bool = False) -> None:
+        """Discard loaded chunks, all of which are stored, and with ``order`` also their order."""
+        for slot in self.slots:
+            slot.chunk = None
+        self.store.forget()
+        if order:
+            self._next.clear()
+            self._last = None
 
     def wait(self) -> None:
-        """Wait until everything is stored."""
+        """Wait on the host until all chunks are stored."""
         self.store_rest()
-        if self._streams is not None:
-            for stream in self._streams:
-                stream.synchronize()
+        self.streams.wait()
+
+
+class Rings(dict[torch.device, Ring]):
+    """The rings of all devices, and what partial steps on their worker streams still read.
+
+    Args:
+        store: where chunks are kept.
+    """
+
+    def __init__(self, store: StateStore) -> None:
+        super().__init__()
+        self.store = store
+        self._held = HeldQueue(WAITING, least=1)
+
+    def fit(self, device: torch.device, nbytes: int) -> None:
+        """Make the device's ring, or a larger one if a chunk of ``nbytes`` does not fit."""
+        if device not in self or self[device].nbytes < nbytes:
+            self.pop(device, None)
+            self[device] = Ring(device, nbytes, self.store)
+
+    def expect(self, order: Sequence[Chunk]) -> None:
+        """Take the chunks of a step, in order, before any is entered."""
+        for device, ring in self.items():
+            if mine := [chunk for chunk in order if chunk.device == device]:
+                ring.expect(mine)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Run the body on the worker streams, after all work of the current streams so far.
+
+        Chunks are entered and left in the body.
+        """
+        with ExitStack() as stack:
+            for ring in self.values():
+                stack.enter_context(ring.streams.on(ring.streams.worker, follow=True))
+            yield
+
+    def hold(self, held: object, nbytes: int) -> None:
+        """Keep tensors that a partial step reads until current streams have waited for it."""
+        workers = [(device, ring.streams.worker) for device, ring in self.items()]
+        self._held.add(held, nbytes, [(device, record(None, one)) for device, one in workers])
+
+    def join(self) -> None:
+        """Have the current streams wait for all that has been stepped."""
+        for ring in self.values():
+            ring.streams.join(ring.streams.worker)
+        self._held.clear()
+
+    def flush(self, order: bool = False) -> None:
+        """Store and discard all chunks, and with ``order`` their order: kept state may change."""
+        self.wait()
+        for ring in self.values():
+            ring.forget(order)
+
+    def wait(self) -> None:
+        """Wait on the host until the store keeps all that has been stepped."""
+        for ring in self.values():
+            ring.wait()
+        self.store.wait()

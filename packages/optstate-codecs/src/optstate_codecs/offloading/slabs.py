@@ -1,8 +1,8 @@
-"""What state is kept in away from the device, and what of it moves together.
+"""Slabs and chunks: how packed state is laid out in a store, and in which pieces it moves.
 
-A slab is one allocation of a place, and holds the state of several small parameters or of one large
-one. A chunk is what moves at a time: a whole slab, or the state of a part of a large parameter,
-which is one region for each component.
+A slab is one allocation of a store. It holds the state of several small parameters or of one large
+parameter. A chunk is the unit of transfer: a whole slab, or the state of a part of a large
+parameter, which is one region of the slab for each component.
 """
 
 from __future__ import annotations
@@ -23,26 +23,25 @@ __all__ = ["Chunk", "Memory", "Part", "PlacementEntry", "Region", "Slab", "Start
 # components begin where any dtype, and any access of a thread, may begin
 ALIGNMENT = 128
 # parts begin where blocks of any size begin
-BORDER = 8192
+BLOCK_ALIGNMENT = 8192
 
-
-# of a unit's components in its slab, by state key
+# where a parameter's components begin in its slab, by state key
 Starts = dict[str, int]
 
 
 @dataclass(eq=False)
 class Memory:
-    """One allocation of a place.
+    """One allocation of a store.
 
     Attributes:
-        tensor: uint8, all of it, as the host reads and writes it.
-        offset: where it begins in the file, if it is in one.
-        holders: of snapshots that want it as it is, one object each.
+        tensor: uint8, the whole allocation as the host reads and writes it.
+        offset: where it begins in the file, if it is in a file.
+        holders: one object for each snapshot that needs the content unchanged.
     """
 
     tensor: Tensor
     offset: int = 0
-    # a set: who collects garbage may close a snapshot at any time, on any thread
+    # a set, since the garbage collector may close a snapshot at any time, on any thread
     holders: set[object] = field(default_factory=set)
 
 
@@ -51,11 +50,11 @@ class Slab:
     """One allocation's worth of state.
 
     Attributes:
-        family: the allocations that it takes in turns.
-        memory: that holds what it was after the last whole step.
-        target: that takes what the step under way makes of it; None before that.
-        chunks: that it moves in.
-        stale: whether the optimizer's tensors still show memory it was in before.
+        family: the memories that the slab uses in turns.
+        memory: the memory that holds the state after the last complete step.
+        target: the memory that takes the state of the step under way; None before that.
+        chunks: the chunks in which the slab moves.
+        stale: whether the optimizer's state tensors still show an earlier memory.
     """
 
     family: list[Memory]
@@ -66,13 +65,13 @@ class Slab:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of state, with what alignment takes."""
+        """Bytes of state, including alignment."""
         return self.memory.tensor.numel()
 
 
 @dataclass(frozen=True)
 class Region:
-    """A row of bytes: ``start`` in the slab, ``offset`` in what is on the device."""
+    """Consecutive bytes that begin at ``start`` in the slab and at ``offset`` on the device."""
 
     start: int
     offset: int
@@ -81,14 +80,15 @@ class Region:
 
 @dataclass(eq=False)
 class Chunk:
-    """What moves at a time.
+    """State that moves together.
 
     Attributes:
-        device: that steps it.
-        memory: that holds the latest there is of it.
-        number: its place among all chunks, which is the stage of its units.
-        slot: of the ring of the device.
-        stored: the event after which that is there; None where nothing is under way.
+        device: where it is stepped.
+        memory: the memory that holds its latest state.
+        number: its index among all chunks, which is the stage of its parameters.
+        slot: the index of its slot in the device's ring.
+        regions: where its bytes are.
+        stored: the event after which the memory holds the state; None if no copy is under way.
     """
 
     device: torch.device
@@ -100,22 +100,23 @@ class Chunk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes on the device."""
+        """Bytes on the device."""
         return max((r.offset + r.nbytes for r in self.regions), default=0)
 
     def pieces(self, memory: Memory) -> Iterator[tuple[Tensor, Region]]:
-        """Its bytes in a memory of the slab, region by region."""
+        """The chunk's bytes in a memory of its slab, region by region."""
         for region in self.regions:
             yield memory.tensor[region.start : region.start + region.nbytes], region
 
 
 @dataclass(eq=False)
 class Part:
-    """A unit, or elements ``start`` to ``stop`` of it in storage order, as a chunk has it.
+    """Elements ``start`` to ``stop`` of a parameter in storage order, or all of it.
 
     Attributes:
-        offsets: of its components on the device, by state key.
-        device_view: what the engine steps: the same with its state on the device.
+        chunk: the chunk that holds its state; None if the state stays on the device.
+        offsets: where its components begin on the device, by state key.
+        device_view: the part as the engine steps it, with its state on the device.
     """
 
     start: int
@@ -124,20 +125,25 @@ class Part:
     offsets: dict[str, int] = field(default_factory=dict)
     device_view: ParamStep | None = None
 
+    @classmethod
+    def whole(cls, param_step: ParamStep) -> list[Part]:
+        """A parameter as a single part."""
+        return [cls(0, param_step.param.numel(), None)]
+
 
 @dataclass(eq=False)
 class PlacementEntry:
-    """Where a unit's state is.
+    """Where one parameter's state is.
 
     Attributes:
-        param_step: as it was stepped last.
-        slab: None where it stays on the device.
-        starts: of its components in the slab, by state key.
-        parts: in order.
-        like: the components as they lie there, on no device.
-        values: the unit's state as it was shown, to see whether somebody else has changed it.
-        version: of its step count, likewise.
-        versions: of the other values, likewise.
+        param_step: the parameter as it was stepped last.
+        slab: the slab that holds its state; None if the state stays on the device.
+        starts: where its components begin in the slab, by state key.
+        parts: its parts, in order.
+        like: meta tensors with the shapes, dtypes and strides of the components.
+        values: the state tensors as they were shown, to notice those that the user replaced.
+        version: the version of the step count, to notice changes in place.
+        versions: the versions of the other tensors, likewise.
     """
 
     param_step: ParamStep
@@ -150,49 +156,49 @@ class PlacementEntry:
     versions: list[int] = field(default_factory=list)
 
     def changed(self) -> bool:
-        """Whether somebody has changed a value in place since this was asked last."""
+        """Whether a state tensor was changed in place since the last call."""
         before, self.versions = self.versions, [self.values[key]._version for key in self.starts]
         return before != self.versions
 
     def view(self, key: str, memory: Memory) -> Tensor:
-        """A component as it is kept in a memory of the slab."""
-        return apart(memory.tensor, self.starts[key], self.like[key])
+        """A component as it lies in a memory of the slab."""
+        return own_storage_view(memory.tensor, self.starts[key], self.like[key])
 
 
-def apart(memory: Tensor, start: int, like: Tensor) -> Tensor:
-    """``view_bytes_as`` on the host, with a storage of its own: savers refuse mixed dtypes."""
+def own_storage_view(memory: Tensor, start: int, like: Tensor) -> Tensor:
+    """``view_bytes_as`` with its own storage: ``torch.save`` refuses storages of mixed dtypes."""
     if like.numel() == 0:
         return torch.empty_like(like, device="cpu")
-    # not a view of the memory, though in it
+    # through numpy the tensor shares the memory without being a view of it
     return view_bytes_as(torch.from_numpy(memory.numpy()[start : start + like.nbytes]), 0, like)
 
 
 def components(param_step: ParamStep) -> dict[str, Component]:
-    """What a unit's state is stored as, by state key."""
+    """The components of a parameter's state, by state key."""
     return {c.key(name): c for name, d in param_step.stored.items() for c in d.components}
 
 
 def layout(param_step: ParamStep) -> dict[str, Tensor]:
-    """The components of a unit's state as they lie in memory, on no device."""
+    """Meta tensors with the shapes, dtypes and strides of a parameter's components."""
     meta = torch.device("meta")
     return {
         key: empty_state(param_step.param, c, meta) for key, c in components(param_step).items()
     }
 
 
-def aligned(nbytes: int) -> int:
-    """The next multiple of ``ALIGNMENT``."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """``nbytes`` rounded up to a multiple of ``alignment``."""
+    return -(-nbytes // alignment) * alignment
 
 
 def size_of(param_step: ParamStep) -> int:
-    """Bytes of a unit's state in a slab."""
+    """Bytes of a parameter's state in a slab."""
     numel = param_step.param.numel()
     return sum(aligned(component.nbytes(numel)) for component in components(param_step).values())
 
 
 def divisible(param_step: ParamStep) -> bool:
-    """Whether a unit may be stepped in parts: no format looks at the whole tensor or its rows."""
+    """Whether a parameter may be stepped in parts: no format needs the whole tensor or its rows."""
     whole = any(isinstance(f, Format) and f.whole for f in param_step.stored.values())
     fixed = any(component.entries is not None for component in components(param_step).values())
     return is_dense(param_step.param) and not whole and not fixed
@@ -201,49 +207,49 @@ def divisible(param_step: ParamStep) -> bool:
 def arrange(
     param_steps: Sequence[ParamStep], chunk_bytes: int, cut: bool
 ) -> Iterator[tuple[list[ParamStep], list[list[Part]]]]:
-    """Sort units into slabs and chunks.
+    """Distribute parameters over slabs and chunks.
 
     Args:
-        param_steps: of one device, in order.
-        chunk_bytes: that a chunk should have at most.
+        param_steps: the parameters of one device, in order.
+        chunk_bytes: the size that a chunk should not exceed.
         cut: whether parameters may be stepped in parts.
 
     Yields:
-        for each slab its units, and the parts of each, ``chunk`` still missing. Units of one part
-        each are one chunk together; of one unit with several parts, each is a chunk.
+        The parameters of each slab, and the parts of each of them, whose ``chunk`` is not set yet.
+        Parameters of one part each share a chunk; of one with several parts, each part is a chunk.
     """
-    row: list[ParamStep] = []
+    together: list[ParamStep] = []
     filled = 0
     for param_step in param_steps:
         size, numel = size_of(param_step), param_step.param.numel()
         if size > chunk_bytes and cut and divisible(param_step):
-            most = max(1, numel * chunk_bytes // size // BORDER) * BORDER
-            # parts as even as their borders allow
-            step = -(-numel // -(-numel // most) // BORDER) * BORDER
+            most = max(1, numel * chunk_bytes // size // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
+            # as many parts of that size as it takes, made as even as the alignment allows
+            step = -(-numel // -(-numel // most) // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
             starts = range(0, numel, step)
             yield [param_step], [[Part(start, min(start + step, numel), None) for start in starts]]
             continue
-        if row and filled + size > chunk_bytes:
-            yield row, [[Part(0, one.param.numel(), None)] for one in row]
-            row, filled = [], 0
-        row.append(param_step)
+        if together and filled + size > chunk_bytes:
+            yield together, list(map(Part.whole, together))
+            together, filled = [], 0
+        together.append(param_step)
         filled += size
-    if row:
-        yield row, [[Part(0, one.param.numel(), None)] for one in row]
+    if together:
+        yield together, list(map(Part.whole, together))
 
 
 def device_view_of(
     param_step: ParamStep, part: Part, whole: bool, slot: Tensor, step: Tensor, stage: int
 ) -> ParamStep:
-    """The unit that the engine steps for a part.
+    """A part as the engine steps it.
 
     Args:
-        param_step: whose state is away.
-        part: with its ``offsets``.
-        whole: whether it is all of the unit.
-        slot: uint8, the device memory that the chunk comes to.
+        param_step: the parameter, whose state is offloaded.
+        part: the part, with its ``offsets``.
+        whole: whether the part is the whole parameter.
+        slot: uint8, the device memory that the chunk is loaded into.
         step: the part's step count.
-        stage: of the chunk.
+        stage: the stage of the chunk.
     """
     state: dict[str, Any] = {"step": step}
     for key, component in components(param_step).items():
@@ -260,7 +266,7 @@ def device_view_of(
         param_step,
         param=in_order(param_step.param.detach(), param_step.param)[part.start : part.stop],
         state=state,
-        # as the whole stores them, however small the part is
+        # the formats of the whole parameter, which may depend on its size
         formats=param_step.bound,
         offset=param_step.offset + part.start,
         stage=stage,
@@ -268,31 +274,31 @@ def device_view_of(
 
 
 def in_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor's elements in a row, in the storage order of ``like``; a view where they lie so."""
+    """The elements of ``tensor`` in the storage order of ``like``, 1-d; a view if possible."""
     return tensor.permute(storage_order(like)).reshape(-1)
 
 
 def entries_of(
     param_steps: Sequence[ParamStep],
-    rows: list[list[Part]],
+    parts_of: list[list[Part]],
     slab: Slab,
     given: Sequence[Starts] | None = None,
 ) -> list[PlacementEntry]:
-    """Give units their places in a slab, and make its chunks.
+    """Make the entries of a slab's parameters, and its chunks.
 
     Args:
-        param_steps: of the slab, as many as ``rows``.
-        rows: their parts, from ``arrange``.
-        slab: without chunks yet.
-        given: where the components of each begin, if they are there already; others that were
-            between them may be no more.
+        param_steps: the parameters of the slab.
+        parts_of: the parts of each, from ``arrange``.
+        slab: a slab without chunks.
+        given: where the components of each begin, if the slab has them already. There may be gaps,
+            where state of other parameters was.
     """
     entries, start = [], 0
     together = Chunk(param_steps[0].param.device, slab.memory)
-    for place, (param_step, parts) in enumerate(zip(param_steps, rows, strict=True)):
+    for number, (param_step, parts) in enumerate(zip(param_steps, parts_of, strict=True)):
         starts, like = {}, layout(param_step)
         for key, value in like.items():
-            starts[key] = start if given is None else given[place][key]
+            starts[key] = start if given is None else given[number][key]
             start += aligned(value.nbytes)
         if len(parts) == 1:
             parts[0].chunk, parts[0].offsets = together, starts

@@ -1,13 +1,12 @@
-"""Copy-on-write snapshots: a state dict that stays what it is while training goes on.
+"""Copy-on-write snapshots: a state dict that stays unchanged while training goes on.
 
-State that is kept in slabs is not copied. A snapshot holds the memory that a slab is in, so that
-the next step stores the slab in another; see ``StateStore.target``.
+State in slabs is not copied. A snapshot holds the memory that a slab is in, so that the next step
+stores the slab in another memory; see ``StateStore.target``.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +22,11 @@ StateDict = dict[str, Any]
 
 
 class Snapshot:
-    """An optimizer's packed state dict of the moment that ``snapshot`` took it.
+    """An optimizer's packed state dict as it was when ``snapshot`` was called.
 
-    It ends with ``close()``, with the ``with`` block, or when it is collected: keep it, and not its
-    state dict alone. It does not need the optimizer, and may be read and closed on any thread.
+    It is valid until ``close()``, the end of the ``with`` block, or garbage collection: keep the
+    snapshot, not only its state dict. It does not need the optimizer, and may be read and closed on
+    any thread.
     """
 
     def __init__(self, saved: StateDict, memories: list[Memory]) -> None:
@@ -37,10 +37,10 @@ class Snapshot:
             memory.holders.add(self._token)
 
     def state_dict(self) -> StateDict:
-        """The state dict, all of it on the host; the same one each time.
+        """The state dict, with all tensors on the host; each call returns the same one.
 
-        Its tensors are to be read only, and until the snapshot is closed: then training goes on in
-        the memory of some of them.
+        Only read its tensors, and only until the snapshot is closed: training then writes to the
+        memory of some of them.
 
         Raises:
             ValueError: the snapshot is closed.
@@ -50,7 +50,7 @@ class Snapshot:
         return self._saved
 
     def close(self) -> None:
-        """Let the optimizer have the memory again, once and for all."""
+        """Give the memory back to the optimizer; later calls do nothing."""
         memories, self._memories, self._saved = self._memories, [], None
         for memory in memories:
             memory.holders.discard(self._token)
@@ -58,12 +58,7 @@ class Snapshot:
     def __enter__(self) -> Snapshot:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -72,26 +67,25 @@ class Snapshot:
 
 
 def snapshot(optimizer: CodedOptimizer) -> Snapshot:
-    """Take the packed state dict as it is now, to be saved while training goes on.
+    """Take the packed state dict as it is now, to save it while training goes on.
 
-    Of an optimizer whose state is kept elsewhere (``offload``) nothing is copied that is there:
-    this waits until the last step is stored, and returns. As long as the snapshot is open, what is
-    stepped is stored in other memory, once more the size of the state at most, on the host or in
-    the file; a later snapshot takes the same memory again, which is not given back before the
-    optimizer is gone. Where there is no room for it, the step raises, and nothing has changed.
-    Everything else is copied to the host: step counts, the groups' values, and state that is beside
-    its parameters. Parameters are not part of it.
+    Offloaded state is not copied: this waits until the last step is stored, and returns. While the
+    snapshot is open, steps store their result in other memory, on the host or in the file, which
+    takes at most the size of the state once more. Later snapshots use the same memory again; it is
+    freed with the optimizer. If there is no room for it, the step raises, and nothing has changed.
+    Everything else is copied to the host: step counts, group values, and state on the parameters'
+    devices. Parameters are not included.
 
-    Take it between steps, on the thread that takes them. Ask for ``optimizer.state`` again after
-    the next step: tensors asked for before go on showing the snapshot's memory, and to change one
-    changes the snapshot. A snapshot in a file is no more once another optimizer goes on from the
-    file (``resume=True``).
+    Call it between steps, on the thread that takes them. Read ``optimizer.state`` again after the
+    next step: earlier tensors still show the snapshot's memory, and changing them changes the
+    snapshot. A snapshot in a file becomes invalid when another optimizer resumes from the file
+    (``resume=True``).
 
     Args:
-        optimizer: of the family, offloaded or not.
+        optimizer: an optimizer of the family, offloaded or not.
 
     Returns:
-        A context manager; there may be several at once.
+        A context manager; several may be open at once.
 
     Raises:
         TypeError: the optimizer is not of the family, or a parameter is a DTensor.
@@ -111,13 +105,13 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
         )
     check_params(optimizer)
     saved = optimizer.state_dict()
-    stream = optimizer.executor
+    executor = optimizer.executor
     kept: dict[int, Memory] = {}
-    if isinstance(stream, StreamingExecutor):
-        # by the tensor that the optimizer shows, which somebody may have put another for
+    if isinstance(executor, StreamingExecutor):
+        # by the tensor that ``optimizer.state`` shows, unless the user has replaced it
         kept = {
             id(entry.values[key]): entry.slab.memory
-            for entry in stream.entries
+            for entry in executor.placement.entries
             if entry.slab is not None
             for key in entry.starts
         }
@@ -127,7 +121,7 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
 
 
 def _frozen(value: Any, kept: dict[int, Memory], memories: dict[int, Memory]) -> Any:
-    """``value`` with copies of all but the tensors that are ``kept``, in these ``memories``."""
+    """A copy of ``value`` but for tensors that are ``kept``, whose memories ``memories`` gets."""
     if isinstance(value, Tensor):
         memory = kept.get(id(value))
         if memory is None:

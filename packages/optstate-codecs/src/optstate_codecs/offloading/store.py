@@ -1,4 +1,7 @@
-"""The contract of a place: memory for slabs, and how chunks come from there and go back."""
+"""The interface of state stores, and the store in host memory.
+
+A store provides memory for slabs, and the host memory that chunks are copied from and to.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +19,29 @@ __all__ = ["HostStateStore", "StateStore"]
 
 
 class StateStore(ABC):
-    """Where state lives while it is not stepped."""
+    """Where packed state lives between steps."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def new(self, nbytes: int) -> Memory:
-        """Memory for a slab, uint8 [nbytes].
+        """Allocate memory for a slab, uint8 [nbytes].
 
         Raises:
-            MemoryError, OSError: there is none.
+            MemoryError, OSError: there is none left.
         """
 
     def allocate(self, nbytes: int) -> Slab:
-        """A slab that has not been stepped."""
+        """Make a slab."""
         memory = self.new(nbytes)
         return Slab([memory], memory)
 
     def writable(self, memory: Memory) -> bool:
-        """Whether nobody wants it as it is."""
+        """Whether no snapshot or manifest refers to this memory."""
         return not memory.holders
 
     def target(self, slab: Slab) -> Memory:
-        """What a step may write a slab into: its memory, or another where that is to stay."""
+        """The memory that a step may write a slab to: its own, or another if that must stay."""
         for memory in (slab.memory, *slab.family):
             if self.writable(memory):
                 return memory
@@ -46,10 +49,10 @@ class StateStore(ABC):
         return slab.family[-1]
 
     def prepare(self, chunk: Chunk) -> None:  # noqa: B027
-        """The chunk will be wanted soon."""
+        """Begin to get a chunk ready that will be loaded soon."""
 
     def ready(self, chunk: Chunk) -> bool:
-        """Whether ``source`` would not have to wait."""
+        """Whether ``source`` would return without waiting."""
         return True
 
     def source(self, chunk: Chunk) -> Iterable[tuple[Tensor, Region]]:
@@ -57,13 +60,13 @@ class StateStore(ABC):
         return chunk.pieces(chunk.memory)
 
     def sent(self, chunk: Chunk, event: Any) -> None:  # noqa: B027
-        """The source has been copied from once ``event`` has happened (None: it has)."""
+        """Take the event after which the source has been copied from; None: it has been."""
 
     def reserve(self, chunk: Chunk) -> None:  # noqa: B027
-        """See that ``sink`` and ``stored`` will do before the chunk is stepped.
+        """Make sure, before the chunk is stepped, that ``sink`` and ``stored`` will succeed.
 
         Raises:
-            OSError: what the sink was for before could not be kept.
+            OSError: what was in the sink before could not be kept.
         """
 
     def sink(self, chunk: Chunk) -> Iterable[tuple[Tensor, Region]]:
@@ -71,47 +74,47 @@ class StateStore(ABC):
         return chunk.pieces(chunk.memory)
 
     def stored(self, chunk: Chunk) -> None:  # noqa: B027
-        """The chunk is in its sink once ``chunk.stored`` has happened (None: it is)."""
+        """Keep the chunk, which is in its sink after the event ``chunk.stored``; None: now."""
 
     def check(self) -> None:  # noqa: B027
-        """Raise if a step could not be stored."""
+        """Raise if the result of a step could not be stored."""
 
     def wait(self) -> None:  # noqa: B027
-        """Wait until everything is kept that has been stored.
+        """Wait until everything that was stored is kept.
 
         Raises:
-            OSError: something could not be.
+            OSError: something could not be kept.
         """
 
     def commit(self, describe: Callable[[], dict[str, Any]]) -> None:  # noqa: B027
-        """A step is complete: what slabs hold now belongs together.
+        """Record that a step is complete, so that the slabs belong together as they are now.
 
         Args:
-            describe: what there is, and where.
+            describe: returns the content of a manifest, see ``manifest.describe``.
         """
 
     def restate(self) -> bool:
-        """Keep what has changed beside the slabs since ``commit``; whether anything has."""
+        """Keep group values that have changed since ``commit``; returns whether any have."""
         return False
 
     def supersede(self) -> None:  # noqa: B027
-        """What was committed has nothing to do with what groups hold until the next time."""
+        """Note that group values no longer belong to the committed state, until ``commit``."""
 
-    def show(self, memories: Iterable[Memory]) -> None:  # noqa: B027
-        """What is known outside of this process is kept in these."""
+    def protect(self, memories: Iterable[Memory]) -> None:  # noqa: B027
+        """Set the memories that a manifest refers to."""
 
     def forget(self) -> None:  # noqa: B027
-        """What has been prepared is no longer what is kept."""
+        """Discard prepared chunks: the state that is kept has been changed."""
 
     def close(self, remove: bool = False) -> None:  # noqa: B027
-        """Let go of what outlives the process, and remove it where nothing is to be kept."""
+        """Release what outlives the process, or ``remove`` it."""
 
 
 class HostStateStore(StateStore):
-    """Host memory of exact size, page-locked for GPUs.
+    """Keeps state in host memory of exact size, page-locked for GPUs.
 
     Args:
-        pin: lock the pages; None: where there is a GPU.
+        pin: whether to lock the pages; None: if there is a GPU.
     """
 
     name = "host"

@@ -1,198 +1,209 @@
-"""A session for units whose state is away: it comes to the device chunk by chunk, and goes back.
+"""An executor for offloaded state: chunks come to the device, are stepped there, and go back.
 
-The engine steps twins of the units, whose state is in the slots of a ring; what a twin is does not
-change from step to step, so the engine's plans and tables stay what they are. A step is one job in
-stages, one for each chunk.
+The engine steps device views of the parameters, whose state is in the slots of a ring. A view
+stays the same from step to step, so the engine's plans and tables stay valid. A step is one
+request in stages, one stage for each chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import compress
 
-import torch
 from torch import Tensor
 
 from optstate_codecs.engine.capture import capturing
-from optstate_codecs.engine.request import StepRequest, layout_of
+from optstate_codecs.engine.executor import ResidentExecutor
+from optstate_codecs.engine.request import ParamStep, StepRequest, layout_of
 from optstate_codecs.errors import StepError
-from optstate_codecs.offloading.placement import CHUNK_BYTES, HERE, Placement, bank_of
+from optstate_codecs.offloading.manifest import describe
+from optstate_codecs.offloading.placement import RESIDENT, Placement
 from optstate_codecs.offloading.slabs import Part, PlacementEntry, in_order
 
-__all__ = ["CHUNK_BYTES", "StreamingExecutor"]
-
-# bytes of gradients that may wait for state that is on its way, of steps taken apart
-WAITING = 1 << 29
+__all__ = ["StreamingExecutor"]
 
 
-class StreamingExecutor(Placement):
-    """Runs jobs whose units' state a place keeps: a ``Placement`` that steps."""
+class StreamingExecutor:
+    """Runs step requests for parameters whose state a store keeps; see ``engine.Executor``.
+
+    Args:
+        backend: of the engine, see ``ResidentExecutor``.
+        placement: where each parameter's state is; empty at first.
+
+    Attributes:
+        all_param_steps: gives the parameters of all state that exists, when a step is to leave all
+            of it in the store; None where state may stay elsewhere until it is stepped.
+    """
+
+    def __init__(self, backend: str, placement: Placement) -> None:
+        self.backend = backend
+        self.placement = placement
+        self.store = placement.store
+        self.all_param_steps: Callable[[], Sequence[ParamStep]] | None = None
+        self._executor = ResidentExecutor(backend)
+        self._generation = 0
+        self._begun = False
 
     def step(self, request: StepRequest) -> None:
-        """Step every unit of the job.
+        """Step every parameter of the request.
 
         Raises:
             RuntimeError: a CUDA graph is being recorded.
-            ValueError, OSError: the place cannot keep what a step makes; nothing has changed.
-            StepError: from what went wrong in the step; it says what has been stepped.
+            ValueError, OSError: the store cannot keep the step's result; nothing has changed.
+            StepError: raised from the error of a step that failed part-way; it names the
+                parameters that were stepped.
         """
         if capturing():
             raise RuntimeError("CUDA graph capture: state that is streamed cannot be part of it")
         if not request.param_steps:
             return
-        self.place.check()
-        if not self._begun:
-            # what a scheduler has set since the last step belongs to its end
-            self.place.restate()
-        for ring in self._rings.values():
-            ring.store_rest()
-        self._look_for_changes(request.param_steps)
-        param_steps = list(request.param_steps)
-        if self.every is not None and not self._begun:
-            given = set(map(id, param_steps))
-            param_steps += [
-                param_step for param_step in self.every() if id(param_step) not in given
-            ]
-            param_steps.sort(key=lambda param_step: (param_step.index, param_step.offset))
-            self._forget_others(param_steps)
-        self._seat(param_steps, request.grad_means is None)
-        self._begun = True
-        entries = [
-            self._entries[param_step.index, param_step.offset] for param_step in request.param_steps
-        ]
-        parts = [(place, part) for place, entry in enumerate(entries) for part in entry.parts]
-        device_views = self._device_views(request, parts)
-        self._count_alike(entries)
-        order = sorted({device_view.stage for device_view in device_views.param_steps} - {HERE})
-        for slab in map(self._slab_of.__getitem__, order):
+        entries = self._place(request)
+        numbered = [(number, part) for number, entry in enumerate(entries) for part in entry.parts]
+        device_views = self._device_views(request, numbered)
+        placement = self.placement
+        placement.copy_counts(entries)
+        stages = sorted({view.stage for view in device_views.param_steps} - {RESIDENT})
+        for slab in map(placement.slab_of.__getitem__, stages):
             if slab.target is None:
-                # a snapshot may have it that memory is to be made: before anything changes
-                self.place.target(slab)
-        self._pending = self._pending or bool(order)
+                # if a snapshot holds the slab, this allocates memory: before anything changes
+                self.store.target(slab)
+        placement.pending = placement.pending or bool(stages)
         try:
-            with ExitStack() as stack:
-                for device, ring in self._rings.items():
-                    if mine := [c for n in order if (c := self._chunks[n]).device == device]:
-                        ring.expect(mine)
-                for ring in self._rings.values():
-                    stack.enter_context(ring.working())
+            placement.rings.expect([placement.chunks[stage] for stage in stages])
+            with placement.rings.working():
                 self._executor.step(device_views)
         except Exception as error:
-            done = set(map(id, device_views.done))
-            counts = [
-                sum(id(part.device_view) in done for part in entry.parts) for entry in entries
-            ]
-            whole = [
-                count == len(entry.parts) for count, entry in zip(counts, entries, strict=True)
-            ]
-            request.done += compress(request.param_steps, whole)
-            numbers = [param_step.index for param_step in request.param_steps]
-            raise StepError.of(
-                error,
-                "",
-                compress(numbers, whole),
-                compress(numbers, [not count for count in counts]),
-                compress(numbers, [c and not w for c, w in zip(counts, whole, strict=True)]),
-            ) from error
+            raise _step_error(error, request, entries, device_views.done) from error
         else:
             request.done += request.param_steps
         finally:
-            # of those too that were not stepped: several counts have one version
-            for bank in {id(bank_of(param_step)) for param_step in request.param_steps}:
-                for entry in self._parted.get(bank, ()):
-                    entry.version = entry.param_step.state["step"]._version
+            placement.note_counts(request.param_steps)
             if request.asynchronous:
-                self._hold(request, device_views)
+                nbytes = sum(grad.nbytes for grad in request.grads)
+                placement.rings.hold((request, device_views), nbytes)
             else:
                 self.join()
 
-    def _hold(self, *requests: StepRequest) -> None:
-        """Keep what a step reads until the current stream, which may reuse it, has waited."""
-        marks = [(ring.device, ring.mark()) for ring in self._rings.values()]
-        nbytes = sum(grad.nbytes for grad in requests[0].grads)
-        self._behind.append((marks, nbytes, requests))
-        while sum(size for _, size, _ in self._behind) > WAITING and len(self._behind) > 1:
-            for device, mark in self._behind.popleft()[0]:
-                if mark is not None:
-                    torch.cuda.current_stream(device).wait_event(mark)
+    def _place(self, request: StepRequest) -> list[PlacementEntry]:
+        """Have the state of the request's parameters in the store, and find their entries."""
+        placement = self.placement
+        self.store.check()
+        if not self._begun:
+            # values that a scheduler has set since the last step belong to that step
+            self.store.restate()
+        for ring in placement.rings.values():
+            ring.store_rest()
+        placement.reload_edited(request.param_steps)
+        param_steps = list(request.param_steps)
+        if self.all_param_steps is not None and not self._begun:
+            given = set(map(id, param_steps))
+            param_steps += [one for one in self.all_param_steps() if id(one) not in given]
+            param_steps.sort(key=lambda param_step: (param_step.index, param_step.offset))
+            placement.keep_only(param_steps)
+        # centralization needs the whole gradient
+        placement.place(param_steps, cut=request.grad_means is None)
+        if self._generation != placement.generation:
+            self._executor = ResidentExecutor(self.backend)
+            self._generation = placement.generation
+        self._begun = True
+        return [placement.entry(param_step) for param_step in request.param_steps]
 
     def _device_views(self, request: StepRequest, parts: Sequence[tuple[int, Part]]) -> StepRequest:
-        param_steps, grads, addresses, layouts = [], [], [], []
+        """The request for the device views of parts, each with its parameter's number in it."""
+        views = request.part([number for number, _ in parts])
+        param_steps, grads, addresses = [], list(views.grads), list(views.addresses)
+        layouts = list(views.layouts or map(layout_of, grads))
         flat: dict[int, Tensor] = {}
-        for place, part in parts:
-            param_step, grad = request.param_steps[place], request.grads[place]
-            device_view = part.device_view
+        for index, (number, part) in enumerate(parts):
+            param, device_view = request.param_steps[number].param, part.device_view
             assert device_view is not None
-            if device_view.param is not param_step.param:
-                if place not in flat:
-                    # once for all parts: where it does not lie like the parameter, it is a copy
-                    flat[place] = in_order(grad, param_step.param)
-                grad = flat[place][part.start : part.stop]
-                addresses.append(grad.data_ptr())
-                layouts.append((grad.dtype, part.stop - part.start))
-            else:
-                addresses.append(request.addresses[place])
-                layouts.append(request.layouts[place] if request.layouts else layout_of(grad))
             param_steps.append(device_view)
-            grads.append(grad)
-        means = request.grad_means
-        if means is not None:
-            means = replace(means, starts=[means.starts[place] for place, _ in parts])
+            if device_view.param is not param:
+                if number not in flat:
+                    # once for all parts: a gradient in another order is copied
+                    flat[number] = in_order(request.grads[number], param)
+                grads[index] = grad = flat[number][part.start : part.stop]
+                addresses[index] = grad.data_ptr()
+                layouts[index] = (grad.dtype, part.stop - part.start)
         return replace(
-            request,
+            views,
             param_steps=param_steps,
             grads=grads,
             addresses=addresses,
             layouts=layouts,
-            grad_means=means,
             done=[],
             counted=[],
-            staging=self._around,
+            staging=self._staged,
         )
 
     @contextmanager
-    def _around(self, stage: int) -> Iterator[None]:
-        if stage == HERE:
+    def _staged(self, stage: int) -> Iterator[None]:
+        """Step a stage in the body, with its chunk on the device."""
+        if stage == RESIDENT:
             yield
             return
-        chunk = self._chunks[stage]
-        ring = self._rings[chunk.device]
+        chunk = self.placement.chunks[stage]
+        ring = self.placement.rings[chunk.device]
         ring.enter(chunk)
-        slab = self._slab_of[stage]
+        slab = self.placement.slab_of[stage]
         if slab.target is None:
-            slab.target = self.place.target(slab)
+            slab.target = self.store.target(slab)
         ring.hold(chunk)
         chunk.memory = slab.target
         try:
             yield
         finally:
-            # what has not been stepped is as it was: the chunk as a whole is right either way
+            # parameters that were not stepped are unchanged: the whole chunk is valid either way
             ring.leave(chunk)
 
-    def _count_alike(self, entries: Sequence[PlacementEntry]) -> None:
-        """Give the parts of a unit its count, where somebody else has changed that."""
-        for entry in entries:
-            step = entry.param_step.state["step"]
-            if len(entry.parts) > 1 and entry.version != step._version:
-                for part in entry.parts[1:]:
-                    assert part.device_view is not None
-                    part.device_view.state["step"].copy_(step)
+    def join(self) -> None:
+        """Have the current stream wait for partial steps."""
+        self.placement.rings.join()
 
     def finish(self, complete: bool = True) -> None:
-        """What was stored takes the place of what was there.
+        """End a step: its result becomes the kept state.
 
         Args:
-            complete: all that the step is to change has changed, as what is kept may say.
+            complete: whether the step was not broken off; only then a manifest may name its result.
         """
         self.join()
         self._begun = False
         if not complete:
-            # what cannot be now is with the next step; what went wrong has been raised already
+            # errors are ignored here: the step has raised its own, and the next step tries again
             with suppress(Exception):
-                self._swap()
+                self.placement.keep_targets()
             return
-        self._swap()
-        self._pending = True
-        self.place.commit(self.describe)
+        self.placement.keep_targets()
+        self.placement.pending = True
+        self.store.commit(lambda: describe(self.placement))
+
+    def supersede(self) -> None:
+        """State and group values are about to be replaced; the next complete step commits them."""
+        self.synchronize()
+        self.store.supersede()
+
+    def synchronize(self) -> None:
+        """Wait until all state is stored where ``optimizer.state`` shows it."""
+        self.placement.synchronize()
+
+
+def _step_error(
+    error: Exception,
+    request: StepRequest,
+    entries: Sequence[PlacementEntry],
+    device_views_done: Sequence[ParamStep],
+) -> StepError:
+    """The error of a step that failed part-way; ``request.done`` gets what was stepped whole."""
+    done = set(map(id, device_views_done))
+    counts = [sum(id(part.device_view) in done for part in entry.parts) for entry in entries]
+    whole = [count == len(entry.parts) for count, entry in zip(counts, entries, strict=True)]
+    request.done += compress(request.param_steps, whole)
+    numbers = [param_step.index for param_step in request.param_steps]
+    torn = [bool(count) and not all_done for count, all_done in zip(counts, whole, strict=True)]
+    stepped, unstepped = (
+        compress(numbers, whole),
+        compress(numbers, [not count for count in counts]),
+    )
+    return StepError.of(error, "", stepped, unstepped, compress(numbers, torn))

@@ -1,4 +1,4 @@
-"""Work on other threads that is not lost where it fails."""
+"""Tasks on a thread pool that keep their work until it succeeds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Task"]
 
 
 class Task:
-    """Work given to a pool, which whoever asks for its result does again where it has failed.
+    """Work on a thread pool that is done again, when its result is asked for, if it failed.
 
-    What it works on stays until it has succeeded: what a full disk did not take is written once
-    there is room. A task may wait for those that were given to the pool before it.
+    The data that the work needs is kept until then: data that a full disk refused is written once
+    there is room. A task may wait for tasks that were submitted to the pool before it.
 
     Args:
-        pool: whose threads hold no reference to the task once it has succeeded.
-        work: that may be done twice.
+        pool: its threads hold no reference to the task once it has succeeded.
+        work: a function that may be called twice.
     """
 
     def __init__(self, pool: Executor, work: Callable[[], object]) -> None:
@@ -33,24 +33,24 @@ class Task:
                 self._work = None
 
     def _try(self) -> None:
-        # who asks for the result gets the exception
+        # errors are ignored here: ``result`` tries again and raises
         with suppress(Exception):
             self._do()
 
     @property
     def failed(self) -> bool:
-        """Whether it has been tried, and has to be again."""
+        """Whether the work has been tried and must be done again."""
         return self._future.done() and self._work is not None
 
     def done(self) -> bool:
-        """Whether ``result`` would not wait."""
+        """Whether ``result`` would return without waiting."""
         return self._future.done()
 
     def wait(self) -> None:
-        """Wait until it has been tried."""
+        """Wait until the work has been tried."""
         wait([self._future])
 
     def result(self) -> None:
-        """Wait for it; raises what it does if it fails once more."""
+        """Wait for the work, and do it again if it failed; raises its error if that fails too."""
         self.wait()
         self._do()

@@ -1,4 +1,4 @@
-"""Update rules: the mathematics of each optimizer, one file each, in torch and for Triton."""
+"""Update rules: the mathematics of each optimizer in torch and in Triton, one file per rule."""
 
 from optstate_codecs.rules.adam import Adam, AdamHyper
 from optstate_codecs.rules.base import Moment, Rule

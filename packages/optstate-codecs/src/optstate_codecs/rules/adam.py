@@ -7,18 +7,16 @@ algorithm 2; AMSGrad is Reddi et al., arXiv:1904.09237, algorithm 2.
     v = b2 v + (1 - b2) g^2
     p = p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
-Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g. Where
-decay is bias corrected, lr in it is lr / (1 - b1^t), as some implementations have it.
-The operations and their order are those of ``torch.optim``'s single-tensor path, so that float32
-moments give its bits.
+Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g. Bias
+corrected decay uses lr / (1 - b1^t) for lr, as some implementations do. The operations and their
+order are those of ``torch.optim``'s single-tensor path, so that float32 moments give its bits.
 
-With ``error_feedback``, what storing m leaves out, e = m - stored m, is not lost. Kept, it would
-have reached p over the following steps as b1 + b1^2 + ... = b1 / (1 - b1) times itself; so that
-much of it is delivered at once:
+``error_feedback`` compensates the error of storing m, e = m - stored m. Stored exactly, e would
+enter the next steps with weights b1 + b1^2 + ... = b1 / (1 - b1). Their sum is applied at once:
 
     p = p - lr * b1 / (1 - b1) * e / (sqrt(v / (1 - b2^t)) + eps)
 
-which needs no memory, as feeding errors back does elsewhere (Seide et al., Interspeech 2014).
+Unlike other error feedback (Seide et al., Interspeech 2014), this needs no memory.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from optstate_codecs.triton_lib import constant, fma, jit, lerp, reciprocal, sqr
 
 __all__ = ["Adam", "AdamHyper"]
 
-# streams 2 and 3 share a random word, so fp32 parameters cost one hash an element
+# streams 2 and 3 share a random word, so that fp32 parameters need one hash per element
 EXP_AVG = Moment("exp_avg", signed=True, stream=2, relative_to="exp_avg_sq")
 EXP_AVG_SQ = Moment("exp_avg_sq", signed=False, stream=3)
 MAX_EXP_AVG_SQ = Moment("max_exp_avg_sq", signed=False, stream=1)
@@ -47,8 +45,8 @@ NAMES = (EXP_AVG.name, EXP_AVG_SQ.name, MAX_EXP_AVG_SQ.name)
 
 
 @lru_cache(maxsize=8)
-def _named(names: tuple[str, str, str]) -> tuple[Moment, ...]:
-    """Adam's three moments under other names."""
+def _renamed(names: tuple[str, str, str]) -> tuple[Moment, ...]:
+    """Adam's three moments with ``names`` as their state keys."""
     own = dict(zip(NAMES, names, strict=True))
     return tuple(
         replace(
@@ -93,16 +91,17 @@ class AdamHyper(PlainFields):
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """Adam, or AdamW where ``decoupled``.
+    """Adam, or AdamW with ``decoupled``.
 
     Args:
-        decoupled: whether weight decay is.
-        error_feedback: whether each step delivers what storing the first moment leaves out.
+        decoupled: whether weight decay is decoupled.
+        error_feedback: whether each step compensates the error of storing the first moment.
         corrected_decay: whether decoupled weight decay is bias corrected.
-        names: of the two moments and of AMSGrad's, in the state.
+        names: state keys of the first moment, the second moment and AMSGrad's maximum.
     """
 
     name: ClassVar[str] = "adam"
+    hyper_type = AdamHyper
     in_torch: ClassVar[bool] = True
     decoupled: bool = False
     error_feedback: bool = False
@@ -127,38 +126,37 @@ class Adam(Rule):
             "maximize": False,
         }
 
-    def hyper(self, group: Mapping[str, Any]) -> AdamHyper:
-        return AdamHyper(**{key: group[key] for key in self.defaults()})
-
     def moments(self, hyper: AdamHyper) -> tuple[Moment, ...]:
-        return _named(self.names)[: 3 if hyper.amsgrad else 2]
+        return _renamed(self.names)[: 3 if hyper.amsgrad else 2]
 
     def device_function(self, hyper: AdamHyper) -> tuple[Any, int]:
         options = self.decoupled * DECOUPLED + hyper.amsgrad * AMSGRAD + hyper.maximize * MAXIMIZE
         return update_tile, options + far(hyper.betas[0]) * FAR
 
     def device_error_feedback(self) -> Any:
-        return deliver_tile
+        return error_feedback_tile
 
     def device_row(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
-        root, length = (1 - beta2**step) ** 0.5, lr / (1 - beta1**step)
-        row = [
+        bias_correction_sqrt, step_size = (1 - beta2**step) ** 0.5, lr / (1 - beta1**step)
+        scalars = [
             1 - beta1,
             beta2,
             1 - beta2,
-            self._decay(lr, length, decay),
-            length * root,
-            hyper.eps * root,
+            self._decay(lr, step_size, decay),
+            step_size * bias_correction_sqrt,
+            hyper.eps * bias_correction_sqrt,
         ]
-        return [*row, lr * root * beta1 / (1 - beta1)] if self.has_error_feedback else row
+        if self.has_error_feedback:
+            scalars.append(lr * bias_correction_sqrt * beta1 / (1 - beta1))
+        return scalars
 
-    def _decay(self, lr: Scalar, length: Scalar, decay: Scalar) -> Scalar:
-        """What multiplies the parameter or, coupled, is added of it to the gradient."""
+    def _decay(self, lr: Scalar, step_size: Scalar, decay: Scalar) -> Scalar:
+        """The factor of the parameter, or for coupled decay the multiple added to the gradient."""
         if not self.decoupled:
             return decay
-        return 1 - (length if self.corrected_decay else lr) * decay
+        return 1 - (step_size if self.corrected_decay else lr) * decay
 
     def variant(self, hyper: AdamHyper) -> tuple[bool, bool]:
         return hyper.amsgrad, hyper.maximize
@@ -166,17 +164,19 @@ class Adam(Rule):
     def scalars(self, hyper: AdamHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
-        length = lr / (1 - beta1**step)
-        folded = [
+        step_size = lr / (1 - beta1**step)
+        scalars = [
             1 - beta1,
             beta2,
             1 - beta2,
-            self._decay(lr, length, decay),
-            -length,
+            self._decay(lr, step_size, decay),
+            -step_size,
             (1 - beta2**step) ** 0.5,
             hyper.eps,
         ]
-        return [*folded, -lr * beta1 / (1 - beta1)] if self.has_error_feedback else folded
+        if self.has_error_feedback:
+            scalars.append(-lr * beta1 / (1 - beta1))
+        return scalars
 
     def apply(
         self,
@@ -187,21 +187,22 @@ class Adam(Rule):
         variant: tuple[bool, bool],
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        other1, beta2, other2, decay, length, root, eps = scalars[:7]
+        one_minus_beta1, beta2, one_minus_beta2 = scalars[:3]
+        decay, step_size, bias_correction_sqrt, eps = scalars[3:7]
         amsgrad, maximize = variant
         if maximize:
             grad = -grad
         grad = decayed(param, grad, decay, self.decoupled)
 
         exp_avg, exp_avg_sq = moments[self.names[0]], moments[self.names[1]]
-        exp_avg.lerp_(grad, other1)
-        average_square_(exp_avg_sq, grad, beta2, other2)
+        exp_avg.lerp_(grad, one_minus_beta1)
+        average_square_(exp_avg_sq, grad, beta2, one_minus_beta2)
         if amsgrad:
-            largest = moments[self.names[2]]
-            exp_avg_sq = torch.maximum(largest, exp_avg_sq, out=largest)
+            max_exp_avg_sq = moments[self.names[2]]
+            exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
 
-        denominator = (square_root(exp_avg_sq) / root).add_(eps)
-        add_quotient(param, exp_avg, denominator, length)
+        denom = (square_root(exp_avg_sq) / bias_correction_sqrt).add_(eps)
+        add_quotient(param, exp_avg, denom, step_size)
 
     def apply_error_feedback(
         self,
@@ -212,9 +213,10 @@ class Adam(Rule):
         variant: tuple[bool, bool],
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        root, eps, length = scalars[5:]
-        divisor = moments[self.names[2 if variant[0] else 1]]
-        add_quotient(param, residual, (square_root(divisor) / root).add_(eps), length)
+        bias_correction_sqrt, eps, step_size = scalars[5:]
+        exp_avg_sq = moments[self.names[2 if variant[0] else 1]]
+        denom = (square_root(exp_avg_sq) / bias_correction_sqrt).add_(eps)
+        add_quotient(param, residual, denom, step_size)
 
 
 DECOUPLED, AMSGRAD, MAXIMIZE, FAR = 1, 2, 4, 8
@@ -223,32 +225,33 @@ _MAXIMIZE, _FAR = constant(MAXIMIZE), constant(FAR)
 
 
 @jit
-def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The update on a tile: m0 is exp_avg, m1 exp_avg_sq, m2 max_exp_avg_sq.
 
-    The bias corrections are in the row: lr sqrt(1 - b2^t) / (1 - b1^t) and eps sqrt(1 - b2^t).
+    ``scalars`` hold the bias corrections: lr sqrt(1 - b2^t) / (1 - b1^t) and eps sqrt(1 - b2^t).
     """
-    weight, beta2, other2 = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    decay, length, eps = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    one_minus_beta1 = tl.load(scalars)
+    beta2, one_minus_beta2 = tl.load(scalars + 1), tl.load(scalars + 2)
+    decay, step_size, eps = tl.load(scalars + 3), tl.load(scalars + 4), tl.load(scalars + 5)
     if OPTIONS & _MAXIMIZE:
         g = -g
     if OPTIONS & _DECOUPLED:
         p = p * decay
     else:
         g = fma(p, decay, g)
-    m0 = lerp(m0, g, weight, OPTIONS & _FAR)
-    m1 = fma(g * other2, g, m1 * beta2)
-    largest = m1
+    m0 = lerp(m0, g, one_minus_beta1, OPTIONS & _FAR)
+    m1 = fma(g * one_minus_beta2, g, m1 * beta2)
+    exp_avg_sq = m1
     if OPTIONS & _AMSGRAD:
         m2 = tl.where((m1 > m2) | (m1 != m1), m1, m2)
-        largest = m2
-    p = fma(m0 * -length, reciprocal(sqrt(largest) + eps), p)
+        exp_avg_sq = m2
+    p = fma(m0 * -step_size, reciprocal(sqrt(exp_avg_sq) + eps), p)
     return p, m0, m1, m2
 
 
 @jit
-def deliver_tile(p, residual, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def error_feedback_tile(p, residual, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """``Adam.apply_error_feedback`` on a tile."""
-    eps, length = tl.load(row + 5), tl.load(row + 6)
-    largest = m2 if OPTIONS & _AMSGRAD else m1
-    return fma(residual * -length, reciprocal(sqrt(largest) + eps), p)
+    eps, step_size = tl.load(scalars + 5), tl.load(scalars + 6)
+    exp_avg_sq = m2 if OPTIONS & _AMSGRAD else m1
+    return fma(residual * -step_size, reciprocal(sqrt(exp_avg_sq) + eps), p)

@@ -1,7 +1,7 @@
-"""What rules are made of, for scalars that are numbers and for those that are 0-d tensors.
+"""Operations that rules share, for scalars that are numbers or 0-d tensors.
 
-The operations are those of ``torch.optim``'s single-tensor paths, so that numbers give its bits;
-with tensors they are the same up to what ``torch`` has no ``alpha`` or ``value`` for.
+With numbers they are the operations of ``torch.optim``'s single-tensor paths and give its bits.
+``alpha`` and ``value`` of torch functions take no tensors, so that tensors need other operations.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ def add_scaled(value: Tensor, other: Tensor, factor: Scalar) -> Tensor:
 
 
 def add_scaled_(value: Tensor, other: Tensor, factor: Scalar) -> None:
-    """``add_scaled``, in place."""
+    """``value += factor * other``, rounded once."""
     if isinstance(factor, Tensor):
         value.addcmul_(other, factor)
     else:
         value.add_(other, alpha=factor)
 
 
-def add_quotient(param: Tensor, above: Tensor, below: Tensor, factor: Scalar) -> None:
-    """``param += factor * above / below``."""
+def add_quotient(param: Tensor, numerator: Tensor, denom: Tensor, factor: Scalar) -> None:
+    """``param += factor * numerator / denom``."""
     if isinstance(factor, Tensor):
-        param.addcdiv_(above * factor, below)
+        param.addcdiv_(numerator * factor, denom)
     else:
-        param.addcdiv_(above, below, value=factor)
+        param.addcdiv_(numerator, denom, value=factor)
 
 
-def average_square_(mean: Tensor, grad: Tensor, beta: Scalar, other: Scalar) -> None:
-    """``mean = beta * mean + other * grad^2``, in place; ``other`` is 1 - beta."""
+def average_square_(mean: Tensor, grad: Tensor, beta: Scalar, one_minus_beta: Scalar) -> None:
+    """``mean = beta * mean + one_minus_beta * grad^2``, in place."""
     mean.mul_(beta)
-    if isinstance(other, Tensor):
-        mean.addcmul_(grad * other, grad)
+    if isinstance(one_minus_beta, Tensor):
+        mean.addcmul_(grad * one_minus_beta, grad)
     else:
-        mean.addcmul_(grad, grad, value=other)
+        mean.addcmul_(grad, grad, value=one_minus_beta)
 
 
 def decayed(param: Tensor, grad: Tensor, decay: Scalar, decoupled: bool) -> Tensor:
-    """The gradient after weight decay.
+    """Apply weight decay and return the gradient.
 
-    Decoupled, ``param`` is multiplied by ``decay`` in place; otherwise ``decay`` times ``param``
-    is added to the gradient.
+    Decoupled decay multiplies ``param`` by ``decay`` in place. Coupled decay adds ``decay`` times
+    ``param`` to the gradient, in a new tensor.
     """
     if decoupled:
         if isinstance(decay, Tensor) or decay != 1:
@@ -72,15 +72,16 @@ def decayed(param: Tensor, grad: Tensor, decay: Scalar, decoupled: bool) -> Tens
 
 
 def far(beta: Scalar) -> bool:
-    """Whether ``torch.lerp`` to a running mean starts from its far end: 1 - beta >= 0.5."""
+    """Whether 1 - beta >= 0.5, where ``torch.lerp`` computes from its end and not its start."""
     beta = host_scalar(beta)
     return isinstance(beta, float) and 1 - beta >= 0.5
 
 
 def root_folded(scalars: Sequence[Scalar]) -> list[Scalar]:
-    """``scalars`` that end in length, root and eps, without the root: kernels divide once.
+    """Fold the bias correction into step size and eps, so that kernels divide once.
 
-    length a / (sqrt(v) / root + eps) is length root a / (sqrt(v) + eps root).
+    ``scalars`` end with step_size, bias_correction_sqrt and eps. With r for bias_correction_sqrt,
+    step_size * a / (sqrt(v) / r + eps) = step_size * r * a / (sqrt(v) + eps * r).
     """
-    *folded, length, root, eps = scalars
-    return [*folded, length * root, eps * root]
+    *others, step_size, bias_correction_sqrt, eps = scalars
+    return [*others, step_size * bias_correction_sqrt, eps * bias_correction_sqrt]

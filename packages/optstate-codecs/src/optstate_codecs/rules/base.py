@@ -1,4 +1,4 @@
-"""The contract of an update rule: the mathematics of an optimizer, without storage."""
+"""The interface of an update rule: the mathematics of an optimizer, without storage."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SquareRoot = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Moment:
-    """One running statistic that a rule keeps per parameter element.
+    """One running statistic that a rule keeps for every parameter element.
 
     Attributes:
-        name: the state key in the field's terms, e.g. ``exp_avg``.
+        name: its state key, e.g. ``exp_avg``.
         signed: False for statistics that are never negative, such as second moments.
-        stream: the random stream that rounds it; the parameter write has stream 0.
-        relative_to: the second moment whose root divides this one in the update, if one does.
-        plain: ``torch.optim``'s state key for it, where that is another.
+        stream: the random stream that rounds it; the parameter write uses stream 0.
+        relative_to: the second moment whose root divides this moment in the update, or None.
+        plain: its state key in ``torch.optim``, where that differs from ``name``.
     """
 
     name: str
@@ -39,71 +39,74 @@ class Moment:
 class Rule(ABC):
     """The mathematics of an optimizer, in float32 (float64 for float64 parameters).
 
-    A rule holds no state; its fields are choices that make it another rule.
+    A rule holds no state. Its fields select a variant of the rule.
     """
 
     name: ClassVar[str]
-    #: whether ``torch.optim``'s class of the rule counts its steps; a plain checkpoint of one that
-    #: does not is taken to be past the first
+    #: a frozen dataclass with a field for each of ``defaults``, which validates them
+    hyper_type: ClassVar[type[Any]]
+    #: whether ``torch.optim``'s class of the rule counts steps; plain checkpoints of a class that
+    #: does not are assumed to be past the first step
     counted: ClassVar[bool] = True
-    #: whether ``torch.optim`` has a class of the rule, whose bits float32 moments are to give
+    #: whether ``torch.optim`` has a class of the rule; float32 moments then give its bits
     in_torch: ClassVar[bool] = False
 
     @property
     def has_error_feedback(self) -> bool:
-        """Whether ``apply_error_feedback`` is to follow the encoding of the moments."""
+        """Whether ``apply_error_feedback`` is called after the moments are encoded."""
         return False
 
     @abstractmethod
     def defaults(self) -> dict[str, Any]:
-        """Every hyper-parameter a param group must have, with its default."""
+        """The hyper-parameters of a param group with their defaults."""
 
-    @abstractmethod
     def hyper(self, group: Mapping[str, Any]) -> Any:
-        """The group's hyper-parameters, validated; a frozen dataclass.
+        """The group's hyper-parameters as a ``hyper_type``, validated.
 
         Raises:
-            TypeError, ValueError: naming the argument, its value and what is allowed.
+            TypeError, ValueError: a hyper-parameter has a wrong type or value; the message names
+                the argument, its value and what is allowed.
         """
+        return self.hyper_type(**{key: group[key] for key in self.defaults()})
 
     @abstractmethod
     def moments(self, hyper: Any) -> tuple[Moment, ...]:
-        """The statistics kept under these hyper-parameters."""
+        """The moments that are kept with these hyper-parameters."""
 
     def device_function(self, hyper: Any) -> tuple[Any, int] | None:
-        """The update as a device function and its options, or None where there is none.
+        """The update as a device function and its OPTIONS, or None if there is none.
 
-        ``function(p, g, m0, m1, m2, row, OPTIONS)`` takes float32 tiles (moments in the order of
-        ``moments``, the last ones unused) and ``row``, a pointer to what ``device_row`` gives; it
-        returns the new p, m0, m1 and m2.
+        ``function(p, g, m0, m1, m2, scalars, OPTIONS)`` returns the new p, m0, m1 and m2. It takes
+        float32 tiles, moments in the order of ``moments`` with the last ones unused, and
+        ``scalars``, a pointer to the numbers of ``device_row``.
         """
         return None
 
     def device_error_feedback(self) -> Any:
-        """``apply_error_feedback`` as a device function, or None where there is none.
+        """``apply_error_feedback`` as a device function, or None if there is none.
 
-        ``function(p, residual, m1, m2, row, OPTIONS)`` returns the new p; arguments are those of
-        ``device_function``'s.
+        ``function(p, residual, m1, m2, scalars, OPTIONS)`` returns the new p. Its arguments are
+        those of the update's device function.
         """
         return None
 
     def device_row(self, hyper: Any, step: Scalar) -> list[Scalar]:
-        """The scalars of one step as the device function wants them, folded in float64.
+        """The numbers of one step that the device function takes; by default ``scalars``.
 
-        Floats; or 0-d tensors where hyper-parameters or ``step`` are tensors on a device.
+        They are floats, or 0-d tensors where hyper-parameters or ``step`` are device tensors.
         """
-        raise NotImplementedError(f"{self.name}: no device function")
+        return self.scalars(hyper, step)
 
     def variant(self, hyper: Any) -> Hashable:
-        """What of the hyper-parameters decides which operations ``apply`` does."""
+        """The hyper-parameters that decide which operations ``apply`` executes."""
         return None
 
     @abstractmethod
     def scalars(self, hyper: Any, step: Scalar) -> list[Scalar]:
-        """The numbers of one step that ``apply`` takes, folded in float64.
+        """The numbers of one step that ``apply`` takes, computed in float64.
 
-        Floats; or 0-d tensors where hyper-parameters or ``step`` are tensors on a device.
-        ``step`` counts from 1.
+        They are floats, or 0-d tensors where hyper-parameters or ``step`` are device tensors.
+        ``step`` counts from 1. A step size is negative, since ``apply`` adds its multiple.
         """
 
     @abstractmethod
@@ -116,11 +119,11 @@ class Rule(ABC):
         variant: Any,
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        """Take one step, in place on ``param`` and ``moments``; ``grad`` is only read.
+        """Take one step in place on ``param`` and ``moments``; ``grad`` is only read.
 
-        All tensors are flat slices of the same elements. ``scalars`` and ``variant`` are what the
-        methods of these names gave. ``square_root`` takes all roots, ``torch.optim``'s own or
-        ``exact.sqrt``.
+        Tensors are flat slices of the same elements; ``moments`` has them by name. ``scalars`` and
+        ``variant`` are results of the methods with these names. ``square_root`` computes all roots:
+        ``torch.sqrt`` as in ``torch.optim``, or ``exact.sqrt``.
         """
 
     def apply_error_feedback(
@@ -132,16 +135,17 @@ class Rule(ABC):
         variant: Any,
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        """Step ``param`` by what storing the first moment has left out, ``residual``; in place.
+        """Step ``param`` in place by the error of storing the first moment.
 
-        The other arguments are ``apply``'s, after it.
+        ``residual`` is the first moment minus its stored value. The other arguments are those of
+        ``apply``, after it has run.
         """
-        raise NotImplementedError(f"{self.name}: delivers nothing")
+        raise NotImplementedError(f"{self.name}: has no error feedback")
 
 
 def host_scalar(value: Scalar) -> Scalar:
-    """A hyper-parameter as a float where the host can read it without waiting for a device."""
+    """A hyper-parameter as a float, unless reading it would wait for a device."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
-        # an integer times a number would be of torch's default dtype
+        # an integer tensor times a number would have torch's default dtype
         return value.squeeze() if value.is_floating_point() else value.squeeze().to(torch.float32)
     return float(value)

@@ -1,13 +1,13 @@
-"""Compass: Adam's second moment under a gradient that its running mean amplifies.
+"""Compass: a gradient amplified by its running mean, divided by the root of its second moment.
 
     m = b1 m + (1 - b1) g
     a = g + f m
     v = b2 v + (1 - b2) a^2
     p = (1 - lr wd) p - lr / (1 - b1^t) * a / (sqrt(v / (1 - b2^t)) + eps)
 
-The formula is that of the public optimizer of this name (2024; there is no paper), with f its
-``amp_fac``. Since a is not a mean, its correction 1 - b1^t makes first steps long: lr / (1 - b1),
-100 lr by default, so a warm-up is due. Weight decay is decoupled.
+The formula is that of the public optimizer of this name (2024; there is no paper); f is
+``amp_fac``. Since a is not a mean, the correction 1 - b1^t makes the first steps lr / (1 - b1)
+long, which is 100 lr by default, so that a warm-up is advisable. Weight decay is decoupled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from optstate_codecs.triton_lib import constant, fma, jit, lerp, reciprocal, sqr
 
 __all__ = ["Compass", "CompassHyper"]
 
-# streams 2 and 3 share a random word, so fp32 parameters cost one hash an element
+# streams 2 and 3 share a random word, so that fp32 parameters need one hash per element
 EMA = Moment("ema", signed=True, stream=2, relative_to="ema_squared")
 EMA_SQUARED = Moment("ema_squared", signed=False, stream=3)
 
@@ -46,7 +46,7 @@ class CompassHyper(PlainFields):
     Attributes:
         lr: learning rate, at least 0; a float or one-element tensor.
         betas: decay rates of the two moments, each in [0, 1).
-        amp_fac: how much of the mean is added to the gradient, at least 0.
+        amp_fac: multiple of the running mean that is added to the gradient, at least 0.
         eps: added to the root of the second moment, at least 0.
         weight_decay: at least 0.
         maximize: ascend instead of descend.
@@ -69,13 +69,14 @@ class CompassHyper(PlainFields):
 
 @dataclass(frozen=True)
 class Compass(Rule):
-    """Compass; two moments, ``ema`` and ``ema_squared``.
+    """Compass, with two moments: ``ema`` and ``ema_squared``.
 
     Args:
-        corrected_decay: whether weight decay is bias corrected, with lr / (1 - b1^t) for lr.
+        corrected_decay: whether weight decay uses lr / (1 - b1^t) for lr.
     """
 
     name: ClassVar[str] = "compass"
+    hyper_type = CompassHyper
     corrected_decay: bool = False
 
     def defaults(self) -> dict[str, Any]:
@@ -87,9 +88,6 @@ class Compass(Rule):
             "weight_decay": 0.0,
             "maximize": False,
         }
-
-    def hyper(self, group: Mapping[str, Any]) -> CompassHyper:
-        return CompassHyper(**{key: group[key] for key in self.defaults()})
 
     def moments(self, hyper: CompassHyper) -> tuple[Moment, ...]:
         return (EMA, EMA_SQUARED)
@@ -106,14 +104,14 @@ class Compass(Rule):
     def scalars(self, hyper: CompassHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         beta1, beta2 = map(host_scalar, hyper.betas)
-        length = lr / (1 - beta1**step)
+        step_size = lr / (1 - beta1**step)
         return [
             1 - beta1,
             host_scalar(hyper.amp_fac),
             beta2,
             1 - beta2,
-            1 - (length if self.corrected_decay else lr) * decay,
-            -length,
+            1 - (step_size if self.corrected_decay else lr) * decay,
+            -step_size,
             (1 - beta2**step) ** 0.5,
             hyper.eps,
         ]
@@ -127,15 +125,17 @@ class Compass(Rule):
         variant: bool,
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        other1, amplify, beta2, other2, decay, length, root, eps = scalars
+        one_minus_beta1, amp_fac, beta2, one_minus_beta2 = scalars[:4]
+        decay, step_size, bias_correction_sqrt, eps = scalars[4:]
         if variant:
             grad = -grad
         decayed(param, grad, decay, True)
         mean, squared = moments["ema"], moments["ema_squared"]
-        mean.lerp_(grad, other1)
-        along = add_scaled(grad, mean, amplify)
-        average_square_(squared, along, beta2, other2)
-        add_quotient(param, along, (square_root(squared) / root).add_(eps), length)
+        mean.lerp_(grad, one_minus_beta1)
+        grad = add_scaled(grad, mean, amp_fac)
+        average_square_(squared, grad, beta2, one_minus_beta2)
+        denom = (square_root(squared) / bias_correction_sqrt).add_(eps)
+        add_quotient(param, grad, denom, step_size)
 
 
 MAXIMIZE, FAR = 1, 2
@@ -143,14 +143,14 @@ _MAXIMIZE, _FAR = map(constant, (MAXIMIZE, FAR))
 
 
 @jit
-def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The update on a tile: m0 is ema, m1 ema_squared. Bias corrections are in the row."""
-    other1, amplify = tl.load(row), tl.load(row + 1)
-    beta2, other2, decay = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    length, eps = tl.load(row + 5), tl.load(row + 6)
+def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is ema, m1 ema_squared. ``scalars`` hold the corrections."""
+    one_minus_beta1, amp_fac = tl.load(scalars), tl.load(scalars + 1)
+    beta2, one_minus_beta2, decay = tl.load(scalars + 2), tl.load(scalars + 3), tl.load(scalars + 4)
+    step_size, eps = tl.load(scalars + 5), tl.load(scalars + 6)
     if OPTIONS & _MAXIMIZE:
         g = -g
-    m0 = lerp(m0, g, other1, OPTIONS & _FAR)
-    along = fma(m0, amplify, g)
-    m1 = fma(along * other2, along, m1 * beta2)
-    return fma(along * length, reciprocal(sqrt(m1) + eps), p * decay), m0, m1, m2
+    m0 = lerp(m0, g, one_minus_beta1, OPTIONS & _FAR)
+    g = fma(m0, amp_fac, g)
+    m1 = fma(g * one_minus_beta2, g, m1 * beta2)
+    return fma(g * step_size, reciprocal(sqrt(m1) + eps), p * decay), m0, m1, m2

@@ -4,9 +4,8 @@
     p = (1 - lr wd) p - lr u
     m = b2 m + (1 - b2) g
 
-Every element moves by lr, or by nothing where u is 0; weight decay is decoupled. Where what the
-sign is taken of is infinite or NaN, so is the parameter: a bad gradient is not to look like a good
-one.
+Every element moves by lr, or not at all where u is 0. Weight decay is decoupled. Where the argument
+of the sign is infinite or NaN, the parameter becomes NaN, so that a bad gradient is not hidden.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from optstate_codecs.triton_lib import constant, fma, jit, lerp, tl
 
 __all__ = ["Lion", "LionHyper"]
 
-# stream 1 shares its random word with the parameter write: one hash an element at most
+# stream 1 shares its random word with the parameter write: at most one hash per element
 EXP_AVG = Moment("exp_avg", signed=True, stream=1)
 
 
@@ -35,7 +34,7 @@ class LionHyper(PlainFields):
     """Lion's hyper-parameters; creating one validates them.
 
     Attributes:
-        lr: how far an element moves, at least 0; a float or one-element tensor.
+        lr: the distance that each element moves, at least 0; a float or one-element tensor.
         betas: weight of the momentum in the update, and its decay rate, each in [0, 1).
         weight_decay: at least 0.
         maximize: ascend instead of descend.
@@ -56,25 +55,20 @@ class LionHyper(PlainFields):
 
 @dataclass(frozen=True)
 class Lion(Rule):
-    """Lion; one moment, ``exp_avg``."""
+    """Lion, with one moment: ``exp_avg``."""
 
     name: ClassVar[str] = "lion"
+    hyper_type = LionHyper
 
     def defaults(self) -> dict[str, Any]:
         return {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False}
-
-    def hyper(self, group: Mapping[str, Any]) -> LionHyper:
-        return LionHyper(**{key: group[key] for key in self.defaults()})
 
     def moments(self, hyper: LionHyper) -> tuple[Moment, ...]:
         return (EXP_AVG,)
 
     def device_function(self, hyper: LionHyper) -> tuple[Any, int]:
-        nearer = far(hyper.betas[0]) * FAR1 + far(hyper.betas[1]) * FAR2
-        return update_tile, nearer + hyper.maximize * MAXIMIZE
-
-    def device_row(self, hyper: LionHyper, step: Scalar) -> list[Scalar]:
-        return self.scalars(hyper, step)
+        far_flags = far(hyper.betas[0]) * FAR1 + far(hyper.betas[1]) * FAR2
+        return update_tile, far_flags + hyper.maximize * MAXIMIZE
 
     def variant(self, hyper: LionHyper) -> bool:
         return hyper.maximize
@@ -93,15 +87,15 @@ class Lion(Rule):
         variant: bool,
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        other1, other2, decay, length = scalars
+        one_minus_beta1, one_minus_beta2, decay, step_size = scalars
         if variant:
             grad = -grad
         decayed(param, grad, decay, True)
         exp_avg = moments["exp_avg"]
-        along = exp_avg.lerp(grad, other1)
-        # 0, but NaN where there is no sign to go by
-        add_scaled_(param, along.sign() + along * 0.0, length)
-        exp_avg.lerp_(grad, other2)
+        update = exp_avg.lerp(grad, one_minus_beta1)
+        # update * 0.0 is NaN where the update is not finite
+        add_scaled_(param, update.sign() + update * 0.0, step_size)
+        exp_avg.lerp_(grad, one_minus_beta2)
 
 
 MAXIMIZE, FAR1, FAR2 = 1, 2, 4
@@ -109,13 +103,13 @@ _MAXIMIZE, _FAR1, _FAR2 = map(constant, (MAXIMIZE, FAR1, FAR2))
 
 
 @jit
-def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The update on a tile: m0 is exp_avg."""
-    other1, other2 = tl.load(row), tl.load(row + 1)
-    decay, length = tl.load(row + 2), tl.load(row + 3)
+    one_minus_beta1, one_minus_beta2 = tl.load(scalars), tl.load(scalars + 1)
+    decay, step_size = tl.load(scalars + 2), tl.load(scalars + 3)
     if OPTIONS & _MAXIMIZE:
         g = -g
-    along = lerp(m0, g, other1, OPTIONS & _FAR1)
-    sign = tl.where(along > 0.0, 1.0, tl.where(along < 0.0, -1.0, 0.0))
-    p = fma(sign + along * 0.0, length, p * decay)
-    return p, lerp(m0, g, other2, OPTIONS & _FAR2), m1, m2
+    update = lerp(m0, g, one_minus_beta1, OPTIONS & _FAR1)
+    sign = tl.where(update > 0.0, 1.0, tl.where(update < 0.0, -1.0, 0.0))
+    p = fma(sign + update * 0.0, step_size, p * decay)
+    return p, lerp(m0, g, one_minus_beta2, OPTIONS & _FAR2), m1, m2

@@ -3,8 +3,9 @@
     v = b v + (1 - b) g^2
     p = (1 - lr wd) p - lr g / (sqrt(v / (1 - b^t)) + eps)
 
-The lecture starts v at zero and leaves it so, which makes first steps 1 / sqrt(1 - b) times too
-long; here v is divided by 1 - b^t as in Adam, which this is at b1 = 0. Weight decay is decoupled.
+The lecture does not correct for v = 0 at the start, which makes the first steps 1 / sqrt(1 - b)
+times too long. Here v is divided by 1 - b^t as in Adam, so that this is Adam with b1 = 0. Weight
+decay is decoupled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from optstate_codecs.triton_lib import constant, fma, jit, reciprocal, sqrt, tl
 
 __all__ = ["RMSProp", "RMSPropHyper"]
 
-# stream 1 shares its random word with the parameter write: one hash an element at most
+# stream 1 shares its random word with the parameter write: at most one hash per element
 EMA_SQUARED = Moment("ema_squared", signed=False, stream=1)
 
 
@@ -57,15 +58,13 @@ class RMSPropHyper(PlainFields):
 
 @dataclass(frozen=True)
 class RMSProp(Rule):
-    """RMSProp; one moment, ``ema_squared``."""
+    """RMSProp, with one moment: ``ema_squared``."""
 
     name: ClassVar[str] = "rmsprop"
+    hyper_type = RMSPropHyper
 
     def defaults(self) -> dict[str, Any]:
         return {"lr": 1e-3, "beta": 0.999, "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
-
-    def hyper(self, group: Mapping[str, Any]) -> RMSPropHyper:
-        return RMSPropHyper(**{key: group[key] for key in self.defaults()})
 
     def moments(self, hyper: RMSPropHyper) -> tuple[Moment, ...]:
         return (EMA_SQUARED,)
@@ -93,13 +92,14 @@ class RMSProp(Rule):
         variant: bool,
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        beta, other, decay, length, root, eps = scalars
+        beta, one_minus_beta, decay, step_size, bias_correction_sqrt, eps = scalars
         if variant:
             grad = -grad
         decayed(param, grad, decay, True)
         squared = moments["ema_squared"]
-        average_square_(squared, grad, beta, other)
-        add_quotient(param, grad, (square_root(squared) / root).add_(eps), length)
+        average_square_(squared, grad, beta, one_minus_beta)
+        denom = (square_root(squared) / bias_correction_sqrt).add_(eps)
+        add_quotient(param, grad, denom, step_size)
 
 
 MAXIMIZE = 1
@@ -107,11 +107,11 @@ _MAXIMIZE = constant(MAXIMIZE)
 
 
 @jit
-def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The update on a tile: m0 is ema_squared. The bias correction is in the row."""
-    beta, other, decay = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    length, eps = tl.load(row + 3), tl.load(row + 4)
+def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The update on a tile: m0 is ema_squared. ``scalars`` hold the correction."""
+    beta, one_minus_beta, decay = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+    step_size, eps = tl.load(scalars + 3), tl.load(scalars + 4)
     if OPTIONS & _MAXIMIZE:
         g = -g
-    m0 = fma(g * other, g, m0 * beta)
-    return fma(g * length, reciprocal(sqrt(m0) + eps), p * decay), m0, m1, m2
+    m0 = fma(g * one_minus_beta, g, m0 * beta)
+    return fma(g * step_size, reciprocal(sqrt(m0) + eps), p * decay), m0, m1, m2

@@ -1,7 +1,8 @@
-"""Stochastic gradient descent with momentum, plain or Nesterov's.
+"""SGD: stochastic gradient descent with momentum, plain or Nesterov's.
 
-Momentum is Polyak's (1964) as ``torch.optim.SGD`` has it, Nesterov's that of Sutskever et al., ICML
-2013; decoupled decay is SGDW of Loshchilov & Hutter, arXiv:1711.05101, algorithm 1.
+Momentum is Polyak's (1964) in the form of ``torch.optim.SGD``; Nesterov momentum is that of
+Sutskever et al., ICML 2013; decoupled decay is SGDW of Loshchilov & Hutter, arXiv:1711.05101,
+algorithm 1.
 
     b = g                        at the first step
     b = mu b + (1 - tau) g       afterwards
@@ -29,7 +30,7 @@ from optstate_codecs.triton_lib import constant, fma, jit, tl
 
 __all__ = ["SGD", "SGDHyper"]
 
-# stream 1 shares its random word with the parameter write: one hash an element at most
+# stream 1 shares its random word with the parameter write: at most one hash per element
 MOMENTUM_BUFFER = Moment("momentum_buffer", signed=True, stream=1)
 
 
@@ -39,10 +40,10 @@ class SGDHyper(PlainFields):
 
     Attributes:
         lr: learning rate, at least 0; a float or one-element tensor.
-        momentum: what stays of the buffer at each step, at least 0.
-        dampening: what does not reach it of the gradient, after the first step.
+        momentum: factor of the buffer at each step, at least 0.
+        dampening: share of the gradient that does not enter the buffer, after the first step.
         weight_decay: at least 0.
-        nesterov: look one step ahead; needs momentum and no dampening.
+        nesterov: use Nesterov momentum; requires momentum above 0 and dampening 0.
         maximize: ascend instead of descend.
     """
 
@@ -64,20 +65,21 @@ class SGDHyper(PlainFields):
 
     @property
     def has_momentum(self) -> bool:
-        """Whether there is a buffer; taken for granted where only the device knows."""
+        """Whether there is a buffer; True where momentum is on a device and cannot be read."""
         momentum = host_scalar(self.momentum)
         return isinstance(momentum, Tensor) or momentum != 0
 
 
 @dataclass(frozen=True)
 class SGD(Rule):
-    """SGD with momentum, or SGDW where ``decoupled``.
+    """SGD with momentum, or SGDW with ``decoupled``.
 
     Args:
-        decoupled: whether weight decay is.
+        decoupled: whether weight decay is decoupled.
     """
 
     name: ClassVar[str] = "sgd"
+    hyper_type = SGDHyper
     in_torch: ClassVar[bool] = True
     counted: ClassVar[bool] = False
     decoupled: bool = False
@@ -92,9 +94,6 @@ class SGD(Rule):
             "maximize": False,
         }
 
-    def hyper(self, group: Mapping[str, Any]) -> SGDHyper:
-        return SGDHyper(**{key: group[key] for key in self.defaults()})
-
     def moments(self, hyper: SGDHyper) -> tuple[Moment, ...]:
         return (MOMENTUM_BUFFER,) if hyper.has_momentum else ()
 
@@ -102,19 +101,16 @@ class SGD(Rule):
         options = self.decoupled * DECOUPLED + hyper.nesterov * NESTEROV + hyper.maximize * MAXIMIZE
         return update_tile, options + hyper.has_momentum * BUFFER
 
-    def device_row(self, hyper: SGDHyper, step: Scalar) -> list[Scalar]:
-        return self.scalars(hyper, step)
-
     def variant(self, hyper: SGDHyper) -> tuple[bool, bool]:
         return hyper.nesterov, hyper.maximize
 
     def scalars(self, hyper: SGDHyper, step: Scalar) -> list[Scalar]:
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
-        # a flag times a number would be of torch's default dtype
-        later = (step > 1).to(step.dtype) if isinstance(step, Tensor) else step > 1
+        # a bool tensor times a number would have torch's default dtype
+        after_first = (step > 1).to(step.dtype) if isinstance(step, Tensor) else step > 1
         return [
             host_scalar(hyper.momentum),
-            1 - host_scalar(hyper.dampening) * later,
+            1 - host_scalar(hyper.dampening) * after_first,
             1 - lr * decay if self.decoupled else decay,
             -lr,
         ]
@@ -128,7 +124,7 @@ class SGD(Rule):
         variant: tuple[bool, bool],
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        momentum, weight, decay, length = scalars
+        momentum, one_minus_dampening, decay, step_size = scalars
         nesterov, maximize = variant
         if maximize:
             grad = -grad
@@ -136,9 +132,9 @@ class SGD(Rule):
         buffer = moments.get("momentum_buffer")
         if buffer is not None:
             buffer.mul_(momentum)
-            add_scaled_(buffer, grad, weight)
+            add_scaled_(buffer, grad, one_minus_dampening)
             grad = add_scaled(grad, buffer, momentum) if nesterov else buffer
-        add_scaled_(param, grad, length)
+        add_scaled_(param, grad, step_size)
 
 
 DECOUPLED, NESTEROV, MAXIMIZE, BUFFER = 1, 2, 4, 8
@@ -147,20 +143,20 @@ _MAXIMIZE, _BUFFER = map(constant, (MAXIMIZE, BUFFER))
 
 
 @jit
-def update_tile(p, g, m0, m1, m2, row, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The update on a tile: m0 is momentum_buffer, if there is one."""
-    momentum, weight = tl.load(row), tl.load(row + 1)
-    decay, length = tl.load(row + 2), tl.load(row + 3)
+    momentum, one_minus_dampening = tl.load(scalars), tl.load(scalars + 1)
+    decay, step_size = tl.load(scalars + 2), tl.load(scalars + 3)
     if OPTIONS & _MAXIMIZE:
         g = -g
     if OPTIONS & _DECOUPLED:
         p = p * decay
     else:
         g = fma(p, decay, g)
-    along = g
+    update = g
     if OPTIONS & _BUFFER:
-        m0 = fma(g, weight, m0 * momentum)
-        along = m0
+        m0 = fma(g, one_minus_dampening, m0 * momentum)
+        update = m0
     if OPTIONS & _NESTEROV:
-        along = fma(m0, momentum, g)
-    return fma(along, length, p), m0, m1, m2
+        update = fma(m0, momentum, g)
+    return fma(update, step_size, p), m0, m1, m2

@@ -12,6 +12,7 @@ from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
+from optstate_codecs.state.components import components_of
 from optstate_codecs.state.dim_order import DIM_ORDER, follows_order, order_entry
 from optstate_codecs.state.layout import (
     Declaration,
@@ -23,7 +24,7 @@ from optstate_codecs.state.layout import (
     slices,
     storage_order,
 )
-from optstate_codecs.state.moments import decode_slice, encode_foreign
+from optstate_codecs.state.moments import decode_slice, encode_slice, raise_underflow
 
 __all__ = [
     "counts_on_device",
@@ -37,36 +38,31 @@ __all__ = [
 
 
 def counts_on_device(group: Mapping[str, Any]) -> bool:
-    """Whether a group's step counts lie beside its parameters instead of on the host.
+    """Whether a group's step counts are on the device of its parameters instead of on the host.
 
-    As ``fused=True`` asks, so that a skipped step needs no wait, and ``capturable=True``, so that
-    a replayed one counts.
+    ``fused=True`` asks for that, so that skipping a step does not wait for the device, and so does
+    ``capturable=True``, so that replaying a CUDA graph counts a step.
     """
     return bool(group["fused"] or group["capturable"])
 
 
+@torch.inference_mode(False)
 def share_steps(states: Sequence[tuple[Tensor, dict[str, Tensor], bool]]) -> None:
-    """Lay the step counts of several parameters side by side, so that one addition counts all.
+    """Put the step counts of several parameters into one tensor, so that one addition counts all.
 
     Args:
         states: parameter, its state, and ``counts_on_device`` of its group.
     """
     members: dict[torch.device, list[dict[str, Tensor]]] = {}
     for param, state, on_device in states:
-        # counts on meta could not be read, and what follows from them is the host's to work out
-        beside = on_device and not param.is_meta
-        where = param.device if beside else torch.device("cpu")
+        # the host needs to read counts, which it could not on meta
+        where = param.device if on_device and not param.is_meta else torch.device("cpu")
         members.setdefault(where, []).append(state)
-    for device, together in members.items():
-        _lay_side_by_side(together, device)
-
-
-@torch.inference_mode(False)
-def _lay_side_by_side(together: Sequence[dict[str, Tensor]], device: torch.device) -> None:
-    values = [float(state["step"]) for state in together]
-    bank = torch.tensor(values, dtype=torch.float32, device=device)
-    for place, state in enumerate(together):
-        state["step"] = bank[place]
+    for device, group in members.items():
+        values = [float(state["step"]) for state in group]
+        bank = torch.tensor(values, dtype=torch.float32, device=device)
+        for index, state in enumerate(group):
+            state["step"] = bank[index]
 
 
 def initial_state(
@@ -78,12 +74,11 @@ def initial_state(
         param: gives shape, layout and device.
         stored: the format of each moment, bound to the parameter, and, under the name ``MASTER``,
             the parameter's write.
-        device: where it is to be, if not beside the parameter.
+        device: for the state; None: the parameter's.
     """
     state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
-    for name, declared in stored.items():
-        for component in declared.components:
-            state[component.key(name)] = empty_state(param, component, device)
+    for key, component in components_of(stored).items():
+        state[key] = empty_state(param, component, device)
     if follows_order(param, stored.values()):
         state[DIM_ORDER] = order_entry(param)
     return state
@@ -102,12 +97,12 @@ def encode_state(
         param: the parameter they belong to; gives shape, layout and device.
         values: each moment, floating point, of the parameter's shape.
         moments: the rule's moments.
-        formats: how to store each.
+        formats: the format of each.
         counter: random numbers, for formats that round stochastically.
 
     Returns:
-        The state by key, without ``step``. Second moments that have underflowed are larger than
-        given, see ``moments.without_underflow``.
+        The state by key, without ``step``. Second moments that have underflowed are stored larger
+        than given, see ``moments.raise_underflow``.
     """
     formats = bound(formats, param)
     state = initial_state(param, formats)
@@ -120,7 +115,8 @@ def encode_state(
             name: view.read(start, stop).to(param.device, torch.float32)
             for name, view in views.items()
         }
-        encode_foreign(moments, formats, decoded, stored.slice(start, stop), counter, start)
+        decoded = raise_underflow(moments, formats, decoded)
+        encode_slice(moments, formats, decoded, stored.slice(start, stop), counter, start)
     return state
 
 
@@ -136,7 +132,7 @@ def decode_moments(
         shape_as: a tensor with the shape and memory layout that the components follow.
         state: components by state key.
         moments: the rule's moments.
-        formats: how each is stored.
+        formats: the format of each.
 
     Returns:
         Each moment: float32, of that shape and layout; copies.
@@ -172,21 +168,21 @@ def decode_stored(
     formats: Mapping[str, Format],
     order: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Decode whole moments whose blocks follow another order than the parameter's, or the same.
+    """Decode whole moments whose blocks follow any order of the parameter's dimensions.
 
     Args:
         param: gives shape and device.
         stored: components by state key, each in any layout in memory and on any device.
-        moments: what to decode.
-        formats: how each is stored, as a group has them.
-        order: of the dimensions, from the slowest to the fastest, when it was encoded.
+        moments: the moments to decode.
+        formats: the format of each, as in a group.
+        order: of the dimensions when they were encoded, from the slowest to the fastest.
 
     Returns:
-        Each moment: float32, beside the parameter, in that order in memory; copies.
+        Each moment: float32, on the parameter's device, in that order in memory; copies.
     """
     shape = [param.shape[d] for d in order]
     like = torch.empty(shape, dtype=torch.uint8, device="meta").permute(inverse_order(order))
-    parts = {c.key(n): c for n, f in bound(formats, like).items() for c in f.components}
+    parts = components_of(bound(formats, like))
     local = {
         key: torch.empty_like(like, dtype=c.dtype, device=param.device).copy_(stored[key])
         if c.per_element

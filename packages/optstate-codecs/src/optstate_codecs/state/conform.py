@@ -1,9 +1,9 @@
-"""Brings the state of a parameter into the form that a step takes.
+"""Converts the state of a parameter to the form that a step takes.
 
-``optimizer.state`` is open to everybody: state is built by hand in ``torch.optim``'s layout, a
-moment is assigned in plain numbers, a parameter gets another shape or layout in memory, an entry of
-somebody else's is put beside the optimizer's own. What can be meant is done, by encoding it; the
-rest is refused by name. Nothing is changed here: the new entries are returned.
+Anybody may edit ``optimizer.state``: state is built by hand in ``torch.optim``'s layout, a moment
+is assigned in plain numbers, a parameter gets another shape or layout in memory, foreign entries
+are added. Valid edits are encoded; others raise an error that names them. Nothing is changed here:
+the new entries are returned.
 """
 
 from __future__ import annotations
@@ -16,111 +16,126 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.counts import taken
+from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.formats import Component, Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.sharding import local_of
 from optstate_codecs.state.building import decode_stored, encode_state, initial_state
-from optstate_codecs.state.dim_order import (
-    DIM_ORDER,
-    assumed_order,
-    follows_order,
-    order_entry,
-    order_of,
-)
+from optstate_codecs.state.components import check_component, check_tensor, components_of
+from optstate_codecs.state.dim_order import DIM_ORDER, follows_order, order_entry, order_in
 from optstate_codecs.state.layout import Declaration, bound, empty_state, same_order, storage_order
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["Wanted", "conformed", "has_state", "own_keys"]
+__all__ = ["StateForm", "conformed", "has_state", "own_keys", "renamed"]
+
+RESHAPED = (
+    "; a parameter that has changed its shape needs its state removed: optimizer.state.pop(p)"
+)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The form that a parameter's state is to have.
+class StateForm:
+    """The form that a parameter's state must have.
 
     Attributes:
-        where: what messages call the parameter.
         param: gives shape, layout and device.
         moments: of the rule, in its order.
-        formats: of the moments, as the group has them.
+        formats: of the moments, as in the group.
+        seed: keys random numbers, together with index and step count.
         write: of the parameter.
-        seed, index: what keys random numbers, besides the step count.
-        home: where state is kept; None is beside the parameter.
+        index: of the parameter, counted over all groups.
+        offset: of the first element, from which random numbers are counted.
+        state_device: where state is present; None: on the parameter's device.
         counted: whether ``torch.optim``'s class of the rule counts its steps.
-        stepped: whether a step is to take it; what is only read or saved may be on any device.
-        offset: of the first element, in what random numbers are counted over.
+        stepped: whether a step takes the state; otherwise it may be on any device.
     """
 
-    where: str
     param: Tensor
     moments: tuple[Moment, ...]
     formats: Mapping[str, Format]
-    write: Write
     seed: int
+    write: Write
     index: int
+    offset: int = 0
     state_device: torch.device | None = None
     counted: bool = True
     stepped: bool = True
-    offset: int = 0
+
+    @property
+    def where(self) -> str:
+        """The parameter's name in messages."""
+        return f"parameter {self.index}"
+
+    def param_step(self, state: dict[str, Any], group: int) -> ParamStep:
+        """The ``ParamStep`` for state of this form."""
+        own = (self.param, state, self.moments, self.formats, self.write, self.seed)
+        return ParamStep(*own, self.index, group, self.offset)
 
     @property
     def stored(self) -> dict[str, Declaration]:
-        """What declares the components: each moment's format as it stores one, then the write."""
+        """The declarations of the components: each moment's bound format, then the write."""
         return {**bound(self.formats, self.param), MASTER: self.write}
 
 
 def own_keys(moments: Sequence[Moment], stored: Mapping[str, Declaration]) -> set[str]:
-    """The keys that state of any form may have of the optimizer's own."""
-    keys = {c.key(name) for name, declared in stored.items() for c in declared.components}
+    """All keys that the optimizer itself may use in a parameter's state, in any form."""
     names = {m.name for m in moments} | {m.plain for m in moments if m.plain}
-    return {"step", DIM_ORDER, *keys, *names}
+    return {"step", DIM_ORDER, *components_of(stored), *names}
+
+
+def renamed(state: Mapping[str, Any], moments: Sequence[Moment]) -> dict[str, Any]:
+    """A parameter's state with ``torch.optim``'s names of moments replaced by ours."""
+    entries = dict(state)
+    for moment in moments:
+        if moment.plain in entries:
+            entries[moment.name] = entries.pop(moment.plain)
+    return entries
 
 
 def has_state(state: Any, moments: Sequence[Moment]) -> bool:
-    """Whether there is anything of the optimizer's own in a parameter's state."""
+    """Whether a parameter's state has an entry of the optimizer itself, or is no mapping."""
     if not isinstance(state, Mapping):
         return state is not None
     names = tuple(name for m in moments for name in (m.name, m.plain) if name)
     return any(key == "step" or str(key).startswith(names) for key in state)
 
 
-def conformed(wanted: Wanted, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a parameter's state in the form that is wanted; zeros where it has none.
+def conformed(form: StateForm, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a parameter's state, converted to ``form``; zeros for missing state.
 
     Args:
-        wanted: the form.
-        state: as it is; not changed. Entries of somebody else's stay what they are.
+        form: the form.
+        state: the present entries; not changed. Foreign entries are returned unchanged.
 
     Raises:
-        TypeError, ValueError, RuntimeError, KeyError: what cannot be brought into it, by name.
+        TypeError, ValueError, RuntimeError, KeyError: an entry cannot be converted; the message
+            names it.
     """
-    param, stored = wanted.param, wanted.stored
-    own = own_keys(wanted.moments, stored)
+    param, stored = form.param, form.stored
+    own = own_keys(form.moments, stored)
     foreign = {key: value for key, value in state.items() if key not in own}
-    entries = {key: _local(value) for key, value in state.items() if key in own}
-    for moment in wanted.moments:
-        if moment.plain in entries:
-            entries[moment.name] = entries.pop(moment.plain)
+    entries = renamed({k: _local(v) for k, v in state.items() if k in own}, form.moments)
     if not entries:
-        return {**initial_state(param, stored, wanted.state_device), **foreign}
+        return {**initial_state(param, stored, form.state_device), **foreign}
     with torch.inference_mode(False), torch.no_grad():
-        step = _step(wanted, entries)
-        anew = _encoded(wanted, entries, step)
-        parts = {c.key(name): c for name, d in stored.items() for c in d.components}
-        found = {key: entries[key] for key in parts if key in entries} | anew
+        step = _step(form, entries)
+        new_parts = _encoded(form, entries, step)
+        parts = components_of(stored)
+        found = {key: entries[key] for key in parts if key in entries} | new_parts
         for name, declared in stored.items():
             keys = [component.key(name) for component in declared.components]
             missing = [key for key in keys if key not in found]
             if missing and len(missing) < len(keys):
-                raise KeyError(f"{wanted.where}: state: missing key {missing[0]!r}")
+                raise KeyError(f"{form.where}: state: missing key {missing[0]!r}")
         new = {
-            key: _placed(wanted, key, component, found[key])
+            key: _placed(form, key, component, found[key])
             if key in found
-            else empty_state(param, component, wanted.state_device)
+            else empty_state(param, component, form.state_device)
             for key, component in parts.items()
         }
         if follows_order(param, stored.values()):
-            new[DIM_ORDER] = _kept_entry(param, entries)
+            new[DIM_ORDER] = _order_entry(param, entries)
     return {"step": step, **new, **foreign}
 
 
@@ -128,12 +143,12 @@ def _local(value: Any) -> Any:
     return local_of(value) if isinstance(value, Tensor) else value
 
 
-def _step(wanted: Wanted, entries: Mapping[str, Any]) -> Tensor:
-    """The step count, the very tensor where it is one."""
-    step = entries.get("step", None if wanted.counted else 1.0)
-    name = f"{wanted.where}: state['step']"
+def _step(form: StateForm, entries: Mapping[str, Any]) -> Tensor:
+    """The step count; the same tensor if it is a valid one."""
+    step = entries.get("step", None if form.counted else 1.0)
+    name = f"{form.where}: state['step']"
     if step is None:
-        raise KeyError(f"{wanted.where}: state: missing key 'step'")
+        raise KeyError(f"{form.where}: state: missing key 'step'")
     if isinstance(step, Tensor):
         if step.numel() != 1:
             raise ValueError(f"{name}: shape {tuple(step.shape)}, must have one element")
@@ -145,90 +160,71 @@ def _step(wanted: Wanted, entries: Mapping[str, Any]) -> Tensor:
     return torch.tensor(float(step), dtype=torch.float32, device="cpu")
 
 
-def _encoded(wanted: Wanted, entries: Mapping[str, Any], step: Tensor) -> dict[str, Tensor]:
-    """Components that have to be encoded: of moments that are given plainly, or lie otherwise."""
-    param, formats = wanted.param, bound(wanted.formats, wanted.param)
-    keys = {m.name: [c.key(m.name) for c in formats[m.name].components] for m in wanted.moments}
+def _encoded(form: StateForm, entries: Mapping[str, Any], step: Tensor) -> dict[str, Tensor]:
+    """Newly encoded components: of moments in plain numbers, or with blocks in another order."""
+    param, formats = form.param, bound(form.formats, form.param)
+    keys = {m.name: [c.key(m.name) for c in formats[m.name].components] for m in form.moments}
     plain = {
         m.name: entries[m.name]
-        for m in wanted.moments
+        for m in form.moments
         if m.name in entries and m.name not in keys[m.name]
     }
     for name, value in plain.items():
-        _check_tensor(f"{wanted.where}: state[{name!r}]", value, param.shape)
+        check_tensor(f"{form.where}: state[{name!r}]", value, param.shape, RESHAPED)
         if not value.is_floating_point():
             dtype = value.dtype
-            raise TypeError(f"{wanted.where}: state[{name!r}]: dtype {dtype}, must be floating")
-    kept = [m for m in wanted.moments if set(keys[m.name]) <= entries.keys()]
+            raise TypeError(f"{form.where}: state[{name!r}]: dtype {dtype}, must be floating")
+    present = [m for m in form.moments if set(keys[m.name]) <= entries.keys()]
     order = storage_order(param)
-    if kept and follows_order(param, formats.values()):
-        order = _order(wanted, entries, [k for m in kept for k in keys[m.name]])
-    turned = order != storage_order(param)
-    if not plain and not turned:
+    if present and follows_order(param, formats.values()):
+        codes = [key for moment in present for key in keys[moment.name]]
+        order = order_in(f"{form.where}: state", param, entries, codes) or order
+    reordered = order != storage_order(param)
+    if not plain and not reordered:
         return {}
-    components = {c.key(n): c for n, f in formats.items() for c in f.components}
-    for key in [key for moment in kept for key in keys[moment.name]]:
+    components = components_of(formats)
+    for key in [key for moment in present for key in keys[moment.name]]:
         shape = components[key].shape(param.shape)
-        _check_tensor(f"{wanted.where}: state[{key!r}]", entries[key], shape)
-    # what is stored in units of another moment has to be decoded with that as it was
-    readable = [m for m in kept if _divisor(m, formats) in (None, *(k.name for k in kept))]
+        check_tensor(f"{form.where}: state[{key!r}]", entries[key], shape, RESHAPED)
+    # a moment in units of another one can be decoded only while that one is stored
+    readable = [m for m in present if _divisor(m, formats) in (None, *(k.name for k in present))]
     values = decode_stored(
-        param, entries, readable, {m.name: wanted.formats[m.name] for m in readable}, order
+        param, entries, readable, {m.name: form.formats[m.name] for m in readable}, order
     )
-    zeros = {m.name: torch.zeros_like(param, dtype=torch.float32) for m in wanted.moments}
+    zeros = {m.name: torch.zeros_like(param, dtype=torch.float32) for m in form.moments}
     values = {**zeros, **values, **plain}
-    counter = Counter(wanted.seed, taken(float(step)), wanted.index, wanted.offset)
-    encoded = encode_state(param, values, wanted.moments, wanted.formats, counter)
+    counter = Counter(form.seed, taken(float(step)), form.index, form.offset)
+    encoded = encode_state(param, values, form.moments, form.formats, counter)
     changed = {
-        m.name for m in wanted.moments if turned or m.name in plain or _divisor(m, formats) in plain
+        m.name
+        for m in form.moments
+        if reordered or m.name in plain or _divisor(m, formats) in plain
     }
     return {key: encoded[key] for name in changed for key in keys[name]}
 
 
 def _divisor(moment: Moment, formats: Mapping[str, Format]) -> str | None:
-    """The moment whose root multiplies what is stored of this one, if one does."""
+    """The moment whose root is the unit of this stored moment, or None."""
     return moment.relative_to if formats[moment.name].in_update_units else None
 
 
-def _order(wanted: Wanted, entries: Mapping[str, Any], keys: Sequence[str]) -> tuple[int, ...]:
-    """The order of dimensions that the codes of some state follow."""
-    if DIM_ORDER in entries:
-        return order_of(f"{wanted.where}: state", entries[DIM_ORDER], wanted.param.dim())
-    assumed = assumed_order(wanted.param, [entries[key] for key in keys])
-    return storage_order(wanted.param) if assumed is None else assumed
-
-
-def _kept_entry(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
-    """The order's entry, the very tensor where it is right."""
+def _order_entry(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
+    """The entry for the order of dimensions; the same tensor if it is right."""
     new, old = order_entry(param), entries.get(DIM_ORDER)
     if not isinstance(old, Tensor) or old.is_inference():
         return new
     return old if (old.dtype, old.shape, int(old)) == (new.dtype, new.shape, int(new)) else new
 
 
-def _check_tensor(name: str, value: Any, shape: Sequence[int]) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}={value!r}: must be a tensor, got {type(value).__name__}")
-    if tuple(value.shape) != tuple(shape):
-        raise RuntimeError(
-            f"{name}: size mismatch: shape {tuple(value.shape)}, must be {tuple(shape)}; a "
-            "parameter that has changed its shape needs its state removed: optimizer.state.pop(p)"
-        )
-    return value
-
-
-def _placed(wanted: Wanted, key: str, component: Component, given: Any) -> Tensor:
-    """A component as it is to lie in memory; the very tensor where it does."""
-    param = wanted.param
-    name = f"{wanted.where}: state[{key!r}]"
-    value = _check_tensor(name, given, component.shape(param.shape))
-    if value.dtype != component.dtype and not (
-        value.is_floating_point() and component.dtype.is_floating_point and component.per_element
-    ):
-        raise TypeError(f"{name}: dtype {value.dtype}, must be {component.dtype}")
-    state_device = wanted.state_device or param.device
+def _placed(form: StateForm, key: str, component: Component, given: Any) -> Tensor:
+    """A component with its dtype, device and layout in memory; the same tensor if it has them."""
+    param = form.param
+    name = f"{form.where}: state[{key!r}]"
+    any_float = component.dtype.is_floating_point and component.per_element
+    value = check_component(name, given, component, param, any_float, RESHAPED)
+    state_device = form.state_device or param.device
     if value.device not in (state_device, param.device):
-        if wanted.stepped:
+        if form.stepped:
             raise RuntimeError(
                 f"{name}: on {value.device}, must be on {state_device} as the parameter"
             )

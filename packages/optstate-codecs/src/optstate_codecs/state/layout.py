@@ -1,8 +1,8 @@
 """Flat views: the order in which the elements of a tensor are stepped and stored.
 
 State follows the parameter's storage order, as ``torch.optim``'s does with
-``memory_format=torch.preserve_format``, so that dense tensors of any layout are read in a row.
-Anything that is not dense in that order is gathered and scattered slice by slice.
+``memory_format=torch.preserve_format``, so that dense tensors of any layout are read sequentially.
+A tensor that is not dense in that order is gathered and scattered slice by slice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "view_bytes_as",
 ]
 
-# a slice's temporaries stay in a core's cache; on other devices launches cost more than memory
+# a slice's temporaries fit a core's cache; on other devices launches cost more than memory does
 SLICE_CPU = 1 << 16
 SLICE_DEVICE = 1 << 22
 
@@ -63,7 +63,7 @@ def storage_order(tensor: Tensor) -> tuple[int, ...]:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a strided tensor's elements follow each other in memory, in its storage order."""
-    # contiguous ones first: permuting costs more host time than a launch has
+    # contiguous ones first: ``permute`` takes more of the host's time than a launch leaves
     return tensor.is_contiguous() or tensor.permute(storage_order(tensor)).is_contiguous()
 
 
@@ -81,12 +81,12 @@ def stored_formats(formats: Mapping[str, Format], numel: int) -> dict[str, Forma
 
 @lru_cache(maxsize=1024)
 def _coded(format: Format) -> Format:
-    """The format for tensors that are not too small, the same whatever that means."""
+    """The format without ``min_elements``, which differs between otherwise equal formats."""
     return replace(format, min_elements=0)
 
 
 class FlatView:
-    """A tensor as a row of elements in a given dimension order, read and written by slices."""
+    """A tensor as a flat sequence of elements in a given dimension order, in slices."""
 
     def __init__(self, tensor: Tensor, order: Sequence[int]) -> None:
         self._ordered = tensor.permute(tuple(order))
@@ -96,25 +96,25 @@ class FlatView:
         """Elements ``start`` to ``stop``: a view where dense, otherwise a copy."""
         if self._dense is not None:
             return self._dense[start:stop]
-        return torch.take(self._ordered, self._places(start, stop))
+        return torch.take(self._ordered, self._indices(start, stop))
 
     def write(self, start: int, stop: int, values: Tensor) -> None:
         """Store ``values`` (of the tensor's dtype) as elements ``start`` to ``stop``."""
         if self._dense is None:
-            self._ordered.put_(self._places(start, stop), values)
+            self._ordered.put_(self._indices(start, stop), values)
         elif values.data_ptr() != self._dense[start:stop].data_ptr():
             self._dense[start:stop].copy_(values)
 
-    def _places(self, start: int, stop: int) -> Tensor:
+    def _indices(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, dtype=torch.int64, device=self._ordered.device)
 
 
 class Declaration(Protocol):
-    """What says which tensors it is stored as: a format, or a parameter write."""
+    """A format or a parameter write: it declares the tensors that it stores."""
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """The tensors, in the order that their owner takes them."""
+        """The tensors, in the order in which the format or write takes them."""
 
 
 class FlatState:
@@ -122,7 +122,7 @@ class FlatState:
 
     Args:
         state: components by state key.
-        stored: the format of each moment, and the write of the parameter where it is wanted.
+        stored: the format of each moment, and the write of the parameter if needed.
         order: the dimension order in which the components lie in memory.
     """
 
@@ -135,7 +135,7 @@ class FlatState:
         }
 
     def slice(self, start: int, stop: int) -> dict[str, list[Tensor]]:
-        """Views of what elements ``start`` to ``stop`` of each moment are stored in."""
+        """Views of the components that store elements ``start`` to ``stop`` of each moment."""
         return {
             name: [flat[component.part(start, stop)] for flat, component in parts]
             for name, parts in self._flat.items()
@@ -155,8 +155,8 @@ def inverse_order(order: Sequence[int]) -> tuple[int, ...]:
 def empty_state(param: Tensor, component: Component, device: torch.device | None = None) -> Tensor:
     """A zeroed component for a moment of ``param``, in the parameter's storage order.
 
-    It is beside the parameter, or on ``device``: memory of the host's, there, is only taken once it
-    is written to. It is no inference tensor, so that a step outside of that mode may change it.
+    It is on the parameter's device, or on ``device``; if that is the CPU, its pages take no memory
+    until they are written. It is never an inference tensor, so steps in any mode may change it.
     """
     if not component.per_element:
         return _zeros(component.shape(param.shape), component.dtype, param, device)
@@ -171,16 +171,16 @@ def _zeros(
     numel = torch.Size(shape).numel()
     if device is None or device.type != "cpu" or numel == 0:
         return torch.zeros(shape, dtype=dtype, device=device or like.device)
-    # torch.zeros writes them
+    # torch.zeros would write the pages
     room = torch.from_numpy(numpy.zeros(numel * dtype.itemsize, dtype=numpy.uint8))
     return room.view(dtype).view(torch.Size(shape))
 
 
 def view_bytes_as(memory: Tensor, start: int, like: Tensor) -> Tensor:
-    """Bytes from ``start`` on as a dense tensor with the dtype, shape and strides of another.
+    """A view of bytes from ``start`` on as a dense tensor of another's dtype, shape and strides.
 
     Args:
-        memory: uint8, where ``start`` suits the dtype.
+        memory: uint8; ``start`` must be aligned for the dtype.
         start: the first byte.
         like: dense; on any device.
     """
@@ -189,7 +189,7 @@ def view_bytes_as(memory: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def same_order(state: Tensor, component: Component, param: Tensor) -> bool:
-    """Whether ``state`` lies in memory as ``empty_state`` would lay it out for ``param``."""
+    """Whether ``state`` has the layout in memory that ``empty_state`` makes for ``param``."""
     if not component.per_element:
         return state.is_contiguous()
     return state.permute(storage_order(param)).is_contiguous()

@@ -1,9 +1,9 @@
-"""The moments of one slice, decoded and encoded together.
+"""Decodes and encodes the moments of one slice together.
 
-Together, because a format may hold a first moment in *update units*: as u = m / sqrt(v), the
-number the update is made of. Its codes are then spent alike on parameters with large and with
-small gradients, and no rounding of m can make a step that v does not allow. Decoding multiplies
-by the stored sqrt(v) again, so u is what the step count carries from step to step.
+They belong together because a format may store a first moment in *update units*, as u = m /
+sqrt(v), of which the update is made. Then codes are used equally well for large and for small
+gradients, and no rounding of m makes a step longer than v allows. Decoding multiplies by the stored
+sqrt(v) again, so u stays the same from one step to the next.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from optstate_codecs.rules import Moment
 __all__ = [
     "SMALLEST_ROOT",
     "decode_slice",
-    "encode_foreign",
     "encode_slice",
     "quantization_residual",
+    "raise_underflow",
     "without_underflow",
 ]
 
-# the root of float32's smallest normal number, in place of the roots of what underflowed
+# the root of float32's smallest normal number; replaces the roots of underflowed second moments
 SMALLEST_ROOT = 2.0**-63
 
 Parts = Mapping[str, Sequence[Tensor]]
@@ -47,10 +47,10 @@ def decode_slice(
         formats: the format of each.
         parts: the flat component slices of each, in the format's order.
         dtype: of the result, float32 or float64.
-        count: elements of the slice; needed where codes share bytes, which may hold one more.
+        count: elements of the slice; needed where codes share bytes, whose last may hold one more.
 
     Returns:
-        Each moment, flat; a view of its component where that is the moment itself.
+        Each moment, flat; a view of its component if that is the moment itself.
     """
     decoded = {m.name: formats[m.name].decode(parts[m.name])[:count].to(dtype) for m in moments}
     for moment in moments:
@@ -77,42 +77,36 @@ def encode_slice(
         format.encode(value.to(torch.float32), parts[moment.name], draw)
 
 
-def encode_foreign(
-    moments: Sequence[Moment],
-    formats: Mapping[str, Format],
-    decoded: Mapping[str, Tensor],
-    parts: Parts,
-    counter: Counter,
-    start: int,
-) -> None:
-    """``encode_slice`` for moments that no step here has made: of ``torch.optim``, other formats.
+def raise_underflow(
+    moments: Sequence[Moment], formats: Mapping[str, Format], decoded: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Moments of ``torch.optim`` or of other formats, ready for ``encode_slice``.
 
-    Second moments are stored without underflow where a first moment is held in units of them.
+    Where a first moment is stored in update units, ``without_underflow`` raises its second moment.
+    Moments that a step has computed need none of this.
     """
     decoded = dict(decoded)
     for moment in moments:
         if formats[moment.name].in_update_units:
             name = _divisor(moment)
             decoded[name] = without_underflow(decoded[name], decoded[moment.name])
-    encode_slice(moments, formats, decoded, parts, counter, start)
+    return decoded
 
 
 def without_underflow(second: Tensor, first: Tensor) -> Tensor:
-    """Second moments, those below float32's normal numbers raised to the first moment's square.
+    """Second moments; those below float32's normal numbers are raised to the first moment's square.
 
-    One that has underflowed, as 3e-8 does in float16, says nothing of the gradients any more. To
-    divide by its root would be a step of any length, and in update units the largest number of a
-    block, beside which all others are zero. With its square in place the step is the learning
-    rate's length at most. Steps need none of this: what underflows in float32 has a first moment
-    that is as small.
+    A second moment that has underflowed, as 3e-8 does in float16, tells nothing about gradients.
+    Dividing by its root would give a step of any length, and in update units the largest number of
+    a block, next to which all others round to zero. With the square, a step is at most the learning
+    rate. In a step in float32, the first moment of an underflowed second moment is as small.
 
     Args:
         second: float32.
         first: float32, the same shape.
 
     Returns:
-        A new tensor: NaN where the first moment is not finite, as it is after a step that made it
-        so.
+        A new tensor; NaN where the first moment is not finite, as a step would make it.
     """
     floor = torch.maximum(second, first.square())
     return torch.where(second < SMALLEST_ROOT**2, floor, second).add_(first - first)
@@ -121,9 +115,9 @@ def without_underflow(second: Tensor, first: Tensor) -> Tensor:
 def quantization_residual(
     moment: Moment, formats: Mapping[str, Format], decoded: Mapping[str, Tensor], parts: Parts
 ) -> Tensor:
-    """What ``encode_slice`` has left out of a moment: it, less what is stored of it.
+    """The difference between a moment and its stored value after ``encode_slice``.
 
-    In update units that is less the stored number times the root as it was before it was stored.
+    In update units the stored value is the stored number times the root before that was rounded.
     """
     value, format = decoded[moment.name], formats[moment.name]
     stored = format.decode(parts[moment.name])[: value.numel()].to(value.dtype)

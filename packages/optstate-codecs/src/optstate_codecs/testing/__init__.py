@@ -1,6 +1,6 @@
-"""The laws that every part of the family keeps, as checks that any package's tests can call.
+"""The laws of the family as checks that the tests of any package can call.
 
-Each check takes a ``Subject`` and raises ``AssertionError`` with what went wrong:
+Each check takes a ``Subject`` and raises ``AssertionError`` if the subject breaks the law:
 
     @pytest.mark.parametrize("law", laws_for(subject), ids=lambda law: law.__name__)
     def test_law(law):
@@ -10,14 +10,7 @@ Each check takes a ``Subject`` and raises ``AssertionError`` with what went wron
 from collections.abc import Callable
 
 from optstate_codecs.testing.defaults import DEFAULTS, independence, tensors_in, torch_defaults
-from optstate_codecs.testing.fidelity import (
-    GRADIENTS,
-    Fidelity,
-    Stops,
-    compare,
-    gradients,
-    stops,
-)
+from optstate_codecs.testing.fidelity import GRADIENTS, Fidelity, Stops, compare, gradients, stops
 from optstate_codecs.testing.learning import loss_apart
 from optstate_codecs.testing.numerics import (
     exactness,
@@ -62,7 +55,7 @@ __all__ = [
 
 Law = Callable[[Subject], None]
 
-#: every law that applies to any optimizer; ``exactness`` joins them where formats are exact
+#: the laws for any optimizer; ``exactness`` is added where formats are exact
 LAWS: tuple[Law, ...] = (
     zero_stays,
     positive_stays_positive,

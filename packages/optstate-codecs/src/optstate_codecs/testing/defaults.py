@@ -18,14 +18,14 @@ __all__ = ["DEFAULTS", "independence", "tensors_in", "torch_defaults"]
 
 Shapes = Sequence[Sequence[int]]
 
-#: default dtype and default device, None for what it is, under which everything must be the same
+#: default dtype and default device (None: unchanged) under which all results must be the same
 DEFAULTS: tuple[tuple[torch.dtype, str | None], ...] = (
     (torch.bfloat16, None),
     (torch.float16, None),
     (torch.float64, None),
     (torch.float32, "meta"),
 )
-# and the dtype of the parameters; of those in 16 bits, only the write is another
+# with the dtype of the parameters; bfloat16 ones differ in the write only, so one case is enough
 CASES = (
     *((torch.float32, *default) for default in DEFAULTS),
     (torch.bfloat16, torch.float16, "meta"),
@@ -34,7 +34,7 @@ CASES = (
 
 @contextmanager
 def torch_defaults(dtype: torch.dtype, device: str | None = None) -> Iterator[None]:
-    """Inside, torch has these defaults, as where a training framework builds a model.
+    """Inside, torch has these defaults, as when a training framework builds a model.
 
     Example:
         >>> with torch_defaults(torch.bfloat16):
@@ -51,7 +51,7 @@ def torch_defaults(dtype: torch.dtype, device: str | None = None) -> Iterator[No
 
 
 def tensors_in(name: str, value: Any) -> dict[str, Tensor]:
-    """Every tensor in dicts and lists, by where it is; numbers become float64 ones."""
+    """Every tensor in dicts and lists, by its path; numbers become float64 tensors."""
     if isinstance(value, Tensor):
         return {name: value.detach().clone()}
     if isinstance(value, dict):
@@ -68,8 +68,8 @@ def tensors_in(name: str, value: Any) -> dict[str, Tensor]:
     return found
 
 
-def _life(subject: Subject, dtype: torch.dtype, shapes: Shapes) -> dict[str, Any]:
-    """All that an optimizer makes: steps, state dicts, and what is made of those loaded."""
+def _results(subject: Subject, dtype: torch.dtype, shapes: Shapes) -> dict[str, Any]:
+    """The results of steps, of saving, and of loading packed and full state dicts."""
     start = partial(Trainer, shapes=shapes, dtype=dtype, device=subject.device)
     first = start(subject.make).run(3)
     packed, full = first.optimizer.state_dict(), first.optimizer.full_state_dict()  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ def _life(subject: Subject, dtype: torch.dtype, shapes: Shapes) -> dict[str, Any
     second = start(subject.make)
     second.optimizer.load_state_dict(packed)
     found |= tensors_in("loaded packed", second.run(1).tensors())
-    # with all that may be done to gradients on the way
+    # with everything that changes gradients before the rule
     options = {"max_grad_norm": 0.5, "skip_nonfinite": True, "centralization": 0.5}
     third = start(partial(subject.make, **options))
     third.optimizer.load_state_dict(full)
@@ -92,17 +92,17 @@ def independence(subject: Subject, shapes: Shapes = ((61, 83), (129,), (0,), ())
     """Law 11: torch's default dtype and default device change nothing.
 
     Steps of float32 and bfloat16 parameters, with and without clipping and centralization, packed
-    and full state dicts, and what is made of either where it is loaded, bit for bit and in the same
-    dtypes under each of ``DEFAULTS``.
+    and full state dicts, and the results of loading either are the same, bit for bit and in dtype,
+    under each of ``DEFAULTS``.
     """
-    # the others first: what they leave behind must not show
+    # other defaults first, so that tensors cached under them would show
     found = []
     for dtype, default, device in CASES:
         forget_tables()
         with torch_defaults(default, device):
-            found.append(_life(subject, dtype, shapes))
+            found.append(_results(subject, dtype, shapes))
     with torch_defaults(torch.float32):
-        expected = {dtype: _life(subject, dtype, shapes) for dtype, *_ in CASES}
+        expected = {dtype: _results(subject, dtype, shapes) for dtype, *_ in CASES}
     for got, (dtype, default, device) in zip(found, CASES, strict=True):
         name = f"independence: {dtype} under default dtype {default}, device {device}"
         assert_same(name, expected[dtype], got)

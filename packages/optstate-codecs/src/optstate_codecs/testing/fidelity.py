@@ -1,8 +1,8 @@
-"""The fidelity lab: how far an optimizer's updates are from exact Adam's, on the recursion.
+"""The fidelity lab: measures how far an optimizer's updates are from exact Adam's over many steps.
 
-State is read, updated and rewritten every step, so a format is judged by the updates it gives after
-many steps, not by one round trip. Optimizers and an Adam in float64 see the same gradients, drawn
-independently of the parameters; all kinds of gradients are stretches of one vector, or matrices.
+State is read, updated and rewritten every step, so a format is judged by its updates after many
+steps, not by one round trip. Optimizers and an Adam in float64 get the same gradients, drawn
+independently of the parameters. Each kind of gradient is a span of one vector, or a matrix.
 """
 
 from __future__ import annotations
@@ -26,52 +26,32 @@ BETA1, EPS = 0.9, 1e-8
 Make = Callable[..., CodedOptimizer]
 
 
-def _dense(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
-    return noise
-
-
-def _sparse(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
-    return noise * (chance < 0.05)
-
-
-def _drifting(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
-    return noise + own * math.sin(step / 80)
-
-
-def _bursty(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
-    return noise * (10 if step // 20 % 10 == 0 else 1)
-
-
-def _spread1(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
-    return noise * own.exp()
-
-
-def _spread2(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
-    return noise * (2 * own).exp()
-
-
-#: kinds of gradients: each from normal noise, a normal number of the element's own, and a chance
-GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
-    "dense": _dense,
-    "5 % sparse": _sparse,
-    "drifting": _drifting,
-    "bursty": _bursty,
-    "log-normal 1": _spread1,
-    "log-normal 2": _spread2,
+# of normal noise, a normal number of each element's own, a uniform number, and the step
+Gradient = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+#: kinds of gradients
+GRADIENTS: dict[str, Gradient] = {
+    "dense": lambda noise, own, chance, step: noise,
+    "5 % sparse": lambda noise, own, chance, step: noise * (chance < 0.05),
+    "drifting": lambda noise, own, chance, step: noise + own * math.sin(step / 80),
+    "bursty": lambda noise, own, chance, step: noise * (10 if step // 20 % 10 == 0 else 1),
+    "log-normal 1": lambda noise, own, chance, step: noise * own.exp(),
+    "log-normal 2": lambda noise, own, chance, step: noise * (2 * own).exp(),
 }
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """An optimizer's updates u_q beside exact Adam's u; the first three over the last steps.
+    """Measures of an optimizer's updates u_q against exact Adam's u.
+
+    Gain, error and cosine are over the last steps.
 
     Attributes:
-        gain: <u_q, u> / <u, u>: 1 where steps are as long as they should be.
+        gain: <u_q, u> / <u, u>: 1 for steps of the right length.
         error: |u_q - u| / |u|.
         cosine: of the angle between u_q and u.
         log_bias: mean of ln sqrt(v_q / v) at the end, over elements that had a gradient.
-        log_spread: its standard deviation.
-        path: |sum (u_q - u)| / |sum u| over all steps: how far apart parameters end.
+        log_spread: standard deviation of ln sqrt(v_q / v).
+        path: |sum (u_q - u)| / |sum u| over all steps: the final distance of the parameters.
         longest: the largest |u_q| of any element at any step, in units of the learning rate.
     """
 
@@ -89,7 +69,7 @@ def gradients(
 ) -> Iterator[Tensor]:
     """``numel`` elements of each kind, one kind after the other, for each of ``steps`` steps.
 
-    With ``rows``, an element's own number is the sum of its row's and its column's, over sqrt(2).
+    With ``rows``, an element's own number is the sum of its row's and its column's over sqrt(2).
     """
     generator = torch.Generator().manual_seed(seed)
     own = normal(numel, generator)
@@ -120,13 +100,13 @@ class _Exact:
 
 
 class _Coded:
-    """An optimizer, and what has been seen of its updates, [kinds, elements] throughout."""
+    """An optimizer and the sums over its updates, all of shape [kinds, elements]."""
 
     def __init__(
         self, make: Make, beta2: float, shape: tuple[int, int], device: str, rows: int = 1
     ) -> None:
         self.shape = shape
-        # stretches of one vector, or a matrix for each kind
+        # spans of one vector, or a matrix for each kind
         sizes = [(shape[0] * shape[1],)] if rows == 1 else [(rows, shape[1] // rows)] * shape[0]
         zeros = [torch.zeros(size, dtype=torch.float32, device=device) for size in sizes]
         self.params = [Parameter(zero) for zero in zeros]
@@ -188,20 +168,20 @@ def compare(
     device: str = "cpu",
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Fidelity]]:
-    """Run optimizers beside exact Adam at beta1 = 0.9, eps = 1e-8.
+    """Compare optimizers with exact Adam at beta1 = 0.9, eps = 1e-8.
 
     Args:
         makes: optimizers by name, each built from a list of parameters and keyword arguments.
         beta2: decay of the second moment.
         kinds: of gradients, from ``GRADIENTS``.
-        steps: how many.
-        last: of them, the last ones that gain, error and cosine are over.
+        steps: the number of steps.
+        last: the number of last steps for gain, error and cosine.
         numel: elements for each kind; a multiple of the block size keeps blocks of one kind.
         seed: of the gradients.
         rows: above 1: a matrix of that many rows for each kind, whose log-normal scales and
             drifting means belong to rows and columns; a divisor of ``numel``, below it.
         device: where the optimizers run.
-        advance: called after each step of all.
+        advance: called after each step of all optimizers.
 
     Returns:
         ``[name][kind]``.
@@ -228,11 +208,11 @@ def compare(
 
 @dataclass(frozen=True)
 class Stops:
-    """What happens to elements without gradients among others that have them, in lr.
+    """Movement of elements without gradients in blocks with others that have them, in lr.
 
     Attributes:
-        still: the farthest that an element which never had a gradient has moved.
-        drift: root mean square of how far from exact Adam's an element ends whose gradient stopped.
+        still: the largest distance moved by an element that never had a gradient.
+        drift: root mean square distance from exact Adam's of elements whose gradient stopped.
     """
 
     still: float
@@ -240,16 +220,16 @@ class Stops:
 
 
 def stops(make: Make, beta2: float = 0.999, steps: int = 1200, numel: int = 4096) -> Stops:
-    """Of each four elements one never has a gradient, and one none after a sixth of the steps."""
+    """Of four elements, one never has a gradient, and one only in the first sixth of the steps."""
     exact, coded = _Exact(beta2), _Coded(make, beta2, (1, numel), "cpu")
     moved = torch.zeros(2, numel, dtype=torch.float64, device="cpu")
-    place = torch.arange(numel, dtype=torch.int64, device="cpu") % 4
+    member = torch.arange(numel, dtype=torch.int64, device="cpu") % 4
     for step, grad in enumerate(gradients(["dense"], steps, numel)):
         late = step >= steps // 6
-        grad = grad * ((place > 1) | ((place == 1) & (not late)))
+        grad = grad * ((member > 1) | ((member == 1) & (not late)))
         update, own = exact.update(grad), coded.update(grad).view(-1)
         moved += torch.stack([own.abs(), (own - update) * late])
     return Stops(
-        still=float(moved[0][place == 0].max()),
-        drift=float(moved[1][place == 1].square().mean().sqrt()),
+        still=float(moved[0][member == 0].max()),
+        drift=float(moved[1][member == 1].square().mean().sqrt()),
     )

@@ -1,4 +1,4 @@
-"""What a network learns with one optimizer beside what it learns with another."""
+"""Compares the loss that a small network reaches with one optimizer and with another."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def loss_apart(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """The logarithm of how much larger the held-out loss is with one optimizer than with another.
+    """The logarithm of the ratio of held-out losses, of our optimizer to another.
 
-    A small student learns a teacher's answers to noise, from the same weights and on the same
-    batches with both; the mean of three seeds. Runs are kept for further comparisons.
+    A small student learns a teacher's outputs for random inputs, with both optimizers from the same
+    weights and on the same batches; the mean of three seeds. Results are cached.
 
     Args:
         ours: makes an optimizer from parameters, ``lr`` and ``weight_decay``.
-        theirs: the other, made likewise.
+        theirs: makes the other optimizer likewise.
         lr: the learning rate.
-        their_lr: of the other, if it is another.
-        dtype: of the student that ``ours`` trains; the other's is float32.
+        their_lr: of the other optimizer; None: ``lr``.
+        dtype: of the student that ``ours`` trains; the other student is float32.
 
     Example:
         >>> assert abs(loss_apart(AdamW8bit, torch.optim.AdamW, lr=2e-3)) < 0.01
@@ -68,5 +68,5 @@ def _held_out_loss(make: Make, seed: int, lr: float, dtype: torch.dtype) -> floa
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        # in float32, so that what is compared is what was learned
+        # in float32, so that only the learned weights differ
         return float((student.float()(questions[-1]) - answers[-1]).square().mean())

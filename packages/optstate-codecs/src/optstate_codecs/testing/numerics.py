@@ -1,4 +1,4 @@
-"""Laws 1 to 6: what an optimizer computes."""
+"""Laws 1 to 6, on the numbers that an optimizer computes."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def _grouped(
 
 
 def zero_stays(subject: Subject) -> None:
-    """Law 2: no gradient, no movement; and one that stops leaves no drift.
+    """Law 2: elements without gradients do not move, and do not drift after gradients stop.
 
-    Half of the elements of every block never get a gradient and stay bitwise the same. The rest
-    get one for 50 steps and none for 1,000; over those they move as far as exact arithmetic moves
-    its own, within ``subject.drift`` lr.
+    Half of the elements of every block never get a gradient and stay bitwise the same. The others
+    get one for 50 steps and none for 1,000; in those 1,000 they move as far as with exact
+    arithmetic, within ``subject.drift`` lr.
     """
     numel, lr = 6000, 1e-3
     start = subject.shaped(normal(numel, _generator()))
@@ -95,7 +95,7 @@ def zero_stays(subject: Subject) -> None:
 
 
 def positive_stays_positive(subject: Subject) -> None:
-    """Law 3: a second moment above zero stays so, and no step is longer than stated.
+    """Law 3: a second moment above zero stays above zero, and steps keep to a bound.
 
     Gradients whose second moments spread log-normally, sigma 2, inside each block; 200 steps.
     """
@@ -121,7 +121,7 @@ def positive_stays_positive(subject: Subject) -> None:
 def unbiased_length(
     subject: Subject, betas: Sequence[float] = (0.95, 0.999), steps: int = 1500
 ) -> None:
-    """Law 4: updates are as long as exact Adam's, within ``subject.gain``.
+    """Law 4: updates have the length of exact Adam's, within ``subject.gain``.
 
     The gain <u_q, u> / <u, u> over the last 100 steps, with dense and with 5 % sparse gradients,
     for each beta2 in ``betas``. The fidelity lab runs all formats for 3,000 steps.
@@ -166,17 +166,17 @@ def scale_equivariance(subject: Subject) -> None:
 
 
 def locality(subject: Subject) -> None:
-    """Law 6: a NaN or Inf in one gradient element reaches nothing else and stays non-finite.
+    """Law 6: a NaN or Inf in one gradient element affects that element only, and stays non-finite.
 
-    With ``skip_nonfinite=True`` the step is skipped: nothing changes at all.
+    With ``skip_nonfinite=True`` the step is skipped: nothing changes.
     """
-    numel, places = 3000, torch.tensor([0, 17, 2049], dtype=torch.int64, device="cpu")
+    numel, indices = 3000, torch.tensor([0, 17, 2049], dtype=torch.int64, device="cpu")
     every = torch.ones(numel, dtype=torch.bool, device="cpu")
-    others = subject.shaped(every.index_fill(0, places, False))
+    others = subject.shaped(every.index_fill(0, indices, False))
     grads = [normal(numel, _generator(t)) for t in range(6)]
-    small = [grad.index_fill(0, places, 0.0) for grad in grads]
+    small = [grad.index_fill(0, indices, 0.0) for grad in grads]
     for poison in (float("nan"), float("inf"), -float("inf")):
-        bad = [g.index_fill(0, places, poison) if t == 2 else g for t, g in enumerate(small)]
+        bad = [g.index_fill(0, indices, poison) if t == 2 else g for t, g in enumerate(small)]
         clean_param = Parameter(subject.shaped(torch.ones_like(grads[0])))
         bad_param = Parameter(clean_param.detach().clone())
         clean = subject.make([clean_param], lr=LR)

@@ -1,4 +1,4 @@
-"""Law 8: stopping, saving and loading changes nothing."""
+"""Law 8: training resumed from a checkpoint equals training without a stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _reloaded(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume(subject: Subject) -> None:
-    """Law 8: save, load, continue equals never having stopped, bit for bit.
+    """Law 8: to save, load and continue equals never having stopped, bit for bit.
 
     In float32 and bfloat16, through ``torch.save``, ``pickle`` and ``deepcopy``, with torch's own
     generator seeded differently in between.
@@ -35,10 +35,7 @@ def resume(subject: Subject) -> None:
             torch.manual_seed(2)
             first = Trainer(subject.make, dtype=dtype, device=subject.device).run(4)
             saved = _reloaded(first.optimizer.state_dict())
-            copies = {
-                "deepcopy": copy.deepcopy(first),
-                "pickle": pickle.loads(pickle.dumps(first)),
-            }
+            copies = {"deepcopy": copy.deepcopy(first), "pickle": pickle.loads(pickle.dumps(first))}
             torch.manual_seed(3)
             second = Trainer(subject.make, dtype=dtype, device=subject.device)
             for ours, theirs in zip(second.params, first.params, strict=True):
@@ -48,7 +45,7 @@ def resume(subject: Subject) -> None:
             second.optimizer.load_state_dict(saved)
             if groups != [id(group) for group in second.optimizer.param_groups]:
                 raise AssertionError("resume: load_state_dict replaced the param groups")
-            first.run(3)  # what was loaded must not alias what it came from
+            first.run(3)  # loaded state must not alias the state dict
             for name, trainer in {"state dict": second, **copies}.items():
                 trainer.run(5)
                 assert_same(f"resume, {name}, {dtype}", whole.tensors(), trainer.tensors())

@@ -1,4 +1,4 @@
-"""Laws 9 and 10: bytes are what is said, and odd inputs either work or are refused whole."""
+"""Laws 9 and 10: state has the predicted bytes; odd inputs work, or raise and change nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["bytes_are_said", "no_surprises"]
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the largest tensor that any operation makes."""
+    """Records the largest tensor that any operation creates."""
 
     numel: int = 0
 
@@ -72,7 +72,7 @@ def _layouts(device: str) -> dict[str, Tensor]:
 
 
 def _layouts_agree(subject: Subject) -> None:
-    """Every layout of a parameter takes the step that exact arithmetic would, within rounding."""
+    """For every layout of a parameter, steps are those of exact arithmetic within rounding."""
     for grad_layout in ("same", "contiguous"):
         for name, data in _layouts(subject.device).items():
             start = data.double().cpu()
@@ -108,7 +108,7 @@ def _refused(subject: Subject, trainer: Trainer, spoil: Callable[[], Any], words
 
 
 def no_surprises(subject: Subject) -> None:
-    """Law 10: odd shapes, layouts and dtypes work; bad input is refused and changes nothing."""
+    """Law 10: odd shapes, layouts and dtypes work; bad input raises and changes nothing."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         trainer = Trainer(lambda p: subject.make(p, lr=0.05), dtype=dtype, device=subject.device)
         start = [p.detach().clone() for p in trainer.params]

@@ -1,4 +1,4 @@
-"""What a law is checked on, and the gradients it is checked with."""
+"""Subjects that laws are checked on, trainers with reproducible gradients, and comparisons."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class Subject:
         exact: the ``torch.optim`` class it must equal bit for bit, where its formats are exact.
         near: the class whose exact arithmetic laws 2 and 10 compare with.
         variants: law 1, sets of arguments to check besides weight decay and ``maximize``.
-        max_step: law 3, the longest step in units of lr under second moments of log-normal
+        max_step: law 3, the longest step in units of lr, with second moments of log-normal
             spread sigma 2.
-        drift: law 2, how far a parameter whose gradient stops may end from where exact Adam's
-            would, in units of lr.
-        error: law 10, how far three steps may be from exact Adam's, relative root mean square.
-        gain: law 4, how far from 1 the updates' gain against exact Adam's may be.
-        device: where to check.
+        drift: law 2, the largest distance from exact Adam's of a parameter whose gradient stopped,
+            in units of lr.
+        error: law 10, the largest relative root mean square difference of three steps from exact
+            Adam's.
+        gain: law 4, the largest distance from 1 of the updates' gain against exact Adam's.
+        device: for the checks.
         rows: laws 2 to 6 step matrices of that many rows, 2, 4 or 8; 1: vectors.
     """
 
@@ -52,19 +53,19 @@ class Subject:
     rows: int = 1
 
     def shaped(self, flat: Tensor) -> Tensor:
-        """A law's vector on the device, as a matrix where the subject wants those."""
+        """A law's vector on the device; a matrix if ``rows`` is above 1."""
         flat = flat.to(self.device)
         return flat if self.rows == 1 else flat.view(self.rows, -1)
 
 
 def normal(shape: int | Sequence[int], generator: torch.Generator) -> Tensor:
-    """Standard normal numbers on the host, float32 whatever torch's defaults are."""
+    """Standard normal numbers on the host, float32 under any defaults of torch."""
     size = (shape,) if isinstance(shape, int) else tuple(shape)
     return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class Trainer:
-    """Parameters, an optimizer over them, and a reproducible stream of gradients.
+    """Parameters, an optimizer over them, and reproducible gradients.
 
     Args:
         make: builds the optimizer from a list of parameters.

@@ -1,4 +1,4 @@
-"""How a new value reaches its parameter: the last of the four choices of an optimizer."""
+"""Parameter writes: how a new value is rounded to its parameter's dtype, or split over state."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ WRITES = ("nearest", "stochastic", "split24", "split32")
 
 @cache
 def parameter_write(name: str, dtype: torch.dtype) -> Write:
-    """The write that ``name`` means for parameters of ``dtype``.
+    """The write called ``name`` for parameters of ``dtype``.
 
     Args:
         name: "nearest"; "stochastic", for bfloat16; "split24" or "split32", for bfloat16 and
             float16. Parameters of other dtypes are rounded to nearest.
-        dtype: of the parameter.
+        dtype: the parameter's dtype.
 
     Example:
         >>> parameter_write("split24", torch.bfloat16).components[0].dtype
@@ -48,14 +48,14 @@ def parameter_write(name: str, dtype: torch.dtype) -> Write:
 
 
 def write_named(bf16_stochastic_round: bool, master_weight_bits: int | None) -> str:
-    """The name of the write that these two arguments of an optimizer ask for.
+    """The name of the write that two arguments of an optimizer select.
 
     Args:
         bf16_stochastic_round: whether bfloat16 parameters are rounded stochastically.
-        master_weight_bits: None, or 24 or 32 to keep what rounding leaves.
+        master_weight_bits: None, or 24 or 32 to keep the rounding error of 16-bit parameters.
 
     Raises:
-        TypeError, ValueError: one of them is neither, or both are asked for.
+        TypeError, ValueError: an argument has a wrong type or value, or both are set.
 
     Example:
         >>> write_named(bf16_stochastic_round=False, master_weight_bits=24)
@@ -70,6 +70,6 @@ def write_named(bf16_stochastic_round: bool, master_weight_bits: int | None) -> 
     if bf16_stochastic_round:
         raise ValueError(
             f"master_weight_bits={master_weight_bits}: must be None with "
-            "bf16_stochastic_round=True, since a master weight already keeps what rounding leaves"
+            "bf16_stochastic_round=True, since a master weight already keeps the rounding error"
         )
     return f"split{master_weight_bits}"

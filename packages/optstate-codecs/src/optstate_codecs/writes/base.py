@@ -1,4 +1,4 @@
-"""The contract of a parameter write, and the two that keep nothing beside the parameter."""
+"""The interface of a parameter write, and the two writes without state: nearest, stochastic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optstate_codecs.rounding import Draw, stochastic_round_bf16
 
 __all__ = ["MASTER", "Nearest", "Stochastic", "Write"]
 
-#: state keys of a write's components begin with it, as a moment's do with the moment's name
+#: prefix of the state keys of a write's components, as the name is a moment's
 MASTER = "master"
 
 
@@ -23,32 +23,32 @@ class Write(ABC):
     """How the parameter of one dtype is read before a step and written after it.
 
     Attributes:
-        dtype: of the parameter.
+        dtype: the parameter's dtype.
     """
 
     dtype: torch.dtype
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """What is kept in the state beside the parameter; zeros mean the parameter as it is."""
+        """The tensors kept in the state; zeros mean that the value is the parameter itself."""
         return ()
 
     @property
     def uses_random(self) -> bool:
-        """Whether ``write`` needs a draw."""
+        """Whether ``write`` needs random numbers."""
         return False
 
     @property
     def device_functions(self) -> DeviceFunctions | None:
-        """How a kernel loads and stores parameter and component, where there is a component.
+        """How a kernel loads and stores parameter and component; None without a component.
 
-        ``load(param, component, offsets, mask, OPTIONS)`` returns float32;
-        ``store(param, component, x, random, offsets, mask, OPTIONS)`` keeps it.
+        ``load(param, component, offsets, mask, OPTIONS)`` returns a float32 tile, and
+        ``store(param, component, x, random, offsets, mask, OPTIONS)`` stores one.
         """
         return None
 
     def read(self, old: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """The value that a step starts from; ``old`` itself where it is all there is."""
+        """The value that a step starts from; ``old`` itself if there are no components."""
         return old
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Nearest(Write):
 
 @dataclass(frozen=True)
 class Stochastic(Write):
-    """Round to bfloat16 up or down, with probabilities that make the mean exact."""
+    """Round to bfloat16 stochastically: up or down, with probabilities that keep the mean."""
 
     @property
     def uses_random(self) -> bool:

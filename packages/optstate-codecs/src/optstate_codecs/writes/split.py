@@ -3,26 +3,26 @@
 Layout: the parameter, bfloat16 or float16, and ``master_correction``, int8 (24 bits) or int16
 (32 bits), one per element, shaped like the parameter.
 
-Mathematics. A *word* is a sign and a magnitude of 31 bits whose upper 15 are those of the parameter
-and whose lower 16 go on with its significand. For bfloat16 it is the float32 itself. For float16 it
-is the float32 with float16's exponent, and below float16's normal numbers a multiple of 2^-40. With
-w the word of the new value,
+Mathematics. A *word* is a sign and a magnitude of 31 bits. The upper 15 bits of the magnitude are
+those of the parameter, and the lower 16 extend its significand. For bfloat16 the word is the
+float32 itself. For float16 it is the float32 with float16's exponent, and below float16's normal
+numbers a multiple of 2^-40. With w the word of the new value,
 
     parameter = (w + 2^15) >> 16        rounded to nearest
     correction = w - parameter * 2^16   from -2^15 to 2^15 - 1: the lower 16 bits of w
 
-so 32 bits lose nothing: bfloat16 holds every float32 that it does not overflow, float16 those that
-are multiples of 2^-40, as all from 2^-17 up are. For 24 bits w is first rounded stochastically to a
-multiple of 2^8, by adding the upper 8 of the element's 16 random bits of stream 0 and leaving out
-the lower 8 of the sum.
+so that 32 bits are exact: with bfloat16 for every float32 that does not overflow, with float16 for
+multiples of 2^-40, which all numbers from 2^-17 up are. For 24 bits, w is first rounded
+stochastically to a multiple of 2^8: the upper 8 of the element's 16 random bits of stream 0 are
+added to it, and the lower 8 bits of the sum are dropped.
 
-A value half-way between two parameters goes to the larger magnitude, where nearest rounding takes
-the even one. A value that overflows, NaN and infinities are rounded to nearest as ever, with a
-correction of 0. Whatever the parameter was set to in the meantime, what is read back lies within
-half a spacing of it: a zero does not turn negative, and what is not finite is read as it is.
+A value halfway between two parameters is rounded to the larger magnitude, not to the even one.
+Values that overflow, NaN and infinities are rounded to nearest, with a correction of 0. If the
+parameter was changed since, the value read back is within half a spacing of the parameter; zero
+does not become negative, and parameters that are not finite are read unchanged.
 
-Integers do all of it but float16's smallest numbers, where powers of two keep floats exact; so
-every device writes the same bits.
+All arithmetic uses integers, except for float16's smallest numbers, where floats are scaled by
+exact powers of two. Every device therefore writes the same bits.
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ from optstate_codecs.writes.base import Write
 
 __all__ = ["CORRECTION", "SplitMaster"]
 
-#: the state key of what is kept beside the parameter
+#: the state key of the correction
 CORRECTION = "master_correction"
 
 # a word's sign, and the words of infinity
 SIGN = -(2**31)
 BF16_INFINITY, FP16_INFINITY = 0x7F800000, 0x7C000000
-# the float32 magnitudes, as bits, from which nearest rounding overflows
+# float32 magnitudes, as bits, from which rounding to nearest overflows
 BF16_OVERFLOW, FP16_OVERFLOW = 0x7F7F8000, 0x477FF000
-# 2^-14 as float32 bits, float16's smallest normal number; its word; what exponents differ by
+# float16's smallest normal number, 2^-14, as float32 bits and as a word; the exponents' difference
 FP16_NORMAL, FP16_NORMAL_WORD, REBIAS = 0x38800000, 1 << 26, 112 << 23
-# below 2^23 a float has room for the half that rounds it
+# below 2^23 floats have fractions, so that adding 1/2 rounds them
 WHOLE = 2.0**23
 
 
 @dataclass(frozen=True)
 class SplitMaster(Write):
-    """Keep what rounding a 16-bit parameter leaves, so that both make a master weight.
+    """Keep the rounding error of a 16-bit parameter, so that both make up a master weight.
 
     Args:
-        dtype: of the parameter, bfloat16 or float16.
-        bits: of parameter and correction together, 24 or 32.
+        dtype: the parameter's dtype, bfloat16 or float16.
+        bits: parameter and correction together, 24 or 32.
     """
 
     bits: int
@@ -113,7 +113,7 @@ class SplitMaster(Write):
             word = torch.where(magnitude < FP16_NORMAL, small, magnitude - REBIAS << 3)
             word, overflow = word | bits & SIGN, FP16_OVERFLOW
         if self.bits == 24:
-            # rounded up from here on, the parameter would overflow
+            # rounding up from here on would overflow the parameter
             overflow -= 0x100 if self._bf16 else 0x20
         rounded = value.to(self.dtype).view(torch.int16).to(torch.int32) << 16
         word = torch.where(magnitude < overflow, word, rounded)
@@ -123,11 +123,11 @@ class SplitMaster(Write):
         return (word + 0x8000 >> 16).to(torch.int16).view(self.dtype)
 
     def convert(self, saved: Tensor) -> Tensor:
-        """A correction of either width as this one's; the parameter stays the same."""
+        """Convert a correction of either width to this one's; the parameter stays the same."""
         if saved.dtype == torch.int8 and self.bits == 32:
             return saved.to(torch.int16) << 8
         if saved.dtype == torch.int16 and self.bits == 24:
-            # to nearest, but never on to another parameter
+            # to nearest, but within the correction's range, so that the parameter stays
             return (saved.to(torch.int32) + 128 >> 8).clamp_(max=127).to(torch.int8)
         return saved
 
@@ -142,7 +142,7 @@ _SIGN, _REBIAS, _WHOLE = constant(SIGN), constant(REBIAS), constant(WHOLE)
 
 @jit
 def load(param, corrections, offsets, mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The master weights of a tile; bfloat16 parameters come as 16-bit integers."""
+    """Load a tile's master weights; bfloat16 parameters are read as 16-bit integers."""
     stored = tl.load(param + offsets, mask=mask, other=0)
     correction = tl.load(corrections + offsets, mask=mask, other=0).to(tl.int32)
     if OPTIONS & _SHORT:
@@ -162,7 +162,7 @@ def load(param, corrections, offsets, mask, OPTIONS: tl.constexpr):  # type: ign
 
 @jit
 def store(param, corrections, x, random, offsets, mask, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Split a tile; ``random`` is what ``Draw.bits16`` gives."""
+    """Split a tile and store it; ``random`` is ``Draw.bits16``."""
     bits = as_bits(x)
     magnitude = bits & MAGNITUDE
     if OPTIONS & _BF16:

@@ -1,1 +1,1 @@
-"""State in host memory that is stepped on the CPU."""
+"""Step optimizers on the host for parameters on a device."""

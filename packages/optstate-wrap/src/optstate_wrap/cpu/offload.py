@@ -1,4 +1,4 @@
-"""Optimizer state and step on the host, for parameters on a device."""
+"""``CPUOffloadOptimizer``: optimizer state and step on the host, for parameters on a device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from optstate_codecs import CodedOptimizer, checks
 from optstate_wrap.cpu.host_copy import HostCopies
-from optstate_wrap.cpu.host_step import in_rows, step_rows
-from optstate_wrap.delegate import Delegate, load_into, own_step
+from optstate_wrap.cpu.host_step import can_step_in_batches, step_in_batches
+from optstate_wrap.delegate import Delegate, load_into, unhooked_step
 from optstate_wrap.hooks import load_with_hooks, save_with_hooks
 from optstate_wrap.probe import probe
 from optstate_wrap.state.inference import ordinary_tensors
-from optstate_wrap.step.checks import Given, refuse_params, refuse_state
-from optstate_wrap.step.replaced import replaced
+from optstate_wrap.step.checks import ParamGrad, check_params, check_state
+from optstate_wrap.step.swapped_params import swapped_params
 
 __all__ = ["CPUOffloadOptimizer"]
 
@@ -29,28 +29,27 @@ FUSED_ON_HOST = (torch.optim.Adam, torch.optim.AdamW)
 
 
 class CPUOffloadOptimizer(Delegate):
-    """Steps large parameters on the host, whose state never leaves it.
+    """Steps large parameters on the host, where their state stays.
 
-    ``param_groups`` are the user's, with the user's parameters, and decide at every step, as the
-    parameters and gradients do: clipping, schedules and weights loaded later all count. While some
-    parameters are stepped, others and their gradients are on their way; the host waits for what
-    it steps, and the device for the parameters. An optimizer that cannot be stepped a few
-    parameters at a time with the same result (a probe finds out) steps all at once, on the host,
-    after all copies have arrived.
+    ``param_groups`` are the user's, with the user's parameters. They are read at every step, like
+    parameters and gradients, so clipping, schedules and weights loaded later all take effect. While
+    some parameters are stepped, others and their gradients are copied; the host waits for those
+    that it steps, and the device for the stepped parameters. If a probe finds that stepping a few
+    parameters at a time changes the result, all are stepped at once on the host, after all copies.
 
-    With ``offload_gradients`` each gradient goes to the host during the backward pass and is freed
-    on the device; several passes add up, to the bits they would have there. ``step`` and
-    ``zero_grad`` of this optimizer use them up. ``param.grad`` of large parameters is then None:
-    clip by this optimizer's ``clip_grad_norm_``, and take bfloat16 instead of ``GradScaler``.
+    With ``offload_gradients`` each gradient is copied to the host during the backward pass and
+    freed on the device. Several passes are summed, with the same bits as on the device. ``step``
+    uses the gradients up, and ``zero_grad`` resets them. ``param.grad`` of large parameters is then
+    None: clip with this optimizer's ``clip_grad_norm_``, and use bfloat16, not ``GradScaler``.
 
     Args:
         params: tensors, ``named_parameters()``, or dicts of param groups.
-        optimizer_class: of the inner optimizer, ``torch.optim.AdamW`` if left out; any whose step
-            needs no closure. Of torch's Adam and AdamW the fused step is the default, but not for
-            complex parameters, which it does not take.
+        optimizer_class: the class of the inner optimizer, whose step must not need a closure. For
+            torch's Adam and AdamW the fused step is the default, except for complex parameters,
+            which it does not take.
         offload_gradients: free gradients on the device during the backward pass.
-        minimal_size: parameters with fewer elements are stepped where they are.
-        **kwargs: of ``optimizer_class``.
+        minimal_size: parameters with fewer elements are stepped on their device.
+        **kwargs: arguments of ``optimizer_class``.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -68,31 +67,29 @@ class CPUOffloadOptimizer(Delegate):
         minimal_size: int = 4096,
         **kwargs: Any,
     ) -> None:
-        offload_gradients = checks.flag("offload_gradients", offload_gradients)
-        minimal_size = checks.whole_number("minimal_size", minimal_size)
-        self.offload_gradients = offload_gradients
-        self.minimal_size = minimal_size
+        self.offload_gradients = checks.flag("offload_gradients", offload_gradients)
+        self.minimal_size = checks.whole_number("minimal_size", minimal_size)
         self.inner = optimizer_class(params, **kwargs)
-        closure = inspect.signature(own_step(self.inner)).parameters.get("closure")
+        closure = inspect.signature(unhooked_step(self.inner)).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             name = type(self.inner).__name__
             raise TypeError(f"optimizer_class={name}: its step must not need a closure")
         self._prefer_fused()
-        self._begin()
+        self.attach_inner()
 
-    def _begin(self) -> None:
+    def attach_inner(self) -> None:
         self._copies = HostCopies()
-        self._heard: dict[Tensor, Any] = {}
-        super()._begin()
+        self._hooks: dict[Tensor, Any] = {}
+        super().attach_inner()
         self._examine()
 
     def _examine(self) -> None:
-        """Find out what the inner optimizer allows, and hear of its parameters' gradients."""
-        self._whole = not in_rows(self.inner)
-        self._listen()
+        """Find out whether all must be stepped at once, and add gradient hooks."""
+        self._whole = not can_step_in_batches(self.inner)
+        self._add_hooks()
 
     def _prefer_fused(self) -> None:
-        """Have groups of torch's Adam and AdamW stepped fused, where nobody says how."""
+        """Use the fused step of torch's Adam and AdamW in groups that choose no other."""
         if type(self.inner) not in FUSED_ON_HOST:
             return
         for group in self.inner.param_groups:
@@ -103,7 +100,7 @@ class CPUOffloadOptimizer(Delegate):
 
     @property
     def state(self) -> Any:
-        """The state by the user's parameters; of large ones, on the host."""
+        """The state by the user's parameters; that of large parameters is on the host."""
         return self.inner.state
 
     @state.setter
@@ -112,7 +109,7 @@ class CPUOffloadOptimizer(Delegate):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler then hands the scale to step, which refuses it by name
+        # GradScaler then gives the scale to step, which raises
         return self.offload_gradients
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -122,11 +119,11 @@ class CPUOffloadOptimizer(Delegate):
         self._examine()
 
     def _remote(self, param: Tensor) -> bool:
-        """Whether a parameter is elsewhere than the host."""
+        """Whether a parameter is not on the host."""
         return param.device.type != "cpu"
 
     def _is_large(self, param: Tensor) -> bool:
-        # what is stepped whole is stepped in one place
+        # if all are stepped at once, they must be on one device
         return self._remote(param) and (self._whole or param.numel() >= self.minimal_size)
 
     def _large(self) -> list[Tensor]:
@@ -134,25 +131,25 @@ class CPUOffloadOptimizer(Delegate):
         params = (p for group in self.inner.param_groups for p in group["params"])
         return list(dict.fromkeys(p for p in params if self._is_large(p)))
 
-    def _listen(self) -> None:
-        """Hear of the gradients of large parameters."""
+    def _add_hooks(self) -> None:
+        """Take gradients of large parameters as soon as the backward pass has accumulated them."""
         if not self.offload_gradients:
             return
-        # parameters outlive the optimizer
-        me = weakref.ref(self)
+        # weak, since parameters outlive the optimizer
+        this = weakref.ref(self)
 
-        def hear(param: Tensor) -> None:
-            optimizer = me()
+        def take(param: Tensor) -> None:
+            optimizer = this()
             if optimizer and optimizer.offload_gradients and optimizer._is_large(param):
                 optimizer._take(param)
 
         for param in self._large():
-            if param.requires_grad and param not in self._heard:
-                self._heard[param] = param.register_post_accumulate_grad_hook(hear)  # type: ignore[no-untyped-call]
+            if param.requires_grad and param not in self._hooks:
+                self._hooks[param] = param.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _take(self, param: Tensor) -> None:
-        """Bring a gradient to the host, and let go of it if it is to be offloaded."""
+        """Copy a gradient to the host, and free it on the device if gradients are offloaded."""
         if param.grad is not None:
             self._copies.of(param).take(param.grad)
             if self.offload_gradients:
@@ -160,7 +157,7 @@ class CPUOffloadOptimizer(Delegate):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step with the gradients as they are now, clipped or not.
+        """Take one step with the present gradients.
 
         Args:
             closure: re-evaluates the model and returns the loss; called once, with gradients on.
@@ -169,9 +166,8 @@ class CPUOffloadOptimizer(Delegate):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: ``GradScaler`` steps it, and gradients have been offloaded, still scaled;
-                or a parameter, its gradient or its state is of a kind that cannot be stepped.
-                Nothing has changed.
+            RuntimeError: ``GradScaler`` steps it, but scaled gradients have been offloaded; or a
+                parameter, its gradient or its state cannot be stepped. Nothing has changed.
         """
         if vars(self).pop("found_inf", None) is not None:
             raise RuntimeError(
@@ -182,32 +178,32 @@ class CPUOffloadOptimizer(Delegate):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._listen()
+        self._add_hooks()
         large = self._large()
-        self._refuse(large)
+        self._check(large)
         self._copies.begin(large)
         try:
             copied = {}
-            # in the order in which they are stepped, so that the first are there soon
+            # in the order in which they are stepped, so that the first are copied first
             for param in large:
                 self._take(param)
-                if self._whole or self._copies.has_gradient(param):
+                if self._whole or self._copies.gradient(param) is not None:
                     copied[param] = self._copies.of(param)
                     copied[param].fetch()
-            step_rows(self.inner, copied)
+            step_in_batches(self.inner, copied)
         finally:
             self._copies.end()
         return loss
 
-    def _refuse(self, large: Iterable[Tensor]) -> None:
-        """Raise if a parameter cannot be stepped with its gradients and its state."""
+    def _check(self, large: Iterable[Tensor]) -> None:
+        """Raise if a parameter cannot be stepped with its gradient and its state."""
         params = enumerate(p for group in self.inner.param_groups for p in group["params"])
         given = [(n, p, p.grad) for n, p in params]
-        refuse_params(given)
-        taken: list[Given] = []
+        check_params(given)
+        taken: list[ParamGrad] = []
         if self._copies.made:
             taken = [(number, p, self._copies.gradient(p)) for number, p, _ in given]
-            refuse_params(taken, offloaded=True)
+            check_params(taken, offloaded=True)
         if isinstance(self.inner, CodedOptimizer):
             return
         findings, on_host = probe(self.inner), set(map(id, large))
@@ -215,7 +211,7 @@ class CPUOffloadOptimizer(Delegate):
             if grad is not None and (state := self.inner.state.get(param)):
                 device = None if id(param) in on_host else param.device
                 of = number, param, grad
-                refuse_state(self.inner, findings, of, state, param.shape, device)
+                check_state(self.inner, findings, of, state, param.shape, device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, also those on the host."""
@@ -230,10 +226,10 @@ class CPUOffloadOptimizer(Delegate):
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> Tensor:
-        """``torch.nn.utils.clip_grad_norm_`` of all gradients, wherever they are.
+        """``torch.nn.utils.clip_grad_norm_`` of all gradients, on the device and on the host.
 
         Returns:
-            The norm of all gradients before.
+            The norm of all gradients before clipping.
         """
         if self.offload_gradients:
             for param in self._large():
@@ -241,7 +237,7 @@ class CPUOffloadOptimizer(Delegate):
         holders: list[Tensor] = []
         params = (p for group in self.inner.param_groups for p in group["params"])
         for param in dict.fromkeys(params):
-            if self._copies.has_gradient(param):
+            if self._copies.gradient(param) is not None:
                 self._copies.of(param).wait()
                 param = self._copies.of(param).host
             holders.append(param)
@@ -252,25 +248,25 @@ class CPUOffloadOptimizer(Delegate):
         return save_with_hooks(self, self.inner, self.inner.state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the inner optimizer's class; large parameters' stays on the host.
+        """Load a state dict of the inner optimizer's class; state of large parameters to the host.
 
-        Groups stay the same objects and keep ``foreach``, ``fused`` and ``capturable``. Nothing
-        of ``state_dict`` is aliased. What is loaded under ``torch.inference_mode()`` may be stepped
+        Groups stay the same objects and keep ``foreach``, ``fused`` and ``capturable``. Nothing of
+        ``state_dict`` is aliased. State loaded under ``torch.inference_mode()`` may be stepped
         outside of it.
         """
         load_with_hooks(self, self.inner, state_dict, self._load)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         with ordinary_tensors():
-            # of what is never touched, no memory is taken
+            # empty tensors on the host, of which no memory is touched
             empty = {p: Parameter(torch.empty_like(p, device="cpu"), False) for p in self._large()}
-            with replaced(self.inner, empty):
+            with swapped_params(self.inner, empty):
                 load_into(self.inner, state_dict)
-            self._bring_back(empty)
+            self._move_foreign(empty)
             self._examine()
 
-    def _bring_back(self, params: Iterable[Tensor]) -> None:
-        """Have what is not the optimizer's own state beside its parameters, as torch loads it."""
+    def _move_foreign(self, params: Iterable[Tensor]) -> None:
+        """Move entries that are not the optimizer's to the parameters' devices, as torch does."""
         known = None if isinstance(self.inner, CodedOptimizer) else probe(self.inner).known
         if known is None:
             return
@@ -284,6 +280,6 @@ class CPUOffloadOptimizer(Delegate):
         names = ("inner", "offload_gradients", "minimal_size")
         return {name: getattr(self, name) for name in names}
 
-    def _given(self, values: dict[str, Any]) -> None:
-        super()._given(values)
+    def set_torch_state(self, values: dict[str, Any]) -> None:
+        super().set_torch_state(values)
         self._examine()

@@ -1,1 +1,1 @@
-"""State in host memory that is stepped on the device."""
+"""Offload any optimizer's state to host memory, and step it on the device."""

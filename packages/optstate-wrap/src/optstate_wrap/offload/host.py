@@ -1,4 +1,4 @@
-"""Records in host memory, and how those of a step's rows come from there and go back."""
+"""A store that keeps records in host memory and loads those of a batch ahead of its step."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks
-from optstate_codecs.offloading import CHUNK_BYTES, HostStateStore, StreamingExecutor
+from optstate_codecs.offloading import CHUNK_BYTES, HostStateStore, Placement, StreamingExecutor
+from optstate_codecs.offloading.copies import SLOTS
 from optstate_codecs.state.layout import view_bytes_as
-from optstate_wrap.offload.slabs import Slab, Spares, layout
-from optstate_wrap.offload.transfers import SLOTS, Item, Slot, StateRing
-from optstate_wrap.state.record import Coded, Record
-from optstate_wrap.state.store import DeviceStore, OffloadedTensor, Records, Store
-from optstate_wrap.step.pieces import ParamChunk
-from optstate_wrap.step.scratch import movable
+from optstate_wrap.offload.slabs import RecordSlab, Spares, pack
+from optstate_wrap.offload.transfers import BatchSlot, Item, StateRing
+from optstate_wrap.state.param_chunks import ParamChunk
+from optstate_wrap.state.record import Coded, OffloadedTensor, Record
+from optstate_wrap.state.store import DeviceStore, Records, Store
+from optstate_wrap.step.scratch import copyable_as_bytes
 
 __all__ = ["HostStore", "make_store"]
 
 STORES = ("device", "host")
 
 
-class Placed(dict[str, Any]):
-    """A record whose tensors are in slabs; a copy of it is an ordinary one."""
+class SlabRecord(dict[str, Any]):
+    """A record whose tensors are in slabs; a copy or pickle of it is an ordinary dict."""
 
-    slabs: tuple[Slab, ...] = ()
+    slabs: tuple[RecordSlab, ...] = ()
 
     def __reduce__(self) -> Any:
         return dict, (), None, None, iter(self.items())
 
 
 class HostStore(Store):
-    """Records in host memory, each row's tensors side by side in one slab.
+    """Keeps records in host memory, with the tensors of each batch side by side in one slab.
 
-    The rows that a step expects are brought to the device ahead of it, and go back behind it. What
-    they become is stored in a spare slab, so that what was stored stays what it is until ``swap``.
+    The batches that a step expects are loaded to the device ahead of it, and stored after it. New
+    records are stored in a spare slab, so that the old ones stay valid until ``swap``.
 
     Args:
-        pin_memory: page-locked slabs, for copies at the full speed of the bus; None: where the
+        pin_memory: page-lock the slabs, for copies at the full speed of the bus; None: if the
             parameters are on a GPU.
-        chunk_bytes: of what the codecs' engine steps, what moves at a time.
-        resident_bytes: of that, what stays on the device.
+        chunk_bytes: bytes that move at a time of the state that the codecs' engine steps.
+        resident_bytes: bytes of that state that stay on the device.
     """
 
     name = "host"
@@ -63,127 +64,129 @@ class HostStore(Store):
 
     def _begin(self) -> None:
         self.spares = Spares()
-        self._lanes: dict[torch.device, StateRing] = {}
-        self._forget_rows()
+        self._rings: dict[torch.device, StateRing] = {}
+        self._forget_batches()
 
-    def _forget_rows(self) -> None:
-        self._rows: Sequence[Sequence[ParamChunk]] = ()
+    def _forget_batches(self) -> None:
+        self._batches: Sequence[Sequence[ParamChunk]] = ()
+        # what each batch needs, and the slots of those whose loads have begun
         self._wanted: list[dict[torch.device, list[Item]]] = []
-        self._brought: list[dict[torch.device, Slot]] = []
+        self._slots: list[dict[torch.device, BatchSlot]] = []
         self._entered = 0
-        self._lent: set[int] = set()
+        self._staged: set[int] = set()
 
-    def session(self) -> StreamingExecutor:
-        place = HostStateStore(self.pin_memory)
-        return StreamingExecutor("auto", place, self.chunk_bytes, self.resident_bytes)
+    def make_executor(self) -> StreamingExecutor:
+        store = HostStateStore(self.pin_memory)
+        placement = Placement(store, self.chunk_bytes, self.resident_bytes)
+        return StreamingExecutor("auto", placement)
 
-    def kept(self, param: Tensor) -> list[Record]:
+    def records(self, param: Tensor) -> list[Record]:
         self.wait()
-        return super().kept(param)
+        return super().records(param)
 
     def wait(self) -> None:
-        for lane in self._lanes.values():
-            lane.wait()
+        for ring in self._rings.values():
+            ring.streams.wait()
 
-    def expect(self, rows: Sequence[Sequence[ParamChunk]]) -> None:
-        self._forget_rows()
-        self._rows = rows
+    def expect(self, batches: Sequence[Sequence[ParamChunk]]) -> None:
+        self._forget_batches()
+        self._batches = batches
         most: defaultdict[torch.device, int] = defaultdict(int)
-        # what a row's records are does not change before it is stepped
-        self._wanted = [self._items(row) for row in rows]
+        # the records of a batch do not change before it is stepped
+        self._wanted = [self._items(batch) for batch in batches]
         for wanted in self._wanted:
             for device, items in wanted.items():
-                most[device] = max(most[device], layout([item.tensor for item in items])[1])
+                most[device] = max(most[device], pack([item.tensor for item in items])[1])
         for device, nbytes in most.items():
-            if device not in self._lanes:
-                self._lanes[device] = StateRing(device)
-            self._lanes[device].wanted = nbytes
+            if device not in self._rings:
+                self._rings[device] = StateRing(device)
+            self._rings[device].wanted = nbytes
 
-    def load(self, chunk: Sequence[ParamChunk]) -> list[Record | None]:
-        if self._entered == len(self._rows) or self._rows[self._entered] is not chunk:
-            self._lent = set()
-            return super().load(chunk)  # nobody steps it
+    def load(self, batch: Sequence[ParamChunk]) -> list[Record | None]:
+        if self._entered == len(self._batches) or self._batches[self._entered] is not batch:
+            self._staged = set()
+            return super().load(batch)  # it is read, not stepped
         self._leave()
         ahead = self._entered + SLOTS
-        for wanted in self._wanted[len(self._brought) : ahead]:
-            brought = {device: self._lanes[device].bring(i) for device, i in wanted.items()}
-            self._brought.append(brought)
+        for wanted in self._wanted[len(self._slots) : ahead]:
+            loading = {device: self._rings[device].load(i) for device, i in wanted.items()}
+            self._slots.append(loading)
         views: dict[int, Tensor] = {}
-        for device, slot in self._brought[self._entered].items():
-            self._lanes[device].enter(slot)
+        for device, slot in self._slots[self._entered].items():
+            self._rings[device].enter(slot)
             views |= slot.views
         self._entered += 1
-        self._lent = {id(view) for view in views.values()}
+        self._staged = {id(view) for view in views.values()}
         return [
-            _shown(self._kept[piece.param][piece.part], views) if piece.param in self else None
-            for piece in chunk
+            _loaded(self.entries[chunk.param][chunk.part], views) if chunk.param in self else None
+            for chunk in batch
         ]
 
-    def lent(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._lent
+    def is_staged(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._staged
 
     def _leave(self) -> None:
-        """The row that was loaded last does not need its slots any more."""
+        """Free the slots of the batch that was loaded last."""
         if self._entered:
-            for device, slot in self._brought[self._entered - 1].items():
-                self._lanes[device].leave(slot)
+            for device, slot in self._slots[self._entered - 1].items():
+                self._rings[device].leave(slot)
 
-    def _items(self, row: Sequence[ParamChunk]) -> dict[torch.device, list[Item]]:
-        """What is to be brought to each device for a row: nothing where there is no state yet."""
+    def _items(self, batch: Sequence[ParamChunk]) -> dict[torch.device, list[Item]]:
+        """The tensors that each device needs for a batch; none where there is no state yet."""
         found: dict[torch.device, list[Item]] = {}
-        for piece in row:
-            found.setdefault(piece.param.device, [])
-            if piece.param not in self:
+        for chunk in batch:
+            found.setdefault(chunk.param.device, [])
+            if chunk.param not in self:
                 continue
-            record = self._kept[piece.param][piece.part]
-            slabs = record.slabs if isinstance(record, Placed) else ()
-            for tensor, device in _held(record, piece.param):
-                slab = next((slab for slab in slabs if _holds(slab, tensor)), None)
+            record = self.entries[chunk.param][chunk.part]
+            slabs = record.slabs if isinstance(record, SlabRecord) else ()
+            for tensor, device in _offloaded(record, chunk.param):
+                slab = next((slab for slab in slabs if _is_in(tensor, slab)), None)
                 if slab is None and self.synchronize is not None:
-                    self.synchronize()  # it may be where the session stores it
+                    self.synchronize()  # the executor may still store it
                 found.setdefault(device, []).append(Item(tensor, slab))
         return found
 
-    def placed(self, records: Records) -> Records:
+    def to_store(self, records: Records) -> Records:
         found: dict[torch.device, list[Tensor]] = {}
         for record in (record for parts in records for record in parts):
-            for tensor in _movable(record):
+            for tensor in _for_slab(record):
                 found.setdefault(tensor.device, []).append(tensor)
         moved: dict[int, Tensor] = {}
-        slabs: dict[int, Slab] = {}
-        slots = self._brought[self._entered - 1] if self._entered else {}
+        slabs: dict[int, RecordSlab] = {}
+        slots = self._slots[self._entered - 1] if self._entered else {}
         for device, tensors in found.items():
-            offsets, nbytes = layout(tensors)
+            offsets, nbytes = pack(tensors)
             slab = self.spares.take(nbytes, device, self.pin_memory)
             slot = slots.get(device)
-            sent = slot is not None and slot.busy
-            if slot is not None and sent:
-                self._lanes[device].send(slot, tensors, slab)
+            staged = slot is not None and slot.busy
+            if slot is not None and staged:
+                self._rings[device].store(slot, tensors, slab)
             else:
-                self.wait()  # for what is still copied to the slab, or from it
+                self.wait()  # for copies to the slab or from it
             for tensor, offset in zip(tensors, offsets, strict=True):
                 moved[id(tensor)] = view_bytes_as(slab.memory, offset, tensor)
                 slabs[id(tensor)] = slab
-                if not sent:
+                if not staged:
                     moved[id(tensor)].copy_(tensor)
-        return [[_put(record, moved, slabs) for record in parts] for parts in records]
+        return [[_stored(record, moved, slabs) for record in parts] for parts in records]
 
     def swap(self, params: Sequence[Tensor], records: Records) -> None:
-        old = [record for param in params for record in self._kept.get(param, ())]
+        old = [record for param in params for record in self.entries.get(param, ())]
         super().swap(params, records)
         self.discard(old)
 
     def discard(self, records: Sequence[Record]) -> None:
         for record in records:
-            if isinstance(record, Placed):
+            if isinstance(record, SlabRecord):
                 for slab in record.slabs:
                     slab.records -= 1
                     if not slab.records:
                         self.spares.give(slab)
                 record.slabs = ()
 
-    def replace(self, kept: dict[Tensor, list[Record]]) -> None:
-        super().replace(kept)
+    def replace(self, records: dict[Tensor, list[Record]]) -> None:
+        super().replace(records)
         self.spares = Spares()
 
     def clear(self) -> None:
@@ -191,22 +194,22 @@ class HostStore(Store):
         self._begin()
 
     def drop(self, param: Tensor) -> None:
-        self.discard(self._kept[param])
+        self.discard(self.entries[param])
         super().drop(param)
 
     def end(self, whole: bool) -> None:
-        self._forget_rows()
-        for lane in self._lanes.values():
-            lane.end(whole)
+        self._forget_batches()
+        for ring in self._rings.values():
+            ring.end(whole)
         if whole:
             self.spares.end()
 
-    def fetched(self, record: Record, param: Tensor) -> Record:
-        # what is not coded comes in copies, which a step may change
+    def to_device(self, record: Record, param: Tensor) -> Record:
+        # values that are not coded are copied, since a step may change them in place
         return {
             key: value.to(param.device)
             if isinstance(value, Coded)
-            else value.back()
+            else value.copy_to_device()
             if isinstance(value, OffloadedTensor)
             else value
             for key, value in record.items()
@@ -214,8 +217,8 @@ class HostStore(Store):
 
     def __getstate__(self) -> dict[str, Any]:
         self.wait()
-        state = super().__getstate__()
-        names = ("pin_memory", "chunk_bytes", "resident_bytes", "_kept", "_layouts", "synchronize")
+        state, arguments = super().__getstate__(), ("pin_memory", "chunk_bytes", "resident_bytes")
+        names = (*arguments, "entries", "_layouts", "synchronize")
         return {name: state[name] for name in names if name in state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -223,17 +226,17 @@ class HostStore(Store):
         self._begin()
 
 
-def _movable(record: Record) -> Iterator[Tensor]:
-    """The tensors of a record that are worth a place in a slab: not 0-d ones, nor sharded."""
+def _for_slab(record: Record) -> Iterator[Tensor]:
+    """The tensors of a record that are stored in a slab: neither 0-d nor sharded ones."""
     for value in record.values():
         if isinstance(value, Coded):
             yield from value.parts
-        elif isinstance(value, Tensor) and value.dim() > 0 and movable(value):
+        elif isinstance(value, Tensor) and value.dim() > 0 and copyable_as_bytes(value):
             yield value
 
 
-def _held(record: Record, param: Tensor) -> Iterator[tuple[Tensor, torch.device]]:
-    """The tensors of a kept record that are away, and where they are used."""
+def _offloaded(record: Record, param: Tensor) -> Iterator[tuple[Tensor, torch.device]]:
+    """The offloaded tensors of a stored record, with the devices where they are used."""
     for value in record.values():
         if isinstance(value, Coded):
             for part in value.parts:
@@ -242,12 +245,12 @@ def _held(record: Record, param: Tensor) -> Iterator[tuple[Tensor, torch.device]
             yield value.tensor, value.device
 
 
-def _holds(slab: Slab, tensor: Tensor) -> bool:
+def _is_in(tensor: Tensor, slab: RecordSlab) -> bool:
     return tensor.untyped_storage().data_ptr() == slab.memory.untyped_storage().data_ptr()
 
 
-def _shown(record: Record, views: dict[int, Tensor]) -> Record:
-    """A kept record with what was brought of it."""
+def _loaded(record: Record, views: dict[int, Tensor]) -> Record:
+    """A stored record with its offloaded tensors replaced by those that were loaded."""
     new: Record = {}
     for key, value in record.items():
         if isinstance(value, Coded):
@@ -257,8 +260,9 @@ def _shown(record: Record, views: dict[int, Tensor]) -> Record:
     return new
 
 
-def _put(record: Record, moved: dict[int, Tensor], slabs: dict[int, Slab]) -> Record:
-    new = Placed()
+def _stored(record: Record, moved: dict[int, Tensor], slabs: dict[int, RecordSlab]) -> Record:
+    """A record with its tensors replaced by those that were moved to slabs."""
+    new = SlabRecord()
     for key, value in record.items():
         if isinstance(value, Coded):
             new[key] = replace(value, parts=tuple(moved[id(part)] for part in value.parts))
@@ -266,14 +270,14 @@ def _put(record: Record, moved: dict[int, Tensor], slabs: dict[int, Slab]) -> Re
             new[key] = OffloadedTensor(moved[id(value)], value.device)
         else:
             new[key] = value
-    new.slabs = tuple({slabs[id(tensor)] for tensor in _movable(record)})
+    new.slabs = tuple({slabs[id(tensor)] for tensor in _for_slab(record)})
     for slab in new.slabs:
         slab.records += 1
     return new
 
 
 def make_store(where: str | Store, pin_memory: bool | None) -> Store:
-    """The store of that name, or the one that is given."""
+    """The store with this name, or the store that is given."""
     if isinstance(where, Store):
         return where
     checks.one_of("store", where, STORES)

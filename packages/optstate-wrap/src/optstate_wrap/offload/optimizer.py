@@ -1,4 +1,4 @@
-"""Optimizer state in the host's memory, with the step on the device."""
+"""``OffloadOptimizer``: any optimizer's state in host memory, with the step on the device."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["OffloadOptimizer"]
 
 
 class OffloadOptimizer(OptimizerWrapper):
-    """Keeps any optimizer's state in the host's memory; the step runs where the parameters are.
+    """Keeps any optimizer's state in host memory; the step runs on the parameters' device.
 
-    State streams: on a GPU, loads, steps and stores of different chunks are under way at once, and
-    nothing waits for them. Where the inner optimizer is torch's Adam, AdamW or SGD and the engine
-    takes it (see ``fused`` of ``OptimizerWrapper``), what moves is never decoded to memory.
+    On a GPU, loads, steps and stores of different chunks run at the same time, and the host does
+    not wait for them. If the inner optimizer is torch's Adam, AdamW or SGD and the engine takes it
+    (see ``fused`` of ``OptimizerWrapper``), its state is never decoded to memory.
 
     Args:
-        optimizer: the inner optimizer; what state it has is taken over.
+        optimizer: the inner optimizer; its state is taken over.
         state: how state is stored: a ``Policy``; a map of codecs by state key; or None, exact.
-        store: "host", or "device" to keep the coded state beside the parameters.
-        resident_bytes: of state that stays on the device, of what the codecs' engine steps.
-        **options: ``chunk_size`` and the others of ``OptimizerWrapper``.
+        store: "host", or "device" to keep the coded state on the parameters' device.
+        resident_bytes: bytes that stay on the device of the state that the codecs' engine steps.
+        **options: ``chunk_size`` and the other options of ``OptimizerWrapper``.
 
     Example:
         >>> optimizer = OffloadOptimizer(torch.optim.AdamW(model.parameters()))

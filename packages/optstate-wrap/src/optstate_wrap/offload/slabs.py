@@ -1,4 +1,4 @@
-"""Host memory for the state of rows, used again for the next row that is as large."""
+"""Host memory for the state of batches, used again for the next batch of the same size."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.offloading.pinned import empty_pinned
+from optstate_codecs.offloading.slabs import aligned
 
-__all__ = ["ALIGNMENT", "Slab", "Spares", "layout"]
+__all__ = ["VIEW_ALIGNMENT", "RecordSlab", "Spares", "pack"]
 
-Kind = tuple[int, torch.device]
+# bytes, and the device that copies them: another device might write a slab too early
+Size = tuple[int, torch.device]
 
-# steps after which a size that none of them wanted is not kept any more
+# steps after which a size that none of them used is no longer kept
 PATIENCE = 8
 # views of any dtype begin at multiples of 16 bytes
-ALIGNMENT = 16
+VIEW_ALIGNMENT = 16
 
 
 @dataclass(eq=False)
-class Slab:
-    """The state of a row, tensor by tensor.
+class RecordSlab:
+    """The state of a batch, tensor by tensor.
 
     Attributes:
         memory: uint8, on the host.
-        device: that copies from it and to it; another may take it for free too early.
-        records: how many are in it; what has none may be written.
-        stored: the event after which what was last copied to it is there.
+        device: the device that copies from it and to it.
+        records: the number of records in it; without any it may be overwritten.
+        stored: the event after which the last copy to it is complete.
     """
 
     memory: Tensor
@@ -40,54 +42,55 @@ class Slab:
 
 
 class Spares:
-    """Slabs that nobody needs, by size.
+    """Unused slabs, by size.
 
-    A step that makes state of the sizes that were there takes and gives each size in turns, so that
-    one spare slab of each is enough, or as many as a split parameter has. Of a size that is wanted
-    in some steps only, as where gradients come and go, one stays for a while.
+    A step with state of the same sizes as before takes and gives back each size in turns. So one
+    spare slab of each size is enough, or as many as a split parameter has chunks. Of a size that
+    only some steps use, as where gradients come and go, one is kept for a few steps.
     """
 
     def __init__(self) -> None:
-        self._free: defaultdict[Kind, list[Slab]] = defaultdict(list)
+        self._free: defaultdict[Size, list[RecordSlab]] = defaultdict(list)
         self._step = 0
-        # the last step that wanted the size
-        self._wanted: dict[Kind, int] = {}
+        # the last step that used the size
+        self._wanted: dict[Size, int] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is spare."""
+        """Bytes of all spare slabs."""
         return sum(slab.memory.numel() for free in self._free.values() for slab in free)
 
-    def take(self, nbytes: int, device: torch.device, pin: bool | None) -> Slab:
-        """A slab of that many bytes, page-locked if ``pin``; None: where ``device`` is a GPU."""
-        kind = nbytes, device
-        self._wanted[kind] = self._step
-        free = self._free[kind]
+    def take(self, nbytes: int, device: torch.device, pin: bool | None) -> RecordSlab:
+        """A slab of this size, page-locked if ``pin``; None: if ``device`` is a GPU."""
+        size = nbytes, device
+        self._wanted[size] = self._step
+        free = self._free[size]
         if free:
             return free.pop()
-        return Slab(empty_pinned(nbytes, device.type == "cuda" if pin is None else pin), device)
+        pin = device.type == "cuda" if pin is None else pin
+        return RecordSlab(empty_pinned(nbytes, pin), device)
 
-    def give(self, slab: Slab) -> None:
-        """Nobody needs the slab; copies from it and to it may still be under way."""
-        kind = slab.memory.numel(), slab.device
-        now = self._wanted.get(kind) == self._step
-        if now or (kind in self._wanted and not self._free[kind]):
-            self._free[kind].append(slab)
+    def give(self, slab: RecordSlab) -> None:
+        """Take back a slab that is no longer used; copies from it and to it may be under way."""
+        size = slab.memory.numel(), slab.device
+        now = self._wanted.get(size) == self._step
+        if now or (size in self._wanted and not self._free[size]):
+            self._free[size].append(slab)
 
     def end(self) -> None:
-        """A step is over."""
-        for kind, step in list(self._wanted.items()):
+        """End a step: free slabs of sizes that are no longer used."""
+        for size, step in list(self._wanted.items()):
             if step <= self._step - PATIENCE:
-                del self._wanted[kind], self._free[kind]
+                del self._wanted[size], self._free[size]
             elif step < self._step:
-                del self._free[kind][1:]
+                del self._free[size][1:]
         self._step += 1
 
 
-def layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where each of some tensors begins in a row of bytes, and how many bytes that has."""
+def pack(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each tensor begins when they lie side by side, and how many bytes all of them take."""
     offsets, size = [], 0
     for tensor in tensors:
         offsets.append(size)
-        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        size += aligned(tensor.nbytes, VIEW_ALIGNMENT)
     return offsets, size

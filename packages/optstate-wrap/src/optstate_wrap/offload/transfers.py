@@ -1,223 +1,165 @@
-"""Brings the state of rows to a device and back while others are stepped.
+"""A ring of device slots through which the state of batches is loaded, used and stored.
 
-A lane has three slots on its device and two streams. While the current stream steps a row in one
-slot, the next one's state comes to the second, and the last one's leaves the third, which then
-takes the row after the next. Nothing waits on the host: every order is one between streams.
-- A load waits for the last store to the slabs that it reads, and for the store of what was in the
-  slot before.
-- The current stream waits for the load of the row that it is to step.
-- A store waits for the current stream, and so for all loads that there were before the row's: the
-  slab that it writes is nobody's, so nobody has begun to load from it since.
-On a CPU, copies are made there and then.
+While the current stream steps a batch in one slot, the next batch's state comes to the second. The
+last batch's state leaves the third slot, which then takes the batch after the next. The host never
+waits: every order is one between streams.
+- A load waits for the last store to the slabs that it reads, and for the last store from its slot.
+- The current stream waits for the load of the batch that it steps.
+- A store waits for the current stream, and so for all loads of earlier batches. It writes a spare
+  slab, which no later load reads.
+On a CPU, copies are made at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from optstate_codecs.offloading.copies import SLOTS, CopyStreams, Slot, record, wait_for
 from optstate_codecs.state.layout import view_bytes_as
-from optstate_wrap.offload.slabs import ALIGNMENT, Slab, layout
+from optstate_wrap.offload.slabs import VIEW_ALIGNMENT, RecordSlab, pack
 
-__all__ = ["SLOTS", "Item", "Slot", "StateRing"]
-
-SLOTS = 3
+__all__ = ["BatchSlot", "Item", "StateRing"]
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A tensor that is to come to the device, and the slab that it is in, if it is in one."""
+    """A tensor to load, and the slab that holds it, or None."""
 
     tensor: Tensor
-    slab: Slab | None
+    slab: RecordSlab | None
 
 
 @dataclass(eq=False)
-class Slot:
-    """Room on the device for the state of a row.
+class BatchSlot(Slot):
+    """A slot for the state of a batch, of any size.
 
     Attributes:
-        room: uint8.
-        views: what was brought, by the identity of what it was brought from.
-        busy: whether the current stream uses it.
-        loaded: the event after which what was brought is there.
-        freed: the event after which nobody needs what was there before; None: nobody does.
+        views: the tensors that were loaded, by the identity of those that they were loaded from.
+        busy: whether the current stream uses the slot.
     """
 
-    room: Tensor | None = None
     views: dict[int, Tensor] = field(default_factory=dict)
     busy: bool = False
-    loaded: Any = None
-    freed: Any = None
 
 
 class StateRing:
     """The slots and streams of one device.
 
     Attributes:
-        wanted: bytes that a slot which is made now should have.
+        wanted: the least number of bytes of a slot that is allocated from now on.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.wanted = 0
+        self.streams = CopyStreams(device)
         self._most = 0
-        self._slots = [Slot() for _ in range(SLOTS)]
+        self._slots = [BatchSlot() for _ in range(SLOTS)]
         self._turn = 0
-        self._streams: tuple[Any, Any] | None = None
-        if device.type == "cuda":
-            self._streams = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            for slot in self._slots:
-                slot.loaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def bring(self, items: Sequence[Item]) -> Slot:
-        """Begin to copy tensors to the next slot.
-
-        The row that had the slot before must have left it.
-        """
+    def load(self, items: Sequence[Item]) -> BatchSlot:
+        """Begin to load tensors into the next slot, which the batch before must have left."""
         slot = self._slots[self._turn]
         assert not slot.busy
         self._turn = (self._turn + 1) % SLOTS
         tensors = [item.tensor for item in items]
-        offsets, nbytes = layout(tensors)
-        room = self._fit(slot, nbytes)
+        offsets, nbytes = pack(tensors)
+        memory, load = self._fit(slot, nbytes), self.streams.load
         slabs = dict.fromkeys(item.slab for item in items if item.slab is not None)
-        if self._streams is not None:
-            load = self._streams[0]
-            for event in (slot.freed, *(slab.stored for slab in slabs)):
-                if event is not None:
-                    load.wait_event(event)
-            if any(tensor.is_cuda for tensor in tensors):
-                # it has been made by what the current stream may still do
-                load.wait_stream(torch.cuda.current_stream(self.device))
+        wait_for(load, slot.freed, *(slab.stored for slab in slabs))
+        if load is not None and any(tensor.is_cuda for tensor in tensors):
+            # the current stream may not have made it yet
+            self.streams.follow(load)
         pairs = zip(tensors, offsets, strict=True)
-        slot.views = {id(tensor): view_bytes_as(room, offset, tensor) for tensor, offset in pairs}
-        with self._on(0) as stream:
-            for source, to in _runs(room, items, offsets):
+        slot.views = {id(tensor): view_bytes_as(memory, offset, tensor) for tensor, offset in pairs}
+        with self.streams.on(load):
+            for source, to in _runs(memory, items, offsets):
                 to.copy_(source, non_blocking=True)
-            if stream is not None:
-                slot.loaded.record(stream)
+            slot.loaded = record(slot.loaded, load)
         return slot
 
-    def enter(self, slot: Slot) -> None:
-        """Let the current stream use what was brought to the slot."""
+    def enter(self, slot: BatchSlot) -> None:
+        """Let the current stream use the tensors that were loaded into the slot."""
         slot.busy = True
-        if self._streams is not None:
-            # this is also after all that used the slot before
-            torch.cuda.current_stream(self.device).wait_event(slot.loaded)
+        # the load itself has waited for earlier users of the slot
+        wait_for(self.streams.current, slot.loaded)
 
-    def send(self, slot: Slot, tensors: Sequence[Tensor], slab: Slab) -> None:
-        """Begin to copy tensors to a slab, as ``layout`` has them; then the slot is left."""
-        offsets, nbytes = layout(tensors)
-        old, room = slot.room, self._fit(slot, nbytes)
-        to = [
-            view_bytes_as(room, offset, tensor)
-            for tensor, offset in zip(tensors, offsets, strict=True)
-        ]
-        # what was stepped in place is there already; what has to move must not be written over
+    def store(self, slot: BatchSlot, tensors: Sequence[Tensor], slab: RecordSlab) -> None:
+        """Begin to store tensors in a slab, in the layout of ``pack``, and leave the slot."""
+        offsets, nbytes = pack(tensors)
+        old, memory = slot.memory, self._fit(slot, nbytes)
+        to = [view_bytes_as(memory, at, one) for one, at in zip(tensors, offsets, strict=True)]
+        # tensors stepped in place are there already; those that move must not be overwritten
         moved = [
-            (view, tensor.clone() if old is room and _inside(tensor, room) else tensor)
+            (view, tensor.clone() if old is memory and _inside(tensor, memory) else tensor)
             for view, tensor in zip(to, tensors, strict=True)
             if tensor.nbytes and view.data_ptr() != tensor.data_ptr()
         ]
         for view, tensor in moved:
             view.copy_(tensor)
-        self._mark(slot)
-        with self._on(1) as stream:
-            if stream is not None:
-                stream.wait_event(slot.freed)
-            slab.memory[:nbytes].copy_(room[:nbytes], non_blocking=True)
-            if stream is not None:
-                slab.stored = _recorded(slab.stored, stream)
-                slot.freed.record(stream)
+        slot.freed = record(slot.freed, self.streams.current)
+        store = self.streams.store
+        with self.streams.on(store):
+            wait_for(store, slot.freed)
+            slab.memory[:nbytes].copy_(memory[:nbytes], non_blocking=True)
+            slab.stored = record(slab.stored, store)
+            slot.freed = record(slot.freed, store)
         slot.busy = False
         slot.views = {}
 
-    def leave(self, slot: Slot) -> None:
-        """The current stream does not need the slot any more, if it did."""
+    def leave(self, slot: BatchSlot) -> None:
+        """Free the slot once the current stream has done its work with it, if it used it."""
         if slot.busy:
-            self._mark(slot)
+            slot.freed = record(slot.freed, self.streams.current)
         slot.busy = False
         slot.views = {}
 
     def end(self, whole: bool) -> None:
-        """No row has a slot; after a ``whole`` step, slots that are much too large are let go."""
+        """Leave all slots; after a ``whole`` step, free the memory of slots that are too large."""
         for slot in self._slots:
             self.leave(slot)
-            if whole and slot.room is not None and slot.room.numel() > 2 * self._most:
-                slot.room = None
+            if whole and slot.memory is not None and slot.memory.numel() > 2 * self._most:
+                slot.memory = None
         if whole:
             self._most = 0
 
-    def wait(self) -> None:
-        """Wait until everything has been copied."""
-        for stream in self._streams or ():
-            stream.synchronize()
-
-    def _mark(self, slot: Slot) -> None:
-        """Have the slot's next user wait for what the current stream does with it."""
-        if self._streams is not None:
-            slot.freed = _recorded(slot.freed, torch.cuda.current_stream(self.device))
-
-    def _fit(self, slot: Slot, nbytes: int) -> Tensor:
-        """The slot's room, which is made if there is not enough."""
+    def _fit(self, slot: BatchSlot, nbytes: int) -> Tensor:
+        """The slot's memory, which is allocated anew if it is too small."""
         self._most = max(self._most, nbytes)
-        if slot.room is None or slot.room.numel() < nbytes:
-            slot.room = None
+        if slot.memory is None or slot.memory.numel() < nbytes:
+            slot.memory = None
             size = max(nbytes, self.wanted)
-            slot.room = torch.empty(size, dtype=torch.uint8, device=self.device)
-            for stream in self._streams or ():
-                # what had this memory before is done with it before a copy begins
-                stream.wait_stream(torch.cuda.current_stream(self.device))
-                slot.room.record_stream(stream)
-        return slot.room
-
-    def _on(self, number: int) -> AbstractContextManager[Any]:
-        return nullcontext() if self._streams is None else _using(self._streams[number])
+            slot.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self.streams.share([slot.memory])
+        return slot.memory
 
 
 def _runs(
-    room: Tensor, items: Sequence[Item], offsets: Sequence[int]
+    memory: Tensor, items: Sequence[Item], offsets: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is to be copied and to where: neighbours in a slab at once."""
-    memory, start, stop, to = room, 0, 0, 0
+    """The copies to make, as source and destination; neighbours in a slab are one copy."""
+    source, start, stop, to = memory, 0, 0, 0
     for item, offset in zip(items, offsets, strict=True):
         tensor, slab = item.tensor, item.slab
         if not tensor.nbytes:
             continue
         if slab is None:
-            yield tensor, view_bytes_as(room, offset, tensor)
+            yield tensor, view_bytes_as(memory, offset, tensor)
             continue
         begin = tensor.data_ptr() - slab.memory.data_ptr()
-        gap = begin - stop
-        if not (slab.memory is memory and 0 <= gap < ALIGNMENT and offset == to + begin - start):
+        near = 0 <= begin - stop < VIEW_ALIGNMENT
+        if not (slab.memory is source and near and offset == to + begin - start):
             if stop:
-                yield memory[start:stop], room[to : to + stop - start]
-            memory, start, to = slab.memory, begin, offset
+                yield source[start:stop], memory[to : to + stop - start]
+            source, start, to = slab.memory, begin, offset
         stop = begin + tensor.nbytes
     if stop:
-        yield memory[start:stop], room[to : to + stop - start]
+        yield source[start:stop], memory[to : to + stop - start]
 
 
-@contextmanager
-def _using(stream: Any) -> Iterator[Any]:
-    """``torch.cuda.stream``, which gives the stream."""
-    with torch.cuda.stream(stream):
-        yield stream
-
-
-def _recorded(event: Any, stream: Any) -> Any:
-    """The event, or a new one, after what the stream has to do now."""
-    if event is None:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(stream)
-    return event
-
-
-def _inside(tensor: Tensor, room: Tensor) -> bool:
-    return tensor.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
+def _inside(tensor: Tensor, memory: Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()

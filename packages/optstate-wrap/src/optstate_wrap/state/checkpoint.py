@@ -1,11 +1,15 @@
-"""Plain and packed state dicts; ``loading`` takes either.
+"""Saves plain and packed state dicts of a wrapped optimizer; ``loading`` loads both.
 
-A packed state dict is ``torch.optim``'s layout (``state`` by parameter number, ``param_groups``)
-with what is stored in place of a state: ``{"parts": [record, ...]}``, one record for each part of
-the parameter, in which a coded tensor is a dict of its format's text and its components; with the
-``order`` of its dimensions in memory by which it was cut; and with the ``foreign`` entries that the
-optimizer does not make. Both kinds have a key ``optstate_wrap`` with the policy's progress and the
-keys of foreign entries, which ``torch.optim`` passes over.
+A plain state dict is the inner optimizer's own, decoded. A packed one has ``torch.optim``'s layout
+(``state`` by parameter number, ``param_groups``), but each state is as it is stored:
+
+- ``parts``: a list with one record for each chunk of the parameter. A coded tensor in a record is a
+  dict of its format's text, its components and their layout.
+- ``order``: of several chunks, the order of the parameter's dimensions in memory when it was split.
+- ``foreign``: the entries that the optimizer did not make.
+
+Both kinds have a key ``optstate_wrap``, which ``torch.optim`` ignores, with the policy's progress
+and, if plain, the keys of foreign entries.
 """
 
 from __future__ import annotations
@@ -13,55 +17,55 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.plain import plain_value
 from optstate_wrap.hooks import STATE_DICT_HOOKS, save_with_hooks
-from optstate_wrap.state.record import Coded, Record
-from optstate_wrap.state.store import OffloadedTensor
-from optstate_wrap.step.chunked import Engine
+from optstate_wrap.state.decoded import DecodedStates
+from optstate_wrap.state.record import Coded, Record, stored_tensor
 
-if TYPE_CHECKING:
-    from optstate_wrap.wrapper import OptimizerWrapper
-
-__all__ = ["KEY", "alone", "numbered", "packed", "plain"]
+__all__ = ["KEY", "independent_copy", "packed", "params_by_number", "plain"]
 
 KEY = "optstate_wrap"
 StateDict = dict[str, Any]
 
 
-def plain(wrapper: OptimizerWrapper) -> StateDict:
+def plain(wrapper: Optimizer, states: DecodedStates) -> StateDict:
     """The inner optimizer's own state dict, decoded, with the policy's progress.
 
-    What is decoded for other devices goes to the host, one parameter after the other: a device may
-    have no room for it.
+    Decoded state goes to the host, one parameter after the other, since a device may have no room
+    for all of it.
+
+    Args:
+        wrapper: the optimizer whose state dict hooks are called.
+        states: of the inner optimizer.
     """
-    progress: dict[str, Any] = {}
+    inner, progress = states.encoder.inner, dict[str, Any]()
 
     def save() -> StateDict:
-        saved = _decoded(wrapper)
-        progress.update(_progress(wrapper.engine))
-        if foreign := wrapper.engine.states.foreign:
-            of = {n: list(foreign.get(p, ())) for n, p in numbered(saved, wrapper.inner).items()}
-            progress["foreign"] = {number: keys for number, keys in of.items() if keys}
+        saved = _decoded(states)
+        progress.update(_progress(states))
+        if foreign := states.foreign:
+            params = params_by_number(saved, inner)
+            keys = {number: list(foreign.get(param, ())) for number, param in params.items()}
+            progress["foreign"] = {number: names for number, names in keys.items() if names}
         return saved
 
-    return {**save_with_hooks(wrapper, wrapper.inner, save), KEY: progress}
+    return {**save_with_hooks(wrapper, inner, save), KEY: progress}
 
 
-def _decoded(wrapper: OptimizerWrapper) -> StateDict:
-    """The inner optimizer's own state dict, with the state that is stored."""
-    inner, states = wrapper.inner, wrapper.engine.states
-    kept = inner.state
+def _decoded(states: DecodedStates) -> StateDict:
+    inner = states.encoder.inner
+    empty = inner.state
     inner.state = defaultdict(dict, {param: _on_host(states.copy(param)) for param in states})
     inner.state.update(states.extra)
     try:
         return inner.state_dict()
     finally:
-        inner.state = kept
+        inner.state = empty
 
 
 def _on_host(state: dict[str, Any]) -> dict[str, Any]:
@@ -73,37 +77,38 @@ def _on_host(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def packed(wrapper: OptimizerWrapper) -> StateDict:
-    """What is stored, as it is stored: about as large as the state."""
-    engine, states = wrapper.engine, wrapper.engine.states
+def packed(states: DecodedStates) -> StateDict:
+    """The state as it is stored, and about as large."""
+    inner, store = states.encoder.inner, states.store
     states.write_back()
-    saved = Optimizer.state_dict(_Hollow(wrapper.inner))
-    state: dict[Any, Any] = {key: alone(value) for key, value in states.extra.items()}
-    for number, param in numbered(saved, wrapper.inner).items():
+    saved = Optimizer.state_dict(_GroupsOnly(inner))
+    state: dict[Any, Any] = {key: independent_copy(value) for key, value in states.extra.items()}
+    for number, param in params_by_number(saved, inner).items():
         entry: dict[str, Any] = {}
-        if param in engine.store:
-            records = engine.store.kept(param)
+        if param in store:
+            records = store.records(param)
             entry["parts"] = [_packed_record(record) for record in records]
             if len(records) > 1:
-                entry["order"] = list(engine.store.layout(param).order)
+                entry["order"] = list(store.layout(param).order)
         if param in states.foreign:
-            entry["foreign"] = {k: alone(value) for k, value in states.foreign[param].items()}
+            foreign = states.foreign[param]
+            entry["foreign"] = {key: independent_copy(value) for key, value in foreign.items()}
         if entry:
             state[number] = entry
     groups = plain_value(saved["param_groups"])
-    progress = {**_progress(engine), "packed": True}
+    progress = {**_progress(states), "packed": True}
     return {**saved, "state": state, "param_groups": groups, KEY: progress}
 
 
-def numbered(saved: Mapping[str, Any], inner: Optimizer) -> dict[int, Tensor]:
-    """The parameters by the numbers that a state dict gives them."""
+def params_by_number(saved: Mapping[str, Any], inner: Optimizer) -> dict[int, Tensor]:
+    """The parameters by their numbers in a state dict."""
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     params = [param for group in inner.param_groups for param in group["params"]]
     return dict(zip(numbers, params, strict=True))
 
 
-class _Hollow(Optimizer):
-    """An optimizer's groups without its state, so that torch numbers them."""
+class _GroupsOnly(Optimizer):
+    """An optimizer's groups without its state, so that torch numbers the parameters."""
 
     def __init__(self, inner: Optimizer) -> None:
         self.param_groups = inner.param_groups
@@ -113,8 +118,8 @@ class _Hollow(Optimizer):
             setattr(self, name, {})
 
 
-def _progress(engine: Engine) -> dict[str, Any]:
-    return {"steps": engine.steps, "policy": engine.encoder.policy.state_dict()}
+def _progress(states: DecodedStates) -> dict[str, Any]:
+    return {"steps": states.encoder.steps, "policy": states.encoder.policy.state_dict()}
 
 
 def _packed_record(record: Record) -> dict[str, Any]:
@@ -128,12 +133,12 @@ def _packed_record(record: Record) -> dict[str, Any]:
             "root": value.root,
         }
         if isinstance(value, Coded)
-        else alone(value)
+        else independent_copy(value)
         for key, value in record.items()
     }
 
 
-def alone(value: Any) -> Any:
-    """A copy that no step changes, with a storage of its own."""
-    value = value.tensor if isinstance(value, OffloadedTensor) else value
+def independent_copy(value: Any) -> Any:
+    """A copy with storage of its own, which no step changes."""
+    value = stored_tensor(value)
     return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

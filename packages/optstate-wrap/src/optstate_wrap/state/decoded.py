@@ -1,89 +1,99 @@
-"""What users read and write of a wrapped optimizer's state: whole parameters, decoded.
+"""The decoded state of whole parameters, as users read and write it.
 
-What was read is kept until the next step. Before anything else uses the state, values that were
-assigned, deleted or changed in place are found by identity and version counter, and stored.
+A state that was read stays decoded until the next step. Before anything else uses the state, its
+values that were assigned, deleted or changed in place are found, by identity and by the tensors'
+version counters, and stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from optstate_wrap.state.encoder import Encoder
 from optstate_wrap.state.inference import ordinary_tensors
-from optstate_wrap.state.parts import cut, joined, length, pieces_like
+from optstate_wrap.state.param_chunks import ParamChunk
 from optstate_wrap.state.record import Coded, Record, decode_state, reencode
+from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_numel, slice_state
 from optstate_wrap.state.store import Store
-from optstate_wrap.step.fused import Fused
-from optstate_wrap.step.pieces import ParamChunk
 
-__all__ = ["States"]
+__all__ = ["DecodedStates"]
 
 
 @dataclass
-class _Shown:
-    """The state of a parameter as somebody has read it.
+class _ReadState:
+    """The state of a parameter that a user has read.
 
     Attributes:
-        state: what the reader has.
-        seen: each of its values when it was last stored, with its version.
-        kept: keys whose value is the very object that is stored.
+        state: the user's dict.
+        stored: the value of each key when it was last stored, and its version.
+        aliases: keys whose value is the stored object itself.
     """
 
     state: dict[str, Any]
-    seen: dict[str, tuple[Any, int | None]] = field(default_factory=dict)
-    kept: frozenset[str] = frozenset()
+    stored: dict[str, tuple[Any, int | None]] = field(default_factory=dict)
+    aliases: frozenset[str] = frozenset()
 
-    def note(self, kept: frozenset[str]) -> None:
-        """What is there now is what is stored."""
-        self.seen = {key: (value, _version(value)) for key, value in self.state.items()}
-        self.kept = kept
+    def mark_stored(self, aliases: frozenset[str]) -> None:
+        """Note that the current values are stored."""
+        self.stored = {key: (value, _version(value)) for key, value in self.state.items()}
+        self.aliases = aliases
 
     def changed(self) -> set[str]:
-        """Keys whose values differ from what is stored."""
+        """Keys whose values may differ from the stored ones."""
         return {key for key, value in self.state.items() if self._differs(key, value)}
 
     def _differs(self, key: str, value: Any) -> bool:
-        if key not in self.seen or self.seen[key][0] is not value:
+        if key not in self.stored or self.stored[key][0] is not value:
             return True
-        if key in self.kept or isinstance(value, (bool, int, float, str, type(None))):
+        if key in self.aliases or isinstance(value, (bool, int, float, str, type(None))):
             return False
         version = _version(value)
-        return version is None or version != self.seen[key][1]
+        return version is None or version != self.stored[key][1]
 
 
 def _version(value: Any) -> int | None:
-    """How often a tensor has been changed in place; None where nobody counts."""
+    """The version counter of a tensor; None if it has none."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
-class States:
-    """Every parameter's state as the inner optimizer keeps it, over the records of a store.
+class RecordUser(Protocol):
+    """An object that refers to stored records between steps."""
+
+    def forget(self) -> None:
+        """Drop the references to all records."""
+
+    def release(self, param: Tensor) -> None:
+        """Drop the references to the records of ``param``, which then hold its latest state."""
+
+
+class DecodedStates:
+    """Reads and writes the state of every parameter, in decoded form, over the records of a store.
 
     Args:
-        store: where records are.
-        encoder: decides how they are made.
-        fused: may have records of its own, which are to go with those of the store.
+        store: holds the records.
+        encoder: makes the records.
+        fused: refers to records too; told when they are replaced.
 
     Attributes:
         extra: entries of the inner optimizer's ``state`` under keys that are not parameters.
-        foreign: by parameter, entries of its state that the optimizer does not make. They are kept
-            as they are.
-        known: the keys that the optimizer makes; None: nobody knows.
+        foreign: by parameter, entries of its state that the optimizer did not make. They are
+            stored unchanged.
+        known: the state keys that the optimizer makes; None: unknown.
     """
 
-    def __init__(self, store: Store, encoder: Encoder, fused: Fused) -> None:
+    def __init__(self, store: Store, encoder: Encoder, fused: RecordUser) -> None:
         self.store = store
         self.encoder = encoder
         self.fused = fused
         self.extra: dict[Any, Any] = {}
         self.foreign: dict[Tensor, dict[str, Any]] = {}
         self.known: frozenset[str] | None = None
-        self._shown: dict[Tensor, _Shown] = {}
+        self._read_states: dict[Tensor, _ReadState] = {}
 
     def __contains__(self, param: object) -> bool:
         self.write_back()
@@ -98,106 +108,117 @@ class States:
 
     def read(self, param: Tensor) -> dict[str, Any]:
         """The state of a parameter, the same object until the next step."""
-        shown = self._shown.get(param)
-        if shown is None:
-            shown = self._shown[param] = _Shown(self._whole(param, shared=True))
-            shown.note(self._kept(param, shown.state))
-        return shown.state
+        read = self._read_states.get(param)
+        if read is None:
+            read = self._read_states[param] = _ReadState(self._whole(param, alias=True))
+            read.mark_stored(self._aliases(param, read.state))
+        return read.state
 
     def copy(self, param: Tensor) -> dict[str, Any]:
-        """The state of a parameter; what the optimizer has made of it in copies."""
+        """The state of a parameter; values that the optimizer made are copies."""
         self.write_back()
-        return self._whole(param, shared=False)
+        return self._whole(param, alias=False)
 
     def write(self, param: Tensor, state: dict[str, Any]) -> None:
-        """Make this the whole state of a parameter, and what is read of it."""
-        old = self._shown.get(param)
-        shown = self._shown[param] = _Shown(state)
+        """Replace the whole state of a parameter by ``state``, which ``read`` then returns."""
+        old = self._read_states.get(param)
+        new = self._read_states[param] = _ReadState(state)
         if old is not None:
-            # what stays of it is not to be rounded again
-            shown.seen, shown.kept = old.seen, old.kept
-        self._store(param, shown)
+            # values that are in both are not rounded again
+            new.stored, new.aliases = old.stored, old.aliases
+        self._store(param, new)
 
     def write_back(self) -> None:
-        """Store what has changed of what was read."""
-        for param, shown in self._shown.items():
-            if shown.state.keys() != shown.seen.keys() or shown.changed():
-                self._store(param, shown)
+        """Store the changes that users made to states that they read."""
+        for param, read in self._read_states.items():
+            if read.state.keys() != read.stored.keys() or read.changed():
+                self._store(param, read)
 
-    def forget(self) -> None:
-        """Let go of what was read."""
-        self._shown.clear()
+    def discard_read_states(self) -> None:
+        """Forget the states that users have read; later changes to them have no effect."""
+        self._read_states.clear()
 
     def drop(self, param: Tensor) -> None:
-        """Forget the state of a parameter."""
+        """Remove the state of a parameter."""
         if param not in self:
             raise KeyError(param)
-        self._shown.pop(param, None)
+        self._read_states.pop(param, None)
         self.foreign.pop(param, None)
         self._drop_records(param)
 
     def clear(self) -> None:
-        """Forget everything."""
-        self.forget()
-        self.extra, self.foreign = {}, {}
+        """Remove all state."""
         self.store.clear()
-        self.fused.forget()
+        self.replace({}, {}, {})
 
-    def lend(self, piece: ParamChunk) -> dict[str, Any]:
-        """What is foreign in the state of a piece, as the optimizer is to see it in its step."""
-        foreign = self.foreign.get(piece.param, {})
-        if piece.parts == 1:
+    def replace(
+        self,
+        records: dict[Tensor, list[Record]],
+        foreign: dict[Tensor, dict[str, Any]],
+        extra: dict[Any, Any],
+    ) -> None:
+        """Replace all state by these records, foreign entries and extra entries."""
+        self.discard_read_states()
+        self.fused.forget()
+        self.store.replace(records)
+        self.foreign, self.extra = foreign, extra
+
+    def foreign_entries(self, chunk: ParamChunk) -> dict[str, Any]:
+        """The foreign entries for the step of a chunk; tensors like the parameter are sliced."""
+        foreign = self.foreign.get(chunk.param, {})
+        if chunk.parts == 1:
             return dict(foreign)
-        order = self.store.layout(piece.param).order
+        order = self.store.layout(chunk.param).order
         return {
-            # a view, where it lies in memory as the parameter does
-            key: value.permute(order).reshape(-1)[piece.start : piece.stop]
-            if isinstance(value, Tensor) and value.shape == piece.param.shape
+            # a view, if the tensor has the parameter's memory order
+            key: value.permute(order).reshape(-1)[chunk.start : chunk.stop]
+            if isinstance(value, Tensor) and value.shape == chunk.param.shape
             else value
             for key, value in foreign.items()
         }
 
-    def regain(self, piece: ParamChunk, state: dict[str, Any]) -> None:
-        """Take from the state of a stepped piece what was lent."""
-        foreign = self.foreign.get(piece.param)
+    def take_foreign_back(self, chunk: ParamChunk, state: dict[str, Any]) -> None:
+        """Remove the foreign entries from the state of a stepped chunk, and keep their values."""
+        foreign = self.foreign.get(chunk.param)
         if foreign is not None:
             now = {key: state.pop(key) for key in foreign if key in state}
-            if piece.parts == 1:
-                self.foreign[piece.param] = now
+            if chunk.parts == 1:
+                self.foreign[chunk.param] = now
 
-    def recut(self, param: Tensor, pieces: Sequence[ParamChunk]) -> None:
-        """Store the records of a parameter anew, by other pieces."""
-        own, encode = self._decoded(param, shared=False), self.encoder.encode
-        self.store.save(param, [encode(piece, piece.data(), cut(own, piece)) for piece in pieces])
+    def resplit(self, param: Tensor, chunks: Sequence[ParamChunk]) -> None:
+        """Split the stored state of a parameter into other chunks."""
+        own, encode = self._decoded(param, alias=False), self.encoder.encode
+        records = [encode(chunk, chunk.data(), slice_state(own, chunk)) for chunk in chunks]
+        self.store.save(param, records)
 
-    def _whole(self, param: Tensor, shared: bool) -> dict[str, Any]:
-        own = self._decoded(param, shared) if param in self.store else {}
+    def _whole(self, param: Tensor, alias: bool) -> dict[str, Any]:
+        own = self._decoded(param, alias) if param in self.store else {}
         return {**own, **self.foreign.get(param, {})}
 
-    def _decoded(self, param: Tensor, shared: bool) -> dict[str, Any]:
-        """The optimizer's own state of a parameter; ``shared``: what is not coded is not copied."""
+    def _decoded(self, param: Tensor, alias: bool) -> dict[str, Any]:
+        """The optimizer's own state of a parameter; with ``alias``, uncoded values uncopied."""
         with ordinary_tensors():
-            of = self._kept_pieces(param)
-            records = [record or {} for record in self.store.load(of)]
-            states = [_shared(r, param) if shared else decode_state(r, param) for r in records]
-            return joined(states, of, self.store.layout(param))
+            chunks = self._stored_chunks(param)
+            records = [record or {} for record in self.store.load(chunks)]
+            states = [_aliased(r, param) if alias else decode_state(r, param) for r in records]
+            return join_states(states, chunks, self.store.layout(param))
 
-    def _kept_pieces(self, param: Tensor) -> list[ParamChunk]:
-        """The pieces that a parameter's records are of."""
-        return pieces_like(param, [length(record) for record in self.store.kept(param)])
+    def _stored_chunks(self, param: Tensor) -> list[ParamChunk]:
+        """The chunks of the parameter's records."""
+        return chunks_of_lengths(param, list(map(record_numel, self.store.records(param))))
 
-    def _kept(self, param: Tensor, state: Mapping[str, Any]) -> frozenset[str]:
-        """Keys whose value in a state is what is stored."""
-        records = self.store.peek(param)
+    def _aliases(self, param: Tensor, state: Mapping[str, Any]) -> frozenset[str]:
+        """Keys whose value in ``state`` is the stored object itself."""
+        records = self.store.latest_records(param)
         stored = {**(records[0] if len(records) == 1 else {}), **self.foreign.get(param, {})}
         return frozenset(key for key, value in state.items() if stored.get(key) is value)
 
-    def _store(self, param: Tensor, shown: _Shown) -> None:
-        """Store the whole of a state; what has not changed stays as it is stored."""
-        changed = shown.changed()
-        stored = set(self.store.peek(param)[0]) if param in self.store else set()
+    def _store(self, param: Tensor, read: _ReadState) -> None:
+        """Store the changes of a state; unchanged values stay as they are stored."""
+        changed = read.changed()
+        stored = set(self.store.latest_records(param)[0]) if param in self.store else set()
         own, foreign = dict[str, Any](), dict[str, Any]()
-        for key, value in shown.state.items():
+        for key, value in read.state.items():
             (own if self._is_own(param, key, stored) else foreign)[key] = value
         if foreign:
             self.foreign[param] = foreign
@@ -208,30 +229,30 @@ class States:
         elif own.keys() & changed or stored - own.keys():
             with ordinary_tensors():
                 self._store_own(param, own, changed)
-        shown.note(self._kept(param, shown.state))
+        read.mark_stored(self._aliases(param, read.state))
 
     def _is_own(self, param: Tensor, key: str, stored: set[str]) -> bool:
+        """Whether the optimizer makes a key; if unknown, keys added to its stored ones are not."""
         if key in stored or key in self.foreign.get(param, {}):
             return key in stored
-        # of an optimizer that nobody knows, what comes beside its own state is not its own
         return not stored if self.known is None else key in self.known
 
     def _store_own(self, param: Tensor, own: Mapping[str, Any], changed: set[str]) -> None:
-        pieces = self.encoder.pieces_of(param)
-        olds: list[Record] = [{} for _ in pieces]
+        chunks = self.encoder.chunks_of(param)
+        old_records: list[Record] = [{} for _ in chunks]
         layout = None
-        if pieces and param in self.store:
-            number = pieces[0].number
-            kept, layout = self._kept_pieces(param), self.store.layout(param)
-            if len(kept) == 1 or kept[-1].stop == torch.Size(layout.shape).numel():
-                pieces = [replace(piece, number=number) for piece in kept]
-                olds = [record or {} for record in self.store.load(kept)]
+        if chunks and param in self.store:
+            number = chunks[0].number
+            stored, layout = self._stored_chunks(param), self.store.layout(param)
+            if len(stored) == 1 or stored[-1].stop == torch.Size(layout.shape).numel():
+                chunks = [replace(chunk, number=number) for chunk in stored]
+                old_records = [record or {} for record in self.store.load(stored)]
         records = []
-        for piece, old in zip(pieces, olds, strict=True):
-            part, counter = cut(own, piece, layout), self.encoder.counter(piece)
-            formats = self.encoder.formats(param, part)
-            records.append(reencode(old, part, changed, piece.like(), formats, counter))
-        # of a parameter that is not the optimizer's, nobody knows how it would be stored
+        for chunk, old in zip(chunks, old_records, strict=True):
+            state, counter = slice_state(own, chunk, layout), self.encoder.counter(chunk)
+            formats = self.encoder.formats(param, state)
+            records.append(reencode(old, state, changed, chunk.like(), formats, counter))
+        # a parameter that is not the optimizer's has no chunks; its state is stored exactly
         self.store.save(param, records or [dict(own)], layout)
 
     def _drop_records(self, param: Tensor) -> None:
@@ -241,10 +262,10 @@ class States:
 
     def __getstate__(self) -> dict[str, Any]:
         self.write_back()
-        return {**self.__dict__, "_shown": {}}
+        return {**self.__dict__, "_read_states": {}}
 
 
-def _shared(record: Record, param: Tensor) -> dict[str, Any]:
-    """The state of a record, in which what is not coded is what the record holds."""
+def _aliased(record: Record, param: Tensor) -> dict[str, Any]:
+    """The state of a record; its uncoded values are the record's own objects."""
     coded = {key: value for key, value in record.items() if isinstance(value, Coded)}
     return {**record, **decode_state(coded, param)}

@@ -1,4 +1,4 @@
-"""How an optimizer's state is cut into pieces and stored, at this point of the training."""
+"""Splits parameters into chunks and encodes their state as the policy wants at this step."""
 
 from __future__ import annotations
 
@@ -13,44 +13,45 @@ from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
 from optstate_wrap.codecs import as_codec
 from optstate_wrap.policies import Policy
+from optstate_wrap.state.param_chunks import ParamChunk, split_params
 from optstate_wrap.state.record import Record, encode_state
-from optstate_wrap.step.pieces import ParamChunk, pieces
 
 __all__ = ["Encoder"]
 
 
 @dataclass(eq=False)
 class Encoder:
-    """The policy, and what else decides how state is stored.
+    """The policy and all other settings that decide how state is split and stored.
 
     Attributes:
         inner: the optimizer.
-        policy: which codec stores which key.
-        chunk: parameters (elements) above which a tensor is split.
+        policy: which codec stores which state key.
+        chunk_size: elements above which a parameter is split.
         seed: keys every random number.
-        steps: how many have been taken.
-        chunked: whether chunks may be stepped one by one; otherwise all are one chunk.
-        splittable: whether a tensor may be stepped in parts.
+        steps: number of steps taken.
+        chunked: whether batches may be stepped one by one; otherwise all chunks are one batch.
+        splittable: whether a parameter may be stepped in several chunks.
     """
 
     inner: Optimizer
     policy: Policy
-    chunk: int
+    chunk_size: int
     seed: int
     steps: int = 0
     chunked: bool = True
     splittable: bool = True
 
-    def plan(self) -> list[ParamChunk]:
-        """Every piece of every parameter, in order."""
-        return pieces(self.inner.param_groups, self.chunk, self.chunked and self.splittable)
+    def split(self) -> list[ParamChunk]:
+        """The chunks of all parameters, in order."""
+        splittable = self.chunked and self.splittable
+        return split_params(self.inner.param_groups, self.chunk_size, splittable)
 
-    def pieces_of(self, param: Tensor) -> list[ParamChunk]:
-        """The pieces that a parameter is stepped in; none where it is not the optimizer's."""
-        return [piece for piece in self.plan() if piece.param is param]
+    def chunks_of(self, param: Tensor) -> list[ParamChunk]:
+        """The chunks of a parameter; none if it is not one of the optimizer's."""
+        return [chunk for chunk in self.split() if chunk.param is param]
 
     def formats(self, param: Tensor, state: Mapping[str, Any]) -> dict[str, Format]:
-        """The formats that the policy wants after this step, by key."""
+        """The formats that the policy wants after this step, by state key."""
         formats = {}
         for key, codec in self.policy.get_codecs(param, state, self.steps).items():
             format = as_codec(codec).stored
@@ -58,17 +59,17 @@ class Encoder:
                 formats[key] = format
         return formats
 
-    def counter(self, piece: ParamChunk) -> Counter:
-        """What keys the random numbers with which a piece is stored after this step."""
-        return Counter(self.seed, self.steps + 1, piece.number, piece.start)
+    def counter(self, chunk: ParamChunk) -> Counter:
+        """The key of the random numbers that encode a chunk after this step."""
+        return Counter(self.seed, self.steps + 1, chunk.number, chunk.start)
 
-    def encode(self, piece: ParamChunk, like: Tensor, state: Mapping[str, Any]) -> Record:
-        """The record of a state as the policy wants it after this step.
+    def encode(self, chunk: ParamChunk, like: Tensor, state: Mapping[str, Any]) -> Record:
+        """The record of a chunk's state, as the policy wants it after this step.
 
         Args:
-            piece: that the state is of.
-            like: what the optimizer has stepped for it.
-            state: as the optimizer has left it.
+            chunk: owner of the state.
+            like: the tensor that the optimizer stepped; gives shape and memory order.
+            state: as the optimizer left it.
         """
-        formats = self.formats(piece.param, state) if state else {}
-        return encode_state(state, like, formats, self.counter(piece)) if formats else dict(state)
+        formats = self.formats(chunk.param, state) if state else {}
+        return encode_state(state, like, formats, self.counter(chunk)) if formats else dict(state)

@@ -1,18 +1,17 @@
-"""State that is made under ``torch.inference_mode()`` and is to be stepped outside of it."""
+"""A context for making state under ``torch.inference_mode()`` that can be stepped outside of it."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 __all__ = ["ordinary_tensors"]
 
 
-def ordinary_tensors() -> AbstractContextManager[Any]:
-    """Inside, tensors that are made have no graph and may be changed in place anywhere later."""
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.no_grad())
-    return stack
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Inside, new tensors have no autograd graph and can be changed in place anywhere later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

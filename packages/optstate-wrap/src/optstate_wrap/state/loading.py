@@ -1,129 +1,114 @@
-"""Loading state dicts, plain and packed: all is checked and converted before anything changes."""
+"""Loads plain and packed state dicts: checks and converts all values before anything changes."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.formats import as_format
+from optstate_codecs.state.groups import merged_groups
 from optstate_wrap.hooks import load_with_hooks
 from optstate_wrap.probe import Findings, why_not
-from optstate_wrap.state.checkpoint import KEY, alone, numbered
+from optstate_wrap.state.checkpoint import KEY, independent_copy, params_by_number
+from optstate_wrap.state.decoded import DecodedStates
 from optstate_wrap.state.inference import ordinary_tensors
-from optstate_wrap.state.parts import cut, joined, length, pieces_like
+from optstate_wrap.state.param_chunks import Layout, ParamChunk
 from optstate_wrap.state.record import Coded, Record, decode_state
-from optstate_wrap.step.pieces import Layout, ParamChunk
-
-if TYPE_CHECKING:
-    from optstate_wrap.wrapper import OptimizerWrapper
+from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_numel, slice_state
 
 __all__ = ["load"]
 
+Examine = Callable[[], Findings]
 
-def load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
-    """Check and convert the whole of ``state_dict``, then put it in place.
 
-    Under ``torch.inference_mode()`` too, what is loaded may be stepped outside of it.
+def load(
+    wrapper: Optimizer, states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
+) -> None:
+    """Check and convert the whole of ``state_dict``, then replace the optimizer's state by it.
+
+    State loaded under ``torch.inference_mode()`` can be stepped outside of it.
+
+    Args:
+        wrapper: the optimizer whose state dict hooks are called.
+        states: of the inner optimizer.
+        examine: probes the inner optimizer with the hyper-parameters that it has then.
+        state_dict: plain or packed.
     """
     with ordinary_tensors():
-        load_with_hooks(wrapper, wrapper.inner, state_dict, partial(_load, wrapper))
+        inner = states.encoder.inner
+        load_with_hooks(wrapper, inner, state_dict, partial(_load, states, examine))
 
 
-def _load(wrapper: OptimizerWrapper, state_dict: Mapping[str, Any]) -> None:
-    engine, inner, states = wrapper.engine, wrapper.inner, wrapper.engine.states
-    policy = wrapper.policy
+def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]) -> None:
+    encoder = states.encoder
+    inner, policy = encoder.inner, encoder.policy
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise KeyError(f"state_dict: missing key {key!r}")
     progress, saved = state_dict.get(KEY, {}), state_dict["state"]
-    groups = _merged_groups(inner, state_dict["param_groups"])
-    params = numbered(state_dict, inner)
-    # a key that is no number is the optimizer's own business
-    unknown = [n for n in saved if n not in params and isinstance(n, int)]
-    if unknown:
+    where, saved_groups = "state_dict['param_groups']", state_dict["param_groups"]
+    groups = merged_groups(where, inner.param_groups, saved_groups)
+    params = params_by_number(state_dict, inner)
+    # keys that are not numbers are the inner optimizer's own entries
+    if unknown := [n for n in saved if n not in params and isinstance(n, int)]:
         raise KeyError(f"state_dict['state']: unknown parameter {unknown[0]!r}")
 
     before = [dict(group) for group in inner.param_groups]
-    steps, progressed = engine.steps, copy.deepcopy(policy.state_dict())
+    steps, progressed = encoder.steps, copy.deepcopy(policy.state_dict())
     try:
         _fill(inner.param_groups, groups)
-        wrapper.examine()
-        engine.steps = int(progress.get("steps", _steps_of(saved)))
+        findings = examine()
+        encoder.steps = int(progress.get("steps", _steps_of(saved)))
         if "policy" in progress:
             policy.load_state_dict(progress["policy"])
-        entries = _entries(saved, params, wrapper.findings, progress)
-        new = _records(wrapper, entries, bool(progress.get("packed")))
+        entries = _entries(saved, params, findings, progress)
+        new = _records(states, findings, entries, bool(progress.get("packed")))
         foreign = {
-            entry.param: {key: _own(value, entry.param) for key, value in entry.foreign.items()}
+            entry.param: {key: _copy_to(entry.param, value) for key, value in entry.foreign.items()}
             for entry in entries
             if entry.foreign
         }
-        extra = {key: alone(value) for key, value in saved.items() if key not in params}
-        states.forget()
-        engine.fused.forget()
-        engine.store.replace(new)
+        extra = {key: independent_copy(value) for key, value in saved.items() if key not in params}
+        states.replace(new, foreign, extra)
     except BaseException:
         _fill(inner.param_groups, before)
-        wrapper.examine()
-        engine.steps = steps
+        examine()
+        encoder.steps = steps
         policy.load_state_dict(progressed)
         raise
-    states.foreign, states.extra = foreign, extra
 
 
 def _steps_of(state: Mapping[Any, Any]) -> int:
-    """How often a plain checkpoint's parameters were stepped."""
-    counts = [s["step"] for s in state.values() if isinstance(s, Mapping) and "step" in s]
-    return max(
-        (int(count) for count in counts if isinstance(count, (int, float, Tensor))), default=0
-    )
+    """The largest step count in a plain state dict."""
+    counts = (entry.get("step") for entry in state.values() if isinstance(entry, Mapping))
+    return max((int(n) for n in counts if isinstance(n, (int, float, Tensor))), default=0)
 
 
 def _fill(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
-    """Give groups new values; they stay the objects that a scheduler holds."""
+    """Replace the values of groups, which stay the same objects since schedulers hold them."""
     for group, new in zip(groups, values, strict=True):
         for key in set(group) - set(new):
             del group[key]
         group.update(new)
 
 
-def _merged_groups(
-    inner: Optimizer, saved_groups: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    where = "state_dict['param_groups']"
-    if len(saved_groups) != len(inner.param_groups):
-        raise ValueError(f"{where}: {len(saved_groups)} groups, must be {len(inner.param_groups)}")
-    merged = []
-    for i, (group, saved) in enumerate(zip(inner.param_groups, saved_groups, strict=True)):
-        if "params" not in saved:
-            raise KeyError(f"{where}[{i}]: missing key 'params'")
-        if len(saved["params"]) != len(group["params"]):
-            raise ValueError(
-                f"{where}[{i}]['params']: {len(saved['params'])} parameters, "
-                f"must be {len(group['params'])}"
-            )
-        values = {key: copy.deepcopy(v) for key, v in saved.items() if key != "params"}
-        merged.append({**group, **values})
-    return merged
-
-
 @dataclass
 class _Entry:
-    """What is saved of a parameter.
+    """The saved state of a parameter.
 
     Attributes:
-        where: in the state dict.
-        param: whose it is.
-        own: the optimizer's own state, decoded or, for each part, packed.
-        foreign: what the optimizer does not make.
-        order: of the parameter's dimensions in memory when it was cut.
+        where: its place in the state dict, for messages.
+        param: the parameter.
+        own: the optimizer's own state: decoded, or a list of packed records.
+        foreign: entries that the optimizer does not make.
+        order: of the parameter's dimensions in memory when it was split; None: unknown.
     """
 
     where: str
@@ -139,7 +124,7 @@ def _entries(
     findings: Findings,
     progress: Mapping[str, Any],
 ) -> list[_Entry]:
-    """What is saved of each parameter, with the optimizer's own keys told from foreign ones."""
+    """The saved state of each parameter, split into the optimizer's own and foreign entries."""
     states = {number: saved[number] for number in params if number in saved}
     entries = []
     for number, state in states.items():
@@ -155,69 +140,67 @@ def _entries(
             continue
         marked = progress.get("foreign", {}).get(number, ())
         known = findings.known
-        theirs = {k for k in state if k in marked or (known is not None and k not in known)}
-        own = {key: value for key, value in state.items() if key not in theirs}
-        # where no state has any of the optimizer's keys, they are of another optimizer
-        if own or not _all_foreign(theirs, marked, states.values(), findings):
+        foreign = {
+            key: value
+            for key, value in state.items()
+            if key in marked or (known is not None and key not in known)
+        }
+        own = {key: value for key, value in state.items() if key not in foreign}
+        # A state without own keys is valid if its keys were saved as foreign, or if another state
+        # has own keys. Otherwise the state dict is another optimizer's.
+        if own or not (
+            foreign.keys() <= set(marked)
+            or any(findings.keys.keys() & other for other in states.values())
+        ):
             _check_keys(where, state, findings)
-        entries.append(_Entry(where, param, own, {key: state[key] for key in theirs}))
+        entries.append(_Entry(where, param, own, foreign))
     return entries
 
 
-def _all_foreign(
-    theirs: set[str],
-    marked: Collection[str],
-    states: Iterable[Any],
-    findings: Findings,
-) -> bool:
-    """Whether the state of a parameter may have none of the optimizer's own keys."""
-    return set(theirs) <= set(marked) or any(findings.keys.keys() & state for state in states)
-
-
 def _records(
-    wrapper: OptimizerWrapper, entries: Sequence[_Entry], is_packed: bool
+    states: DecodedStates, findings: Findings, entries: Sequence[_Entry], packed: bool
 ) -> dict[Tensor, list[Record]]:
-    """The records of every saved state, one parameter after the other."""
-    engine, findings = wrapper.engine, wrapper.findings
-    plan: dict[Tensor, list[ParamChunk]] = {}
-    for piece in engine.encoder.plan():
-        plan.setdefault(piece.param, []).append(piece)
-    groups = {p: group for group in engine.inner.param_groups for p in group["params"]}
+    """The records of all saved states, as the store keeps them."""
+    encoder, store = states.encoder, states.store
+    chunks: dict[Tensor, list[ParamChunk]] = {}
+    for chunk in encoder.split():
+        chunks.setdefault(chunk.param, []).append(chunk)
+    groups = {p: group for group in encoder.inner.param_groups for p in group["params"]}
     new: dict[Tensor, list[Record]] = {}
     for entry in entries:
         param, state = entry.param, entry.own
         if not state:
             continue
-        if is_packed:
-            records = _unpacked(entry, engine.inner, findings)
-            if _cut_alike(entry, records, plan[param]):
-                new[param] = engine.store.placed([records])[0]
+        if packed:
+            records = _unpacked(entry, encoder.inner, findings)
+            if _split_alike(entry, records, chunks[param]):
+                new[param] = store.to_store([records])[0]
                 continue
-            of = pieces_like(param, [length(record) for record in records])
-            layout = _layout(entry)
-            state = joined([decode_state(record, param) for record in records], of, layout)
+            stored = chunks_of_lengths(param, list(map(record_numel, records)))
+            decoded = [decode_state(record, param) for record in records]
+            state = join_states(decoded, stored, _layout(entry))
         _check(entry.where, state, param, findings)
         records = []
-        for piece in plan[param]:
-            part = {
-                key: _placed(key, value, param, groups[param], findings, is_packed)
-                for key, value in cut(state, piece).items()
+        for chunk in chunks[param]:
+            sliced = {
+                key: _converted(key, value, param, groups[param], findings, packed)
+                for key, value in slice_state(state, chunk).items()
             }
-            records.append(engine.encoder.encode(piece, piece.data(), part))
-        new[param] = engine.store.placed([records])[0]
+            records.append(encoder.encode(chunk, chunk.data(), sliced))
+        new[param] = store.to_store([records])[0]
     return new
 
 
-def _cut_alike(entry: _Entry, records: Sequence[Record], pieces: Sequence[ParamChunk]) -> bool:
-    """Whether records are of the very pieces that a parameter is stepped in."""
-    if len(records) == len(pieces) == 1:
+def _split_alike(entry: _Entry, records: Sequence[Record], chunks: Sequence[ParamChunk]) -> bool:
+    """Whether the saved records are split as the parameter is now."""
+    if len(records) == len(chunks) == 1:
         return True
-    lengths = [piece.stop - piece.start for piece in pieces]
-    alike = [length(record) for record in records] == lengths
-    return alike and _layout(entry) == Layout.of(entry.param)
+    lengths = [chunk.stop - chunk.start for chunk in chunks]
+    return list(map(record_numel, records)) == lengths and _layout(entry) == Layout.of(entry.param)
 
 
 def _layout(entry: _Entry) -> Layout:
+    """The layout by which the saved records were split."""
     now = Layout.of(entry.param)
     if entry.order is None:
         return now
@@ -230,6 +213,7 @@ def _layout(entry: _Entry) -> Layout:
 
 
 def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Record]:
+    """The records of a packed state, checked and on the parameter's device."""
     where, param = entry.where, entry.param
     records = []
     for saved in entry.own:
@@ -239,9 +223,9 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
             if isinstance(value, Mapping) and "format" in value:
                 record[key] = _coded(f"{where}[{key!r}]", value, param)
             else:
-                record[key] = _own(value, param)
+                record[key] = _copy_to(param, value)
         records.append(record)
-    lengths = [length(record) for record in records]
+    lengths = list(map(record_numel, records))
     if len(records) > 1 and sum(lengths) != param.numel():
         raise ValueError(f"{where}: parts of {sum(lengths)} elements, must be {param.numel()}")
     for record, numel in zip(records, lengths, strict=True):
@@ -254,7 +238,7 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
                 raise ValueError(f"{where}[{key!r}]: shape {tuple(value.shape)}, must be {shape}")
             dtype = findings.keys.get(key) or param.dtype
             if value.dtype != dtype and why_not(inner, param.dtype, param.dtype, value.dtype):
-                # as torch.optim does with what it loads
+                # convert, as torch.optim does
                 record[key] = (
                     replace(value, dtype=dtype) if isinstance(value, Coded) else value.to(dtype)
                 )
@@ -277,16 +261,16 @@ def _coded(where: str, saved: Mapping[str, Any], param: Tensor) -> Coded:
                 f"{where}: a component of shape {tuple(part.shape)} and dtype {part.dtype}, must "
                 f"be {(component.length(numel),)} and {component.dtype}"
             )
-    parts = tuple(_own(part, param) for part in saved["parts"])
+    parts = tuple(_copy_to(param, part) for part in saved["parts"])
     dtype = getattr(torch, saved["dtype"])
     return Coded(format, parts, dtype, shape, order, saved["root"])
 
 
-def _own(value: Any, param: Tensor) -> Any:
-    """A copy that nothing else holds; tensors with dimensions are beside the parameter."""
+def _copy_to(param: Tensor, value: Any) -> Any:
+    """A copy of a value, with tensors that have dimensions on the device of ``param``."""
     if type(value) in (list, tuple):
-        # as torch.optim.LBFGS keeps its history
-        return type(value)(_own(item, param) for item in value)
+        # torch.optim.LBFGS keeps its history in lists
+        return type(value)(_copy_to(param, item) for item in value)
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     device = param.device if value.dim() else value.device
@@ -311,24 +295,19 @@ def _check_keys(where: str, state: Mapping[str, Any], findings: Findings) -> Non
         raise KeyError(f"{where}: missing key {missing[0]!r}{beside}")
 
 
-def _placed(
-    key: str,
-    value: Any,
-    param: Tensor,
-    group: Mapping[str, Any],
-    findings: Findings,
-    is_packed: bool,
+def _converted(
+    key: str, value: Any, param: Tensor, group: Mapping[str, Any], findings: Findings, packed: bool
 ) -> Any:
-    """A saved value where and in the dtype in which the optimizer would have it; a copy."""
+    """A copy of a saved value, on the device and in the dtype that the optimizer would use."""
     if not isinstance(value, Tensor):
         if key == "step" and key in findings.keys and findings.counts_in_tensors:
             value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         else:
-            return _own(value, param)
+            return _copy_to(param, value)
     if key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return value.to(param.device, torch.float32, copy=True) if on_device else value.clone()
-    if not param.is_floating_point() or is_packed:
+    if not param.is_floating_point() or packed:
         return value.detach().to(param.device, copy=True)
     dtype = findings.keys.get(key) or param.dtype
     return value.detach().to(param.device, dtype, copy=True)

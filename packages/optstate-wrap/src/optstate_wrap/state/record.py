@@ -1,7 +1,7 @@
-"""What the state of one parameter, or of one part of it, is stored as.
+"""Records: the state of one chunk as it is stored, and its encoding and decoding.
 
-A record is the optimizer's own state dict with some tensors replaced by ``Coded`` ones. Coded
-tensors are never changed: a step makes new ones. Others are stepped in place.
+A record is the optimizer's own state dict with some tensors replaced by ``Coded`` ones. A step
+never changes a ``Coded`` tensor but makes a new one. It changes all other tensors in place.
 """
 
 from __future__ import annotations
@@ -19,40 +19,42 @@ from optstate_codecs.formats import FP32, Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
 from optstate_codecs.state.layout import FlatView, inverse_order, slices, storage_order
-from optstate_codecs.state.moments import decode_slice, encode_foreign
+from optstate_codecs.state.moments import decode_slice, encode_slice, raise_underflow
 from optstate_wrap.state.sharding import local_of, rewrapped
 
 __all__ = [
     "Coded",
+    "OffloadedTensor",
     "Record",
     "codable",
     "decode_state",
     "encode_state",
     "reencode",
     "select",
+    "stored_tensor",
     "tensors_of",
 ]
 
 Record = dict[str, Any]
 
 CODED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: the second moments whose root divides a first moment, by the names that optimizers give them
+#: keys of the second moments whose root divides a first moment, in torch's optimizers
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "ema_squared")
-#: random streams, as the rules of optstate_codecs number those of the same names
+#: random streams, numbered as in the rules of optstate_codecs
 STREAMS = {"exp_avg": 2, "exp_avg_sq": 3, "max_exp_avg_sq": 1, "momentum_buffer": 1}
 
 
 @dataclass(frozen=True)
 class Coded:
-    """One tensor, stored in a format.
+    """One encoded tensor.
 
     Attributes:
-        format: of it; ``bound`` is as it stores a tensor of this shape.
-        parts: the flat components, in the format's order.
-        dtype: that the optimizer gave the tensor.
-        shape: of the tensor.
-        order: its dimensions from the slowest to the fastest, the order of the components.
-        root: the key whose root multiplies what is stored, or "".
+        format: how it is stored, for any shape; ``bound`` is the same for this shape.
+        parts: its components, flat, in the format's order.
+        dtype: of the decoded tensor.
+        shape: of the decoded tensor.
+        order: dimensions in the memory order of the components, slowest first.
+        root: key of the second moment whose root multiplies the stored values, or "".
     """
 
     format: Format
@@ -64,26 +66,38 @@ class Coded:
 
     @cached_property
     def bound(self) -> Format:
-        """The format as it stores a tensor of this shape."""
+        """The format bound to this shape and order."""
         return self.format.for_shape(self.shape, self.order)
 
     @property
     def numel(self) -> int:
-        """Elements of the tensor."""
+        """Elements of the decoded tensor."""
         return torch.Size(self.shape).numel()
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored."""
+        """Bytes of the components."""
         return sum(part.nbytes for part in self.parts)
 
     def to(self, device: torch.device) -> Coded:
-        """The same with its components on ``device``."""
+        """The same encoded tensor with its components on ``device``."""
         return replace(self, parts=tuple(part.to(device) for part in self.parts))
 
 
+@dataclass(frozen=True)
+class OffloadedTensor:
+    """A tensor stored on the host and used on ``device``."""
+
+    tensor: Tensor
+    device: torch.device
+
+    def copy_to_device(self) -> Tensor:
+        """A copy of the tensor on the device that uses it."""
+        return self.tensor.to(self.device, copy=True)
+
+
 def codable(value: Any, like: Tensor) -> bool:
-    """Whether a value of the state of ``like`` holds one number per element, and may be coded."""
+    """Whether a value of the state of ``like`` can be encoded: one number per element."""
     return (
         isinstance(value, Tensor)
         and value.dtype in CODED_DTYPES
@@ -97,29 +111,30 @@ def codable(value: Any, like: Tensor) -> bool:
 def encode_state(
     state: Mapping[str, Any], like: Tensor, formats: Mapping[str, Format | None], counter: Counter
 ) -> Record:
-    """The record of a state.
+    """Encode a state.
 
     Args:
-        state: as the optimizer left it; what is not coded is taken over, not copied.
-        like: the parameter, or the part of it; gives shape and order.
-        formats: by key; a key that has none, or None, stays exact.
-        counter: random numbers for formats that round stochastically.
+        state: as the optimizer left it. Values that are not encoded are not copied either.
+        like: the parameter, or the slice of it; gives shape and memory order.
+        formats: by key; keys without a format stay exact.
+        counter: keys the random numbers of formats that round stochastically.
     """
     chosen = {
         key: format
         for key, value in state.items()
         if (format := formats.get(key)) is not None and codable(value, like)
-        if not _exact(format, value.dtype)
+        # fp32 stores all dtypes but float64 exactly, so that they need no encoding
+        if format.name != FP32.name or value.dtype == torch.float64
     }
     if not chosen:
         return dict(state)
-    # of the whole parameter, as ``codable`` compares shapes
+    # before ``like`` becomes the local shard, since ``codable`` compares whole shapes
     roots = {key: _root_key(key, state, like) for key, f in chosen.items() if f.in_update_units}
     like = local_of(like)
     order = storage_order(like)
     chosen = {key: replace(format, min_elements=0) for key, format in chosen.items()}
     for root in roots.values():
-        # a moment that another is held in units of is read with it, and is coded along
+        # decoding a moment in update units needs its second moment in coded form too
         chosen.setdefault(root, FP32())
     record = dict(state)
     for key, format in chosen.items():
@@ -141,49 +156,42 @@ def reencode(
     formats: Mapping[str, Format],
     counter: Counter,
 ) -> Record:
-    """The record of a state that was decoded and then changed; what was not keeps its codes.
+    """Encode a state that was decoded and then changed; unchanged values keep their codes.
 
     Args:
-        old: the record that was decoded.
-        state: what has become of it.
+        old: the record before.
+        state: the decoded state with its changes.
         changed: keys whose values have changed.
         like: as for ``encode_state``.
-        formats: of keys that ``old`` has not; the others keep the format that they have there.
+        formats: for keys that are not in ``old``; the others keep their format.
         counter: as for ``encode_state``.
     """
     stored = {key: value for key, value in old.items() if isinstance(value, Coded)}
-    lies = tuple(local_of(like).shape), storage_order(local_of(like))
-    if any((value.shape, value.order) != lies for value in stored.values()):
+    layout = tuple(local_of(like).shape), storage_order(local_of(like))
+    if any((value.shape, value.order) != layout for value in stored.values()):
         changed = set(state)
     wanted: dict[str, Format] = {}
     unchanged = []
     for key in state:
         root = stored[key].root if key in stored else ""
-        if key in old and key not in changed and not (root and _loses(root, state, changed)):
+        lost = bool(root) and (root in changed or root not in state)
+        if key in old and key not in changed and not lost:
             unchanged.append(key)
             continue
         format = stored[key].format if key in stored else None if key in old else formats.get(key)
-        # without what it would be divided by, it stays exact
+        # update units without a second moment are not possible: the value stays exact
         if format is not None and not (format.in_update_units and not _roots(key, state, like)):
             wanted[key] = format
     record = encode_state(state, like, wanted, counter)
     for key in unchanged:
-        # what is exact may now be coded, exactly, along with what is held in units of it
+        # an exact second moment may now be coded in fp32, for another moment in update units
         if key in stored or not isinstance(record[key], Coded):
             record[key] = old[key]
     return record
 
 
-def _loses(root: str, state: Mapping[str, Any], changed: Collection[str]) -> bool:
-    return root in changed or root not in state
-
-
-def _exact(format: Format, dtype: torch.dtype) -> bool:
-    return format.name == FP32.name and dtype != torch.float64
-
-
 def _roots(key: str, state: Mapping[str, Any], like: Tensor) -> list[str]:
-    """The keys of second moments that ``key`` may be held in units of."""
+    """The keys of second moments whose root may divide ``key``."""
     return [n for n in SECOND_MOMENTS if n in state and n != key and codable(state[n], like)]
 
 
@@ -214,13 +222,14 @@ def _encode(state: Mapping[str, Any], coded: Mapping[str, Coded], counter: Count
     views = {key: FlatView(local_of(state[key].detach()), first.order) for key in coded}
     formats = {key: stored.bound for key, stored in coded.items()}
     moments = _moments(coded)
-    like = local_of(state[next(iter(coded))])
-    for start, stop in slices(like, formats.values()):
+    for start, stop in slices(local_of(state[next(iter(coded))]), formats.values()):
         decoded = {key: view.read(start, stop).to(torch.float32) for key, view in views.items()}
-        encode_foreign(moments, formats, decoded, _parts(coded, start, stop), counter, start)
+        decoded = raise_underflow(moments, formats, decoded)
+        parts = _component_slices(coded, start, stop)
+        encode_slice(moments, formats, decoded, parts, counter, start)
 
 
-def _parts(coded: Mapping[str, Coded], start: int, stop: int) -> dict[str, list[Tensor]]:
+def _component_slices(coded: Mapping[str, Coded], start: int, stop: int) -> dict[str, list[Tensor]]:
     return {
         key: [
             part[c.part(start, stop)]
@@ -233,29 +242,30 @@ def _parts(coded: Mapping[str, Coded], start: int, stop: int) -> dict[str, list[
 def decode_state(
     record: Mapping[str, Any],
     like: Tensor | None = None,
-    keep: Callable[[Tensor], None] | None = None,
+    on_alias: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Any]:
-    """The state of a record: copies, each in the dtype that the optimizer gave it.
+    """Decode a record into copies, each in the dtype that the optimizer gave it.
 
     Args:
-        record: of one parameter or part.
-        like: the parameter; where it is sharded, so is what is decoded.
-        keep: what is stored as it is, and not small, is given to this and not copied.
+        record: of one chunk.
+        like: the parameter; if it is a ``DTensor``, decoded tensors are too.
+        on_alias: called with each uncoded tensor that has dimensions, which is then returned
+            itself instead of a copy.
     """
     coded = {key: value for key, value in record.items() if isinstance(value, Coded)}
     decoded = _decode(coded) if coded else {}
     return {
-        key: rewrapped(decoded[key], like) if key in decoded else _copied(value, keep)
+        key: rewrapped(decoded[key], like) if key in decoded else _copied(value, on_alias)
         for key, value in record.items()
     }
 
 
-def _copied(value: Any, keep: Callable[[Tensor], None] | None) -> Any:
+def _copied(value: Any, on_alias: Callable[[Tensor], None] | None) -> Any:
     if isinstance(value, Tensor):
-        if keep is not None and value.dim():
-            keep(value)
+        if on_alias is not None and value.dim():
+            on_alias(value)
             return value
-        # as clone, but of an optimizer's state there is no graph
+        # state has no autograd graph
         return value.detach().clone()
     return value if isinstance(value, (int, float, str, type(None))) else copy.deepcopy(value)
 
@@ -267,24 +277,25 @@ def _decode(coded: Mapping[str, Coded]) -> dict[str, Tensor]:
     moments = _moments(coded)
     flat = {key: torch.empty(numel, dtype=s.dtype, device=device) for key, s in coded.items()}
     for start, stop in slices(next(iter(flat.values())), formats.values()):
-        parts = _parts(coded, start, stop)
+        parts = _component_slices(coded, start, stop)
         decoded = decode_slice(moments, formats, parts, torch.float32, stop - start)
         for key, value in decoded.items():
             flat[key][start:stop] = value
-    ordered = [first.shape[d] for d in first.order]
-    inverse = inverse_order(first.order)
+    ordered, inverse = [first.shape[d] for d in first.order], inverse_order(first.order)
     return {key: value.view(ordered).permute(inverse) for key, value in flat.items()}
 
 
 def select(flag: Tensor, old: Mapping[str, Any], new: Record) -> Record:
-    """``old`` where ``flag`` (0-d) is not zero, else ``new``; decided on the device.
+    """``old`` if ``flag`` (0-d) is not zero, else ``new``; decided on the device.
 
-    For a step that an inner optimizer skips on the device: what did not change is not rounded anew.
+    If the inner optimizer skips a step on the device, this keeps the codes of unchanged state.
     """
     chosen = dict(new)
     for key, value in new.items():
         before = old.get(key)
-        if isinstance(value, Coded) and isinstance(before, Coded) and _alike(value, before):
+        if not (isinstance(value, Coded) and isinstance(before, Coded)):
+            continue
+        if (before.format, before.shape, before.order) == (value.format, value.shape, value.order):
             skipped = flag.to(value.parts[0].device) != 0
             pairs = zip(before.parts, value.parts, strict=True)
             parts = tuple(torch.where(skipped, a, b) for a, b in pairs)
@@ -292,21 +303,19 @@ def select(flag: Tensor, old: Mapping[str, Any], new: Record) -> Record:
     return chosen
 
 
-def _alike(a: Coded, b: Coded) -> bool:
-    return a.format == b.format and a.shape == b.shape and a.order == b.order
+def stored_tensor(value: Any) -> Any:
+    """The host tensor of an ``OffloadedTensor``; any other value itself."""
+    return value.tensor if isinstance(value, OffloadedTensor) else value
 
 
-def tensors_of(record: Any) -> Iterable[Tensor]:
-    """Every tensor that a record holds."""
-    if isinstance(record, Coded):
-        yield from record.parts
-    elif isinstance(record, Tensor):
-        yield record
-    elif hasattr(record, "back"):
-        yield record.tensor
-    elif isinstance(record, Mapping):
-        for value in record.values():
-            yield from tensors_of(value)
-    elif isinstance(record, (list, tuple)):
-        for value in record:
+def tensors_of(values: Any) -> Iterable[Tensor]:
+    """All tensors in a record, or in records in mappings and sequences."""
+    if isinstance(values, Coded):
+        yield from values.parts
+    elif isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, OffloadedTensor):
+        yield values.tensor
+    elif isinstance(values, (Mapping, list, tuple)):
+        for value in values.values() if isinstance(values, Mapping) else values:
             yield from tensors_of(value)

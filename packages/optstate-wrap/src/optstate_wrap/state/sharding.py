@@ -1,4 +1,4 @@
-"""Sharded parameters: the wrapper codes the local shard of what is a ``DTensor``."""
+"""Sharded parameters: the local shard of a ``DTensor``, and a ``DTensor`` from a local shard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def rewrapped(local: Tensor, like: Any) -> Tensor:
-    """``local`` as the local shard of a tensor placed as ``like`` is."""
+    """``local`` as the local shard of a ``DTensor`` sharded like ``like``, if that is one."""
     if like is None or not hasattr(like, "to_local"):
         return local
     from torch.distributed.tensor import DTensor

@@ -1,166 +1,155 @@
-"""Where records live between steps, as something to load from and to store to.
+"""Stores: where records live between steps. A store loads and stores the records of a batch.
 
-A store takes the records of a whole chunk at once, so that it can move them as one slab.
+A store gets the records of a whole batch at once, so that it can move them as one slab of memory.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from optstate_codecs.engine import ResidentExecutor
 from optstate_codecs.offloading import StreamingExecutor
+from optstate_wrap.state.param_chunks import Layout, ParamChunk
 from optstate_wrap.state.record import Record
-from optstate_wrap.step.pieces import Layout, ParamChunk
 
-__all__ = ["DeviceStore", "OffloadedTensor", "Records", "Store"]
+__all__ = ["DeviceStore", "Records", "Store"]
 
 Records = list[list[Record]]
 
 
 class Store(ABC):
-    """Records by parameter, a list of one for each part.
+    """Records by parameter: a list with one record for each chunk.
 
-    ``load`` brings the records of a chunk to the parameters' device; ``save`` makes new ones what
-    is stored, all at once: if it raises, what was stored before still is.
+    ``load`` brings the records of a batch to the parameters' device. ``save`` and ``swap`` replace
+    stored records all at once: if they raise, the previous records are still stored.
+
+    Attributes:
+        entries: the records of each parameter, as they are stored.
+        synchronize: makes the records show all state that an executor still holds; None: nothing
+            to do.
     """
 
     name: ClassVar[str]
 
     def __init__(self) -> None:
-        self._kept: dict[Tensor, list[Record]] = {}
-        # of parameters in parts, the layout by which they were cut
+        self.entries: dict[Tensor, list[Record]] = {}
+        # of parameters in several chunks, the layout by which they were split
         self._layouts: dict[Tensor, Layout] = {}
-        #: has all that a session still stores where the records show it
         self.synchronize: Callable[[], None] | None = None
 
     def __contains__(self, param: object) -> bool:
-        return param in self._kept
+        return param in self.entries
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._kept)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.entries)
 
-    def kept(self, param: Tensor) -> list[Record]:
-        """What is stored of a parameter, where it is stored."""
+    def records(self, param: Tensor) -> list[Record]:
+        """The records of a parameter as they are stored, with all pending writes done."""
         if self.synchronize is not None:
             self.synchronize()
-        return self._kept[param]
+        return self.entries[param]
 
-    def peek(self, param: Tensor) -> Sequence[Record]:
-        """The same, of whose tensors nobody may read the numbers: they may be under way.
+    def latest_records(self, param: Tensor) -> Sequence[Record]:
+        """The records of a parameter without waiting for pending writes; empty if it has none.
 
-        Nothing, where nothing is stored.
+        Do not read the values of their tensors.
         """
-        return self._kept.get(param, ())
+        return self.entries.get(param, ())
 
-    def load(self, chunk: Sequence[ParamChunk]) -> list[Record | None]:
-        """The records of a chunk beside their parameters, None where there is none yet."""
+    def load(self, batch: Sequence[ParamChunk]) -> list[Record | None]:
+        """The records of a batch on their parameters' devices; None for chunks without state."""
         return [
-            self.fetched(self.kept(piece.param)[piece.part], piece.param)
-            if piece.param in self
-            # what has not been stepped
+            self.to_device(self.records(chunk.param)[chunk.part], chunk.param)
+            if chunk.param in self
             else None
-            for piece in chunk
+            for chunk in batch
         ]
 
     def save(self, param: Tensor, records: list[Record], layout: Layout | None = None) -> None:
-        """Store the records of a whole parameter, cut by ``layout``, None: that which it has."""
-        self.swap([param], self.placed([records]))
-        self._lay(param, records, layout)
+        """Store the records of a whole parameter, split by ``layout``; None: its current layout."""
+        self.swap([param], self.to_store([records]))
+        self._set_layout(param, records, layout)
 
     def swap(self, params: Sequence[Tensor], records: Records) -> None:
-        """Keep these records of whole parameters, already ``placed``, for those that were."""
-        self._kept.update(zip(params, records, strict=True))
+        """Replace the records of whole parameters by records that ``to_store`` returned."""
+        self.entries.update(zip(params, records, strict=True))
         for param, parts in zip(params, records, strict=True):
-            self._lay(param, parts, None)
+            self._set_layout(param, parts, None)
 
     def layout(self, param: Tensor) -> Layout:
-        """The layout by which the records of a parameter were cut."""
+        """The layout by which the records of a parameter were split."""
         return self._layouts.get(param) or Layout.of(param)
 
-    def _lay(self, param: Tensor, parts: Sequence[Record], layout: Layout | None) -> None:
+    def _set_layout(self, param: Tensor, parts: Sequence[Record], layout: Layout | None) -> None:
         if len(parts) > 1:
             self._layouts[param] = layout or Layout.of(param)
         elif self._layouts:
             self._layouts.pop(param, None)
 
     def discard(self, records: Sequence[Record]) -> None:  # noqa: B027
-        """Nobody keeps these records, which were ``placed``, or their tensors are others now."""
+        """Release memory of records that ``to_store`` returned and that are no longer used."""
 
-    def expect(self, rows: Sequence[Sequence[ParamChunk]]) -> None:  # noqa: B027
-        """A step is going to ``load`` these chunks, in order."""
+    def expect(self, batches: Sequence[Sequence[ParamChunk]]) -> None:  # noqa: B027
+        """Prepare for a step that will ``load`` these batches in this order."""
 
     def end(self, whole: bool) -> None:  # noqa: B027
-        """The step that expected chunks is over, or, if not ``whole``, a part of a step."""
+        """End the step that expected batches, or, if not ``whole``, one part of a step."""
 
-    def lent(self, tensor: Tensor) -> bool:
-        """Whether a tensor that was loaded is a copy of what is kept."""
+    def is_staged(self, tensor: Tensor) -> bool:
+        """Whether a loaded tensor is a copy of the stored one."""
         return False
 
     def wait(self) -> None:  # noqa: B027
-        """Wait until what is kept is what ``placed`` was given."""
+        """Wait until all copies that ``to_store`` began are complete."""
 
-    def replace(self, kept: dict[Tensor, list[Record]]) -> None:
-        """Keep these, already ``placed``, and nothing else."""
-        self._kept = kept
-        self._layouts = {param: Layout.of(param) for param, r in kept.items() if len(r) > 1}
+    def replace(self, records: dict[Tensor, list[Record]]) -> None:
+        """Store these records, which ``to_store`` returned, and remove all others."""
+        self.entries = records
+        self._layouts = {param: Layout.of(param) for param, r in records.items() if len(r) > 1}
 
     def drop(self, param: Tensor) -> None:
-        """Forget a parameter's records."""
-        del self._kept[param]
+        """Remove the records of a parameter."""
+        del self.entries[param]
         self._layouts.pop(param, None)
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
+        """Remove all records."""
+        self.entries.clear()
         self._layouts.clear()
 
-    def session(self) -> ResidentExecutor | StreamingExecutor:
-        """What steps units whose state is kept here."""
+    def make_executor(self) -> ResidentExecutor | StreamingExecutor:
+        """A new executor of the codecs' engine for state in this store."""
         return ResidentExecutor("auto")
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has a session of its own
+        # a copy makes its own executor
         if self.synchronize is not None:
             self.synchronize()
         return {**self.__dict__, "synchronize": None}
 
     @abstractmethod
-    def placed(self, records: Records) -> Records:
-        """The records as this store keeps them."""
+    def to_store(self, records: Records) -> Records:
+        """Move records to this store's memory, without replacing any that are stored."""
 
     @abstractmethod
-    def fetched(self, record: Record, param: Tensor) -> Record:
-        """A kept record, beside its parameter."""
+    def to_device(self, record: Record, param: Tensor) -> Record:
+        """A stored record with its tensors on the device of its parameter."""
 
 
 class DeviceStore(Store):
-    """Records stay where the optimizer made them: nothing is moved."""
+    """Keeps records where the optimizer made them; nothing is moved."""
 
     name = "device"
 
-    def placed(self, records: Records) -> Records:
+    def to_store(self, records: Records) -> Records:
         return records
 
-    def fetched(self, record: Record, param: Tensor) -> Record:
+    def to_device(self, record: Record, param: Tensor) -> Record:
         return record
-
-
-@dataclass(frozen=True)
-class OffloadedTensor:
-    """A tensor that is kept elsewhere than where it is used."""
-
-    tensor: Tensor
-    device: torch.device
-
-    def back(self) -> Tensor:
-        """A copy of the tensor where it is used."""
-        return self.tensor.to(self.device, copy=True)

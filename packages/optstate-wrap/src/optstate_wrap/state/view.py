@@ -1,4 +1,4 @@
-"""The state of a wrapped optimizer as a mapping that decodes what is asked for."""
+"""The mapping behind ``OptimizerWrapper.state``, which decodes a state when it is read."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate_wrap.state.decoded import States
+from optstate_wrap.state.decoded import DecodedStates
 
 __all__ = ["StateView"]
 
 
 class StateView(MutableMapping[Any, dict[str, Any]]):
-    """By parameter, its state as the inner optimizer keeps it; see ``OptimizerWrapper.state``.
+    """Decoded states by parameter; see ``OptimizerWrapper.state``.
 
-    A parameter without state has an empty one.
+    The state of a parameter without any is an empty dict.
     """
 
-    def __init__(self, states: States) -> None:
+    def __init__(self, states: DecodedStates) -> None:
         self._states = states
 
     def __getitem__(self, key: Any) -> dict[str, Any]:
@@ -50,19 +50,19 @@ class StateView(MutableMapping[Any, dict[str, Any]]):
         return key in (self._states if isinstance(key, Tensor) else self._states.extra)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """The state of a parameter, or ``default`` where there is none."""
+        """The state of a parameter, or ``default`` if it has none."""
         if key in self:
             return self[key]
         return default
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """The state of a parameter, which is ``default`` from now on where there is none."""
+        """The state of a parameter; if it has none, set it to ``default`` first."""
         if key not in self:
             self[key] = {} if default is None else default
         return self[key]
 
     def pop(self, key: Any, *default: Any) -> Any:
-        """Forget the state of a parameter and return it, or ``default`` where there is none."""
+        """Remove the state of a parameter and return it, or ``default`` if it has none."""
         if key not in self and default:
             return default[0]
         value = self[key]
@@ -70,7 +70,7 @@ class StateView(MutableMapping[Any, dict[str, Any]]):
         return value
 
     def clear(self) -> None:
-        """Forget every state."""
+        """Remove the state of all parameters."""
         self._states.clear()
 
     def __repr__(self) -> str:

@@ -1,1 +1,1 @@
-"""A step of a wrapped optimizer: in chunks, fused, and undone where it fails."""
+"""The step of a wrapped optimizer: checks, batches, the fused step, and undoing a failed step."""

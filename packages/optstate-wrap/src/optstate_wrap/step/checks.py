@@ -1,4 +1,4 @@
-"""Refuses what cannot be stepped, by name and before a step changes anything."""
+"""Checks parameters, gradients and state before a step, and names the ones it cannot step."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_wrap.probe import Findings, why_not
-from optstate_wrap.state.record import Coded
+from optstate_wrap.state.param_chunks import ParamChunk
+from optstate_wrap.state.record import Coded, OffloadedTensor
 from optstate_wrap.state.sharding import local_of
-from optstate_wrap.state.store import OffloadedTensor, Store
-from optstate_wrap.step.pieces import ParamChunk
+from optstate_wrap.state.store import Store
 
-__all__ = ["Given", "refuse_params", "refuse_records", "refuse_state"]
-
-
-#: the number of a parameter, the parameter, and its gradient
-Given = tuple[int, Tensor, Tensor | None]
+__all__ = ["ParamGrad", "check_params", "check_records", "check_state"]
 
 
-def refuse_params(params: Iterable[Given], offloaded: bool = False) -> None:
+#: the number of a parameter, the parameter and its gradient
+ParamGrad = tuple[int, Tensor, Tensor | None]
+
+
+def check_params(params: Iterable[ParamGrad], offloaded: bool = False) -> None:
     """Raise unless every parameter can be stepped with its gradient.
 
     Args:
-        params: the number of each, the parameter, and its gradient, if it has one.
-        offloaded: whether the gradients are elsewhere.
+        params: each parameter with its number and its gradient, if it has one.
+        offloaded: whether gradients may be on other devices than their parameters.
 
     Raises:
-        RuntimeError: the gradient has another shape or is elsewhere; elements of the parameter
-            share memory; or it was made under ``torch.inference_mode()``.
+        RuntimeError: a gradient has another shape or device than its parameter; elements of the
+            parameter share memory; or it was made under ``torch.inference_mode()``.
     """
     inside = torch.is_inference_mode_enabled()
     for number, param, grad in params:
@@ -65,27 +65,27 @@ def _shares_memory(param: Tensor) -> bool:
     return any(n > 1 and stride == 0 for n, stride in zip(param.shape, param.stride(), strict=True))
 
 
-def refuse_records(
-    inner: Optimizer, pieces: Iterable[ParamChunk], store: Store, findings: Findings
+def check_records(
+    inner: Optimizer, chunks: Iterable[ParamChunk], store: Store, findings: Findings
 ) -> None:
-    """Raise unless what is stored of every parameter with a gradient fits the parameter."""
-    for piece in pieces:
-        param = piece.param
-        if piece.part or (grad := param.grad) is None:
+    """Raise unless the stored state of every parameter with a gradient fits the parameter."""
+    for chunk in chunks:
+        param = chunk.param
+        if chunk.part or (grad := param.grad) is None:
             continue
-        records = store.peek(param)
+        records = store.latest_records(param)
         if not records:
             continue
-        given, shape = (piece.number, param, grad), None
+        given, shape = (chunk.number, param, grad), None
         if len(records) == 1:
             shape = param.shape
-        elif (kept := store.layout(param).shape) != param.shape:
-            raise _of_shape(piece.number, "state", kept, param.shape)
+        elif (stored := store.layout(param).shape) != param.shape:
+            raise _wrong_shape(chunk.number, "state", stored, param.shape)
         device = None if store.name == "host" else param.device
-        refuse_state(inner, findings, given, records[0], shape, device)
+        check_state(inner, findings, given, records[0], shape, device)
 
 
-def refuse_state(
+def check_state(
     inner: Optimizer,
     findings: Findings,
     given: tuple[int, Tensor, Tensor],
@@ -97,21 +97,21 @@ def refuse_state(
 
     Args:
         inner: the optimizer.
-        findings: of the optimizer.
+        findings: of a probe of the optimizer.
         given: the number of the parameter, the parameter and its gradient.
-        state: its state or the record of it.
-        shape: that its elementwise values must have; None: any.
-        device: where they must be; None: anywhere.
+        state: of the parameter, decoded or as a record.
+        shape: required of values with one number per element; None: any.
+        device: required of the same values; None: any.
 
     Raises:
-        RuntimeError: it is of another shape, elsewhere, or of a dtype with which the optimizer
+        RuntimeError: a value has another shape or device, or a dtype with which the optimizer
             cannot step the parameter.
     """
     dtype, elementwise = given[1].dtype, findings.elementwise
     on_cpu = device is not None and device.type == "cpu"
     for key, value in state.items():
         if type(value) is Tensor:
-            # nearly always, so that it is to cost little
+            # the usual case, which has to be fast
             if key not in elementwise or (
                 value.dtype is dtype
                 and (value.is_cpu if on_cpu else device is None or value.device == device)
@@ -120,10 +120,10 @@ def refuse_state(
                 continue
         elif not isinstance(value, (Coded, OffloadedTensor)) and key not in elementwise:
             continue
-        _refuse_value(inner, findings, given, key, value, shape, device)
+        _check_value(inner, findings, given, key, value, shape, device)
 
 
-def _refuse_value(
+def _check_value(
     inner: Optimizer,
     findings: Findings,
     given: tuple[int, Tensor, Tensor],
@@ -135,19 +135,20 @@ def _refuse_value(
     number, param, grad = given
     expected = shape
     if isinstance(value, Coded):
-        of, where, expected = value.shape, value.parts[0].device, tuple(local_of(param).shape)
+        actual, where = value.shape, value.parts[0].device
+        expected = tuple(local_of(param).shape)
     elif key not in findings.elementwise:
         return
     elif isinstance(value, OffloadedTensor):
-        # where it comes from is no matter, where it was used is
+        # the device that uses it has to fit, not the host that stores it
         value, where, device = value.tensor, value.device, param.device
-        of = tuple(value.shape)
+        actual = tuple(value.shape)
     elif isinstance(value, Tensor):
-        of, where = tuple(value.shape), value.device
+        actual, where = tuple(value.shape), value.device
     else:
         return
-    if shape is not None and expected is not None and of != expected:
-        raise _of_shape(number, key, of, expected)
+    if shape is not None and expected is not None and actual != expected:
+        raise _wrong_shape(number, key, actual, expected)
     if device is not None and where != device:
         raise RuntimeError(
             f"{key!r} of parameter {number}: on {where}, must be on {device} as the parameter; "
@@ -163,7 +164,7 @@ def _refuse_value(
         )
 
 
-def _of_shape(number: int, key: str, shape: Any, expected: Any) -> RuntimeError:
+def _wrong_shape(number: int, key: str, shape: Any, expected: Any) -> RuntimeError:
     return RuntimeError(
         f"{key!r} of parameter {number}: shape {shape}, must be {tuple(expected)} as the "
         "parameter's; was its data replaced? Load its state again, or delete it"

@@ -1,7 +1,7 @@
-"""Tensors as torch's fused steps need them: dense, and all of a parameter in one memory order.
+"""Makes tensors dense and gives them one memory order, as torch's fused steps need them.
 
-Those steps walk the parameter, its gradient and its state as rows of memory and ignore strides. A
-CPU's writes outside a parameter with gaps; a GPU's raises.
+Those steps read the parameter, its gradient and its state as contiguous memory and ignore strides.
+With a parameter that has gaps, the CPU's step writes outside of it, and the GPU's raises.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch.optim import Optimizer
 
 from optstate_codecs import CodedOptimizer
 from optstate_codecs.state.layout import is_dense
-from optstate_wrap.step.replaced import replaced
+from optstate_wrap.step.swapped_params import swapped_params
 
-__all__ = ["dense_for_fused", "laid_like", "same_strides"]
+__all__ = ["dense_for_fused", "same_strides", "with_strides_of"]
 
 
 def same_strides(tensor: Tensor, like: Tensor) -> bool:
-    """Whether two strided tensors of one shape have the same strides, where these mean anything."""
+    """Whether two tensors of one shape have equal strides in all dimensions longer than 1."""
     if tensor.stride() == like.stride():
         return True
     of = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
     return all(size <= 1 or a == b for size, a, b in of)
 
 
-def laid_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor with the strides of ``like``, which is dense: itself, or a copy."""
+def with_strides_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, or a copy of it, with the strides of ``like``, which is dense."""
     if same_strides(tensor, like):
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -39,10 +39,10 @@ def laid_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def dense_for_fused(inner: Optimizer) -> Iterator[None]:
-    """Inside, what groups with ``fused=True`` step is dense and in one order.
+    """Inside, parameters in groups with ``fused=True`` are dense and have one memory order.
 
-    State stays as it was laid out for that. Gradients are what they were afterwards, and parameters
-    with gaps receive what their copies became.
+    Parameters with gaps are replaced by copies, whose values they receive afterwards. Gradients are
+    replaced inside only. State keeps the new memory order.
     """
     fused = [] if isinstance(inner, CodedOptimizer) else inner.param_groups
     params = [p for group in fused if group.get("fused") for p in group["params"]]
@@ -57,12 +57,12 @@ def dense_for_fused(inner: Optimizer) -> Iterator[None]:
             if not is_dense(param):
                 data = torch.empty_like(param.detach()).copy_(param.detach())
                 stepped = copies[param] = Parameter(data, param.requires_grad)
-            grad = laid_like(param.grad, stepped)
+            grad = with_strides_of(param.grad, stepped)
             if grad is not stepped.grad:
                 grads.append((stepped, stepped.grad))
                 stepped.grad = grad
-            _lay_state(inner, param, stepped)
-        with replaced(inner, copies):
+            _restride_state(inner, param, stepped)
+        with swapped_params(inner, copies):
             yield
         for param, copy in copies.items():
             param.detach().copy_(copy.detach())
@@ -72,7 +72,7 @@ def dense_for_fused(inner: Optimizer) -> Iterator[None]:
 
 
 def _contiguous(param: Tensor, states: Mapping[Any, Mapping[str, Any]]) -> bool:
-    """Whether there is nothing to do for a parameter, as nearly always: it is to cost little."""
+    """Whether a parameter needs nothing, which is the usual case and has to be fast."""
     grad = param.grad
     if grad is None:
         return True
@@ -86,14 +86,14 @@ def _contiguous(param: Tensor, states: Mapping[Any, Mapping[str, Any]]) -> bool:
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor has strides: it is neither sparse nor sharded."""
+    """Whether a tensor has strides of its own: it is neither sparse nor sharded."""
     if type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "to_local"):
         return False
     return tensor.layout is torch.strided
 
 
-def _lay_state(inner: Optimizer, param: Tensor, like: Tensor) -> None:
+def _restride_state(inner: Optimizer, param: Tensor, like: Tensor) -> None:
     state = inner.state.get(param, {})
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == like.shape and _plain(value):
-            state[key] = laid_like(value, like)
+            state[key] = with_strides_of(value, like)

@@ -1,16 +1,15 @@
-"""Steps coded state without decoding it to memory, by the codecs' own engine.
+"""The fused step: the engine of ``optstate_codecs`` steps state without decoding it to memory.
 
-Where the inner optimizer's mathematics is one of the rules of ``optstate_codecs`` and a parameter's
-state is stored in its formats, and is to stay so, decode, step and encode are one: one launch on a
-GPU, compiled loops on a CPU. Random numbers are those of the way through the inner optimizer, so
-results are the same but for the rounding of float32, which may move a code where it falls on a
-border.
+It steps a parameter if the inner optimizer follows a rule of ``optstate_codecs`` and the state is
+stored in its formats and stays in them. Decode, step and encode are then one launch on a GPU, or
+compiled loops on a CPU. It draws the same random numbers as the step through the inner optimizer.
+Results differ only by the rounding of float32, which may change a code that is near a border.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -21,66 +20,45 @@ from torch.optim import Optimizer
 
 from optstate_codecs.engine import ParamStep, ResidentExecutor, StepRequest, trainable
 from optstate_codecs.engine.triton.buckets import takes
-from optstate_codecs.formats import FP32, Format
+from optstate_codecs.formats import Format
 from optstate_codecs.gradients.grad_norm import gradient_factor
 from optstate_codecs.offloading import StreamingExecutor
-from optstate_codecs.rules import SGD, Adam, Moment, Rule
-from optstate_codecs.state.layout import inverse_order
-from optstate_codecs.writes import parameter_write
-from optstate_wrap.state.record import Coded, Record
-from optstate_wrap.state.store import OffloadedTensor, Store
-from optstate_wrap.step.pieces import Layout, ParamChunk
+from optstate_codecs.rules import Adam, Moment, Rule
+from optstate_wrap.state.param_chunks import ParamChunk
+from optstate_wrap.state.record import Record
+from optstate_wrap.state.store import Store
+from optstate_wrap.step.param_steps import (
+    make_param_step,
+    rule_of,
+    same_bits,
+    same_order,
+    stored_formats,
+    update_record,
+)
 
-__all__ = ["Fused", "Undecoded", "ValueAccess", "rule_of"]
+__all__ = ["FusedStep", "KeysOnly", "ValueAccess"]
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def rule_of(inner: Optimizer) -> Rule | None:
-    """The rule that ``inner`` follows in all of its groups, if it is one of ours."""
-    groups = inner.param_groups
-    if any(group.get("differentiable") for group in groups):
-        return None
-    if type(inner) is torch.optim.SGD:
-        return SGD()
-    if type(inner) in (torch.optim.Adam, torch.optim.AdamW):
-        usual = type(inner) is torch.optim.AdamW
-        kinds = {bool(group.get("decoupled_weight_decay", usual)) for group in groups}
-        return Adam(decoupled=kinds.pop()) if len(kinds) == 1 else None
-    return None
-
-
-def _same_bits(inner: Optimizer) -> bool:
-    """Whether the engine steps exact state to the very bits that ``inner`` would.
-
-    The kernel's square roots are off by a last place here and there, and so are sums in torch's
-    fused and capturable steps.
-    """
-    groups = inner.param_groups
-    rooted = type(inner) is not torch.optim.SGD
-    cuda = any(param.is_cuda for group in groups for param in group["params"])
-    flagged = any(group.get(flag) for group in groups for flag in ("fused", "capturable"))
-    return not flagged and not (rooted and cuda)
-
-
 @dataclass(eq=False)
-class _Ready:
-    """The pieces of a parameter as the engine steps them, and what that was made from."""
+class _Prepared:
+    """The ``ParamStep`` objects of a parameter, and the values that they were made from."""
 
     param_steps: list[ParamStep]
     records: Sequence[Record]
     values: list[Any]
-    place: tuple[Any, ...]
+    memory: tuple[Any, ...]
     formats: Mapping[str, Format]
     moments: tuple[Moment, ...]
 
 
 class ValueAccess(LookupError):
-    """Somebody wanted a number that is not decoded."""
+    """A policy read a value of a state that is not decoded."""
 
 
-class Undecoded(Mapping[str, Any]):
-    """The keys of a state, for policies that need no more; a look at a value raises."""
+class KeysOnly(Mapping[str, Any]):
+    """The keys of a state, for policies that need no values; reading one raises."""
 
     def __init__(self, record: Record) -> None:
         self._record = record
@@ -98,14 +76,17 @@ class Undecoded(Mapping[str, Any]):
         return len(self._record)
 
 
-class Fused:
-    """The engine, and the pieces that it has stepped.
+class FusedStep:
+    """Chooses the parameters that the codecs' engine steps, and steps them.
 
     Args:
-        wanted: None takes float32 parameters only; True also bfloat16 and float16 ones, in float32
-            arithmetic, which is finer than the inner optimizer's own; False takes none.
+        wanted: None steps float32 parameters only; True also bfloat16 and float16 ones, in float32
+            arithmetic, which is finer than the inner optimizer's own; False steps none.
         seed: keys every random number.
-        store: keeps the records, beside the parameters or on the host.
+        store: holds the records, on the device or on the host.
+
+    Attributes:
+        done: the ``ParamStep`` objects that the latest step has stepped.
     """
 
     def __init__(self, wanted: bool | None, seed: int, store: Store) -> None:
@@ -119,156 +100,142 @@ class Fused:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of all records."""
+        """Drop the references to all records, with the executor."""
         self._executor = None
         self.store.synchronize = None
-        self._ready: dict[Tensor, _Ready] = {}
-        self._owners: dict[int, tuple[_Ready, Record]] = {}
+        self._prepared: dict[Tensor, _Prepared] = {}
+        self._owners: dict[int, tuple[_Prepared, Record]] = {}
         self.done: list[ParamStep] = []
 
-    def _begin(self) -> ResidentExecutor | StreamingExecutor:
-        """The session, which is made with the first step."""
+    def _get_executor(self) -> ResidentExecutor | StreamingExecutor:
+        """The executor, which the first step makes."""
         if self._executor is None:
-            self._executor = self.store.session()
+            self._executor = self.store.make_executor()
             if isinstance(self._executor, StreamingExecutor):
-                self._executor.watch = self._moved
+                self._executor.placement.watch = self._on_state_moved
                 self.store.synchronize = self._executor.synchronize
         return self._executor
 
-    def _moved(self, param_step: ParamStep) -> None:
-        """The state of a unit is in other tensors now: its record takes these."""
+    def _on_state_moved(self, param_step: ParamStep) -> None:
+        """Update the record of a ``ParamStep`` whose state has moved to other tensors."""
         if id(param_step) in self._owners:
-            ready, record = self._owners[id(param_step)]
-            _put_back(param_step, record)
+            prepared, record = self._owners[id(param_step)]
+            update_record(param_step, record)
             self.store.discard([record])
-            ready.values = [value for r in ready.records for value in r.values()]
+            prepared.values = [value for r in prepared.records for value in r.values()]
 
     def release(self, param: Tensor) -> None:
-        """Have the engine step a parameter no more; its records show its state."""
-        ready = self._ready.pop(param, None)
-        if ready is not None:
+        """Stop stepping a parameter here; its records then hold its latest state."""
+        prepared = self._prepared.pop(param, None)
+        if prepared is not None:
             if isinstance(self._executor, StreamingExecutor):
-                self._executor.release(ready.param_steps)
-            for param_step in ready.param_steps:
+                self._executor.placement.release(prepared.param_steps)
+            for param_step in prepared.param_steps:
                 del self._owners[id(param_step)]
 
-    def begins(self, inner: Optimizer) -> bool:
-        """Take up the hyper-parameters of a step; whether there is something to do for this."""
+    def start_step(self, inner: Optimizer) -> bool:
+        """Read the hyper-parameters for a step; False if the engine cannot take this step."""
         self._rule = rule = None if self.wanted is False else rule_of(inner)
-        self._exact = isinstance(self._begin(), StreamingExecutor) and (
-            self.wanted or _same_bits(inner)
+        self._exact = isinstance(self._get_executor(), StreamingExecutor) and (
+            self.wanted or same_bits(inner)
         )
         if rule is not None:
             try:
                 self._hypers = [rule.hyper({**rule.defaults(), **g}) for g in inner.param_groups]
                 return True
             except (TypeError, ValueError):
-                pass  # what is no hyper-parameter here may be one there
-        for param in list(self._ready):
+                pass  # the inner optimizer may accept other hyper-parameters
+        for param in list(self._prepared):
             self.release(param)
         return False
 
-    def takes(
-        self, pieces: Sequence[ParamChunk], records: Sequence[Record], formats: Mapping[str, Format]
+    def param_steps_for(
+        self, chunks: Sequence[ParamChunk], records: Sequence[Record], formats: Mapping[str, Format]
     ) -> list[ParamStep]:
-        """All pieces of one parameter as units, or none.
+        """A ``ParamStep`` for each chunk of a parameter; empty if the engine does not step it.
 
         Args:
-            pieces: of the parameter, which has a gradient.
-            records: of the pieces, beside the parameter.
-            formats: that its state is to have after the step, by key.
+            chunks: all chunks of the parameter, which has a gradient.
+            records: one for each chunk.
+            formats: wanted after the step, by state key.
         """
-        rule, param = self._rule, pieces[0].param
+        rule, param = self._rule, chunks[0].param
         assert rule is not None
-        moments = rule.moments(self._hypers[pieces[0].group])
+        moments = rule.moments(self._hypers[chunks[0].group])
         values = [value for record in records for value in record.values()]
-        ready, place = self._ready.get(param), _place(param)
+        prepared, memory = self._prepared.get(param), _memory_key(param)
         if (
-            ready is not None
+            prepared is not None
             and _dense(param.grad)
-            and ready.place == place
-            and len(ready.values) == len(values)
-            and all(map(is_, ready.values, values))
-            and ready.formats == formats
-            and ready.moments == moments
-            and not any(param_step.moved() for param_step in ready.param_steps)
+            and prepared.memory == memory
+            and len(prepared.values) == len(values)
+            and all(map(is_, prepared.values, values))
+            and prepared.formats == formats
+            and prepared.moments == moments
+            and not any(param_step.moved() for param_step in prepared.param_steps)
         ):
-            return ready.param_steps
-        param_steps = self._param_steps(pieces, records, formats, moments)
-        # what is not stepped here gets new records, and the old ones must not stay for this
+            return prepared.param_steps
+        param_steps = self._param_steps(chunks, records, formats, moments)
+        # the inner optimizer makes new records; references would keep the old ones in memory
         self.release(param)
         if param_steps:
             self.store.wait()
-            ready = _Ready(param_steps, records, values, place, dict(formats), moments)
-            self._ready[param] = ready
-            self._owners |= {id(u): (ready, r) for u, r in zip(param_steps, records, strict=True)}
+            prepared = _Prepared(param_steps, records, values, memory, dict(formats), moments)
+            self._prepared[param] = prepared
+            self._owners |= {
+                id(s): (prepared, r) for s, r in zip(param_steps, records, strict=True)
+            }
         return param_steps
 
     def _param_steps(
         self,
-        pieces: Sequence[ParamChunk],
+        chunks: Sequence[ParamChunk],
         records: Sequence[Record],
         formats: Mapping[str, Format],
         moments: tuple[Moment, ...],
     ) -> list[ParamStep]:
-        param, grad = pieces[0].param, pieces[0].param.grad
+        """New ``ParamStep`` objects, or none if one of the chunks cannot be stepped."""
+        param, grad = chunks[0].param, chunks[0].param.grad
         dtypes = (torch.float32, *HALF) if self.wanted else (torch.float32,)
         plain = type(param) in (Tensor, Parameter) and type(grad) is Tensor
-        # what is there several times, the inner optimizer steps in its own way
-        if not (plain and pieces[0].times == 1 and param.dtype in dtypes and _dense(grad)):
+        # a parameter that is listed several times is stepped by the inner optimizer
+        if not (plain and chunks[0].times == 1 and param.dtype in dtypes and _dense(grad)):
             return []
         names, counted = [moment.name for moment in moments], isinstance(self._rule, Adam)
         param_steps = []
-        for piece, record in zip(pieces, records, strict=True):
-            stored = _stored(record, names, formats, counted, self._exact)
-            if stored is None or not (piece.parts > 1 or _lie_alike(record, param)):
+        for chunk, record in zip(chunks, records, strict=True):
+            stored = stored_formats(record, names, formats, counted, self._exact)
+            if stored is None or not (chunk.parts > 1 or same_order(record, param)):
                 return []
-            param_step = self._param_step(piece, record, moments, stored)
-            # elsewhere than on a CPU, what the kernel does not take is no faster
-            if param.device.type != "cpu" and not takes(param_step, piece.gradient()):
+            param_step = make_param_step(chunk, record, moments, stored, self.seed)
+            # on a GPU, the engine is not faster without its kernel
+            if param.device.type != "cpu" and not takes(param_step, chunk.gradient()):
                 return []
             param_steps.append(param_step)
         return param_steps
-
-    def _param_step(
-        self,
-        piece: ParamChunk,
-        record: Record,
-        moments: tuple[Moment, ...],
-        stored: dict[str, Format],
-    ) -> ParamStep:
-        param = piece.data() if piece.parts > 1 else piece.param
-        # where it is not kept, only whether a step is the first one counts: one made the record
-        state: dict[str, Any] = {"step": record.get("step", None)}
-        if state["step"] is None:
-            state["step"] = torch.ones((), dtype=torch.float32, device="cpu")
-        for name in stored:
-            value = record[name]
-            if isinstance(value, Coded):
-                state |= _components(name, value)
-            else:
-                state[name] = value.tensor if isinstance(value, OffloadedTensor) else value
-        write = parameter_write("nearest", param.dtype)
-        places = (piece.number, piece.group, piece.start)
-        return ParamStep(param, state, moments, stored, write, self.seed, *places)
 
     def step(
         self,
         inner: Optimizer,
         param_steps: Sequence[ParamStep],
-        pieces: Sequence[ParamChunk],
+        chunks: Sequence[ParamChunk],
         draw: int,
         last: bool,
     ) -> None:
-        """Step ``param_steps`` of ``pieces``; ``done`` is then those that have been stepped.
+        """Step ``param_steps``, one for each of ``chunks``, and set ``done``.
 
-        ``last`` says whether more of the same step is to come.
+        If it raises, those that are not in ``done`` are unchanged.
 
-        Where it raises, the others are as they were.
+        Args:
+            inner: gives the groups, ``grad_scale`` and ``found_inf``.
+            param_steps: as ``param_steps_for`` returned them.
+            chunks: of the parameters.
+            draw: the number of the step, which keys random numbers.
+            last: whether no more parts of the same step follow.
         """
         self.done = []
         assert self._rule is not None
-        grads = [piece.gradient() for piece in pieces]
+        grads = [chunk.gradient() for chunk in chunks]
         scale = getattr(inner, "grad_scale", None)
         request = StepRequest(
             self._rule,
@@ -283,17 +250,17 @@ class Fused:
         )
         self.done = request.done
         request.asynchronous = not last
-        self._begin().step(request)
-        # where the host skips a step, all are as they should be
+        self._get_executor().step(request)
+        # if the host skips the step because of ``found_inf``, all of them are complete too
         self.done = list(param_steps)
 
     def finish(self, complete: bool = True) -> None:
-        """A step has been taken, or has been broken off."""
+        """End a step, which is ``complete`` or has failed."""
         if self._executor is not None:
             self._executor.finish(complete)
 
     def join(self) -> None:
-        """Have the current stream wait for all that has been stepped."""
+        """Make the current stream wait for everything that was stepped."""
         if self._executor is not None:
             self._executor.join()
 
@@ -305,89 +272,10 @@ class Fused:
 
 
 def _dense(grad: Tensor | None) -> bool:
-    """Whether a gradient has an address; the inner optimizer takes or refuses a sparse one."""
+    """Whether a gradient is strided; a sparse one is left to the inner optimizer."""
     return grad is not None and grad.layout is torch.strided
 
 
-def _place(param: Tensor) -> tuple[Any, ...]:
-    """Where and as what a parameter lies in memory, which ``.data`` may change."""
+def _memory_key(param: Tensor) -> tuple[Any, ...]:
+    """The address, dtype, device and layout of a parameter, which ``.data`` may change."""
     return param.data_ptr(), param.dtype, param.device, param.shape, param.stride()
-
-
-def _lie_alike(record: Record, param: Tensor) -> bool:
-    """Whether what is stored lies in the order of the parameter's dimensions in memory."""
-    now = Layout.of(param)
-    for value in record.values():
-        if isinstance(value, Coded):
-            if (value.shape, value.order) != (now.shape, now.order):
-                return False
-            continue
-        tensor = value.tensor if isinstance(value, OffloadedTensor) else value
-        dims = tensor.dim() if isinstance(tensor, Tensor) else 0
-        if dims and not tensor.permute(now.order).is_contiguous():
-            return False
-    return True
-
-
-def _stored(
-    record: Record, names: Sequence[str], formats: Mapping[str, Format], counted: bool, exact: bool
-) -> dict[str, Format] | None:
-    """The format of each moment as it is stored, if it is to stay so and all is as known.
-
-    Where nothing is coded, only if ``exact``.
-    """
-    known = {*names, "step"} if counted else set(names)
-    coded = any(isinstance(record.get(name), Coded) for name in names)
-    if set(record) != known or not (coded or exact):
-        return None
-    if counted and not (isinstance(record["step"], Tensor) and record["step"].dim() == 0):
-        return None
-    roots = {value.root for value in record.values() if isinstance(value, Coded)}
-    found: dict[str, Format] = {}
-    for name in names:
-        value, wanted = record[name], formats.get(name)
-        if isinstance(value, Coded):
-            along = wanted is None and name in roots and value.format == FP32()
-            if not along and (wanted is None or replace(wanted, min_elements=0) != value.format):
-                return None
-            found[name] = value.format
-        elif (
-            isinstance(
-                plain := value.tensor if isinstance(value, OffloadedTensor) else value, Tensor
-            )
-            and plain.dtype == torch.float32
-            and wanted is None
-        ):
-            found[name] = FP32()
-        else:
-            return None
-    return found
-
-
-def _components(name: str, coded: Coded) -> dict[str, Tensor]:
-    """The components of a moment as the engine has them: laid out as the parameter is."""
-    ordered, inverse = [coded.shape[d] for d in coded.order], inverse_order(coded.order)
-    return {
-        component.key(name): part.view(ordered).permute(inverse)
-        if component.per_element
-        else part.view(component.shape(coded.shape))
-        for part, component in zip(coded.parts, coded.bound.components, strict=True)
-    }
-
-
-def _put_back(param_step: ParamStep, record: Record) -> None:
-    """Make the tensors of a unit's state those of its record."""
-    for name in param_step.formats:
-        value = record[name]
-        if isinstance(value, Coded):
-            flat = [
-                param_step.state[c.key(name)].permute(value.order).view(-1)
-                if c.per_element
-                else param_step.state[c.key(name)].view(-1)
-                for c in value.bound.components
-            ]
-            record[name] = replace(value, parts=tuple(flat))
-        elif isinstance(value, OffloadedTensor):
-            record[name] = replace(value, tensor=param_step.state[name])
-        else:
-            record[name] = param_step.state[name]

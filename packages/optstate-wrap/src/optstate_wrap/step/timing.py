@@ -1,4 +1,4 @@
-"""How long the parts of a step take."""
+"""Measures the time that the parts of a step take."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PARTS = ("materialize_ms", "inner_step_ms", "commit_ms")
 
 
 class Timer:
-    """Adds up milliseconds by part of a step, where it is on.
+    """Sums the milliseconds of each part of a step, while ``on``.
 
-    On a GPU it waits for the device at every border: for measuring, not for training.
+    On a GPU it synchronizes before and after each part: use it to measure, not to train.
     """
 
     def __init__(self) -> None:
@@ -24,17 +24,17 @@ class Timer:
         self.spent = dict.fromkeys(PARTS, 0.0)
 
     def start(self) -> None:
-        """Begin a step."""
+        """Begin a step with zero in all parts."""
         self.spent = dict.fromkeys(PARTS, 0.0)
 
     def report(self, total: float) -> dict[str, float]:
-        """The step's parts, ``step_time_ms`` and what no part accounts for, ``overhead_ms``."""
+        """Milliseconds of each part, of the ``total`` as ``step_time_ms``, and ``overhead_ms``."""
         rest = total - sum(self.spent.values())
         return {"step_time_ms": total, **self.spent, "overhead_ms": rest}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what is inside to the part ``name``."""
+        """Add the time spent inside to the part ``name``."""
         if not self.on:
             yield
             return
@@ -46,7 +46,7 @@ class Timer:
 
 
 def now() -> float:
-    """Milliseconds on a clock, with what GPUs were asked to do done."""
+    """A clock in milliseconds, read after all work on GPUs is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() * 1e3

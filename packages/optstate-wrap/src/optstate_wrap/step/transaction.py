@@ -1,4 +1,8 @@
-"""A step over many chunks in which every parameter is either before its step or after it."""
+"""Undoes a failed step, so that each parameter is either before its step or after it.
+
+``Transaction`` covers the parameters and their records, ``guarded_inner`` the inner optimizer's
+groups and hooks.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,24 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate_wrap.hooks import STEP_HOOKS, without_hooks
+from optstate_wrap.state.param_chunks import ParamChunk
 from optstate_wrap.state.record import Record
 from optstate_wrap.state.store import Store
-from optstate_wrap.step.pieces import ParamChunk
 from optstate_wrap.step.scratch import Scratch
 
-__all__ = ["Transaction", "borrowed", "changes", "put", "restore"]
+__all__ = ["Transaction", "group_changes", "guarded_inner", "restore_groups", "set_entries"]
 
-# of a parameter in parts, what it was stays on the device if it is not larger
+# a split parameter of at most this size is saved on its device, a larger one on the host
 UNDO_BYTES = 1 << 26
-HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 class Transaction:
-    """Keeps what parameters were until the new records of all their parts are stored."""
+    """Keeps the old values of parameters until the new records of all their chunks are stored.
+
+    Attributes:
+        done: numbers of the parameters whose step is complete.
+    """
 
     def __init__(self, store: Store, scratch: Scratch) -> None:
         self.store = store
@@ -33,33 +41,33 @@ class Transaction:
         self._new: dict[Tensor, list[Record]] = {}
         self._numbers: dict[Tensor, int] = {}
 
-    def keep(self, tensor: Tensor, away: bool = False) -> None:
-        """Note what a tensor is, before it is stepped in place; ``away`` from the device."""
-        self._before.append((tensor, self.scratch.copy_of(tensor, away)))
+    def save(self, tensor: Tensor, on_host: bool = False) -> None:
+        """Copy a tensor before it is stepped in place, if ``on_host`` to host memory."""
+        self._before.append((tensor, self.scratch.copy_of(tensor, on_host)))
 
-    def keep_all(self, chunk: Sequence[ParamChunk]) -> None:
-        """Note what the parameters of a chunk are.
+    def save_params(self, batch: Sequence[ParamChunk]) -> None:
+        """Copy the parameters of a batch.
 
-        Where state is on the host, so is what a very large one was: until all of its parts are
-        stepped, that would take more of the device than the state that comes and goes.
+        If state is on the host, the copies of a very large parameter go there too: until all its
+        chunks are stepped, they would take more device memory than the state in transit.
         """
-        for piece in chunk:
-            large = piece.parts > 1 and piece.param.nbytes > UNDO_BYTES
-            self.keep(piece.data(), large and self.store.name == "host")
+        for chunk in batch:
+            large = chunk.parts > 1 and chunk.param.nbytes > UNDO_BYTES
+            self.save(chunk.data(), large and self.store.name == "host")
 
-    def add(self, chunk: Sequence[ParamChunk], records: Sequence[Record]) -> None:
-        """The pieces of a chunk are stepped, and ``records`` are their new states."""
-        placed = self.store.placed([[record] for record in records])
-        for piece, (record,) in zip(chunk, placed, strict=True):
-            self._new.setdefault(piece.param, []).append(record)
-            self._numbers[piece.param] = piece.number
+    def add(self, batch: Sequence[ParamChunk], records: Sequence[Record]) -> None:
+        """Take the new records of the stepped chunks of a batch."""
+        moved = self.store.to_store([[record] for record in records])
+        for chunk, (record,) in zip(batch, moved, strict=True):
+            self._new.setdefault(chunk.param, []).append(record)
+            self._numbers[chunk.param] = chunk.number
 
-    def commit(self, chunk: Sequence[ParamChunk]) -> None:
-        """Keep what is complete, after the last piece of a chunk."""
-        if not chunk or not chunk[-1].last:
+    def commit(self, batch: Sequence[ParamChunk]) -> None:
+        """Store all new records, if the last parameter of ``batch`` is complete."""
+        if not batch or not batch[-1].last:
             return
-        # a parameter whose optimizer keeps nothing of it has no record
         new, self._new = self._new, {}
+        # a parameter for which the optimizer keeps no state has no record
         params = [param for param, records in new.items() if any(records)]
         self.store.swap(params, [new[param] for param in params])
         self.done += self._numbers.values()
@@ -68,7 +76,7 @@ class Transaction:
         self._numbers.clear()
 
     def roll_back(self) -> None:
-        """Undo the steps of what is not complete."""
+        """Undo the steps that are not committed."""
         for data, before in self._before:
             data.copy_(before)
         for records in self._new.values():
@@ -76,42 +84,39 @@ class Transaction:
 
 
 @contextmanager
-def borrowed(inner: Optimizer) -> Iterator[list[dict[str, Any]]]:
-    """The inner optimizer with its hooks out of reach; afterwards, with its own groups again.
+def guarded_inner(inner: Optimizer) -> Iterator[list[dict[str, Any]]]:
+    """Inside, the inner optimizer has no step hooks; afterwards, it has its own groups again.
+
+    An exception also restores the groups' values.
 
     Yields:
-        what every group held before, as ``restore`` takes it.
-
-    An exception restores the groups' values too.
+        the groups' values before, for ``restore_groups``.
     """
     groups, state = inner.param_groups, inner.state
     lists = [group["params"] for group in groups]
     before = snapshot(groups)
-    hooks = {name: getattr(inner, name) for name in HOOKS}
-    for name in HOOKS:
-        setattr(inner, name, type(hooks[name])())
     try:
-        yield before
+        with without_hooks(inner, STEP_HOOKS):
+            yield before
     except BaseException:
-        restore(groups, before)
+        restore_groups(groups, before)
         raise
     finally:
         inner.param_groups, inner.state = groups, state
         for group, params in zip(groups, lists, strict=True):
             group["params"] = params
-        for name, value in hooks.items():
-            setattr(inner, name, value)
 
 
 def snapshot(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the groups hold but for their parameters; of tensors, also their values."""
+    """The groups' values except their parameters, with copies of those that can change in place."""
     return [
-        {key: (value, _kept(value)) for key, value in group.items() if key != "params"}
+        {key: (value, _saved(value)) for key, value in group.items() if key != "params"}
         for group in groups
     ]
 
 
-def _kept(value: Any) -> Any:
+def _saved(value: Any) -> Any:
+    """A copy of a value that can change in place, with a tensor's version; None for others."""
     if isinstance(value, Tensor):
         return value._version, value.detach().clone()
     if isinstance(value, (list, dict, set)):
@@ -119,18 +124,18 @@ def _kept(value: Any) -> Any:
     return None
 
 
-def restore(groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> None:
-    """Make the groups hold what they held: the same objects with the same values."""
+def restore_groups(groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> None:
+    """Give the groups the same objects with the same values as in a snapshot, and no others."""
     for group, values in zip(groups, before, strict=True):
         for key in [key for key in group if key != "params" and key not in values]:
             del group[key]
-    put(groups, before)
+    set_entries(groups, before)
 
 
-def changes(
+def group_changes(
     groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Of what the groups hold now, what they did not hold ``before``, as ``put`` takes it."""
+    """The entries of a new snapshot that differ from the snapshot ``before``."""
     return [
         {key: entry for key, entry in new.items() if key not in old or _differ(entry, old[key])}
         for new, old in zip(snapshot(groups), before, strict=True)
@@ -138,20 +143,20 @@ def changes(
 
 
 def _differ(entry: tuple[Any, Any], old: tuple[Any, Any]) -> bool:
-    value, kept = entry
+    value, saved = entry
     if value is not old[0]:
         return True
-    # a container is the same object and may hold something else
-    return kept is not None and (not isinstance(value, Tensor) or bool(kept[0] != old[1][0]))
+    # tensors are compared by version; a container may have changed in place
+    return saved is not None and (not isinstance(value, Tensor) or bool(saved[0] != old[1][0]))
 
 
-def put(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
-    """Let the groups hold these values, besides what else they hold."""
+def set_entries(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
+    """Set the entries of a snapshot in the groups; other values stay."""
     for group, values in zip(groups, entries, strict=True):
-        for key, (value, kept) in values.items():
+        for key, (value, saved) in values.items():
             if isinstance(value, Tensor):
-                if value._version != kept[0]:
-                    value.copy_(kept[1])
+                if value._version != saved[0]:
+                    value.copy_(saved[1])
                 group[key] = value
             else:
-                group[key] = value if kept is None else copy.deepcopy(kept)
+                group[key] = value if saved is None else copy.deepcopy(saved)

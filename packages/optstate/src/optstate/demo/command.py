@@ -1,8 +1,7 @@
-"""Runs ``optstate demo``: checks everything that can be wrong, trains, then shows what came out.
+"""Runs ``optstate demo``: checks the options, trains, and shows and saves the results.
 
-A value that the user can correct ends the command with usage and exit code 2, something missing on
-this machine with one line and exit code 1; neither shows a traceback, and both come before the
-first step.
+All checks come before the first step, and show no traceback. A wrong option ends the command with
+its usage and exit code 2; a missing package or file ends it with one line and exit code 1.
 """
 
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     Make = Callable[..., Optimizer]
 
 NARROWEST = 100
-"""Columns for the table where the output is not a terminal and so has no width of its own."""
+"""Width of the table in columns if the output is not a terminal."""
 
 
 def run(settings: Settings, picture: Path, as_json: bool) -> None:
@@ -35,7 +34,7 @@ def run(settings: Settings, picture: Path, as_json: bool) -> None:
     Args:
         settings: What to train.
         picture: The PNG to write; the JSON goes beside it under the same name.
-        as_json: Print the JSON to standard output, and all else to standard error.
+        as_json: Print the JSON to standard output, and everything else to standard error.
 
     Raises:
         typer.BadParameter: An option's value is not allowed.
@@ -103,7 +102,7 @@ def _corpus(settings: Settings) -> "Corpus":
 
 
 def _check_folder(folder: Path) -> None:
-    """Now rather than after training, so that a folder that cannot be made costs no time."""
+    """Checks before training that a folder can be made, so that an error costs no time."""
     from optstate.demo.output import check_folder
 
     try:

@@ -1,4 +1,4 @@
-"""All runs of one comparison, with a line of progress for each."""
+"""Trains with all optimizers of a comparison, and shows the progress of each run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def baseline(self) -> Run:
-        """The run that the others are measured against."""
+        """The run to which the others are compared."""
         return self.runs[0]
 
     def loss_difference(self, run: Run) -> float:
@@ -53,11 +53,11 @@ def compare(
     """Trains with every optimizer in turn.
 
     Args:
-        optimizers: Full names and what is called with parameters and ``lr``, the baseline first.
+        optimizers: Full names and classes (called with parameters and ``lr``), baseline first.
         corpus: The text.
-        settings: What all runs share.
-        console: Where progress goes: a live bar in a terminal, a line at every validation where
-            the output is a file or a pipe.
+        settings: Shared by all runs.
+        console: Output of progress: a live bar in a terminal, or a line at each validation in a
+            file or a pipe.
     """
     width = max(len(short(name)) for name, _ in optimizers)
     columns = (
@@ -104,6 +104,6 @@ def steps_per_second(run: Run, recent: int = 20) -> float:
 
 
 def short(name: str) -> str:
-    """The class alone, as ``AdamW8bit``; its module too where torch has a class of that name."""
+    """The class name, such as ``AdamW8bit``, with its module if torch has a class of that name."""
     module, _, alone = name.rpartition(".")
     return name if module != "torch.optim" and hasattr(torch.optim, alone) else alone

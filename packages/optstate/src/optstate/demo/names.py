@@ -1,4 +1,4 @@
-"""The short names of optimizers on the command line; loads nothing, so that ``--help`` is quick."""
+"""Short names of optimizers on the command line. Imports nothing, so that ``--help`` is fast."""
 
 SHORT_NAMES = {
     full.rpartition(".")[2].lower(): full
@@ -18,4 +18,4 @@ SHORT_NAMES = {
 """Names that need no module, in lower case; any other optimizer is named module.Class."""
 
 CHOICES = ", ".join(full.rpartition(".")[2] for full in SHORT_NAMES.values())
-"""The short names as their classes are written."""
+"""The short names, spelled as their classes."""

@@ -1,4 +1,4 @@
-"""From an optimizer's name on the command line to its class."""
+"""Finds the optimizer class of a name on the command line, and checks that it can be used."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,7 +13,7 @@ HINT = f"use one of {CHOICES}, or module.Class"
 
 
 def full_name(name: str) -> str:
-    """``AdamW8bit`` to ``lowbit_adam.AdamW8bit``; dotted names stay as they are."""
+    """The dotted name of a short name, such as ``lowbit_adam.AdamW8bit``; others unchanged."""
     return SHORT_NAMES.get(name.lower(), name)
 
 
@@ -29,8 +29,8 @@ def resolve(name: str) -> type[torch.optim.Optimizer]:
         name: A key of `SHORT_NAMES` in any case, or the dotted path of a class.
 
     Raises:
-        ValueError: No such class; the message says which names there are.
-        MissingExtra: It lives in a package of the family that is not installed.
+        ValueError: There is no such class; the message lists the names.
+        MissingExtra: The class is in a package of the family that is not installed.
     """
     module_name, _, class_name = full_name(name).rpartition(".")
     if not module_name:
@@ -49,10 +49,10 @@ def resolve(name: str) -> type[torch.optim.Optimizer]:
 def with_arguments(
     optimizer_class: type[torch.optim.Optimizer], text: str
 ) -> Callable[..., torch.optim.Optimizer]:
-    """The class with arguments that come as ``name=value, ...``; itself without any.
+    """The class with the arguments in a text ``name=value, ...``; the class itself without any.
 
     Raises:
-        ValueError: An argument that the class does not take, or a value of another type; by name.
+        ValueError: The class does not take an argument, or a value has the wrong type.
     """
     try:
         arguments = require("optstate_codecs").typed_arguments(optimizer_class, text)
@@ -66,10 +66,11 @@ def with_arguments(
 def check_usable(
     name: str, optimizer_class: Callable[..., torch.optim.Optimizer], lr: float
 ) -> None:
-    """Takes one step on one number, so that an optimizer that cannot do that fails early.
+    """Takes one step on one number, so that an unusable optimizer fails before training.
 
     Raises:
-        ValueError: It needs other arguments than ``lr``, or a closure, or rejects dense gradients.
+        ValueError: The optimizer needs arguments besides ``lr``, needs a closure, or rejects dense
+            gradients.
     """
     number = torch.nn.Parameter(torch.ones(1, dtype=torch.float32, device="cpu"))
     number.grad = torch.ones_like(number)

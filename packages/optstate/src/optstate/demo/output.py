@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, wherever the command is stopped."""
+"""Writes files whole or not at all, even if the command is interrupted."""
 
 import os
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def check_folder(folder: Path) -> None:
-    """Finds out whether a folder can be made and written to, and leaves nothing behind.
+    """Checks that a folder can be made and written to, and leaves nothing behind.
 
     Raises:
-        OSError: It cannot.
+        OSError: The folder cannot be made or written to.
     """
     made, probe = _make(folder), _beside(folder / "optstate")
     try:
@@ -22,7 +22,7 @@ def check_folder(folder: Path) -> None:
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
-    """Writes all of them, with the folders that they need; an interruption leaves whole files."""
+    """Writes all files and makes their folders; an interruption leaves only whole files."""
     made: list[Path] = []
     parts = {path: _beside(path) for path in files}
     try:
@@ -45,7 +45,7 @@ def _beside(path: Path) -> Path:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Makes a folder; those that were not there, the outermost first."""
+    """Makes a folder; returns the folders that were made, the outermost first."""
     missing = [at for at in (folder, *folder.parents) if not at.exists()][::-1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _remove(made: list[Path]) -> None:
-    """Takes away folders that are empty, the innermost first."""
+    """Removes those folders that are empty, the innermost first."""
     for folder in reversed(made):
         with suppress(OSError):
             folder.rmdir()

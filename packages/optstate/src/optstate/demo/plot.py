@@ -1,4 +1,4 @@
-"""The picture of a comparison: loss curves on the left, memory bars on the right."""
+"""Plots a comparison: loss curves on the left, memory bars on the right."""
 
 from io import BytesIO
 from typing import Any
@@ -67,7 +67,7 @@ def _draw_bars(axes: Any, comparison: Comparison) -> None:
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential average without the pull of its start."""
+    """Bias-corrected exponential moving average."""
     out: list[float] = []
     total = norm = 0.0
     for value in values:

@@ -1,4 +1,4 @@
-"""What one run did: its curves, its times and its bytes."""
+"""The results of one run: its loss curves, times and bytes."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from optstate.demo.memory import Memory
 
 @dataclass
 class Run:
-    """What one optimizer did.
+    """The results of a run with one optimizer.
 
     Attributes:
         name: The optimizer's full name.
@@ -31,7 +31,7 @@ class Run:
 
     @property
     def train_loss(self) -> float:
-        """Mean over the last tenth of the steps, since one batch alone is noisy."""
+        """Mean over the last tenth of the steps, since a single batch is noisy."""
         return fmean(self.train[-max(1, len(self.train) // 10) :])
 
     @property
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def ms_per_step(self) -> float:
-        """Median, so that warming up does not count."""
+        """Median, so that warm-up steps do not count."""
         return median(self.step_ms)
 
     @property

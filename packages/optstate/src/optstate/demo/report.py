@@ -1,4 +1,4 @@
-"""What a comparison found: a table for people, a JSON file for machines."""
+"""Reports a comparison as a table for the terminal and as JSON."""
 
 import json
 import math
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def table(comparison: Comparison) -> Table:
-    """One row an optimizer, the baseline first; it fits into 80 columns."""
+    """One row for each optimizer, the baseline first, in at most 80 columns."""
     settings = comparison.settings
     peak_kind = comparison.baseline.memory.peak_kind if comparison.baseline.memory else "peak"
     out = Table(
@@ -56,7 +56,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def _cells(comparison: Comparison, run: Run) -> list[str]:
-    """What is not known, or compares the baseline with itself, is a dash."""
+    """The cells of a row; a dash for unknown values and for the baseline against itself."""
     memory = run.memory
     share = comparison.state_share(run)
     is_baseline = run is comparison.baseline
@@ -102,7 +102,7 @@ def as_dict(comparison: Comparison) -> dict[str, object]:
 
 
 def to_json(comparison: Comparison) -> str:
-    """The text of `as_dict`; what is not finite, as a diverged loss, becomes null."""
+    """`as_dict` as JSON text; values that are not finite, such as a diverged loss, become null."""
     return json.dumps(_finite(as_dict(comparison)), indent=2, allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""What a run of the demo was asked to do, checked before anything is loaded."""
+"""The options of the demo, checked before anything is loaded."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ DEFAULT_OPTIMIZERS = ("lowbit_adam.AdamW8bit",)
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice that shapes a comparison; two runs with equal settings do the same arithmetic.
+    """All options of a comparison; runs with equal settings compute the same results.
 
     Attributes:
         optimizers: Names of the optimizers compared with the baseline, as `resolve` takes them.

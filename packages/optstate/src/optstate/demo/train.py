@@ -1,4 +1,4 @@
-"""One run: a fresh model, one optimizer, the text in an order that the seed alone decides."""
+"""Trains a new model with one optimizer, on text in an order that only the seed decides."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ FLOOR = 0.05
 
 
 def schedule(steps: int) -> Callable[[int], float]:
-    """Linear warm-up, then a cosine down to `FLOOR`; takes the steps done, gives a share of lr."""
+    """Linear warm-up, then a cosine to `FLOOR`: a function from steps done to a share of lr."""
     warmup = max(1, round(steps * WARMUP))
 
     def share(done: int) -> float:
@@ -33,12 +33,12 @@ def schedule(steps: int) -> Callable[[int], float]:
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """Counts of steps done after which to validate; always holds `steps`."""
+    """The numbers of steps after which to validate; always includes `steps`."""
     return {math.ceil(steps * i / evaluations) for i in range(1, evaluations + 1)}
 
 
 def build_model(settings: Settings) -> ByteGPT:
-    """The same initial weights for the same seed, without touching torch's global generator."""
+    """A model with weights from the seed; torch's global generator does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = ByteGPT(settings.width, settings.depth, settings.context)
@@ -55,7 +55,7 @@ def train(
     """Trains one model.
 
     Args:
-        name: What the run is called in the report.
+        name: The name of the run in the report.
         optimizer_class: Called as ``optimizer_class(params, lr=...)``.
         corpus: The text.
         settings: Sizes, steps, seed and device.
@@ -94,7 +94,7 @@ def train(
 
 
 def _wait_for(device: torch.device) -> None:
-    """A GPU's clock can only be read once its queue is empty."""
+    """Waits until a GPU's queue is empty, so that a clock shows its time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""An optimizer that for a while has other parameters in the place of some, with their state."""
+"""A context in which an optimizer has other parameters in place of some, with their state."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["replaced"]
+__all__ = ["swapped_params"]
 
 
 @contextmanager
-def replaced(inner: Optimizer, by: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Inside, groups have ``by``'s values where they had its keys, and so has the state.
+def swapped_params(inner: Optimizer, by: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, the keys of ``by`` are replaced by its values in the groups and in the state.
 
-    What is inside may load a state dict, which makes new groups of as many parameters.
+    A state dict may be loaded inside, which makes new groups with equally many parameters.
     """
     lists = [group["params"] for group in inner.param_groups]
     _rekey(inner, by)

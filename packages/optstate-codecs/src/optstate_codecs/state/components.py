@@ -1,0 +1,50 @@
+"""Components of a parameter's state: their keys, and checks of tensors given for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from optstate_codecs.formats import Component
+from optstate_codecs.state.layout import Declaration
+
+__all__ = ["check_component", "check_tensor", "components_of"]
+
+
+def components_of(stored: Mapping[str, Declaration]) -> dict[str, Component]:
+    """The components of all moments and of the parameter write, by state key, in order."""
+    return {c.key(name): c for name, declared in stored.items() for c in declared.components}
+
+
+def check_tensor(name: str, value: Any, shape: Sequence[int], advice: str = "") -> Tensor:
+    """Raise unless ``value`` is a tensor of that shape, and return it.
+
+    Raises:
+        TypeError: it is not a tensor.
+        RuntimeError: it has another shape; the message ends with ``advice``.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}={value!r}: must be a tensor, got {type(value).__name__}")
+    if tuple(value.shape) != tuple(shape):
+        raise RuntimeError(
+            f"{name}: size mismatch: shape {tuple(value.shape)}, must be {tuple(shape)}{advice}"
+        )
+    return value
+
+
+def check_component(
+    name: str, value: Any, component: Component, param: Tensor, any_float: bool, advice: str = ""
+) -> Tensor:
+    """Raise unless ``value`` has the shape and dtype of a component, and return it.
+
+    Raises:
+        TypeError: it is not a tensor, or has another dtype: one that is not floating point, if
+            ``any_float``.
+        RuntimeError: it has another shape; the message ends with ``advice``.
+    """
+    tensor = check_tensor(name, value, component.shape(param.shape), advice)
+    if tensor.dtype != component.dtype and not (any_float and tensor.is_floating_point()):
+        raise TypeError(f"{name}: dtype {tensor.dtype}, must be {component.dtype}")
+    return tensor
