@@ -71,9 +71,10 @@ def check_param(name: str, param: Tensor) -> None:
     Raises:
         TypeError: it has no plain memory, or is a partial sum.
     """
-    if is_distributed(param):
+    if type(param) not in _PLAIN and is_distributed(param):
         check_placements(name, param)
-    check_kind(name, local_of(param))
+        param = local_of(param)
+    check_kind(name, param)
 
 
 def check_steppable(index: int, param: Tensor) -> None:
@@ -84,7 +85,8 @@ def check_steppable(index: int, param: Tensor) -> None:
     """
     name = f"parameter {index}"
     check_param(name, param)
-    param = local_of(param)
+    if type(param) not in _PLAIN:
+        param = local_of(param)
     # the most common layout first
     if not param.is_contiguous() and _overlaps(param):
         raise ValueError(

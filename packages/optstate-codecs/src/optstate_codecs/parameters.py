@@ -240,8 +240,13 @@ class ParameterTable:
 
     @staticmethod
     def _check(found: Gradients, sharded: bool) -> None:
-        for index, param, grad in zip(found.indices, found.params, found.grads, strict=True):
-            check_grad(index, local_of(param), grad if sharded else local_grad(index, param, grad))
+        params, grads = found.params, found.grads
+        if any_distributed(params):
+            if not sharded:
+                grads = list(map(local_grad, found.indices, params, grads))
+            params = list(map(local_of, params))
+        for index, param, grad in zip(found.indices, params, grads, strict=True):
+            check_grad(index, param, grad)
 
     def stored(
         self, owner: StateOwner, states: dict[Tensor, Any], params: Collection[Tensor] | None
