@@ -27,6 +27,8 @@ ADAM = {"betas", "eps", "amsgrad"}
 OWN = {
     "lowbit_adam.adam": {*LOWBIT, *ADAM, "formats"},
     "lowbit_adam.momentum.Lion8bit": {*LOWBIT, "betas"},
+    "lowbit_adam.momentum.Lion8": {*LOWBIT, "betas"},
+    "lowbit_adam.momentum.SGD8": {*LOWBIT, "momentum", "dampening", "nesterov"},
     "lowbit_adam.momentum.SGD8bit": {*LOWBIT, "momentum", "dampening", "nesterov"},
     "turboadam.adam": {
         *(*LOWBIT, *ADAM, "m_bits", "v_bits", "compress_m", "compress_v", "null_pct", "amp_pct"),

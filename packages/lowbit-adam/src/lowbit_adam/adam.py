@@ -12,7 +12,16 @@ from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, M
 from optstate_codecs.formats import as_format
 from optstate_codecs.writes import write_named
 
-__all__ = ["Adam4bit", "Adam8bit", "AdamFp8", "AdamW4bit", "AdamW8bit", "AdamWFp8"]
+__all__ = [
+    "Adam4bit",
+    "Adam8",
+    "Adam8bit",
+    "AdamFp8",
+    "AdamW4bit",
+    "AdamW8",
+    "AdamW8bit",
+    "AdamWFp8",
+]
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -161,6 +170,28 @@ class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
 
     Example:
         >>> optimizer = AdamW8bit(model.parameters(), lr=3e-4, weight_decay=0.1)
+    """
+
+
+class Adam8(Adam8bit):
+    """``Adam8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
+
+    Example:
+        >>> optimizer = Adam8(model.parameters(), lr=1e-3)
+    """
+
+
+class AdamW8(AdamW8bit):
+    """``AdamW8bit`` under a name that other libraries do not take for bitsandbytes'.
+
+    Some compare the name of the class with ``AdamW8bit``, or look whether it ends in ``8bit``, and
+    then import bitsandbytes: ``create_loraplus_optimizer`` of PEFT, and the kohya scripts. State
+    dicts of the two classes are the same.
+
+    Example:
+        >>> optimizer = create_loraplus_optimizer(
+        ...     model, AdamW8, lr=2e-4, loraplus_lr_ratio=16
+        ... )
     """
 
 

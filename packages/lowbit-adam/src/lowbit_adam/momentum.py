@@ -11,7 +11,7 @@ from optstate_codecs import CodedOptimizer, Dynamic8, Format
 from optstate_codecs.rules import SGD, Lion
 from optstate_codecs.writes import write_named
 
-__all__ = ["Lion8bit", "SGD8bit"]
+__all__ = ["SGD8", "Lion8", "Lion8bit", "SGD8bit"]
 
 
 class _Momentum8(CodedOptimizer):
@@ -96,3 +96,19 @@ class SGD8bit(_Momentum8):
             nesterov=nesterov,
             **options,
         )
+
+
+class Lion8(Lion8bit):
+    """``Lion8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
+
+    Example:
+        >>> optimizer = Lion8(model.parameters(), lr=1e-4, weight_decay=0.1)
+    """
+
+
+class SGD8(SGD8bit):
+    """``SGD8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
+
+    Example:
+        >>> optimizer = SGD8(model.parameters(), lr=0.1, momentum=0.9)
+    """
