@@ -24,7 +24,13 @@ from optstate_codecs.memory import (
     predicted_state_bytes,
     state_bytes,
 )
-from optstate_codecs.offloading import Snapshot, offload, snapshot, synchronize
+from optstate_codecs.offloading import (
+    Snapshot,
+    offload,
+    offloaded_class,
+    snapshot,
+    synchronize,
+)
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
@@ -54,6 +60,7 @@ __all__ = [
     "master_weights",
     "memory_report",
     "offload",
+    "offloaded_class",
     "parse_format",
     "predicted_state_bytes",
     "snapshot",

@@ -9,7 +9,7 @@ rule, given by ``rule_type``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_type_hints
@@ -90,11 +90,11 @@ ELSEWHERE: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def unknown_argument(cls: type, name: str, known: Iterable[str]) -> TypeError:
+def unknown_argument(cls: Callable[..., Any], name: str, known: Iterable[str]) -> TypeError:
     """The error for an argument that ``cls`` does not take, with a suggestion and all arguments.
 
     Args:
-        cls: the optimizer's class.
+        cls: the optimizer's class, or a function.
         name: of the argument.
         known: the names of the arguments that it takes.
     """

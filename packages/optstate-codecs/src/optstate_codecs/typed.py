@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin
 
 from optstate_codecs.arguments import arguments_of, unknown_argument
 
-__all__ = ["typed_arguments"]
+__all__ = ["typed_arguments", "typed_texts"]
 
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
@@ -52,6 +52,12 @@ def typed_arguments(cls: type, given: Mapping[str, Any] | str) -> dict[str, Any]
         name: _typed(name, value, types[name]) if isinstance(value, str) else value
         for name, value in items.items()
     }
+
+
+def typed_texts(optimizer_class: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arguments`` with text read by ``typed_arguments``; all others are returned unchanged."""
+    texts = {name: value for name, value in arguments.items() if isinstance(value, str)}
+    return {**arguments, **typed_arguments(optimizer_class, texts)}
 
 
 def _named(text: str) -> Iterator[tuple[str, str]]:

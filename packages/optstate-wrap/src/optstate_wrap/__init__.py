@@ -2,6 +2,7 @@
 
 from optstate_codecs.errors import StepError
 from optstate_wrap.activations import checkpoint_sequential_modules, enable_gradient_checkpointing
+from optstate_wrap.classes import wrapped_class
 from optstate_wrap.codecs import (
     BF16Codec,
     Codec,
@@ -51,4 +52,5 @@ __all__ = [
     "wrap",
     "wrap_low_memory_adamw",
     "wrap_max_compression_adamw",
+    "wrapped_class",
 ]

@@ -1,5 +1,6 @@
 """Offload optimizer state to host memory or a file, and step it in chunks on the device."""
 
+from optstate_codecs.offloading.classes import offloaded_class
 from optstate_codecs.offloading.offload import STORES, Offload, offload, synchronize
 from optstate_codecs.offloading.placement import CHUNK_BYTES, Placement
 from optstate_codecs.offloading.snapshot import Snapshot, snapshot
@@ -16,6 +17,7 @@ __all__ = [
     "StateStore",
     "StreamingExecutor",
     "offload",
+    "offloaded_class",
     "snapshot",
     "synchronize",
 ]
