@@ -65,6 +65,10 @@ EDITABLE = [
 ]
 # torch.testing._internal, whose optimizer cases the integration tests run, imports expecttest.
 PYTEST = ("pytest", "pytest-xdist", "hypothesis", "safetensors", "expecttest")
+# What the integration tests drive optimizers with. They come from the package index, need no GPU
+# build of anything, and take about 600 MB beside torch. Tests import them without a fallback, so
+# that an environment without them fails instead of skipping what is promised about trainers.
+TRAINERS = ("accelerate", "transformers", "lightning", "peft", "trl")
 # mkdocstrings formats signatures with ruff.
 DOCS = ("mkdocs<2", "mkdocs-material", "mkdocstrings-python", "ruff")
 BUILD = ("build", "hatchling", "packaging")
@@ -139,7 +143,7 @@ def run_interpreted(session: nox.Session, where: str) -> None:
 @nox.session
 def integration(session: nox.Session) -> None:
     """Run the packages together: trainers, checkpoints, the docs' examples, the wheels."""
-    install(session, *EDITABLE, *PYTEST, *DOCS, *BUILD)
+    install(session, *EDITABLE, *PYTEST, *TRAINERS, *DOCS, *BUILD)
     install_plays(session)
     pytest(session, "tests-integration", "-m", "not cuda", *WORKERS)
 

@@ -1,7 +1,9 @@
-"""Trainers drive a wrapped optimizer as they drive a plain one; skipped where they are missing."""
+"""Trainers drive a wrapped optimizer as they drive a plain one."""
 
 import copy
 
+import accelerate
+import lightning
 import pytest
 import torch
 from torch import nn
@@ -53,7 +55,6 @@ def plain_loop(kind: str) -> tuple[nn.Module, list[float]]:
 
 
 def with_accelerate(kind: str) -> tuple[nn.Module, list[float]]:
-    accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
     model, rates = make_model(), []
     optimizer = make_optimizer(model, kind)
@@ -69,7 +70,6 @@ def with_accelerate(kind: str) -> tuple[nn.Module, list[float]]:
 
 
 def with_lightning(kind: str) -> tuple[nn.Module, list[float]]:
-    lightning = pytest.importorskip("lightning")
     rates = []
 
     class Module(lightning.LightningModule):
