@@ -1,19 +1,27 @@
 """What each distribution declares is what it needs, and what its wheel holds."""
 
 import ast
+import inspect
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from configparser import ConfigParser
 from email.parser import Parser
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from torch.optim import Optimizer
 
 IMPORT_OF = {"pillow": "PIL"}
 """Import names that differ from the distribution's by more than a dash."""
+
+
+GROUP = "optstate.optimizers"
+"""The entry points by which launchers find optimizers."""
 
 
 def requirements(package) -> list[Requirement]:
@@ -102,6 +110,38 @@ def test_changelog_has_the_version(package) -> None:
     assert f"\n## {version}" in (package.folder / "CHANGELOG.md").read_text()
 
 
+def optimizers(package) -> dict[str, str]:
+    """Names and values of the entry points that a package declares."""
+    return package.project.get("entry-points", {}).get(GROUP, {})
+
+
+def test_every_optimizer_is_an_entry_point(package) -> None:
+    public = vars(import_module(package.module))
+    classes = {
+        cls
+        for cls in map(public.get, public.get("__all__", ()))
+        if isinstance(cls, type)
+        and issubclass(cls, Optimizer)
+        and next(iter(inspect.signature(cls).parameters)) == "params"
+        # which takes a rule too
+        and cls.__name__ != "CodedOptimizer"
+    }
+    found = {n: EntryPoint(n, v, GROUP).load() for n, v in optimizers(package).items()}
+    assert set(found.values()) == classes
+    for name, cls in found.items():
+        assert name in (cls.__name__, f"{package.module}.{cls.__name__}")
+
+
+def test_no_two_optimizers_have_one_name(packages) -> None:
+    names = [name for package in packages for name in optimizers(package)]
+    assert len(set(names)) == len(names) > 20
+
+
+def test_installed_entry_points_load() -> None:
+    for entry in entry_points(group=GROUP):
+        assert issubclass(entry.load(), Optimizer)
+
+
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Wheels built here, by distribution."""
@@ -142,3 +182,14 @@ def test_wheel_declares_what_the_project_says(package, wheels) -> None:
     base = {r.name for r in declared if "extra" not in str(r.marker)}
     assert base == {Requirement(line).name for line in package.project["dependencies"]}
     assert metadata.get_payload().strip().startswith(f"# {package.name}")
+
+
+def test_wheel_has_the_entry_points_of_its_optimizers(package, wheels) -> None:
+    parser = ConfigParser(delimiters="=")
+    parser.optionxform = str
+    with zipfile.ZipFile(wheels(package)) as wheel:
+        for name in wheel.namelist():
+            if name.endswith(".dist-info/entry_points.txt"):
+                parser.read_string(wheel.read(name).decode())
+    found = dict(parser[GROUP]) if GROUP in parser else {}
+    assert found == optimizers(package)
