@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lowbit_adam
+import stochbf16
 import turboadam
 from optstate_codecs import CodedOptimizer, offload, offloaded_class
 from optstate_wrap import (
@@ -186,6 +187,14 @@ def test_trainer_makes_the_optimizer(model, cls, arguments, reference, tmp_path)
 @coded_classes
 def test_trainer_learns_with_coded_state(cls, arguments, reference, tmp_path) -> None:
     assert_learns_alike(trained(tmp_path, cls, {**LR, **arguments}), reference())
+
+
+@pytest.mark.parametrize("cls", [stochbf16.AdamW, lowbit_adam.AdamW8bit])
+def test_trainer_learns_in_pure_bfloat16(cls, reference, tmp_path) -> None:
+    own = {} if cls is stochbf16.AdamW else {"bf16_stochastic_round": True}
+    ours = trained(tmp_path, cls, {**LR, **own}, lambda: gpt2().bfloat16())
+    assert {p.dtype for p in ours.model.parameters()} == {torch.bfloat16}
+    assert_learns_alike(ours, reference(), 0.05)
 
 
 @pytest.mark.parametrize("name", ["offloaded", "wrapped"])
