@@ -82,6 +82,19 @@ def test_a_gradient_of_another_kind_is_refused() -> None:
     assert torch.equal(param.full_tensor(), torch.ones(40, 30))
 
 
+def test_state_of_shards_is_refused_for_plain_parameters() -> None:
+    param = sharded(12, 2048)
+    param.grad = torch.ones_like(param)
+    optimizer = lowbit_adam.AdamW8bit([param])
+    optimizer.step()
+    plain = lowbit_adam.AdamW8bit([Parameter(torch.ones(12, 2048))])
+    with pytest.raises(
+        TypeError, match=r"\['exp_avg_codes'\]: is a DTensor, must be a plain tensor"
+    ):
+        plain.load_state_dict(optimizer.state_dict())
+    assert not plain.state
+
+
 def test_whole_rows_are_asked_for_by_centralization() -> None:
     mesh = init_device_mesh("cpu", (1,))
     columns = Parameter(distribute_tensor(torch.ones(40, 30), mesh, [Shard(1)]))
