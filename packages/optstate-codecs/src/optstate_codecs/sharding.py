@@ -212,7 +212,7 @@ def rewrapped(local: Tensor, param: Any, shape: Sequence[int]) -> Tensor:
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.uint8, device="meta").stride()
 
 
 def local_slice(value: Tensor, param: Any) -> Tensor:
