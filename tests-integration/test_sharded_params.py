@@ -73,6 +73,22 @@ def local(value: torch.Tensor) -> torch.Tensor:
     return (value.to_local() if isinstance(value, DTensor) else value).detach().flatten()
 
 
+def test_a_compiled_step_is_the_eager_one() -> None:
+    ends = []
+    for compiled in (False, True):
+        param = sharded(12, 2048)
+        optimizer = lowbit_adam.AdamW8bit([param], lr=1e-2)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for number in range(3):
+            generator = torch.Generator().manual_seed(number)
+            grad = torch.randn(param.shape, generator=generator)
+            param.grad = distribute_tensor(grad, line(), [Shard(0)])
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+            step()
+        ends.append(local(param))
+    assert torch.equal(*ends)
+
+
 def test_a_gradient_of_another_kind_is_refused() -> None:
     param = sharded(40, 30)
     optimizer = lowbit_adam.AdamW8bit([param])
