@@ -15,6 +15,8 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 
+from optstate_codecs.sharding import is_distributed
+
 __all__ = ["call_step_op", "define", "register_step", "untraced"]
 
 # an operator takes tensors and numbers only, so a handle stands for the optimizer
@@ -59,7 +61,10 @@ def call_step_op(handle: int, groups: Sequence[Mapping[str, Any]]) -> None:
                 params.append(param)
                 grads.append(param.grad)
             index += 1
-    if indices:
+    if any(map(is_distributed, params)):
+        # no sharding strategy can be registered for an operator that mutates lists of tensors
+        _step_outside(handle, indices, grads)
+    elif indices:
         torch.ops.optstate.step(handle, indices, params, grads)
 
 
@@ -81,6 +86,13 @@ def _run(handle: int, indices: list[int], params: list[Tensor], grads: list[Tens
     step(dict(zip(indices, grads, strict=True)))
     for own, given in copies:
         given.copy_(own)
+
+
+def _step_sharded(handle: int, indices: list[int], grads: list[Tensor]) -> None:
+    registered = _steps.get(handle)
+    step = registered and registered[1]()
+    if step:
+        step(dict(zip(indices, grads, strict=True)))
 
 
 def define(schema: str, run: Callable[..., None]) -> None:
@@ -120,5 +132,7 @@ def untraced(run: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+# DTensors are stepped between two graphs
+_step_outside = untraced(_step_sharded)
 _library = torch.library.Library("optstate", "FRAGMENT")  # type: ignore[no-untyped-call]
 define(SCHEMA, _run)
