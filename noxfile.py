@@ -66,7 +66,7 @@ EDITABLE = [
 # torch.testing._internal, whose optimizer cases the integration tests run, imports expecttest.
 PYTEST = ("pytest", "pytest-xdist", "hypothesis", "safetensors", "expecttest")
 # What the integration tests drive optimizers with. They come from the package index, need no GPU
-# build of anything, and take about 600 MB beside torch. Tests import them without a fallback, so
+# build of anything, and take about 500 MB beside torch. Tests import them without a fallback, so
 # that an environment without them fails instead of skipping what is promised about trainers.
 TRAINERS = ("accelerate", "transformers", "lightning", "peft", "trl")
 # mkdocstrings formats signatures with ruff.
