@@ -1,0 +1,105 @@
+"""The number that keys the random numbers of each parameter, beside seed, step and element.
+
+A parameter without a name is numbered by its index in its optimizer. Optimizers of one parameter
+each then number all of them 0, and draw the same noise for each. So a parameter with a name is
+numbered by a hash of the name, the same in every process and version of Python, and the group
+option ``rounding_key`` tells apart what has no name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from optstate_codecs import checks
+from optstate_codecs.plain import plain_value
+
+__all__ = ["KeySource", "check_random", "rounding_keys"]
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def check_random(group: Mapping[str, Any]) -> None:
+    """Raise unless the seed, the key and the names of a group are valid.
+
+    Raises:
+        TypeError, ValueError: one is not; the message names it.
+    """
+    checks.whole_number("rounding_seed", group["rounding_seed"])
+    _check_key(group.get("rounding_key"))
+    _check_names(group)
+
+
+def _check_key(value: Any) -> None:
+    key = plain_value(value)
+    if isinstance(key, str) and not key:
+        raise ValueError("rounding_key='': must be None, an int or text that is not empty")
+    if isinstance(key, bool) or not isinstance(key, (int, str, type(None))):
+        got = type(value).__name__
+        raise TypeError(f"rounding_key={value!r}: must be None, an int or text, got {got}")
+    if isinstance(key, int):
+        checks.whole_number("rounding_key", key)
+
+
+def _check_names(group: Mapping[str, Any]) -> None:
+    """Raise unless ``param_names`` of a group, if present, are text, one for each parameter."""
+    names = group.get("param_names")
+    if names is None:
+        return
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"param_names={names!r:.80}: must be a list of text")
+    if len(names) != len(group["params"]):
+        raise ValueError(f"param_names: {len(names)} names, must be {len(group['params'])}")
+
+
+def rounding_keys(groups: Groups) -> list[int]:
+    """The number of each parameter, from 0 to 2^63 - 1, counted over all groups.
+
+    With a name it is a hash of the name, and of how many parameters before it have the same name;
+    without one it is the parameter's index. With ``rounding_key`` in its group it is a hash of that
+    and the name, or without a name the position in the group.
+    """
+    keys: list[int] = []
+    seen = Counter[tuple[str, ...]]()
+    for group in groups:
+        key, names = group.get("rounding_key"), group.get("param_names") or ()
+        for position in range(len(group["params"])):
+            name = names[position] if position < len(names) else None
+            if key is None and name is None:
+                keys.append(len(keys))
+                continue
+            parts = ("name", name) if name is not None else ("position", str(position))
+            if key is not None:
+                parts = ("key", str(key), *parts)
+            keys.append(_hash(*parts, str(seen[parts])))
+            seen[parts] += 1
+    return keys
+
+
+def _hash(*parts: str) -> int:
+    """63 bits of BLAKE2b of the parts, each after its length in bytes."""
+    hashed = blake2b(digest_size=8)
+    for part in parts:
+        text = part.encode("utf-8", "surrogatepass")
+        hashed.update(len(text).to_bytes(8, "little") + text)
+    return int.from_bytes(hashed.digest(), "little") >> 1
+
+
+class KeySource:
+    """The names and options that the numbers were made from, to find out whether they changed."""
+
+    def __init__(self) -> None:
+        self._made_from: list[tuple[Any, Any]] = []
+
+    def changed(self, groups: Groups) -> bool:
+        """Whether names or options of a group are others than at the last call.
+
+        Names in the same list count as unchanged. No work is done for each parameter.
+        """
+        now = [(group.get("param_names"), group.get("rounding_key")) for group in groups]
+        changed = self._made_from[: len(now)] != now[: len(self._made_from)]
+        # the lists themselves, so that comparing them again finds that they are the same
+        self._made_from = now
+        return changed
