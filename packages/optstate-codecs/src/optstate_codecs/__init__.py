@@ -28,6 +28,7 @@ from optstate_codecs.offloading import Snapshot, offload, snapshot, synchronize
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
+from optstate_codecs.state_file import load_safetensors, save_safetensors
 from optstate_codecs.typed import typed_arguments
 from optstate_codecs.views import decode_state, master_weights
 
@@ -51,11 +52,13 @@ __all__ = [
     "Rule",
     "Snapshot",
     "decode_state",
+    "load_safetensors",
     "master_weights",
     "memory_report",
     "offload",
     "parse_format",
     "predicted_state_bytes",
+    "save_safetensors",
     "snapshot",
     "state_bytes",
     "stochastic_round_bf16",

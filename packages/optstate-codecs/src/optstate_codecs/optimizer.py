@@ -123,8 +123,8 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.offloaded: OffloadOptions | None = None
         self.executor: engine.Executor = engine.ResidentExecutor(backend)
         self._reset_caches()
-        keys = {"rounding_seed": rounding_seed, "rounding_key": rounding_key}
-        known = {**rule.defaults(), **self.shared_options, **keys}
+        known = {**rule.defaults(), **self.shared_options, "rounding_seed": rounding_seed}
+        known |= {} if rounding_key is None else {"rounding_key": rounding_key}
         if formats is not None and "formats" not in self.storage_options:
             options["formats"] = formats
         elif formats is not None:
@@ -392,7 +392,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self._reset_caches()
         self.traced_groups = self.param_groups
         for group in self.param_groups:
-            group.update({**self.shared_options, "rounding_key": None, **group})
+            group.update({**self.shared_options, **group})
 
 
 # A learning rate scheduler wraps ``step`` to record that it was called, which breaks a compiler's
