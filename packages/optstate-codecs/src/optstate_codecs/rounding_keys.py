@@ -44,14 +44,18 @@ def _check_key(value: Any) -> None:
 
 
 def _check_names(group: Mapping[str, Any]) -> None:
-    """Raise unless ``param_names`` of a group, if present, are text, one for each parameter."""
     names = group.get("param_names")
-    if names is None:
-        return
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"param_names={names!r:.80}: must be a list of text")
-    if len(names) != len(group["params"]):
-        raise ValueError(f"param_names: {len(names)} names, must be {len(group['params'])}")
+    if names is not None and not isinstance(names, (list, tuple)):
+        raise TypeError(f"param_names={names!r:.80}: must be a list, got {type(names).__name__}")
+
+
+def _names_of(group: Mapping[str, Any]) -> Sequence[Any]:
+    """A name or None for each parameter; names that are not one for each are of other parameters.
+
+    ``ZeroRedundancyOptimizer`` makes such groups, with a part of the parameters and all names.
+    """
+    names, count = group.get("param_names") or (), len(group["params"])
+    return names if len(names) == count else [None] * count
 
 
 def rounding_keys(groups: Groups) -> list[int]:
@@ -64,13 +68,13 @@ def rounding_keys(groups: Groups) -> list[int]:
     keys: list[int] = []
     seen = Counter[tuple[str, ...]]()
     for group in groups:
-        key, names = group.get("rounding_key"), group.get("param_names") or ()
-        for position in range(len(group["params"])):
-            name = names[position] if position < len(names) else None
+        key = group.get("rounding_key")
+        for position, name in enumerate(_names_of(group)):
             if key is None and name is None:
                 keys.append(len(keys))
                 continue
-            parts = ("name", name) if name is not None else ("position", str(position))
+            parts: tuple[str, ...]
+            parts = ("name", str(name)) if name is not None else ("position", str(position))
             if key is not None:
                 parts = ("key", str(key), *parts)
             keys.append(_hash(*parts, str(seen[parts])))
