@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -268,3 +269,27 @@ def test_names_that_are_not_one_for_each_parameter_do_not_count(names):
     optimizer = make([{"params": params, "param_names": names}])
     assert rounding_keys(optimizer.param_groups) == [0, 1]
     assert same(train(optimizer), train(make([parameter(), parameter()])))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("named", [True, False], ids=["names", "key"])
+def test_distributed_state_dicts_keep_names_and_keys(named, flat):
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    def build(model):
+        if named:
+            return make(list(model.named_parameters()))
+        return make(list(model.parameters()), rounding_key="k")
+
+    model, other = nn.Module(), nn.Module()
+    model.a, model.b = parameter(1), parameter(2)
+    optimizer = build(model)
+    train(optimizer)
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = deepcopy(dcp.get_optimizer_state_dict(model, optimizer, options=options))
+    other.a, other.b = (nn.Parameter(p.detach().clone()) for p in (model.a, model.b))
+    resumed = build(other)
+    dcp.set_optimizer_state_dict(other, resumed, saved, options=options)
+    assert rounding_keys(resumed.param_groups) == rounding_keys(optimizer.param_groups)
+    assert same(train(optimizer), train(resumed))
