@@ -20,7 +20,7 @@ from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.formats import Format
 from optstate_codecs.param_checks import check_kind, check_steppable
 from optstate_codecs.plain import plain_value
-from optstate_codecs.rounding_keys import KeySource, rounding_keys
+from optstate_codecs.rounding_keys import KeySource
 from optstate_codecs.rules import Moment
 from optstate_codecs.sharding import (
     any_distributed,
@@ -329,7 +329,7 @@ class ParameterTable:
     def _renew(self, rows: Sequence[Row], spec: StateSpec) -> None:
         """Make each ``ParamStep`` again; all state is checked before any is changed."""
         states, device, counted = spec.states, spec.state_device, spec.counted
-        changes, fresh, keys = [], [], rounding_keys(spec.groups)
+        changes, fresh, keys = [], [], self._key_source.keys(spec.groups)
         for index, number, param, grad in rows:
             local, offset = local_of(param), shard_offset(param)
             if grad is not None:

@@ -92,18 +92,27 @@ def _hash(*parts: str) -> int:
 
 
 class KeySource:
-    """The names and options that the numbers were made from, to find out whether they changed."""
+    """The numbers of an optimizer's parameters, made again where names or options have changed."""
 
     def __init__(self) -> None:
-        self._made_from: list[tuple[Any, Any]] = []
+        self._made_from: list[tuple[Any, ...]] = []
+        self._keys: list[int] | None = None
 
     def changed(self, groups: Groups) -> bool:
-        """Whether names or options of a group are others than at the last call.
+        """Whether names, options or sizes of groups are others than at the last call.
 
-        Names in the same list count as unchanged. No work is done for each parameter.
+        Added groups do not count. Nor do other names in the same list: no work is done for each
+        parameter here.
         """
-        now = [(group.get("param_names"), group.get("rounding_key")) for group in groups]
-        changed = self._made_from[: len(now)] != now[: len(self._made_from)]
-        # the lists themselves, so that comparing them again finds that they are the same
-        self._made_from = now
-        return changed
+        now = [(g.get("param_names"), g.get("rounding_key"), len(g["params"])) for g in groups]
+        before, self._made_from = self._made_from, now
+        if before == now:
+            return False
+        self._keys = None
+        return before[: len(now)] != now[: len(before)]
+
+    def keys(self, groups: Groups) -> list[int]:
+        """``rounding_keys`` of the groups that ``changed`` has seen last."""
+        if self._keys is None:
+            self._keys = rounding_keys(groups)
+        return self._keys
