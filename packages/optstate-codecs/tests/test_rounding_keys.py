@@ -293,3 +293,18 @@ def test_distributed_state_dicts_keep_names_and_keys(named, flat):
     dcp.set_optimizer_state_dict(other, resumed, saved, options=options)
     assert rounding_keys(resumed.param_groups) == rounding_keys(optimizer.param_groups)
     assert same(train(optimizer), train(resumed))
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["group", "list"])
+def test_parameters_that_are_added_later_have_their_own_names(in_place):
+    optimizer = make([("a", parameter())])
+    train(optimizer)
+    if in_place:
+        optimizer.param_groups[0]["params"].append(parameter())
+        optimizer.param_groups[0]["param_names"].append("b")
+    else:
+        optimizer.add_param_group({"params": [("b", parameter())]})
+    added = [p for group in optimizer.param_groups for p in group["params"]][1]
+    train(optimizer)
+    expected = train(make([("b", parameter())]))
+    assert torch.equal(added, expected[0])
