@@ -183,3 +183,34 @@ def test_gradient_release_is_refused():
     ):
         optimizer.step_parameter(net[0].weight)
     assert not optimizer.state
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist = torch.distributed
+    store = dist.FileStore(str(tmp_path / "rendezvous"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_hooks_under_fsdp2(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    nets, optimizers = [], []
+    for _ in range(2):
+        net, _unsharded = build(torch.float32, write="nearest")
+        fully_shard(net, mesh=mesh)
+        nets.append(net)
+        optimizers.append(CodedOptimizer(net.parameters(), Adam(decoupled=True), FORMATS))
+    fuse(optimizers[1])
+    for batch in batches(3, torch.float32):
+        optimizers[0].zero_grad()
+        loss(nets[0], batch).backward()
+        optimizers[0].step()
+        loss(nets[1], batch).backward()
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(one.full_tensor(), other.full_tensor())
+        assert optimizers[1].state[other]["step"] == 3
