@@ -56,7 +56,7 @@ BENCHMARKS = ("step_time", "fidelity", "state_bytes", "accumulate", "wrap_overhe
 
 SOURCES = [f"packages/{package}/src" for package in PACKAGES]
 EDITABLE = [
-    *("-e", "packages/optstate-codecs[triton]"),
+    *("-e", "packages/optstate-codecs[triton,safetensors]"),
     *("-e", "packages/lowbit-adam"),
     *("-e", "packages/turboadam"),
     *("-e", "packages/stochbf16"),

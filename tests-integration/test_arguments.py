@@ -19,7 +19,7 @@ FAMILY = [
 ]
 SHARED = {
     *("lr", "weight_decay", "maximize", "backend", "rounding_seed", "skip_nonfinite"),
-    *("max_grad_norm", "master_weight_bits", "centralization"),
+    *("max_grad_norm", "master_weight_bits", "centralization", "rounding_key"),
     *("foreach", "fused", "capturable", "differentiable"),
 }
 LOWBIT = {"block_size", "bf16_stochastic_round"}
@@ -56,6 +56,7 @@ AS_TEXT: dict[str, tuple[str, Any]] = {
     "max_grad_norm": ("1.0", 1.0),
     "block_size": ("256", 256),
     "rounding_seed": ("7", 7),
+    "rounding_key": ("layers.0", "layers.0"),
     "m_bits": ("3", 3),
     "v_bits": ("4", 4),
     "null_pct": ("0.1", 0.1),

@@ -441,3 +441,26 @@ def test_tensors_are_stepped_on_their_own_gpu() -> None:
         with torch.cuda.device(0):
             run(reference, kernel)
         assert all(not plan.fallback for plan in kernel.optimizer.executor._plans.values())
+
+
+@pytest.mark.parametrize("device", devices())
+def test_parameters_with_names_and_keys_draw_as_the_reference(device) -> None:
+    results = []
+    for backend, where in (("eager", "cpu"), ("triton", device)):
+        torch.manual_seed(0)
+        values = [torch.randn(300).bfloat16().to(where) for _ in range(2)]
+        params = [torch.nn.Parameter(value) for value in values]
+        groups = [
+            {"params": [("layers.0.weight", params[0])]},
+            {"params": [("layers.1.weight", params[1])], "rounding_key": "b"},
+        ]
+        formats = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
+        options = {"write": "stochastic", "backend": backend, "lr": 1e-2}
+        optimizer = CodedOptimizer(groups, Adam(), formats, **options)
+        for step in range(3):
+            for param in params:
+                param.grad = torch.linspace(-1, 1 + step, 300).bfloat16().to(where)
+            optimizer.step()
+        codes = [optimizer.state[p]["exp_avg_codes"] for p in params]
+        results.append([t.detach().cpu() for t in (*params, *codes)])
+    assert all(map(torch.equal, *results))

@@ -34,8 +34,9 @@ from optstate_codecs.offloading import (
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.rounding import stochastic_round_bf16
 from optstate_codecs.rules import Adam, Rule
+from optstate_codecs.state_file import load_safetensors, save_safetensors
 from optstate_codecs.typed import typed_arguments
-from optstate_codecs.views import decode_state, master_weights
+from optstate_codecs.views import decode_state, master_state_dict, master_weights
 
 __version__ = "0.1.0"
 
@@ -57,12 +58,15 @@ __all__ = [
     "Rule",
     "Snapshot",
     "decode_state",
+    "load_safetensors",
+    "master_state_dict",
     "master_weights",
     "memory_report",
     "offload",
     "offloaded_class",
     "parse_format",
     "predicted_state_bytes",
+    "save_safetensors",
     "snapshot",
     "state_bytes",
     "stochastic_round_bf16",

@@ -45,6 +45,18 @@ def register_step(params: ParamsMethod, step: StepMethod) -> int:
     return handle
 
 
+def traced_params(
+    traced: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> list[Tensor]:
+    """All parameters of ``groups``; raises if that is not the list that was ``traced``."""
+    if traced is not groups:
+        raise RuntimeError(
+            "optstate::step: optimizer.param_groups is another list than the compiled one; "
+            "take a step outside torch.compile and compile again"
+        )
+    return [param for group in groups for param in group["params"]]
+
+
 def call_step_op(handle: int, groups: Sequence[Mapping[str, Any]]) -> None:
     """Step the parameters that have gradients; compilers put one operator call into their graph.
 

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from optstate_codecs import checks, engine
 from optstate_codecs.arguments import arguments_of, unknown_argument
-from optstate_codecs.custom_op import call_step_op, register_step
+from optstate_codecs.custom_op import call_step_op, register_step, traced_params
 from optstate_codecs.engine.capture import capturing
 from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.flat_params import check_not_gathered
 from optstate_codecs.formats import Format, as_format
-from optstate_codecs.gradients.centralization import find_grad_means
+from optstate_codecs.gradients.centralization import centralization_means
 from optstate_codecs.gradients.grad_norm import gradient_factor, nonfinite
+from optstate_codecs.one_parameter import refuse_parts, step_one
 from optstate_codecs.param_checks import check_formats, check_group_params
 from optstate_codecs.parameters import ParameterTable
 from optstate_codecs.plain import plain_value
+from optstate_codecs.rounding_keys import check_random
 from optstate_codecs.rules import Rule
-from optstate_codecs.sharding import check_whole_rows
 from optstate_codecs.state import checkpoint
 from optstate_codecs.state.building import counts_on_device
 from optstate_codecs.state.checkpoint import StepCopy
@@ -32,6 +33,9 @@ __all__ = ["CodedOptimizer"]
 
 # by parameter index; None for those in ``param.grad``
 GivenGrads = Mapping[int, Tensor] | None
+# attributes that are pickled beside the rule, with values for those that an older pickle lacks
+KEPT: dict[str, Any] = {"write": "nearest", "skip_nonfinite": False, "backend": "auto"}
+KEPT |= {"max_grad_norm": None, "offloaded": None}
 
 
 class CodedOptimizer(torch.optim.Optimizer):
@@ -50,6 +54,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         backend: "auto", "eager", "compile" or "triton", see ``optstate_codecs.engine``; the
             environment variable OPTSTATE_BACKEND replaces "auto".
         rounding_seed: keys every random number, 0 to 2^63 - 1.
+        rounding_key: int or text; tells optimizers apart whose parameters have no names.
         skip_nonfinite: skip the step when any gradient holds a NaN or Inf.
         max_grad_norm: above 0: step as after ``torch.nn.utils.clip_grad_norm_`` over all
             parameters, without rewriting gradients; None: do not clip.
@@ -99,6 +104,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         *,
         backend: str = "auto",
         rounding_seed: int = 0,
+        rounding_key: str | int | None = None,
         skip_nonfinite: bool = False,
         max_grad_norm: float | None = None,
         **options: Any,
@@ -118,6 +124,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         self.executor: engine.Executor = engine.ResidentExecutor(backend)
         self._reset_caches()
         known = {**rule.defaults(), **self.shared_options, "rounding_seed": rounding_seed}
+        known |= {} if rounding_key is None else {"rounding_key": rounding_key}
         if formats is not None and "formats" not in self.storage_options:
             options["formats"] = formats
         elif formats is not None:
@@ -200,7 +207,7 @@ class CodedOptimizer(torch.optim.Optimizer):
         """Raise unless ``group`` is valid; its hyper-parameters become plain Python values."""
         group.update({key: plain_value(group[key]) for key in self.defaults if key in group})
         hyper = self.rule.hyper(group)
-        checks.whole_number("rounding_seed", group["rounding_seed"])
+        check_random(group)
         checks.share("centralization", group["centralization"])
         check_formats(self.rule.moments(hyper), self.group_formats(group))
         if group["differentiable"]:
@@ -232,33 +239,40 @@ class CodedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _traced_params(self) -> list[Tensor]:
-        """All parameters; raises if ``param_groups`` is not the list that was traced."""
-        if self.traced_groups is not self.param_groups:
-            raise RuntimeError(
-                "optstate::step: optimizer.param_groups is another list than the compiled one; "
-                "take a step outside torch.compile and compile again"
-            )
-        return [param for group in self.param_groups for param in group["params"]]
+        return traced_params(self.traced_groups, self.param_groups)
 
     def refuse_parts(self) -> None:
         """Raise if the step of one parameter depends on the gradients of others."""
-        if self.skip_nonfinite:
-            raise ValueError(
-                "skip_nonfinite=True: cannot be combined with GradientRelease, which has stepped "
-                "parameters before the last gradient is known; use skip_nonfinite=False"
-            )
-        if self.max_grad_norm is not None:
-            raise ValueError(
-                f"max_grad_norm={self.max_grad_norm}: must be None under GradientRelease, which "
-                "takes it itself: GradientRelease(optimizer, max_grad_norm=...)"
-            )
+        advice = "which takes it itself: GradientRelease(optimizer, max_grad_norm=...)"
+        refuse_parts(self.skip_nonfinite, self.max_grad_norm, "GradientRelease", advice)
 
     @torch.no_grad()
-    def step_part(self, params: Sequence[Tensor], factor: Tensor | None = None) -> None:
+    def step_part(
+        self, params: Sequence[Tensor], factor: Tensor | None = None, last: bool = False
+    ) -> None:
         """Step these parameters, with their gradients multiplied by ``factor``."""
         groups = self.param_groups
         given = {self._table.index_of(groups, p): p.grad for p in params if p.grad is not None}
-        self._step(given, factor, last=False)
+        self._step(given, factor, last)
+
+    def step_parameter(
+        self, param: Tensor, group: dict[str, Any] | None = None, index: int | None = None
+    ) -> None:
+        """Step one parameter with its gradient, as ``step`` would, for instance during backward.
+
+        Nothing happens without a gradient. Step hooks are not called.
+
+        Args:
+            param: one of the parameters.
+            group: its param group; checked if given.
+            index: its position in ``group``; checked if given.
+
+        Raises:
+            TypeError, ValueError, KeyError: an argument or the gradient is unusable, or
+                ``max_grad_norm`` or ``skip_nonfinite`` needs all gradients; nothing has changed.
+            RuntimeError: a ``GradientRelease`` is attached, which steps the parameter itself.
+        """
+        step_one(self, param, group, index)
 
     def join_parts(self) -> None:
         """Have the current CUDA stream wait for earlier ``step_part`` calls."""
@@ -296,8 +310,7 @@ class CodedOptimizer(torch.optim.Optimizer):
             return None
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if self.skip_nonfinite:
-            bad = nonfinite(grads, found.params)
-            found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
+            found_inf = nonfinite(grads, found.params, found_inf)
             if not any(map(counts_on_device, self.param_groups)) and bool(found_inf):
                 return None
         # not through the property, which would wait until all state is stored
@@ -305,21 +318,10 @@ class CodedOptimizer(torch.optim.Optimizer):
         param_steps = self._table.cached_param_steps(found, spec)
         if factor is None:
             factor, self.grad_norm = gradient_factor(grads, scale, self.max_grad_norm, found.params)
-        means = None
-        shares = [plain_value(group["centralization"]) for group in self.param_groups]
-        if any(shares):
-            check_whole_rows("centralization", found.params)
-            means = find_grad_means(grads, [shares[group] for group in found.groups])
+        means = centralization_means(self.param_groups, found.groups, found.params, grads)
+        columns = found.addresses, found.layouts
         request = engine.StepRequest(
-            self.rule,
-            param_steps,
-            grads,
-            hypers,
-            addresses=found.addresses,
-            layouts=found.layouts,
-            factor=factor,
-            found_inf=found_inf,
-            grad_means=means,
+            self.rule, param_steps, grads, hypers, *columns, factor, found_inf, means
         )
         if not param_steps[0].param.is_cuda:  # where there is nothing to choose
             request.total = engine.trainable(self.param_groups)
@@ -374,12 +376,10 @@ class CodedOptimizer(torch.optim.Optimizer):
                 post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rule", "write", "skip_nonfinite", "max_grad_norm", "backend", "offloaded")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ("rule", *KEPT)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        options = {"write": "nearest", "skip_nonfinite": False, "max_grad_norm": None}
-        for name, value in {**options, "backend": "auto", "offloaded": None}.items():
+        for name, value in KEPT.items():
             self.__dict__.setdefault(name, value)
         alive = "executor" in self.__dict__
         if alive:

@@ -20,6 +20,7 @@ from optstate_codecs.engine.request import ParamStep
 from optstate_codecs.formats import Format
 from optstate_codecs.param_checks import check_kind, check_steppable
 from optstate_codecs.plain import plain_value
+from optstate_codecs.rounding_keys import KeySource
 from optstate_codecs.rules import Moment
 from optstate_codecs.sharding import (
     any_distributed,
@@ -155,6 +156,7 @@ class ParameterTable:
         self._positions: dict[Tensor, tuple[int, int, int]] = {}
         # of DTensors, by index: the group's formats, and those of the parameter
         self._shard_formats: dict[int, tuple[Any, dict[str, Format]]] = {}
+        self._key_source = KeySource()
 
     def forget(self, param: Tensor) -> None:
         """Check the state of a parameter again the next time that it is used."""
@@ -186,6 +188,9 @@ class ParameterTable:
             hypers: the validated hyper-parameters of each group.
             states: each parameter's state, also where some is still being stored.
         """
+        if self._key_source.changed(owner.param_groups):
+            self._param_steps.clear()
+            self._cached.clear()
         specs = []
         for number, (group, hyper) in enumerate(zip(owner.param_groups, hypers, strict=True)):
             moments, formats = owner.rule.moments(hyper), owner.group_formats(group)
@@ -324,7 +329,7 @@ class ParameterTable:
     def _renew(self, rows: Sequence[Row], spec: StateSpec) -> None:
         """Make each ``ParamStep`` again; all state is checked before any is changed."""
         states, device, counted = spec.states, spec.state_device, spec.counted
-        changes, fresh = [], []
+        changes, fresh, keys = [], [], self._key_source.keys(spec.groups)
         for index, number, param, grad in rows:
             local, offset = local_of(param), shard_offset(param)
             if grad is not None:
@@ -332,7 +337,8 @@ class ParameterTable:
             write, stepped = parameter_write(spec.write, param.dtype), grad is not None
             group = spec.specs[number]
             kept = group._replace(formats=self._formats_of(index, group, param))
-            form = StateForm(local, *kept, write, index, offset, device, counted, stepped)
+            key, place = keys[index], (index, offset)
+            form = StateForm(local, *kept, write, *place, device, counted, stepped, key)
             state = states.get(param, {})
             if not isinstance(state, dict):
                 raise TypeError(f"parameter {index}: state: must be a dict, got {type(state)}")

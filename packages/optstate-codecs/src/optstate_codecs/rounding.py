@@ -149,7 +149,8 @@ class Counter:
     Args:
         seed: the optimizer's ``rounding_seed``, 0 to 2^63 - 1.
         step: the parameter's step count, from 1.
-        param: the parameter's index in the optimizer, counted over all groups.
+        param: the parameter's number, 0 to 2^63 - 1: its index in the optimizer, counted over all
+            groups, or a hash of its name, see ``rounding_keys``.
         offset: the index of the first local element in the global tensor.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from optstate_codecs.state.building import decode_param_step
 from optstate_codecs.state.shards import as_owner
 from optstate_codecs.writes import MASTER, parameter_write
 
-__all__ = ["decode_state", "master_weights"]
+__all__ = ["decode_state", "master_state_dict", "master_weights"]
 
 
 def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
@@ -62,3 +64,58 @@ def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:
         value = write.read(value, parts)
     value = value.to(torch.promote_types(param.dtype, torch.float32), copy=True)
     return rewrapped(value, param, param.shape) if is_distributed(param) else value
+
+
+def master_state_dict(
+    optimizer: CodedOptimizer,
+    model: torch.nn.Module,
+    *,
+    tied: bool = False,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """The state dict of a model with the ``master_weights`` of the parameters of an optimizer.
+
+    Args:
+        optimizer: any optimizer of the family.
+        model: has parameters of the optimizer, under any names.
+        tied: whether a parameter that the model has under several names is there under each of
+            them, as ``model.load_state_dict`` expects; otherwise it is there once, under the first,
+            as ``safetensors.torch.save_file`` expects.
+        device: for instance "cpu", to which the tensors go one by one; None: where they are.
+
+    Returns:
+        As ``model.state_dict()``. Parameters of the optimizer in float16 and bfloat16 are in
+        float32, and they and those in float32 and float64 are copies. Everything else, buffers and
+        parameters that the optimizer does not have, is as in the model, whose memory it shares
+        unless it was moved. ``DTensor``s stay ``DTensor``s.
+
+    Raises:
+        ValueError: the model has no parameter of the optimizer.
+
+    Example:
+        >>> save_file(master_state_dict(optimizer, model, device="cpu"), "model.safetensors")
+    """
+    own = {param for group in optimizer.param_groups for param in group["params"]}
+    entries = model.state_dict(keep_vars=True)
+    if not any(isinstance(value, Tensor) and value in own for value in entries.values()):
+        raise ValueError(
+            f"model={type(model).__name__}: has none of the optimizer's {len(own)} parameters"
+        )
+    found: dict[str, Any] = {}
+    made: dict[Tensor, Tensor] = {}
+    for name, value in entries.items():
+        if not isinstance(value, Tensor):
+            found[name] = value
+        elif value not in made:
+            new = master_weights(optimizer, value) if value in own else value.detach()
+            found[name] = made[value] = _moved(new, device)
+        elif tied:
+            found[name] = made[value]
+    return found
+
+
+def _moved(value: Tensor, device: torch.device | str | None) -> Tensor:
+    if device is None:
+        return value
+    local = local_of(value).to(device)
+    return rewrapped(local, value, value.shape) if is_distributed(value) else local

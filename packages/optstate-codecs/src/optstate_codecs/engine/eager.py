@@ -62,7 +62,7 @@ def _step_param(
     means = None if mean is None else FlatView(mean, order)
     state = FlatState(param_step.state, {**formats, MASTER: param_step.write}, order)
     draw = taken(count) if request.draw is None else request.draw
-    counter = Counter(param_step.seed, draw, param_step.index, param_step.offset)
+    counter = Counter(param_step.seed, draw, param_step.key, param_step.offset)
     compute = torch.float64 if param_step.param.dtype == torch.float64 else torch.float32
 
     spec = StepSpec(

@@ -41,6 +41,8 @@ class ParamStep:
         offset: the index of the first element in the numbering of random numbers, a multiple of 16:
             not 0 where the parameter is a part of a larger one.
         stage: parameters of one stage are stepped together, and stages one after the other.
+        key: keys random numbers beside the seed, 0 to 2^63 - 1 (see ``rounding_keys``); -1: the
+            index.
     """
 
     param: Tensor
@@ -53,9 +55,12 @@ class ParamStep:
     group: int = 0
     offset: int = 0
     stage: int = 0
+    key: int = -1
     _noted: list[Any] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.key < 0:
+            object.__setattr__(self, "key", self.index)
         self.note()
 
     @cached_property

@@ -7,16 +7,43 @@ step subtracts them as it reads the gradients, so that no gradient is rewritten.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optstate_codecs.engine.request import GradMeans
+from optstate_codecs.plain import plain_value
+from optstate_codecs.sharding import check_whole_rows
 from optstate_codecs.state.layout import is_dense, storage_order
 from optstate_codecs.triton_lib import kernels_run
 
-__all__ = ["find_grad_means", "mean_layout"]
+__all__ = ["centralization_means", "find_grad_means", "mean_layout"]
+
+
+def centralization_means(
+    groups: Sequence[Mapping[str, Any]],
+    numbers: Sequence[int],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> GradMeans | None:
+    """The means that the groups' option ``centralization`` subtracts; None if it subtracts none.
+
+    Args:
+        groups: of the optimizer.
+        numbers: the number of each parameter's group.
+        params: the parameters.
+        grads: their gradients; of DTensors the local shards.
+
+    Raises:
+        ValueError: the rows of a DTensor are sharded.
+    """
+    shares = [plain_value(group["centralization"]) for group in groups]
+    if not any(shares):
+        return None
+    check_whole_rows("centralization", params)
+    return find_grad_means(grads, [shares[number] for number in numbers])
 
 
 def find_grad_means(grads: Sequence[Tensor], shares: Sequence[float]) -> GradMeans | None:

@@ -118,12 +118,17 @@ def _by_groups(
     return members
 
 
-def nonfinite(grads: Sequence[Tensor], params: Sequence[Tensor] = ()) -> Tensor:
+def nonfinite(
+    grads: Sequence[Tensor], params: Sequence[Tensor] = (), found: Tensor | None = None
+) -> Tensor:
     """1.0 if any element of ``grads`` is NaN or infinite, else 0.0; 0-d float32.
 
     Elements on meta, which have no values, count as finite. If any of ``params`` is a DTensor, all
-    shards count, and every worker must call this.
+    shards count, and every worker must call this. What was ``found`` before is added.
     """
+    if found is not None:
+        new = nonfinite(grads, params)
+        return new + found.to(new.device)
     if any_distributed(params):
         members = _by_groups(grads, params)
         return reduced({g: nonfinite(some) for g, some in members.items()}, largest=True)

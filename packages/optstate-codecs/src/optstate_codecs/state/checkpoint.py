@@ -23,6 +23,7 @@ from optstate_codecs.counts import taken
 from optstate_codecs.formats import FP32, Format, parse_format
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rounding import Counter
+from optstate_codecs.rounding_keys import rounding_keys
 from optstate_codecs.sharding import is_distributed, local_of, shard_formats, shard_offset
 from optstate_codecs.state.building import (
     counts_on_device,
@@ -129,7 +130,7 @@ def full(optimizer: StateOwner, plain: StateDict) -> StateDict:
                 foreign = {k: v for k, v in state[number].items() if k not in own_entries}
                 named = {torch_names.get(key, key): part for key, part in decoded.items()}
                 state[number] = {**named, **foreign}
-    own = {*optimizer.storage_options, "formats", "orders", "rounding_seed"}
+    own = {*optimizer.storage_options, "formats", "orders", "rounding_seed", "rounding_key"}
     groups = [
         {key: plain_value(value) for key, value in group.items() if key not in own}
         for group in plain["param_groups"]
@@ -146,7 +147,7 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
     groups, all_formats = _merged_groups(optimizer, state_dict["param_groups"])
     state: dict[Any, Any] = _other_entries(state_dict)
     loaded = []
-    index = rounded = 0
+    index, rounded, keys = 0, 0, rounding_keys(groups)
     saved_groups = state_dict["param_groups"]
     for group, saved_formats, saved in zip(groups, all_formats, saved_groups, strict=True):
         group_formats = optimizer.group_formats(group)
@@ -168,7 +169,7 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
                 _check_state(where, param, stored, source, formats)
                 step = _loaded_step(where, stored["step"])
                 counter = Counter(
-                    group["rounding_seed"], taken(float(step)), index, shard_offset(owner)
+                    group["rounding_seed"], taken(float(step)), keys[index], shard_offset(owner)
                 )
                 older = saved.get("orders", {}).get(number)
                 order = _saved_order(where, param, stored, source, older)

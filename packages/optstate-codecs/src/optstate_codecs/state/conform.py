@@ -42,13 +42,14 @@ class StateForm:
         param: gives shape, layout and device.
         moments: of the rule, in its order.
         formats: of the moments, as in the group.
-        seed: keys random numbers, together with index and step count.
+        seed: keys random numbers, together with ``key`` and step count.
         write: of the parameter.
         index: of the parameter, counted over all groups.
         offset: of the first element, from which random numbers are counted.
         state_device: where state is present; None: on the parameter's device.
         counted: whether ``torch.optim``'s class of the rule counts its steps.
         stepped: whether a step takes the state; otherwise it may be on any device.
+        key: keys random numbers, see ``ParamStep``; -1: the index.
     """
 
     param: Tensor
@@ -61,6 +62,7 @@ class StateForm:
     state_device: torch.device | None = None
     counted: bool = True
     stepped: bool = True
+    key: int = -1
 
     @property
     def where(self) -> str:
@@ -70,7 +72,7 @@ class StateForm:
     def param_step(self, state: dict[str, Any], group: int) -> ParamStep:
         """The ``ParamStep`` for state of this form."""
         own = (self.param, state, self.moments, self.formats, self.write, self.seed)
-        return ParamStep(*own, self.index, group, self.offset)
+        return ParamStep(*own, self.index, group, self.offset, key=self.key)
 
     @property
     def stored(self) -> dict[str, Declaration]:
@@ -193,7 +195,8 @@ def _encoded(form: StateForm, entries: Mapping[str, Any], step: Tensor) -> dict[
     )
     zeros = {m.name: torch.zeros_like(param, dtype=torch.float32) for m in form.moments}
     values = {**zeros, **values, **plain}
-    counter = Counter(form.seed, taken(float(step)), form.index, form.offset)
+    number = form.index if form.key < 0 else form.key
+    counter = Counter(form.seed, taken(float(step)), number, form.offset)
     encoded = encode_state(param, values, form.moments, form.formats, counter)
     changed = {
         m.name

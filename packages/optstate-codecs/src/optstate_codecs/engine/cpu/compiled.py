@@ -117,7 +117,7 @@ def _prepare(
     if kernel is not None:
         addresses += [param_step.state[key].data_ptr() for key in kernel.keys]
         keys = [
-            k for s in kernel.streams for k in stream_key(param_step.seed, param_step.index, s // 2)
+            k for s in kernel.streams for k in stream_key(param_step.seed, param_step.key, s // 2)
         ]
     return _Prepared(kernel, variant, (grad.dtype, grad.stride()), addresses, keys)
 

@@ -159,7 +159,7 @@ def _tables(
             parts = [param_step.state[c.key(moment.name)].data_ptr() for c in format.components]
             entry += [parts[0], parts[-1]]
         entry += [0] * (2 + 2 * MOMENT_SLOTS - len(entry))
-        entry += [packed_key(param_step.seed, param_step.index, word) for word in (0, 1)]
+        entry += [packed_key(param_step.seed, param_step.key, word) for word in (0, 1)]
         corrections = [
             param_step.state[c.key(MASTER)].data_ptr() for c in param_step.write.components
         ]
