@@ -104,6 +104,16 @@ def test_sharded_parameters_are_coded_by_shard(store) -> None:
     assert moment.placements == sharded.placements
     assert torch.equal(sharded.to_local(), plain)
     assert torch.equal(moment.to_local(), optimizers[1].state[plain]["exp_avg"])
-    saved = copy.deepcopy(optimizers[0].packed_state_dict())
+    saved = copy.deepcopy(optimizers[0].packed_state_dict(per_rank=True))
     optimizers[0].load_state_dict(saved)
     assert torch.equal(optimizers[0].state[sharded]["exp_avg"].to_local(), moment.to_local())
+    with pytest.raises(ValueError, match=r"packed_state_dict: parameter 0 is a DTensor.*per_rank"):
+        optimizers[0].packed_state_dict()
+    # of another worker, or of another number of workers
+    for key in ("rank 1 of 2", "rank 0 of 2"):
+        foreign = copy.deepcopy(saved)
+        foreign["state"][0] = {key: foreign["state"][0]["rank 0 of 1"]}
+        before = optimizers[0].state[sharded]["exp_avg"].to_local().clone()
+        with pytest.raises(ValueError, match=f"'{key}'.*not by 'rank 0 of 1'"):
+            optimizers[0].load_state_dict(foreign)
+        assert torch.equal(optimizers[0].state[sharded]["exp_avg"].to_local(), before)

@@ -259,12 +259,19 @@ class OptimizerWrapper(Delegate):
         """
         return checkpoint.plain(self, self.engine.states)
 
-    def packed_state_dict(self) -> dict[str, Any]:
+    def packed_state_dict(self, per_rank: bool = False) -> dict[str, Any]:
         """A state dict in the stored form: tensors and plain Python values, of the state's size.
 
         If it is loaded into a wrapper with the same arguments, training continues bit for bit.
+
+        Args:
+            per_rank: save the state of ``DTensor``s as this worker's own. Only the worker of the
+                same rank, of equally many, can load it.
+
+        Raises:
+            ValueError: a parameter is a ``DTensor``, and not ``per_rank``.
         """
-        return checkpoint.packed(self.engine.states)
+        return checkpoint.packed(self.engine.states, checks.flag("per_rank", per_rank))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a plain state dict, of the inner optimizer or of a wrapper, or a packed one.

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.plain import plain_value
+from optstate_codecs.sharding import is_distributed
 from optstate_wrap.hooks import STATE_DICT_HOOKS, save_with_hooks
 from optstate_wrap.state.decoded import DecodedStates
+from optstate_wrap.state.ranks import rank_key
 from optstate_wrap.state.record import Coded, Record, stored_tensor
 
 __all__ = ["KEY", "independent_copy", "packed", "params_by_number", "plain"]
@@ -77,8 +79,16 @@ def _on_host(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def packed(states: DecodedStates) -> StateDict:
-    """The state as it is stored, and about as large."""
+def packed(states: DecodedStates, per_rank: bool = False) -> StateDict:
+    """The state as it is stored, and about as large.
+
+    Args:
+        states: of the inner optimizer.
+        per_rank: keep the state of ``DTensor``s as this worker's own, under ``ranks.rank_key()``.
+
+    Raises:
+        ValueError: a parameter is a ``DTensor``, and not ``per_rank``.
+    """
     inner, store = states.encoder.inner, states.store
     states.write_back()
     saved = Optimizer.state_dict(_GroupsOnly(inner))
@@ -93,6 +103,14 @@ def packed(states: DecodedStates) -> StateDict:
         if param in states.foreign:
             foreign = states.foreign[param]
             entry["foreign"] = {key: independent_copy(value) for key, value in foreign.items()}
+        if entry and is_distributed(param):
+            if not per_rank:
+                raise ValueError(
+                    f"packed_state_dict: parameter {number} is a DTensor, of which this worker has "
+                    "a shard; use state_dict(), which loads on any number of workers, or "
+                    "packed_state_dict(per_rank=True), which each worker saves for itself"
+                )
+            entry = {rank_key(): entry}
         if entry:
             state[number] = entry
     groups = plain_value(saved["param_groups"])

@@ -20,6 +20,7 @@ from optstate_wrap.state.checkpoint import KEY, independent_copy, params_by_numb
 from optstate_wrap.state.decoded import DecodedStates
 from optstate_wrap.state.inference import ordinary_tensors
 from optstate_wrap.state.param_chunks import Layout, ParamChunk
+from optstate_wrap.state.ranks import of_this_rank
 from optstate_wrap.state.record import Coded, Record, decode_state
 from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_numel, slice_state
 
@@ -132,6 +133,7 @@ def _entries(
         if not isinstance(state, Mapping):
             raise TypeError(f"{where}: must be a dict, got {type(state).__name__}")
         if progress.get("packed"):
+            state = of_this_rank(where, state)
             foreign = state.get("foreign", {})
             if "parts" not in state and not foreign:
                 raise KeyError(f"{where}: missing key 'parts'")
