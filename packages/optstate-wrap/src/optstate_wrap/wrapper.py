@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
+from optstate_codecs.custom_op import call_step_op, register_step
 from optstate_wrap.delegate import Delegate
 from optstate_wrap.offload.host import make_store
 from optstate_wrap.policies import Policy, WarmupPolicy
@@ -108,11 +109,17 @@ class OptimizerWrapper(Delegate):
         self.strict = strict
         self.last_step_timings: dict[str, float] = {}
         self._warned = False
-        self.share_hooks()
+        self.attach_inner()
         self.examine()
         existing, optimizer.state = optimizer.state, type(optimizer.state)(dict)
         self.state.update(existing)
         self.engine.states.discard_read_states()
+
+    def attach_inner(self) -> None:
+        super().attach_inner()
+        self._handle = register_step(self._traced_params, self._step_with)
+        # under the name param_groups, torch.compile would guard on every value in the list
+        self.traced_groups = self.param_groups
 
     def examine(self) -> Findings:
         """Probe how the inner optimizer may be stepped with its current hyper-parameters.
@@ -231,13 +238,43 @@ class OptimizerWrapper(Delegate):
                 changed.
             StepError: from the error of a failed step; every parameter is before or after its step.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("CUDA graph: a wrapped step makes new state and cannot be recorded")
-        engine, loss = self.engine, None
-        if closure is not None and engine.encoder.chunked:
+        loss, chunked = None, self.engine.encoder.chunked
+        if closure is not None and chunked:
             with torch.enable_grad():
                 loss = closure()
             closure = None
+        if torch.compiler.is_compiling() and closure is None:
+            call_step_op(self._handle, self.traced_groups)
+            return loss
+        returned = self._step(closure)
+        return loss if chunked else returned
+
+    def _traced_params(self) -> list[Tensor]:
+        """All parameters; raises if ``param_groups`` is not the list that was traced."""
+        if self.traced_groups is not self.param_groups:
+            raise RuntimeError(
+                "optstate::step: optimizer.param_groups is another list than the compiled one; "
+                "take a step outside torch.compile and compile again"
+            )
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _step_with(self, grads: Mapping[int, Tensor]) -> None:
+        """Step with these gradients, by the parameters' numbers, in place of their own."""
+        params = self._traced_params()
+        before = [param.grad for param in params]
+        try:
+            for number, param in enumerate(params):
+                param.grad = grads.get(number)
+            self._step(None)
+        finally:
+            for param, grad in zip(params, before, strict=True):
+                param.grad = grad
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """The step after the closure, or with one that the inner optimizer calls."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("CUDA graph: a wrapped step makes new state and cannot be recorded")
+        engine, self.traced_groups = self.engine, self.param_groups
         began = now() if engine.timer.on else 0.0
         engine.timer.start()
         scaling = {n: getattr(self, n) for n in ("grad_scale", "found_inf") if hasattr(self, n)}
@@ -250,7 +287,7 @@ class OptimizerWrapper(Delegate):
                 delattr(self.inner, name)
         if engine.timer.on:
             self.last_step_timings = engine.timer.report(now() - began)
-        return loss if engine.encoder.chunked else returned
+        return returned
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict, decoded; ``torch.optim`` can load it.
