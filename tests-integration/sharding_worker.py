@@ -46,6 +46,7 @@ from optstate_codecs import (
     snapshot,
     state_bytes,
 )
+from optstate_wrap import ConfigurablePolicy, wrap, wrap_low_memory_adamw
 from turboadam import TurboAdam
 
 Make = Callable[[Any], Optimizer]
@@ -62,6 +63,13 @@ FAMILY: dict[str, Make] = {
     "TurboAdam-3-4": partial(TurboAdam, lr=1e-2, m_bits=3, v_bits=4),
     "stochbf16.AdamW": partial(stochbf16.AdamW, lr=1e-2),
     "split24": partial(AdamW8bit, lr=1e-2, master_weight_bits=24),
+}
+WRAPPED: dict[str, Any] = {
+    "8 bits": {"exp_avg": "int8(rounding=stochastic, units=update)", "exp_avg_sq": "oneq(bits=8)"},
+    "4 bits": {"exp_avg": "int4(block_size=128)", "exp_avg_sq": "oneq(bits=4)"},
+    "16 bits": {"exp_avg": "fp16", "exp_avg_sq": "bf16(rounding=stochastic)"},
+    "from the third step": None,
+    "exact": {},
 }
 SAVED = {name: FAMILY[name] for name in ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "split24")}
 HALF = ("stochbf16.AdamW", "split24")
@@ -401,6 +409,30 @@ def loading(folder: Path) -> dict[str, Any]:
     return found
 
 
+# wrapped optimizers of torch
+
+
+def make_wrapped(name: str, params: Any, **options: Any) -> Any:
+    codecs = WRAPPED[name]
+    if codecs is None:
+        return wrap_low_memory_adamw(params, 1e-2, warmup_steps=2, min_int8_elements=16)
+    return wrap(torch_adamw(params), ConfigurablePolicy(codecs), **options)
+
+
+def wrapped_results(params: Iterable[Any], optimizer: Any) -> list[Any]:
+    return [[whole(p), *(whole(v) for v in optimizer.state[p].values())] for p in params]
+
+
+def wrapped(folder: Path) -> dict[str, Any]:
+    """Five steps of wrapped optimizers under FSDP2."""
+    found: dict[str, Any] = {}
+    for name in WRAPPED:
+        model, optimizer = sharded(partial(make_wrapped, name))
+        train(model.parameters(), optimizer, range(5))
+        found[name] = wrapped_results(model.parameters(), optimizer)
+    return found
+
+
 def main() -> None:
     global DEVICE
     work, rank, world, folder, DEVICE = sys.argv[1:]
@@ -414,7 +446,7 @@ def main() -> None:
         rank=int(rank),
         world_size=int(world),
     )
-    works = (steps, stores, released, placements, refusals, saving, loading)
+    works = (steps, stores, released, placements, refusals, saving, loading, wrapped)
     found = next(w for w in works if w.__name__ == work)(Path(folder))
     if rank == "0":
         torch.save(found, Path(folder) / f"{work}-{world}.pt")

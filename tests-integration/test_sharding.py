@@ -13,7 +13,7 @@ WORKER = Path(__file__).parent / "sharding_worker.py"
 SECONDS = 600
 COUNTS = {"cpu": (1, 2, 4), "cuda": (1, 2)}
 #: whose stochastic writes draw by shard where rows are no multiples of 16 elements
-ROUNDED = ("stochbf16.AdamW", "split24")
+ROUNDED = ("stochbf16.AdamW", "split24", "16 bits", "from the third step")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], ids=["gloo", "nccl"])
@@ -145,3 +145,16 @@ def test_checkpoints_of_two_workers_go_on_with_other_numbers(tmp_path: Path, dev
                     # decoded and encoded anew, with blocks of other lengths
                     for a, b in zip(mine[2:], other[2:], strict=True):
                         assert (a - b).norm() <= 0.4 * b.norm(), name
+
+
+def test_wrapped_optimizers_compute_the_same_bits_on_any_number_of_workers(
+    tmp_path: Path, device: str
+) -> None:
+    found = {workers: run("wrapped", workers, tmp_path, device) for workers in COUNTS[device]}
+    single = found.pop(1)
+    for several in found.values():
+        for name, ours in several.items():
+            assert_same(name, ours, single[name])
+    for name, ours in single.items():
+        # a weight, three of whose rows are no multiple of a block
+        assert torch.equal(ours[0][2], single["exact"][0][2]) == (name == "exact")

@@ -84,7 +84,7 @@ def test_sharded_parameters_are_coded_by_shard(store) -> None:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (1,))
-    whole = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    whole = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
     codecs = {"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"}
     sharded = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
     plain = nn.Parameter(whole.clone())
@@ -94,7 +94,7 @@ def test_sharded_parameters_are_coded_by_shard(store) -> None:
         for p in (sharded, plain)
     ]
     for step in range(4):
-        grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(step + 1))
+        grad = torch.randn(40, 256, generator=torch.Generator().manual_seed(step + 1))
         sharded.grad = distribute_tensor(grad, mesh, [Shard(0)])
         plain.grad = grad
         for optimizer in optimizers:
