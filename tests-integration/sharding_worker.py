@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -133,7 +134,7 @@ def dtype_of(name: str) -> torch.dtype:
 def message_of(function: Callable[[], object]) -> str:
     try:
         function()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing raised"
 
@@ -433,6 +434,75 @@ def wrapped(folder: Path) -> dict[str, Any]:
     return found
 
 
+PACKED = ("8 bits", "4 bits", "16 bits", "exact")
+
+
+def wrapped_state(model: Any, optimizer: Any, options: Any) -> dict[str, Any]:
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    return {"model": model.state_dict(), "optimizer": saved}
+
+
+def wrapped_saving(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in PACKED:
+        model, optimizer = sharded(partial(make_wrapped, name, packed_checkpoints=True))
+        train(model.parameters(), optimizer, range(3))
+        dcp.save(wrapped_state(model, optimizer, None), checkpoint_id=folder / f"{name}-dcp")
+        own = {"model": model.state_dict(), "own": optimizer.packed_state_dict(per_rank=True)}
+        dcp.save(own, checkpoint_id=folder / f"{name}-own")
+        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered = get_optimizer_state_dict(model, optimizer, options=full)
+        weights = {key: whole(value) for key, value in model.state_dict().items()}
+        if dist.get_rank() == 0:
+            torch.save({"model": weights, "optimizer": gathered}, folder / f"{name}-full")
+        found[name, "saved"] = wrapped_results(model.parameters(), optimizer)
+        train(model.parameters(), optimizer, range(3, 6))
+        found[name, "continued"] = wrapped_results(model.parameters(), optimizer)
+    return found
+
+
+def wrapped_loading(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in PACKED:
+        for kind in ("dcp", "full", "own"):
+            model, optimizer = sharded(partial(make_wrapped, name, packed_checkpoints=True))
+            before = wrapped_results(model.parameters(), optimizer)
+            if kind == "full":
+                options = StateDictOptions(full_state_dict=True)
+                state = torch.load(folder / f"{name}-full", weights_only=True)
+                for param, value in zip(model.parameters(), state["model"].values(), strict=True):
+                    param.data.copy_(placed(value, param))
+                set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+            elif kind == "dcp":
+                state = wrapped_state(model, optimizer, None)
+                dcp.load(state, checkpoint_id=folder / f"{name}-dcp")
+                set_optimizer_state_dict(model, optimizer, state["optimizer"])
+            else:
+                train(model.parameters(), optimizer, range(1))
+                state = {"own": optimizer.packed_state_dict(per_rank=True)}
+                state["model"] = model.state_dict()
+                load = partial(dcp.load, state, checkpoint_id=folder / f"{name}-own")
+                found[name, kind, "message"] = message_of(load)
+                if dist.get_world_size() != 2:
+                    continue
+                optimizer.load_state_dict(state["own"])
+            assert len(before) == len(list(model.parameters()))
+            found[name, kind, "saved"] = wrapped_results(model.parameters(), optimizer)
+            train(model.parameters(), optimizer, range(3, 6))
+            found[name, kind, "continued"] = wrapped_results(model.parameters(), optimizer)
+        # in a plain process
+        model = make_model()
+        optimizer = make_wrapped(name, model.parameters())
+        state = torch.load(folder / f"{name}-full", weights_only=True)
+        names = {key: number for number, (key, _) in enumerate(model.named_parameters())}
+        numbered = {names[key]: value for key, value in state["optimizer"]["state"].items()}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+        model.load_state_dict(state["model"])
+        found[name, "plain", "saved"] = wrapped_results(model.parameters(), optimizer)
+    return found
+
+
 def main() -> None:
     global DEVICE
     work, rank, world, folder, DEVICE = sys.argv[1:]
@@ -446,7 +516,8 @@ def main() -> None:
         rank=int(rank),
         world_size=int(world),
     )
-    works = (steps, stores, released, placements, refusals, saving, loading, wrapped)
+    works = (steps, stores, released, placements, refusals, saving, loading)
+    works += (wrapped, wrapped_saving, wrapped_loading)
     found = next(w for w in works if w.__name__ == work)(Path(folder))
     if rank == "0":
         torch.save(found, Path(folder) / f"{work}-{world}.pt")

@@ -107,8 +107,6 @@ def test_sharded_parameters_are_coded_by_shard(store) -> None:
     saved = copy.deepcopy(optimizers[0].packed_state_dict(per_rank=True))
     optimizers[0].load_state_dict(saved)
     assert torch.equal(optimizers[0].state[sharded]["exp_avg"].to_local(), moment.to_local())
-    with pytest.raises(ValueError, match=r"packed_state_dict: parameter 0 is a DTensor.*per_rank"):
-        optimizers[0].packed_state_dict()
     # of another worker, or of another number of workers
     for key in ("rank 1 of 2", "rank 0 of 2"):
         foreign = copy.deepcopy(saved)
@@ -117,3 +115,42 @@ def test_sharded_parameters_are_coded_by_shard(store) -> None:
         with pytest.raises(ValueError, match=f"'{key}'.*not by 'rank 0 of 1'"):
             optimizers[0].load_state_dict(foreign)
         assert torch.equal(optimizers[0].state[sharded]["exp_avg"].to_local(), before)
+    # for all workers; and into a plain tensor, and back
+    shown = optimizers[0].packed_state_dict()
+    parts = shown["state"][0]["parts"][0]["exp_avg"]["parts"]
+    assert [type(part) for part in parts] == [DTensor, DTensor]
+    assert [tuple(part.shape) for part in parts] == [(40, 256), (40, 1)]
+    for optimizer, other in (optimizers, optimizers[::-1]):
+        other.load_state_dict(optimizer.packed_state_dict())
+        for key in ("exp_avg", "exp_avg_sq"):
+            pair = (optimizers[0].state[sharded][key].to_local(), optimizers[1].state[plain][key])
+            assert torch.equal(*pair)
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_state_that_is_one_workers_own_is_refused_by_name(store) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    param = nn.Parameter(distribute_tensor(torch.ones(64, 128), mesh, [Shard(0)]))
+    param.grad = distribute_tensor(torch.ones(64, 128), mesh, [Shard(0)])
+    policy = ConfigurablePolicy({"exp_avg_sq": "linear4(normalization=rank1)"})
+    options = {"store": store, "packed_checkpoints": True}
+    optimizer = wrap(torch.optim.AdamW([param]), policy, **options)
+    optimizer.step()
+    for save in (optimizer.packed_state_dict, optimizer.state_dict):
+        with pytest.raises(ValueError, match=r"'exp_avg_sq' of parameter 0.*per_rank=True"):
+            save()
+    optimizer.load_state_dict(optimizer.packed_state_dict(per_rank=True))
+    optimizer.packed_checkpoints = False
+    optimizer.load_state_dict(optimizer.state_dict())
+    # an entry of a user's, whose place in the whole nobody knows
+    optimizer = wrap(torch.optim.AdamW([param]), ConfigurablePolicy({}), **options)
+    optimizer.step()
+    optimizer.state_dict()
+    optimizer.state[param]["noise"] = torch.ones(3)
+    with pytest.raises(
+        ValueError, match=r"'noise' of parameter 0 is a plain tensor of shape \(3,\)"
+    ):
+        optimizer.state_dict()

@@ -50,12 +50,15 @@ class OptimizerWrapper(Delegate):
         store: "device" stores state on the parameters' device, "host" in host memory.
         strict: raise if the optimizer cannot be stepped in chunks, instead of stepping it whole.
         rounding_seed: keys every random number, 0 to 2^63 - 1.
+        packed_checkpoints: whether ``state_dict`` returns state as it is stored, so that trainers
+            resume bit for bit. False: decoded, as ``torch.optim`` can load it.
         fused: whether the codecs' kernel decodes, steps and encodes coded state at once, if the
             inner optimizer is torch's Adam, AdamW or SGD. None: for float32 parameters, where the
             result differs only in the last bit. True: also for bfloat16 and float16 ones, in
             float32 arithmetic. False: never.
 
     Attributes:
+        packed_checkpoints: the argument; may be changed.
         last_step_timings: with ``profile``, milliseconds of the parts of the last step.
 
     Raises:
@@ -79,6 +82,7 @@ class OptimizerWrapper(Delegate):
         strict: bool = False,
         rounding_seed: int = 0,
         fused: bool | None = None,
+        packed_checkpoints: bool = False,
     ) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
             got = type(optimizer).__name__
@@ -91,6 +95,7 @@ class OptimizerWrapper(Delegate):
         rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
         profile = checks.flag("profile", profile)
         strict = checks.flag("strict", strict)
+        packed_checkpoints = checks.flag("packed_checkpoints", packed_checkpoints)
         fused = None if fused is None else checks.flag("fused", fused)
         if policy is None:
             policy = WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer"))
@@ -107,6 +112,7 @@ class OptimizerWrapper(Delegate):
         self.engine = Engine(optimizer, policy, records, batch_size, first, rounding_seed, fused)
         self.engine.timer.on = profile
         self.strict = strict
+        self.packed_checkpoints = packed_checkpoints
         self.last_step_timings: dict[str, float] = {}
         self._warned = False
         self.attach_inner()
@@ -180,6 +186,8 @@ class OptimizerWrapper(Delegate):
         """Whether the policy encodes any state at the next step."""
         return self.policy.compressing(self.engine.encoder.steps)
 
+    #: of pickles that were made before there was the option
+    packed_checkpoints = False
     #: set while a ``GradientRelease`` steps parameters before ``step`` is called
     steps_in_parts = False
 
@@ -292,8 +300,14 @@ class OptimizerWrapper(Delegate):
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict, decoded; ``torch.optim`` can load it.
 
-        It also has the policy's progress, under a key that ``torch.optim`` ignores.
+        It also has the policy's progress, under a key that ``torch.optim`` ignores. With
+        ``packed_checkpoints`` it is packed instead, as ``packed_state_dict`` says.
+
+        Raises:
+            ValueError: ``packed_checkpoints``, and the state cannot be packed for all workers.
         """
+        if self.packed_checkpoints:
+            return checkpoint.packed_for_trainers(self, self.engine.states)
         return checkpoint.plain(self, self.engine.states)
 
     def packed_state_dict(self, per_rank: bool = False) -> dict[str, Any]:
@@ -301,12 +315,16 @@ class OptimizerWrapper(Delegate):
 
         If it is loaded into a wrapper with the same arguments, training continues bit for bit.
 
+        State of ``DTensor``s is in ``DTensor``s, which ``torch.distributed.checkpoint`` can load on
+        another number of workers. All workers have to load it together.
+
         Args:
             per_rank: save the state of ``DTensor``s as this worker's own. Only the worker of the
                 same rank, of equally many, can load it.
 
         Raises:
-            ValueError: a parameter is a ``DTensor``, and not ``per_rank``.
+            ValueError: not ``per_rank``, and the state of a ``DTensor`` is this worker's own:
+                stored in a format that needs the whole tensor, or a plain tensor.
         """
         return checkpoint.packed(self.engine.states, checks.flag("per_rank", per_rank))
 
@@ -344,7 +362,7 @@ class OptimizerWrapper(Delegate):
         # before the records are copied
         self.engine.states.write_back()
         names = ("inner", "engine", "strict", "findings", "_warned", "last_step_timings")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "packed_checkpoints")}
 
     def set_torch_state(self, values: dict[str, Any]) -> None:
         inner, empty = self.inner, self.inner.state

@@ -10,7 +10,7 @@ from torch import Tensor
 from optstate_codecs.formats import Format
 from optstate_codecs.sharding import shard_formats
 
-__all__ = ["local_of", "rewrapped", "shared_formats"]
+__all__ = ["local_of", "needs_whole", "rewrapped", "shared_formats"]
 
 
 def local_of(tensor: Tensor) -> Tensor:
