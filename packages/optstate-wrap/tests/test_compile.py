@@ -16,7 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Profiler record function")
 def _fresh_compiler():
     torch._dynamo.reset()
     counters.clear()
-    yield
+    # a compiled function that raises inside no_grad leaves gradients off
+    with torch.enable_grad():
+        yield
     torch._dynamo.reset()
 
 

@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
-from optstate_wrap import ConfigurablePolicy, CPUOffloadOptimizer, wrap
+from optstate_wrap import ConfigurablePolicy, CPUOffloadOptimizer, WarmupPolicy, wrap
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:FutureWarning:torch", "ignore:.*:UserWarning:torch"
@@ -154,3 +155,49 @@ def test_state_that_is_one_workers_own_is_refused_by_name(store) -> None:
         ValueError, match=r"'noise' of parameter 0 is a plain tensor of shape \(3,\)"
     ):
         optimizer.state_dict()
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_packed_checkpoints_go_on_with_the_same_bits(store, tmp_path) -> None:
+    """Also of stochastic codes, whose decoded checkpoints are rounded again."""
+
+    def make_packed():
+        model, _ = make({})
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        codecs = {"exp_avg": "int8(rounding=stochastic)", "exp_avg_sq": "bf16(rounding=stochastic)"}
+        options = {"chunk_size": 256, "store": store, "packed_checkpoints": True}
+        return model, wrap(inner, ConfigurablePolicy(codecs), **options)
+
+    model, optimizer = make_packed()
+    train(model, optimizer, range(4))
+    state = get_optimizer_state_dict(model, optimizer)
+    checkpoint.save({"optimizer": state}, checkpoint_id=tmp_path)
+    resumed, other = make_packed()
+    state = get_optimizer_state_dict(resumed, other)
+    checkpoint.load({"optimizer": state}, checkpoint_id=tmp_path)
+    resumed.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(resumed, other, state)
+    train(model, optimizer, range(4, 8))
+    train(resumed, other, range(4, 8))
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+
+
+def test_packed_state_cannot_be_flattened_nor_loaded_into_exact_state(tmp_path) -> None:
+    def make_warm():
+        model, _ = make({})
+        policy = WarmupPolicy(2, min_int8_elements=1)
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return model, wrap(inner, policy, packed_checkpoints=True)
+
+    model, optimizer = make_warm()
+    train(model, optimizer, range(4))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    with pytest.raises(NotImplementedError, match="only supports tensor, int, float, dict"):
+        get_optimizer_state_dict(model, optimizer, options=options)
+    checkpoint.save(
+        {"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path
+    )
+    # a new optimizer's state is exact, and has no place for the codes
+    state = get_optimizer_state_dict(*make_warm())
+    with pytest.raises(CheckpointException, match="Missing key in checkpoint state_dict"):
+        checkpoint.load({"optimizer": state}, checkpoint_id=tmp_path)
