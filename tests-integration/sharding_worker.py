@@ -503,6 +503,46 @@ def wrapped_loading(folder: Path) -> dict[str, Any]:
     return found
 
 
+def wrapped_placements(folder: Path) -> dict[str, Any]:
+    """Packed state of any placement, into the same placement and into every other."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh(DEVICE, (world,))
+    kinds: dict[str, Any] = {
+        "rows": (mesh, [Shard(0)]),
+        "columns": (mesh, [Shard(1)]),
+        "replicas": (mesh, [Replicate()]),
+    }
+    if world == 4:
+        kinds["hybrid"] = init_device_mesh(DEVICE, (2, 2)), [Replicate(), Shard(0)]
+    shapes = ((7, 256), (64, 128), (3, 7), (6, 96), (2, 1024))
+
+    def make(name: str, kind: str) -> tuple[list[Any], Any]:
+        generator, (on, where) = torch.Generator().manual_seed(1), kinds[kind]
+        values = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+        params = [Parameter(distribute_tensor(value, on, where)) for value in values]
+        return params, make_wrapped(name, params)
+
+    found: dict[str, Any] = {}
+    for name in ("8 bits", "4 bits"):
+        for kind in kinds:
+            params, optimizer = make(name, kind)
+            train(params, optimizer, range(3))
+            saved = optimizer.packed_state_dict()
+            found[name, kind, kind, "expected"] = wrapped_results(params, optimizer)
+            for other in kinds:
+                others, resumed = make(name, other)
+                resumed.load_state_dict(saved)
+                for ours, theirs in zip(others, params, strict=True):
+                    ours.data.copy_(placed(whole(theirs).to(DEVICE), ours))
+                found[name, kind, other, "loaded"] = wrapped_results(others, resumed)
+                train(others, resumed, range(3, 5))
+                found[name, kind, other, "continued"] = wrapped_results(others, resumed)
+            train(params, optimizer, range(3, 5))
+            # of the same placement, to the bit
+            found[name, kind, kind, "went on"] = wrapped_results(params, optimizer)
+    return found
+
+
 def main() -> None:
     global DEVICE
     work, rank, world, folder, DEVICE = sys.argv[1:]
@@ -517,7 +557,7 @@ def main() -> None:
         world_size=int(world),
     )
     works = (steps, stores, released, placements, refusals, saving, loading)
-    works += (wrapped, wrapped_saving, wrapped_loading)
+    works += (wrapped, wrapped_saving, wrapped_loading, wrapped_placements)
     found = next(w for w in works if w.__name__ == work)(Path(folder))
     if rank == "0":
         torch.save(found, Path(folder) / f"{work}-{world}.pt")

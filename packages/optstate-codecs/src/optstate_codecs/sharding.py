@@ -222,8 +222,11 @@ def local_slice(value: Tensor, param: Any) -> Tensor:
         value: of the parameter's dimensions, each of the parameter's size or, the last, a share.
         param: that gives mesh and placements.
     """
+    if is_distributed(value) and value.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+        # torch redistributes inside one mesh only
+        value = value.full_tensor()  # type: ignore[attr-defined]
     if is_distributed(value):
-        if value.placements != param.placements or value.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+        if value.placements != param.placements:  # type: ignore[attr-defined]
             value = value.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
         return local_of(value)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
