@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
@@ -144,3 +144,26 @@ def test_rounding_refuses_them() -> None:
     assert isinstance(target, DTensor)
     with pytest.raises(TypeError, match=r"source: is a DTensor .*\.to_local\(\)"):
         stochbf16.stochastic_round(sharded(4, 3))
+
+
+@pytest.mark.parametrize("make", [lowbit_adam.AdamW8bit, lowbit_adam.AdamW4bit])
+def test_a_replicas_components_are_shown_as_large_as_they_are(make) -> None:
+    """Where blocks do not end with rows, there are not as many of them for each row."""
+    value = torch.randn(36, 160, generator=torch.Generator().manual_seed(0))
+    param, plain = Parameter(distribute_tensor(value, line(), [Replicate()])), Parameter(value)
+    optimizers = make([param]), make([plain])
+    param.grad = distribute_tensor(torch.ones(36, 160), line(), [Replicate()])
+    plain.grad = torch.ones(36, 160)
+    for optimizer in optimizers:
+        optimizer.step()
+    ours, theirs = (optimizer.state_dict()["state"][0] for optimizer in optimizers)
+    for component in filter(lambda v: isinstance(v, DTensor), ours.values()):
+        assert component.shape == component.to_local().shape
+    resumed = make([param])
+    resumed.load_state_dict(optimizers[0].state_dict())
+    for key, component in ours.items():
+        assert torch.equal(
+            torch.as_tensor(local(component)),
+            torch.as_tensor(local(resumed.state_dict()["state"][0][key])),
+        )
+    assert theirs.keys() <= ours.keys()

@@ -183,9 +183,12 @@ def _start(tensor: Any) -> tuple[int, ...]:
 def component_shape(param: Any, component: Component) -> torch.Size:
     """The global shape of a component whose shards are the component's for each shard of ``param``.
 
-    One that is a flat row of blocks has a row for each index of the parameter's first dimension.
+    One that is a flat row of blocks has a row for each index of the parameter's first dimension,
+    unless every worker has the whole parameter.
     """
     shape = torch.Size(component.shape(param.shape))
+    if is_distributed(param) and not _sharded(param):
+        return shape
     flat = not component.per_element and len(shape) == 1 < param.dim()
     return torch.Size((param.shape[0], shape[0] // max(param.shape[0], 1))) if flat else shape
 

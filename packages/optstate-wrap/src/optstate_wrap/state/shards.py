@@ -84,7 +84,7 @@ def _shard(where: str, key: str, coded: Coded, param: Tensor) -> Coded:
         shaped = Layout(coded.shape, coded.order).unflatten(part) if own.per_element else part
         if not own.per_element:
             shaped = part.view(own.shape(coded.shape))
-        parts.append(rewrapped(shaped.clone(), param, _shape(param, component)))
+        parts.append(rewrapped(shaped.clone(), param, component_shape(param, component)))
     return replace(coded, parts=tuple(parts), shape=tuple(param.shape), order=order)
 
 
@@ -101,13 +101,6 @@ def _has_whole_blocks(key: str, coded: Coded, param: Tensor) -> bool:
     if needs_whole(coded.format, param):
         return False
     return shared_formats({key: coded.format}, param)[key] == coded.format
-
-
-def _shape(param: Any, component: Component) -> torch.Size:
-    """The global shape of a component whose shards belong to the shards of ``param``."""
-    if all(placement.is_replicate() for placement in param.placements):
-        return torch.Size(component.shape(param.shape))
-    return component_shape(param, component)
 
 
 def shard_of(record: Record, param: Tensor) -> Record | None:
@@ -128,7 +121,7 @@ def shard_of(record: Record, param: Tensor) -> Record | None:
             return None
         parts = []
         for part, component in zip(value.parts, value.bound.components, strict=True):
-            shaped, shape = part, _shape(param, component)
+            shaped, shape = part, component_shape(param, component)
             if part.shape != shape and is_distributed(part):
                 return None
             if part.shape != shape and component.per_element:
