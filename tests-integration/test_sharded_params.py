@@ -167,3 +167,28 @@ def test_a_replicas_components_are_shown_as_large_as_they_are(make) -> None:
             torch.as_tensor(local(resumed.state_dict()["state"][0][key])),
         )
     assert theirs.keys() <= ours.keys()
+
+
+@pytest.mark.filterwarnings("ignore:Profiler record function")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "make",
+    [lowbit_adam.AdamW8bit, lambda params, lr: wrap(torch.optim.AdamW(params, lr=lr))],
+    ids=["AdamW8bit", "wrapped"],
+)
+def test_a_compiled_step_is_the_step(make, backend) -> None:
+    torch._dynamo.reset()
+    params = [sharded(40, 256), sharded(40, 256)]
+    optimizers = [make([param], lr=1e-2) for param in params]
+    compiled = torch.compile(lambda: optimizers[0].step(), backend=backend)
+    for step in range(4):
+        grad = torch.randn(40, 256, generator=torch.Generator().manual_seed(step))
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = distribute_tensor(grad, line(), [Shard(0)])
+            optimizer.param_groups[0]["lr"] *= 0.5
+        before = local(params[0]).clone()
+        compiled()
+        optimizers[1].step()
+        assert torch.equal(local(params[0]), local(params[1]))
+        assert not torch.equal(local(params[0]), before)
+    torch._dynamo.reset()

@@ -15,6 +15,8 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 
+from optstate_codecs.sharding import any_distributed
+
 __all__ = ["call_step_op", "define", "register_step", "untraced"]
 
 # an operator takes tensors and numbers only, so a handle stands for the optimizer
@@ -46,6 +48,8 @@ def register_step(params: ParamsMethod, step: StepMethod) -> int:
 def call_step_op(handle: int, groups: Sequence[Mapping[str, Any]]) -> None:
     """Step the parameters that have gradients; compilers put one operator call into their graph.
 
+    ``DTensor``s are stepped by a call between two graphs.
+
     Args:
         handle: of the optimizer, from ``register_step``.
         groups: its param groups.
@@ -59,7 +63,10 @@ def call_step_op(handle: int, groups: Sequence[Mapping[str, Any]]) -> None:
                 params.append(param)
                 grads.append(param.grad)
             index += 1
-    if indices:
+    if any_distributed(params):
+        # no operator of this library has a sharding strategy, so the graph breaks here
+        _run_untraced(handle, indices, params, grads)
+    elif indices:
         torch.ops.optstate.step(handle, indices, params, grads)
 
 
@@ -74,7 +81,7 @@ def _run(handle: int, indices: list[int], params: list[Tensor], grads: list[Tens
     copies = [
         (every[index], given)
         for index, given in zip(indices, params, strict=True)
-        if every[index].data_ptr() != given.data_ptr()
+        if every[index] is not given and every[index].data_ptr() != given.data_ptr()
     ]
     for own, given in copies:
         own.copy_(given)
@@ -122,3 +129,4 @@ def untraced(run: Callable[..., None]) -> Callable[..., None]:
 
 _library = torch.library.Library("optstate", "FRAGMENT")  # type: ignore[no-untyped-call]
 define(SCHEMA, _run)
+_run_untraced = untraced(torch.no_grad()(_run))
