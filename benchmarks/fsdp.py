@@ -38,7 +38,7 @@ from lowbit_adam import AdamW4bit, AdamW8bit
 from optstate_codecs.memory import state_bytes
 from turboadam import TurboAdam
 
-RESULTS = Path(__file__).parent / "results" / "fsdp.json"
+RESULTS = Path(__file__).parent / "results" / "fsdp_h100x2.json"
 Make = Callable[[Any], Optimizer]
 
 

@@ -73,13 +73,44 @@ def local(value: torch.Tensor) -> torch.Tensor:
     return (value.to_local() if isinstance(value, DTensor) else value).detach().flatten()
 
 
+def test_a_compiled_step_is_the_eager_one() -> None:
+    ends = []
+    for compiled in (False, True):
+        param = sharded(12, 2048)
+        optimizer = lowbit_adam.AdamW8bit([param], lr=1e-2)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for number in range(3):
+            generator = torch.Generator().manual_seed(number)
+            grad = torch.randn(param.shape, generator=generator)
+            param.grad = distribute_tensor(grad, line(), [Shard(0)])
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+            step()
+        ends.append(local(param))
+    assert torch.equal(*ends)
+
+
 def test_a_gradient_of_another_kind_is_refused() -> None:
     param = sharded(40, 30)
     optimizer = lowbit_adam.AdamW8bit([param])
     given = {0: torch.ones(40, 30)}
-    with pytest.raises(TypeError, match=r"gradient of parameter 0: is a Tensor, must be a DTensor"):
+    with pytest.raises(
+        TypeError, match=r"gradient of parameter 0: is a plain tensor, must be a DTensor"
+    ):
         optimizer._step(given)
     assert torch.equal(param.full_tensor(), torch.ones(40, 30))
+
+
+def test_state_of_shards_is_refused_for_plain_parameters() -> None:
+    param = sharded(12, 2048)
+    param.grad = torch.ones_like(param)
+    optimizer = lowbit_adam.AdamW8bit([param])
+    optimizer.step()
+    plain = lowbit_adam.AdamW8bit([Parameter(torch.ones(12, 2048))])
+    with pytest.raises(
+        TypeError, match=r"\['exp_avg_codes'\]: is a DTensor, must be a plain tensor"
+    ):
+        plain.load_state_dict(optimizer.state_dict())
+    assert not plain.state
 
 
 def test_whole_rows_are_asked_for_by_centralization() -> None:

@@ -11,6 +11,7 @@ import torch
 
 WORKER = Path(__file__).parent / "sharding_worker.py"
 SECONDS = 600
+SAVED = ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "split24")
 COUNTS = {"cpu": (1, 2, 4), "cuda": (1, 2)}
 #: whose stochastic writes draw by shard where rows are no multiples of 16 elements
 ROUNDED = ("stochbf16.AdamW", "split24", "16 bits", "from the third step")
@@ -121,6 +122,8 @@ def test_what_cannot_be_stepped_is_refused_by_name(tmp_path: Path, device: str) 
 
 def test_checkpoints_of_two_workers_go_on_with_other_numbers(tmp_path: Path, device: str) -> None:
     saved = run("saving", 2, tmp_path, device)
+    for name in SAVED:
+        assert_same(name, saved[name, "by rank"], saved[name, "continued"])
     for workers in {"cpu": (1, 3, 4), "cuda": (1, 2)}[device]:
         loaded = run("loading", workers, tmp_path, device)
         for key, ours in loaded.items():
@@ -137,7 +140,7 @@ def test_checkpoints_of_two_workers_go_on_with_other_numbers(tmp_path: Path, dev
             else:
                 name, _, when = key
                 assert_same(name, ours, saved[name, when])
-        for name in ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "split24"):
+        for name in SAVED:
             pairs = [(loaded[name, "single"], saved[name, "saved"])]
             pairs.append((loaded[name, "of single"], loaded[name, "single's"]))
             for ours, theirs in pairs:

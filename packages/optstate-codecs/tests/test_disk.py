@@ -34,6 +34,17 @@ def test_resume_goes_on_bit_for_bit(pair, path):
     assert files(path) == ["state", "state.json"]
 
 
+def test_a_relative_path_is_that_of_the_working_directory_then(path, monkeypatch):
+    """The process may have changed its directory when it writes a manifest, or ends."""
+    monkeypatch.chdir(path.parent)
+    pair = Pair(make, store="disk", path=path.name, chunk_bytes=9000).run(1)
+    (elsewhere := path.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    pair.run(2)
+    reopened(pair, make, path).run(2).check()
+    assert not list(elsewhere.iterdir())
+
+
 def test_resume_of_groups_tensors_and_moments_that_came_later(path):
     def build(given):
         groups = [{"params": given[:3], "lr": torch.tensor(0.1)}, {"params": given[3:]}]

@@ -8,7 +8,7 @@ from offloads import SHAPES, Pair, params
 from subjects import adam
 from torch.nn import Parameter
 
-from optstate_codecs import CodedOptimizer
+from optstate_codecs import CodedOptimizer, offloading, places
 from optstate_codecs.offloading import offload
 from optstate_codecs.rules import SGD
 
@@ -205,3 +205,8 @@ def test_state_that_was_there_moves(where):
     offload(pair.optimizers[1], chunk_bytes=9000, **where)
     pair.check("before a step")
     pair.run(3).check("after it")
+
+
+def test_the_former_module_name_has_the_same_objects():
+    for name in places.__all__:
+        assert getattr(places, name) is getattr(offloading, name)

@@ -15,7 +15,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 
-from optstate_codecs.sharding import any_distributed
+from optstate_codecs.sharding import is_distributed
 
 __all__ = ["call_step_op", "define", "register_step", "untraced"]
 
@@ -48,8 +48,6 @@ def register_step(params: ParamsMethod, step: StepMethod) -> int:
 def call_step_op(handle: int, groups: Sequence[Mapping[str, Any]]) -> None:
     """Step the parameters that have gradients; compilers put one operator call into their graph.
 
-    ``DTensor``s are stepped by a call between two graphs.
-
     Args:
         handle: of the optimizer, from ``register_step``.
         groups: its param groups.
@@ -63,9 +61,9 @@ def call_step_op(handle: int, groups: Sequence[Mapping[str, Any]]) -> None:
                 params.append(param)
                 grads.append(param.grad)
             index += 1
-    if any_distributed(params):
-        # no operator of this library has a sharding strategy, so the graph breaks here
-        _run_untraced(handle, indices, params, grads)
+    if any(map(is_distributed, params)):
+        # no sharding strategy can be registered for an operator that mutates lists of tensors
+        _step_outside(handle, indices, grads)
     elif indices:
         torch.ops.optstate.step(handle, indices, params, grads)
 
@@ -81,13 +79,20 @@ def _run(handle: int, indices: list[int], params: list[Tensor], grads: list[Tens
     copies = [
         (every[index], given)
         for index, given in zip(indices, params, strict=True)
-        if every[index] is not given and every[index].data_ptr() != given.data_ptr()
+        if every[index].data_ptr() != given.data_ptr()
     ]
     for own, given in copies:
         own.copy_(given)
     step(dict(zip(indices, grads, strict=True)))
     for own, given in copies:
         given.copy_(own)
+
+
+def _step_sharded(handle: int, indices: list[int], grads: list[Tensor]) -> None:
+    registered = _steps.get(handle)
+    step = registered and registered[1]()
+    if step:
+        step(dict(zip(indices, grads, strict=True)))
 
 
 def define(schema: str, run: Callable[..., None]) -> None:
@@ -127,6 +132,7 @@ def untraced(run: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+# DTensors are stepped between two graphs
+_step_outside = untraced(_step_sharded)
 _library = torch.library.Library("optstate", "FRAGMENT")  # type: ignore[no-untyped-call]
 define(SCHEMA, _run)
-_run_untraced = untraced(torch.no_grad()(_run))

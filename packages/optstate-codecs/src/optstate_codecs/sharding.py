@@ -215,7 +215,7 @@ def rewrapped(local: Tensor, param: Any, shape: Sequence[int]) -> Tensor:
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.uint8, device="meta").stride()
 
 
 def local_slice(value: Tensor, param: Any) -> Tensor:
@@ -276,8 +276,8 @@ def local_grad(index: int, param: Any, grad: Any) -> Tensor:
     """
     name = f"gradient of parameter {index}"
     if is_distributed(grad) != is_distributed(param):
-        kinds = type(grad).__name__, type(param).__name__
-        raise TypeError(f"{name}: is a {kinds[0]}, must be a {kinds[1]} as the parameter")
+        kinds = ["a plain tensor", "a DTensor"][:: -1 if is_distributed(grad) else 1]
+        raise TypeError(f"{name}: is {kinds[0]}, must be {kinds[1]} as the parameter is")
     if is_distributed(grad):
         if grad.shape != param.shape:
             shapes = f"shape {tuple(grad.shape)}, must be {tuple(param.shape)}"

@@ -64,7 +64,8 @@ class DiskStateStore(StateStore):
     name = "disk"
 
     def __init__(self, path: str | Path, resume: bool = False, sync: bool = False) -> None:
-        self.path = Path(path)
+        # absolute: the process may change its working directory before the next manifest
+        self.path = Path(path).absolute()
         self.manifest_path = manifest_path(self.path)
         self.sync = sync
         self.manifest: dict[str, Any] | None = None

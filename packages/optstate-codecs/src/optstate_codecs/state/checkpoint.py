@@ -164,7 +164,7 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
                     formats = shard_formats(formats, owner)
                     stored, source = shard_of(where, owner, stored, moments, source)
                 else:
-                    stored, source = whole_of_shards(param, stored, source)
+                    stored, source = whole_of_shards(where, param, stored, source)
                 _check_state(where, param, stored, source, formats)
                 step = _loaded_step(where, stored["step"])
                 counter = Counter(

@@ -101,12 +101,21 @@ def shard_of(
 
 
 def whole_of_shards(
-    param: Tensor, stored: Mapping[str, Any], source: dict[str, Format]
+    where: str, param: Tensor, stored: Mapping[str, Any], source: dict[str, Format]
 ) -> tuple[Mapping[str, Any], dict[str, Format]]:
     """State of a plain tensor that was gathered from shards, and its formats; others unchanged.
 
     Blocks of shards end with rows, see ``sharding.shard_formats``.
+
+    Raises:
+        TypeError: it has not been gathered; the message names the entry.
     """
+    for key, value in stored.items():
+        if isinstance(value, Tensor) and is_distributed(value):
+            raise TypeError(
+                f"{where}[{key!r}]: is a DTensor, must be a plain tensor as the parameter is; "
+                "gather it first, as StateDictOptions(full_state_dict=True) does"
+            )
     plain = bound(source, param)
     shapes = {key: c.shape(param.shape) for key, c in components_of(plain).items()}
     if _has_shapes(stored, shapes) or any(format.whole for format in plain.values()):
