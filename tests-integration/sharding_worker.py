@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -46,6 +47,7 @@ from optstate_codecs import (
     snapshot,
     state_bytes,
 )
+from optstate_wrap import ConfigurablePolicy, wrap, wrap_low_memory_adamw
 from turboadam import TurboAdam
 
 Make = Callable[[Any], Optimizer]
@@ -62,6 +64,13 @@ FAMILY: dict[str, Make] = {
     "TurboAdam-3-4": partial(TurboAdam, lr=1e-2, m_bits=3, v_bits=4),
     "stochbf16.AdamW": partial(stochbf16.AdamW, lr=1e-2),
     "split24": partial(AdamW8bit, lr=1e-2, master_weight_bits=24),
+}
+WRAPPED: dict[str, Any] = {
+    "8 bits": {"exp_avg": "int8(rounding=stochastic, units=update)", "exp_avg_sq": "oneq(bits=8)"},
+    "4 bits": {"exp_avg": "int4(block_size=128)", "exp_avg_sq": "oneq(bits=4)"},
+    "16 bits": {"exp_avg": "fp16", "exp_avg_sq": "bf16(rounding=stochastic)"},
+    "from the third step": None,
+    "exact": {},
 }
 SAVED = {name: FAMILY[name] for name in ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "split24")}
 HALF = ("stochbf16.AdamW", "split24")
@@ -125,7 +134,7 @@ def dtype_of(name: str) -> torch.dtype:
 def message_of(function: Callable[[], object]) -> str:
     try:
         function()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing raised"
 
@@ -408,6 +417,139 @@ def loading(folder: Path) -> dict[str, Any]:
     return found
 
 
+# wrapped optimizers of torch
+
+
+def make_wrapped(name: str, params: Any, **options: Any) -> Any:
+    codecs = WRAPPED[name]
+    if codecs is None:
+        return wrap_low_memory_adamw(params, 1e-2, warmup_steps=2, min_int8_elements=16)
+    return wrap(torch_adamw(params), ConfigurablePolicy(codecs), **options)
+
+
+def wrapped_results(params: Iterable[Any], optimizer: Any) -> list[Any]:
+    return [[whole(p), *(whole(v) for v in optimizer.state[p].values())] for p in params]
+
+
+def wrapped(folder: Path) -> dict[str, Any]:
+    """Five steps of wrapped optimizers under FSDP2."""
+    found: dict[str, Any] = {}
+    for name in WRAPPED:
+        model, optimizer = sharded(partial(make_wrapped, name))
+        train(model.parameters(), optimizer, range(5))
+        found[name] = wrapped_results(model.parameters(), optimizer)
+    return found
+
+
+PACKED = ("8 bits", "4 bits", "16 bits", "exact")
+
+
+def wrapped_state(model: Any, optimizer: Any, options: Any) -> dict[str, Any]:
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    return {"model": model.state_dict(), "optimizer": saved}
+
+
+def wrapped_saving(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in PACKED:
+        model, optimizer = sharded(partial(make_wrapped, name, packed_checkpoints=True))
+        train(model.parameters(), optimizer, range(3))
+        dcp.save(wrapped_state(model, optimizer, None), checkpoint_id=folder / f"{name}-dcp")
+        own = {"model": model.state_dict(), "own": optimizer.packed_state_dict(per_rank=True)}
+        dcp.save(own, checkpoint_id=folder / f"{name}-own")
+        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered = get_optimizer_state_dict(model, optimizer, options=full)
+        weights = {key: whole(value) for key, value in model.state_dict().items()}
+        if dist.get_rank() == 0:
+            torch.save({"model": weights, "optimizer": gathered}, folder / f"{name}-full")
+        found[name, "saved"] = wrapped_results(model.parameters(), optimizer)
+        train(model.parameters(), optimizer, range(3, 6))
+        found[name, "continued"] = wrapped_results(model.parameters(), optimizer)
+    return found
+
+
+def wrapped_loading(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in PACKED:
+        for kind in ("dcp", "full", "own"):
+            model, optimizer = sharded(partial(make_wrapped, name, packed_checkpoints=True))
+            before = wrapped_results(model.parameters(), optimizer)
+            if kind == "full":
+                options = StateDictOptions(full_state_dict=True)
+                state = torch.load(folder / f"{name}-full", weights_only=True)
+                for param, value in zip(model.parameters(), state["model"].values(), strict=True):
+                    param.data.copy_(placed(value, param))
+                set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+            elif kind == "dcp":
+                state = wrapped_state(model, optimizer, None)
+                dcp.load(state, checkpoint_id=folder / f"{name}-dcp")
+                set_optimizer_state_dict(model, optimizer, state["optimizer"])
+            else:
+                train(model.parameters(), optimizer, range(1))
+                state = {"own": optimizer.packed_state_dict(per_rank=True)}
+                state["model"] = model.state_dict()
+                load = partial(dcp.load, state, checkpoint_id=folder / f"{name}-own")
+                found[name, kind, "message"] = message_of(load)
+                if dist.get_world_size() != 2:
+                    continue
+                optimizer.load_state_dict(state["own"])
+            assert len(before) == len(list(model.parameters()))
+            found[name, kind, "saved"] = wrapped_results(model.parameters(), optimizer)
+            train(model.parameters(), optimizer, range(3, 6))
+            found[name, kind, "continued"] = wrapped_results(model.parameters(), optimizer)
+        # in a plain process
+        model = make_model()
+        optimizer = make_wrapped(name, model.parameters())
+        state = torch.load(folder / f"{name}-full", weights_only=True)
+        names = {key: number for number, (key, _) in enumerate(model.named_parameters())}
+        numbered = {names[key]: value for key, value in state["optimizer"]["state"].items()}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+        model.load_state_dict(state["model"])
+        found[name, "plain", "saved"] = wrapped_results(model.parameters(), optimizer)
+    return found
+
+
+def wrapped_placements(folder: Path) -> dict[str, Any]:
+    """Packed state of any placement, into the same placement and into every other."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh(DEVICE, (world,))
+    kinds: dict[str, Any] = {
+        "rows": (mesh, [Shard(0)]),
+        "columns": (mesh, [Shard(1)]),
+        "replicas": (mesh, [Replicate()]),
+    }
+    if world == 4:
+        kinds["hybrid"] = init_device_mesh(DEVICE, (2, 2)), [Replicate(), Shard(0)]
+    shapes = ((7, 256), (64, 128), (3, 7), (6, 96), (2, 1024))
+
+    def make(name: str, kind: str) -> tuple[list[Any], Any]:
+        generator, (on, where) = torch.Generator().manual_seed(1), kinds[kind]
+        values = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+        params = [Parameter(distribute_tensor(value, on, where)) for value in values]
+        return params, make_wrapped(name, params)
+
+    found: dict[str, Any] = {}
+    for name in ("8 bits", "4 bits"):
+        for kind in kinds:
+            params, optimizer = make(name, kind)
+            train(params, optimizer, range(3))
+            saved = optimizer.packed_state_dict()
+            found[name, kind, kind, "expected"] = wrapped_results(params, optimizer)
+            for other in kinds:
+                others, resumed = make(name, other)
+                resumed.load_state_dict(saved)
+                for ours, theirs in zip(others, params, strict=True):
+                    ours.data.copy_(placed(whole(theirs).to(DEVICE), ours))
+                found[name, kind, other, "loaded"] = wrapped_results(others, resumed)
+                train(others, resumed, range(3, 5))
+                found[name, kind, other, "continued"] = wrapped_results(others, resumed)
+            train(params, optimizer, range(3, 5))
+            # of the same placement, to the bit
+            found[name, kind, kind, "went on"] = wrapped_results(params, optimizer)
+    return found
+
+
 def main() -> None:
     global DEVICE
     work, rank, world, folder, DEVICE = sys.argv[1:]
@@ -422,6 +564,7 @@ def main() -> None:
         world_size=int(world),
     )
     works = (steps, stores, released, placements, refusals, saving, loading)
+    works += (wrapped, wrapped_saving, wrapped_loading, wrapped_placements)
     found = next(w for w in works if w.__name__ == work)(Path(folder))
     if rank == "0":
         torch.save(found, Path(folder) / f"{work}-{world}.pt")

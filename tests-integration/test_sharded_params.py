@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
@@ -175,3 +175,51 @@ def test_rounding_refuses_them() -> None:
     assert isinstance(target, DTensor)
     with pytest.raises(TypeError, match=r"source: is a DTensor .*\.to_local\(\)"):
         stochbf16.stochastic_round(sharded(4, 3))
+
+
+@pytest.mark.parametrize("make", [lowbit_adam.AdamW8bit, lowbit_adam.AdamW4bit])
+def test_a_replicas_components_are_shown_as_large_as_they_are(make) -> None:
+    """Where blocks do not end with rows, there are not as many of them for each row."""
+    value = torch.randn(36, 160, generator=torch.Generator().manual_seed(0))
+    param, plain = Parameter(distribute_tensor(value, line(), [Replicate()])), Parameter(value)
+    optimizers = make([param]), make([plain])
+    param.grad = distribute_tensor(torch.ones(36, 160), line(), [Replicate()])
+    plain.grad = torch.ones(36, 160)
+    for optimizer in optimizers:
+        optimizer.step()
+    ours, theirs = (optimizer.state_dict()["state"][0] for optimizer in optimizers)
+    for component in filter(lambda v: isinstance(v, DTensor), ours.values()):
+        assert component.shape == component.to_local().shape
+    resumed = make([param])
+    resumed.load_state_dict(optimizers[0].state_dict())
+    for key, component in ours.items():
+        assert torch.equal(
+            torch.as_tensor(local(component)),
+            torch.as_tensor(local(resumed.state_dict()["state"][0][key])),
+        )
+    assert theirs.keys() <= ours.keys()
+
+
+@pytest.mark.filterwarnings("ignore:Profiler record function")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "make",
+    [lowbit_adam.AdamW8bit, lambda params, lr: wrap(torch.optim.AdamW(params, lr=lr))],
+    ids=["AdamW8bit", "wrapped"],
+)
+def test_a_compiled_step_is_the_step(make, backend) -> None:
+    torch._dynamo.reset()
+    params = [sharded(40, 256), sharded(40, 256)]
+    optimizers = [make([param], lr=1e-2) for param in params]
+    compiled = torch.compile(lambda: optimizers[0].step(), backend=backend)
+    for step in range(4):
+        grad = torch.randn(40, 256, generator=torch.Generator().manual_seed(step))
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = distribute_tensor(grad, line(), [Shard(0)])
+            optimizer.param_groups[0]["lr"] *= 0.5
+        before = local(params[0]).clone()
+        compiled()
+        optimizers[1].step()
+        assert torch.equal(local(params[0]), local(params[1]))
+        assert not torch.equal(local(params[0]), before)
+    torch._dynamo.reset()

@@ -183,9 +183,12 @@ def _start(tensor: Any) -> tuple[int, ...]:
 def component_shape(param: Any, component: Component) -> torch.Size:
     """The global shape of a component whose shards are the component's for each shard of ``param``.
 
-    One that is a flat row of blocks has a row for each index of the parameter's first dimension.
+    One that is a flat row of blocks has a row for each index of the parameter's first dimension,
+    unless every worker has the whole parameter.
     """
     shape = torch.Size(component.shape(param.shape))
+    if is_distributed(param) and not _sharded(param):
+        return shape
     flat = not component.per_element and len(shape) == 1 < param.dim()
     return torch.Size((param.shape[0], shape[0] // max(param.shape[0], 1))) if flat else shape
 
@@ -222,8 +225,11 @@ def local_slice(value: Tensor, param: Any) -> Tensor:
         value: of the parameter's dimensions, each of the parameter's size or, the last, a share.
         param: that gives mesh and placements.
     """
+    if is_distributed(value) and value.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+        # torch redistributes inside one mesh only
+        value = value.full_tensor()  # type: ignore[attr-defined]
     if is_distributed(value):
-        if value.placements != param.placements or value.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+        if value.placements != param.placements:  # type: ignore[attr-defined]
             value = value.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
         return local_of(value)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

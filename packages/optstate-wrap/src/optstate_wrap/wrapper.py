@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs import checks
+from optstate_codecs.custom_op import call_step_op, register_step
 from optstate_wrap.delegate import Delegate
 from optstate_wrap.offload.host import make_store
 from optstate_wrap.policies import Policy, WarmupPolicy
@@ -49,12 +50,15 @@ class OptimizerWrapper(Delegate):
         store: "device" stores state on the parameters' device, "host" in host memory.
         strict: raise if the optimizer cannot be stepped in chunks, instead of stepping it whole.
         rounding_seed: keys every random number, 0 to 2^63 - 1.
+        packed_checkpoints: whether ``state_dict`` returns state as it is stored, so that trainers
+            resume bit for bit. False: decoded, as ``torch.optim`` can load it.
         fused: whether the codecs' kernel decodes, steps and encodes coded state at once, if the
             inner optimizer is torch's Adam, AdamW or SGD. None: for float32 parameters, where the
             result differs only in the last bit. True: also for bfloat16 and float16 ones, in
             float32 arithmetic. False: never.
 
     Attributes:
+        packed_checkpoints: the argument; may be changed.
         last_step_timings: with ``profile``, milliseconds of the parts of the last step.
 
     Raises:
@@ -78,6 +82,7 @@ class OptimizerWrapper(Delegate):
         strict: bool = False,
         rounding_seed: int = 0,
         fused: bool | None = None,
+        packed_checkpoints: bool = False,
     ) -> None:
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, OptimizerWrapper):
             got = type(optimizer).__name__
@@ -90,6 +95,7 @@ class OptimizerWrapper(Delegate):
         rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
         profile = checks.flag("profile", profile)
         strict = checks.flag("strict", strict)
+        packed_checkpoints = checks.flag("packed_checkpoints", packed_checkpoints)
         fused = None if fused is None else checks.flag("fused", fused)
         if policy is None:
             policy = WarmupPolicy(momentum_key=("exp_avg", "momentum_buffer"))
@@ -106,13 +112,20 @@ class OptimizerWrapper(Delegate):
         self.engine = Engine(optimizer, policy, records, batch_size, first, rounding_seed, fused)
         self.engine.timer.on = profile
         self.strict = strict
+        self.packed_checkpoints = packed_checkpoints
         self.last_step_timings: dict[str, float] = {}
         self._warned = False
-        self.share_hooks()
+        self.attach_inner()
         self.examine()
         existing, optimizer.state = optimizer.state, type(optimizer.state)(dict)
         self.state.update(existing)
         self.engine.states.discard_read_states()
+
+    def attach_inner(self) -> None:
+        super().attach_inner()
+        self._handle = register_step(self._traced_params, self._step_with)
+        # under the name param_groups, torch.compile would guard on every value in the list
+        self.traced_groups = self.param_groups
 
     def examine(self) -> Findings:
         """Probe how the inner optimizer may be stepped with its current hyper-parameters.
@@ -173,6 +186,8 @@ class OptimizerWrapper(Delegate):
         """Whether the policy encodes any state at the next step."""
         return self.policy.compressing(self.engine.encoder.steps)
 
+    #: of pickles that were made before there was the option
+    packed_checkpoints = False
     #: set while a ``GradientRelease`` steps parameters before ``step`` is called
     steps_in_parts = False
 
@@ -231,13 +246,43 @@ class OptimizerWrapper(Delegate):
                 changed.
             StepError: from the error of a failed step; every parameter is before or after its step.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("CUDA graph: a wrapped step makes new state and cannot be recorded")
-        engine, loss = self.engine, None
-        if closure is not None and engine.encoder.chunked:
+        loss, chunked = None, self.engine.encoder.chunked
+        if closure is not None and chunked:
             with torch.enable_grad():
                 loss = closure()
             closure = None
+        if torch.compiler.is_compiling() and closure is None:
+            call_step_op(self._handle, self.traced_groups)
+            return loss
+        returned = self._step(closure)
+        return loss if chunked else returned
+
+    def _traced_params(self) -> list[Tensor]:
+        """All parameters; raises if ``param_groups`` is not the list that was traced."""
+        if self.traced_groups is not self.param_groups:
+            raise RuntimeError(
+                "optstate::step: optimizer.param_groups is another list than the compiled one; "
+                "take a step outside torch.compile and compile again"
+            )
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _step_with(self, grads: Mapping[int, Tensor]) -> None:
+        """Step with these gradients, by the parameters' numbers, in place of their own."""
+        params = self._traced_params()
+        before = [param.grad for param in params]
+        try:
+            for number, param in enumerate(params):
+                param.grad = grads.get(number)
+            self._step(None)
+        finally:
+            for param, grad in zip(params, before, strict=True):
+                param.grad = grad
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """The step after the closure, or with one that the inner optimizer calls."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("CUDA graph: a wrapped step makes new state and cannot be recorded")
+        engine, self.traced_groups = self.engine, self.param_groups
         began = now() if engine.timer.on else 0.0
         engine.timer.start()
         scaling = {n: getattr(self, n) for n in ("grad_scale", "found_inf") if hasattr(self, n)}
@@ -250,21 +295,38 @@ class OptimizerWrapper(Delegate):
                 delattr(self.inner, name)
         if engine.timer.on:
             self.last_step_timings = engine.timer.report(now() - began)
-        return loss if engine.encoder.chunked else returned
+        return returned
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state dict, decoded; ``torch.optim`` can load it.
 
-        It also has the policy's progress, under a key that ``torch.optim`` ignores.
+        It also has the policy's progress, under a key that ``torch.optim`` ignores. With
+        ``packed_checkpoints`` it is packed instead, as ``packed_state_dict`` says.
+
+        Raises:
+            ValueError: ``packed_checkpoints``, and the state cannot be packed for all workers.
         """
+        if self.packed_checkpoints:
+            return checkpoint.packed_for_trainers(self, self.engine.states)
         return checkpoint.plain(self, self.engine.states)
 
-    def packed_state_dict(self) -> dict[str, Any]:
+    def packed_state_dict(self, per_rank: bool = False) -> dict[str, Any]:
         """A state dict in the stored form: tensors and plain Python values, of the state's size.
 
         If it is loaded into a wrapper with the same arguments, training continues bit for bit.
+
+        State of ``DTensor``s is in ``DTensor``s, which ``torch.distributed.checkpoint`` can load on
+        another number of workers. All workers have to load it together.
+
+        Args:
+            per_rank: save the state of ``DTensor``s as this worker's own. Only the worker of the
+                same rank, of equally many, can load it.
+
+        Raises:
+            ValueError: not ``per_rank``, and the state of a ``DTensor`` is this worker's own:
+                stored in a format that needs the whole tensor, or a plain tensor.
         """
-        return checkpoint.packed(self.engine.states)
+        return checkpoint.packed(self.engine.states, checks.flag("per_rank", per_rank))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a plain state dict, of the inner optimizer or of a wrapper, or a packed one.
@@ -300,7 +362,7 @@ class OptimizerWrapper(Delegate):
         # before the records are copied
         self.engine.states.write_back()
         names = ("inner", "engine", "strict", "findings", "_warned", "last_step_timings")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "packed_checkpoints")}
 
     def set_torch_state(self, values: dict[str, Any]) -> None:
         inner, empty = self.inner, self.inner.state

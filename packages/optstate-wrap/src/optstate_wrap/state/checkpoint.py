@@ -9,7 +9,8 @@ A plain state dict is the inner optimizer's own, decoded. A packed one has ``tor
 - ``foreign``: the entries that the optimizer did not make.
 
 Both kinds have a key ``optstate_wrap``, which ``torch.optim`` ignores, with the policy's progress
-and, if plain, the keys of foreign entries.
+and, if plain, the keys of foreign entries. A packed one that trainers see has it in each state too:
+``torch.distributed.checkpoint`` keeps ``state`` and ``param_groups`` only.
 """
 
 from __future__ import annotations
@@ -22,12 +23,24 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate_codecs.flat_params import is_flat
 from optstate_codecs.plain import plain_value
+from optstate_codecs.sharding import is_distributed
 from optstate_wrap.hooks import STATE_DICT_HOOKS, save_with_hooks
 from optstate_wrap.state.decoded import DecodedStates
+from optstate_wrap.state.ranks import rank_key
 from optstate_wrap.state.record import Coded, Record, stored_tensor
+from optstate_wrap.state.shards import local_record, shards_of
 
-__all__ = ["KEY", "independent_copy", "packed", "params_by_number", "plain"]
+__all__ = [
+    "KEY",
+    "independent_copy",
+    "packed",
+    "packed_for_trainers",
+    "params_by_number",
+    "plain",
+    "progress_of_states",
+]
 
 KEY = "optstate_wrap"
 StateDict = dict[str, Any]
@@ -77,8 +90,17 @@ def _on_host(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def packed(states: DecodedStates) -> StateDict:
-    """The state as it is stored, and about as large."""
+def packed(states: DecodedStates, per_rank: bool = False) -> StateDict:
+    """The state as it is stored, and about as large.
+
+    Args:
+        states: of the inner optimizer.
+        per_rank: save the state of ``DTensor``s as this worker's own, under ``ranks.rank_key()``,
+            instead of as ``DTensor``s.
+
+    Raises:
+        ValueError: not ``per_rank``, and a value cannot be shown as a ``DTensor``.
+    """
     inner, store = states.encoder.inner, states.store
     states.write_back()
     saved = Optimizer.state_dict(_GroupsOnly(inner))
@@ -87,17 +109,63 @@ def packed(states: DecodedStates) -> StateDict:
         entry: dict[str, Any] = {}
         if param in store:
             records = store.records(param)
+            if is_distributed(param):
+                records = [
+                    local_record(record, param) if per_rank else shards_of(number, record, param)
+                    for record in records
+                ]
             entry["parts"] = [_packed_record(record) for record in records]
             if len(records) > 1:
                 entry["order"] = list(store.layout(param).order)
         if param in states.foreign:
             foreign = states.foreign[param]
+            if is_distributed(param) and not per_rank:
+                foreign = shards_of(number, foreign, param)
             entry["foreign"] = {key: independent_copy(value) for key, value in foreign.items()}
+        if entry and is_distributed(param) and per_rank:
+            entry = {rank_key(): entry}
         if entry:
             state[number] = entry
     groups = plain_value(saved["param_groups"])
     progress = {**_progress(states), "packed": True}
     return {**saved, "state": state, "param_groups": groups, KEY: progress}
+
+
+def packed_for_trainers(wrapper: Optimizer, states: DecodedStates) -> StateDict:
+    """What ``packed`` returns, as the result of ``wrapper.state_dict()``.
+
+    Args:
+        wrapper: the optimizer whose state dict hooks are called.
+        states: of the inner optimizer.
+
+    Raises:
+        ValueError: as ``packed``; or a parameter is a flat one of FSDP1, which gathers state
+            element by element.
+    """
+    inner = states.encoder.inner
+    if any(is_flat(param) for group in inner.param_groups for param in group["params"]):
+        raise ValueError(
+            "packed_checkpoints=True: FSDP1 can gather decoded state only; use "
+            "packed_checkpoints=False, or FSDP2 (fully_shard)"
+        )
+
+    def save() -> StateDict:
+        saved = packed(states)
+        numbers = params_by_number(saved, inner)
+        for number in numbers.keys() & saved["state"].keys():
+            saved["state"][number][KEY] = copy.deepcopy(saved[KEY])
+        return saved
+
+    return save_with_hooks(wrapper, inner, save)
+
+
+def progress_of_states(saved: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """The progress that ``packed_for_trainers`` keeps in each state; empty if there is none."""
+    for state in saved.values():
+        if isinstance(state, Mapping) and isinstance(state.get(KEY), Mapping):
+            progress: Mapping[str, Any] = state[KEY]
+            return progress
+    return {}
 
 
 def params_by_number(saved: Mapping[str, Any], inner: Optimizer) -> dict[int, Tensor]:
@@ -126,7 +194,7 @@ def _packed_record(record: Record) -> dict[str, Any]:
     return {
         key: {
             "format": value.format.spec,
-            "parts": [part.to("cpu", copy=True) for part in value.parts],
+            "parts": [_packed_part(part) for part in value.parts],
             "dtype": str(value.dtype).removeprefix("torch."),
             "shape": list(value.shape),
             "order": list(value.order),
@@ -136,6 +204,11 @@ def _packed_record(record: Record) -> dict[str, Any]:
         else independent_copy(value)
         for key, value in record.items()
     }
+
+
+def _packed_part(part: Tensor) -> Tensor:
+    """A copy on the host; shards, which ``shards_of`` has copied, stay where they can be sent."""
+    return part if is_distributed(part) else part.to("cpu", copy=True)
 
 
 def independent_copy(value: Any) -> Any:

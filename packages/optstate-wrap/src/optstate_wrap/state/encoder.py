@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 
 from optstate_codecs.formats import Format
 from optstate_codecs.rounding import Counter
+from optstate_codecs.sharding import is_distributed, shard_offset
 from optstate_wrap.codecs import as_codec
 from optstate_wrap.policies import Policy
 from optstate_wrap.state.param_chunks import ParamChunk, split_params
 from optstate_wrap.state.record import Record, encode_state
+from optstate_wrap.state.sharding import shared_formats
 
 __all__ = ["Encoder"]
 
@@ -51,17 +53,25 @@ class Encoder:
         return [chunk for chunk in self.split() if chunk.param is param]
 
     def formats(self, param: Tensor, state: Mapping[str, Any]) -> dict[str, Format]:
-        """The formats that the policy wants after this step, by state key."""
-        formats = {}
+        """The formats that the policy wants after this step, by state key.
+
+        Those of a ``DTensor`` are the same for any number of workers, except of formats that need
+        the whole tensor, which store each worker's shard by itself.
+        """
+        formats: dict[str, Format] = {}
         for key, codec in self.policy.get_codecs(param, state, self.steps).items():
             format = as_codec(codec).stored
             if format is not None and param.numel() >= format.min_elements:
                 formats[key] = format
-        return formats
+        return shared_formats(formats, param) if is_distributed(param) else formats
 
     def counter(self, chunk: ParamChunk) -> Counter:
-        """The key of the random numbers that encode a chunk after this step."""
-        return Counter(self.seed, self.steps + 1, chunk.number, chunk.start)
+        """The key of the random numbers that encode a chunk after this step.
+
+        Those of a ``DTensor`` are counted from the shard's first element in the global tensor.
+        """
+        start = chunk.start + shard_offset(chunk.param)
+        return Counter(self.seed, self.steps + 1, chunk.number, start)
 
     def encode(self, chunk: ParamChunk, like: Tensor, state: Mapping[str, Any]) -> Record:
         """The record of a chunk's state, as the policy wants it after this step.

@@ -13,14 +13,29 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optstate_codecs.formats import as_format
+from optstate_codecs.sharding import is_distributed, local_of
 from optstate_codecs.state.groups import merged_groups
 from optstate_wrap.hooks import load_with_hooks
 from optstate_wrap.probe import Findings, why_not
-from optstate_wrap.state.checkpoint import KEY, independent_copy, params_by_number
+from optstate_wrap.state.checkpoint import (
+    KEY,
+    independent_copy,
+    params_by_number,
+    progress_of_states,
+)
 from optstate_wrap.state.decoded import DecodedStates
 from optstate_wrap.state.inference import ordinary_tensors
 from optstate_wrap.state.param_chunks import Layout, ParamChunk
+from optstate_wrap.state.ranks import of_this_rank
 from optstate_wrap.state.record import Coded, Record, decode_state
+from optstate_wrap.state.shards import (
+    as_shard,
+    flat_part,
+    of_local,
+    shard_of,
+    whole_of,
+    whole_record,
+)
 from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_numel, slice_state
 
 __all__ = ["load"]
@@ -52,7 +67,8 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise KeyError(f"state_dict: missing key {key!r}")
-    progress, saved = state_dict.get(KEY, {}), state_dict["state"]
+    saved = state_dict["state"]
+    progress = state_dict.get(KEY) or progress_of_states(saved)
     where, saved_groups = "state_dict['param_groups']", state_dict["param_groups"]
     groups = merged_groups(where, inner.param_groups, saved_groups)
     params = params_by_number(state_dict, inner)
@@ -109,6 +125,7 @@ class _Entry:
         own: the optimizer's own state: decoded, or a list of packed records.
         foreign: entries that the optimizer does not make.
         order: of the parameter's dimensions in memory when it was split; None: unknown.
+        per_rank: whether packed records are of this worker's shard, not of the whole parameter.
     """
 
     where: str
@@ -116,6 +133,12 @@ class _Entry:
     own: Any
     foreign: Mapping[str, Any]
     order: Sequence[int] | None = None
+    per_rank: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor that packed records are the state of."""
+        return tuple((local_of(self.param) if self.per_rank else self.param).shape)
 
 
 def _entries(
@@ -132,11 +155,12 @@ def _entries(
         if not isinstance(state, Mapping):
             raise TypeError(f"{where}: must be a dict, got {type(state).__name__}")
         if progress.get("packed"):
-            foreign = state.get("foreign", {})
-            if "parts" not in state and not foreign:
+            packed = of_this_rank(where, state)
+            foreign = packed.get("foreign", {})
+            if "parts" not in packed and not foreign:
                 raise KeyError(f"{where}: missing key 'parts'")
-            own = state.get("parts", ())
-            entries.append(_Entry(where, param, own, foreign, state.get("order")))
+            own, order = packed.get("parts", ()), packed.get("order")
+            entries.append(_Entry(where, param, own, foreign, order, packed is not state))
             continue
         marked = progress.get("foreign", {}).get(number, ())
         known = findings.known
@@ -173,12 +197,21 @@ def _records(
             continue
         if packed:
             records = _unpacked(entry, encoder.inner, findings)
-            if _split_alike(entry, records, chunks[param]):
-                new[param] = store.to_store([records])[0]
+            shared = is_distributed(param) and not entry.per_rank
+            own = shard_of(records[0], param) if shared and len(records) == 1 else None
+            if own is not None or (not shared and _split_alike(entry, records, chunks[param])):
+                new[param] = store.to_store([records if own is None else [own]])[0]
                 continue
             stored = chunks_of_lengths(param, list(map(record_numel, records)))
-            decoded = [decode_state(record, param) for record in records]
+            decoded = [
+                decode_state(whole_record(record, param.device))
+                if shared
+                else decode_state(record, param)
+                for record in records
+            ]
             state = join_states(decoded, stored, _layout(entry))
+            if shared:
+                state = {key: as_shard(value, param) for key, value in state.items()}
         _check(entry.where, state, param, findings)
         records = []
         for chunk in chunks[param]:
@@ -221,19 +254,23 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
         record: Record = {}
         for key, value in saved.items():
             if isinstance(value, Mapping) and "format" in value:
-                record[key] = _coded(f"{where}[{key!r}]", value, param)
+                record[key] = _coded(f"{where}[{key!r}]", value, entry)
             else:
-                record[key] = _copy_to(param, value)
+                given = value if is_distributed(param) else whole_of(value)
+                record[key] = _copy_to(param, given)
+                if entry.per_rank:
+                    record[key] = of_local(record[key], param)
         records.append(record)
     lengths = list(map(record_numel, records))
     if len(records) > 1 and sum(lengths) != param.numel():
         raise ValueError(f"{where}: parts of {sum(lengths)} elements, must be {param.numel()}")
     for record, numel in zip(records, lengths, strict=True):
-        shape = tuple(param.shape) if len(records) == 1 else (numel,)
+        shapes = entry.shape, tuple(param.shape)
         for key, value in record.items():
             elementwise = key in findings.elementwise and isinstance(value, Tensor)
             if not (elementwise or isinstance(value, Coded)):
                 continue
+            shape = (numel,) if len(records) > 1 else shapes[not isinstance(value, Coded)]
             if tuple(value.shape) != shape:
                 raise ValueError(f"{where}[{key!r}]: shape {tuple(value.shape)}, must be {shape}")
             dtype = findings.keys.get(key) or param.dtype
@@ -245,25 +282,28 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
     return records
 
 
-def _coded(where: str, saved: Mapping[str, Any], param: Tensor) -> Coded:
+def _coded(where: str, saved: Mapping[str, Any], entry: _Entry) -> Coded:
     missing = {"format", "parts", "dtype", "shape", "order", "root"} - saved.keys()
     if missing:
         raise KeyError(f"{where}: missing key {min(missing)!r}")
-    shape, order = tuple(saved["shape"]), tuple(saved["order"])
+    shape, order, param = tuple(saved["shape"]), tuple(saved["order"]), entry.param
     format = as_format(saved["format"])
     numel = torch.Size(shape).numel()
     components = format.for_shape(shape, order).components
     if len(saved["parts"]) != len(components):
         raise ValueError(f"{where}: {len(saved['parts'])} components, must be {len(components)}")
+    parts = []
     for part, component in zip(saved["parts"], components, strict=True):
-        if part.dtype != component.dtype or tuple(part.shape) != (component.length(numel),):
+        if part.dtype != component.dtype or part.numel() != component.length(numel):
             raise ValueError(
                 f"{where}: a component of shape {tuple(part.shape)} and dtype {part.dtype}, must "
                 f"be {(component.length(numel),)} and {component.dtype}"
             )
-    parts = tuple(_copy_to(param, part) for part in saved["parts"])
+        if entry.per_rank or not is_distributed(param):
+            part = _copy_to(param, flat_part(part, component, shape, order))
+        parts.append(part)
     dtype = getattr(torch, saved["dtype"])
-    return Coded(format, parts, dtype, shape, order, saved["root"])
+    return Coded(format, tuple(parts), dtype, shape, order, saved["root"])
 
 
 def _copy_to(param: Tensor, value: Any) -> Any:
