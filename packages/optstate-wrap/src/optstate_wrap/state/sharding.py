@@ -1,4 +1,4 @@
-"""Sharded parameters: the local shard of a ``DTensor``, and a ``DTensor`` from a local shard."""
+"""Sharded parameters: formats that suit the shards of a ``DTensor``, and values placed like it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from optstate_codecs.formats import Format
-from optstate_codecs.sharding import shard_formats
+from optstate_codecs.sharding import is_distributed, rewrapped, shard_formats
 
-__all__ = ["local_of", "needs_whole", "rewrapped", "shared_formats"]
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """The local shard of a ``DTensor``; any other tensor itself."""
-    to_local: Any = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+__all__ = ["needs_whole", "sharded_like", "shared_formats"]
 
 
-def rewrapped(local: Tensor, like: Any) -> Tensor:
+def sharded_like(local: Tensor, like: Any) -> Tensor:
     """``local`` as the local shard of a ``DTensor`` sharded like ``like``, if that is one."""
-    if like is None or not hasattr(like, "to_local"):
+    if like is None or not is_distributed(like):
         return local
-    from torch.distributed.tensor import DTensor
-
-    sharded: Tensor = DTensor.from_local(
-        local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-    )
-    return sharded
+    return rewrapped(local, like, like.shape)
 
 
 def shared_formats(formats: Mapping[str, Format], param: Tensor) -> dict[str, Format]:

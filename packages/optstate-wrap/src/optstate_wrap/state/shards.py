@@ -16,11 +16,17 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.formats import Component
-from optstate_codecs.sharding import component_shape, is_distributed, local_slice, rewrapped
+from optstate_codecs.sharding import (
+    component_shape,
+    is_distributed,
+    local_of,
+    local_slice,
+    rewrapped,
+)
 from optstate_codecs.state.layout import storage_order
 from optstate_wrap.state.param_chunks import Layout
 from optstate_wrap.state.record import Coded, Record, stored_tensor
-from optstate_wrap.state.sharding import local_of, needs_whole, shared_formats
+from optstate_wrap.state.sharding import needs_whole, shared_formats
 
 __all__ = [
     "as_shard",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate_codecs.sharding import local_of
 from optstate_wrap.probe import Findings, why_not
 from optstate_wrap.state.param_chunks import ParamChunk
 from optstate_wrap.state.record import Coded, OffloadedTensor
-from optstate_wrap.state.sharding import local_of
 from optstate_wrap.state.store import Store
 
 __all__ = ["ParamGrad", "check_params", "check_records", "check_state"]
