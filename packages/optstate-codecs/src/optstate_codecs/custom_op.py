@@ -80,12 +80,18 @@ def call_step_op(handle: int, groups: Sequence[Mapping[str, Any]]) -> None:
         torch.ops.optstate.step(handle, indices, params, grads)
 
 
-def _run(handle: int, indices: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+def _registered(handle: int) -> tuple[ParamsMethod, StepMethod]:
+    """The methods of the optimizer of a handle; raises if it is gone."""
     registered = _steps.get(handle)
-    all_params = registered and registered[0]()
+    params = registered and registered[0]()
     step = registered and registered[1]()
-    if not all_params or not step:
+    if not params or not step:
         raise RuntimeError("optstate::step: its optimizer is gone; compile the step again")
+    return params, step
+
+
+def _run(handle: int, indices: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+    all_params, step = _registered(handle)
     every = all_params()
     # a compiler that removes mutation passes copies and writes them back later
     copies = [
@@ -101,10 +107,8 @@ def _run(handle: int, indices: list[int], params: list[Tensor], grads: list[Tens
 
 
 def _step_sharded(handle: int, indices: list[int], grads: list[Tensor]) -> None:
-    registered = _steps.get(handle)
-    step = registered and registered[1]()
-    if step:
-        step(dict(zip(indices, grads, strict=True)))
+    _, step = _registered(handle)
+    step(dict(zip(indices, grads, strict=True)))
 
 
 def define(schema: str, run: Callable[..., None]) -> None:

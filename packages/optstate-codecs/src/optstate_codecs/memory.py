@@ -103,16 +103,11 @@ class MemoryReport:
         return 8 * self.state_bytes / max(self.parameters, 1)
 
 
-def local_elements(tensor: Tensor) -> int:
-    """The number of elements in this process; of a ``DTensor``, those of its shard."""
-    return local_of(tensor).numel()
-
-
 def memory_report(optimizer: Optimizer) -> MemoryReport:
     """Count the present bytes of any optimizer's parameters, gradients and state."""
     params = list(dict.fromkeys(p for group in optimizer.param_groups for p in group["params"]))
     return MemoryReport(
-        parameters=sum(map(local_elements, params)),
+        parameters=sum(local_of(param).numel() for param in params),
         parameter_bytes=storage_bytes(params),
         gradient_bytes=storage_bytes([p.grad for p in params if p.grad is not None]),
         state_bytes=state_bytes(optimizer),

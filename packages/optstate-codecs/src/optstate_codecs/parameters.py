@@ -7,8 +7,10 @@ of a step and compares it at the next one.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -209,20 +211,22 @@ class ParameterTable:
         Raises:
             TypeError, ValueError: a gradient is unusable; the message names it.
         """
-        every = [(n, p) for n, group in enumerate(groups) for p in group["params"]]
         if given is None:
+            every = [(n, p) for n, group in enumerate(groups) for p in group["params"]]
             grads = [param.grad for _, param in every]
             indices = [index for index, grad in enumerate(grads) if grad is not None]
             chosen = [grad for grad in grads if grad is not None]
+            numbers = [every[index][0] for index in indices]
+            params = [every[index][1] for index in indices]
         else:
+            # not all parameters are listed: steps of parts take few of them each
             indices = sorted(given)
             chosen = [given[index] for index in indices]
-        found = Gradients(
-            indices,
-            [every[index][0] for index in indices],
-            [every[index][1] for index in indices],
-            chosen,
-        )
+            starts = list(accumulate((len(group["params"]) for group in groups), initial=0))
+            numbers = [bisect_right(starts, index) - 1 for index in indices]
+            places = zip(numbers, indices, strict=True)
+            params = [groups[n]["params"][index - starts[n]] for n, index in places]
+        found = Gradients(indices, numbers, params, chosen)
         sharded = any_distributed(chosen)
         if sharded:
             columns = zip(indices, found.params, chosen, strict=True)

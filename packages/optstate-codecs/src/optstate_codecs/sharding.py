@@ -28,6 +28,7 @@ __all__ = [
     "local_grad",
     "local_of",
     "local_slice",
+    "placed_like",
     "reduced",
     "rewrapped",
     "shard_formats",
@@ -166,7 +167,6 @@ def shard_offset(tensor: Any) -> int:
     coordinate, mesh, shard = tensor.device_mesh.get_coordinate(), tensor.device_mesh, 0
     for number, _ in dims:
         shard = shard * mesh.size(number) + coordinate[number]
-
     return shard * (-(-numel // OFFSET_MULTIPLE) * OFFSET_MULTIPLE)
 
 
@@ -203,15 +203,25 @@ def rewrapped(local: Tensor, param: Any, shape: Sequence[int]) -> Tensor:
 
     size = torch.Size(shape)
     stride = param.stride() if size == param.shape else _contiguous(size)
-    # from_local() would copy offloaded state to the mesh's device
     if local.dim() != len(size):
         local = local.view(-1, *size[1:])
+    # from_local() would copy offloaded state to the mesh's device
     spec = DTensorSpec(
         param.device_mesh, param.placements, TensorMeta(size, tuple(stride), local.dtype)
     )
     kind: Any = DTensor
     wrapped: Tensor = kind(local, spec, requires_grad=False)
     return wrapped
+
+
+def placed_like(local: Tensor, param: Any) -> Tensor:
+    """A tensor of the local shape of ``param``, as a DTensor placed like it if it is one.
+
+    Args:
+        local: the tensor; the two share memory.
+        param: None counts as a plain tensor.
+    """
+    return rewrapped(local, param, param.shape) if is_distributed(param) else local
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:

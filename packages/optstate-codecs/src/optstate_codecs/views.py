@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.sharding import is_distributed, local_of, rewrapped
+from optstate_codecs.sharding import local_of, placed_like
 from optstate_codecs.state.building import decode_param_step
 from optstate_codecs.state.shards import as_owner
 from optstate_codecs.writes import MASTER, parameter_write
@@ -63,7 +63,7 @@ def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:
     if parts:
         value = write.read(value, parts)
     value = value.to(torch.promote_types(param.dtype, torch.float32), copy=True)
-    return rewrapped(value, param, param.shape) if is_distributed(param) else value
+    return placed_like(value, param)
 
 
 def master_state_dict(
@@ -117,5 +117,4 @@ def master_state_dict(
 def _moved(value: Tensor, device: torch.device | str | None) -> Tensor:
     if device is None:
         return value
-    local = local_of(value).to(device)
-    return rewrapped(local, value, value.shape) if is_distributed(value) else local
+    return placed_like(local_of(value).to(device), value)

@@ -16,6 +16,7 @@ from optstate_codecs.sharding import (
     is_distributed,
     local_of,
     local_slice,
+    placed_like,
     rewrapped,
     shard_formats,
 )
@@ -30,11 +31,8 @@ __all__ = ["as_owner", "as_shards", "shard_of", "whole_of_shards"]
 
 def as_owner(decoded: Mapping[str, Tensor], param: Tensor) -> dict[str, Tensor]:
     """Decoded moments as DTensors where the parameter is one; the step count stays plain."""
-    if not is_distributed(param):
-        return dict(decoded)
     return {
-        key: value if key == "step" else rewrapped(value, param, param.shape)
-        for key, value in decoded.items()
+        key: value if key == "step" else placed_like(value, param) for key, value in decoded.items()
     }
 
 

@@ -18,10 +18,9 @@ from torch import Tensor
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.rounding import Counter
 from optstate_codecs.rules import Moment
-from optstate_codecs.sharding import local_of
+from optstate_codecs.sharding import local_of, placed_like
 from optstate_codecs.state.layout import FlatView, inverse_order, slices, storage_order
 from optstate_codecs.state.moments import decode_slice, encode_slice, raise_underflow
-from optstate_wrap.state.sharding import sharded_like
 
 __all__ = [
     "Coded",
@@ -256,7 +255,7 @@ def decode_state(
     coded = {key: value for key, value in record.items() if isinstance(value, Coded)}
     decoded = _decode(coded) if coded else {}
     return {
-        key: sharded_like(decoded[key], like) if key in decoded else _copied(value, on_alias)
+        key: placed_like(decoded[key], like) if key in decoded else _copied(value, on_alias)
         for key, value in record.items()
     }
 

@@ -1,23 +1,15 @@
-"""Sharded parameters: formats that suit the shards of a ``DTensor``, and values placed like it."""
+"""Formats that suit the shards of a ``DTensor``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from optstate_codecs.formats import Format
-from optstate_codecs.sharding import is_distributed, rewrapped, shard_formats
+from optstate_codecs.sharding import shard_formats
 
-__all__ = ["needs_whole", "sharded_like", "shared_formats"]
-
-
-def sharded_like(local: Tensor, like: Any) -> Tensor:
-    """``local`` as the local shard of a ``DTensor`` sharded like ``like``, if that is one."""
-    if like is None or not is_distributed(like):
-        return local
-    return rewrapped(local, like, like.shape)
+__all__ = ["needs_whole", "shared_formats"]
 
 
 def shared_formats(formats: Mapping[str, Format], param: Tensor) -> dict[str, Format]:

@@ -21,6 +21,7 @@ from optstate_codecs.sharding import (
     is_distributed,
     local_of,
     local_slice,
+    placed_like,
     rewrapped,
 )
 from optstate_codecs.state.layout import storage_order
@@ -150,7 +151,7 @@ def as_shard(value: Any, param: Tensor) -> Any:
     if is_distributed(value) and value.placements == param.placements:  # type: ignore[attr-defined]
         return value
     own = torch.empty_like(local_of(param.detach()), dtype=value.dtype)
-    return rewrapped(own.copy_(local_slice(value, param)), param, param.shape)
+    return placed_like(own.copy_(local_slice(value, param)), param)
 
 
 def local_record(record: Record, param: Tensor) -> Record:
@@ -168,7 +169,7 @@ def of_local(value: Any, param: Tensor) -> Any:
     if not isinstance(value, Tensor) or is_distributed(value) or not value.dim():
         return value
     fits = value.shape == local_of(param).shape
-    return rewrapped(value, param, param.shape) if fits else value
+    return placed_like(value, param) if fits else value
 
 
 def whole_record(record: Record, device: torch.device) -> Record:
