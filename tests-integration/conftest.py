@@ -13,6 +13,8 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
+# of modules that the tests share
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """FSDP2 and FSDP1 in two processes on the CPU: what works, and what is refused by name."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_workers
 
 WORKER = Path(__file__).parent / "fsdp_worker.py"
 SHAPES = [[1], [1, 7], [7], [7, 33], [33], [33, 16]]
@@ -14,17 +13,7 @@ SHAPES = [[1], [1, 7], [7], [7, 33], [33], [33, 16]]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("fsdp")
-    commands = [[sys.executable, str(WORKER), str(rank), str(folder)] for rank in range(2)]
-    workers = [subprocess.Popen(command, stderr=subprocess.PIPE) for command in commands]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=300)
-            assert worker.returncode == 0, errors.decode()[-2000:]
-    finally:
-        for worker in workers:
-            # one would wait for the other
-            worker.kill()
-            worker.communicate()
+    run_workers(WORKER, [(rank, folder) for rank in range(2)], seconds=300)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

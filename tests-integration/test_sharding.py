@@ -1,13 +1,11 @@
 """DTensors on several processes: FSDP2, HSDP, tensor parallelism, and checkpoints that reshard."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_workers
 
 WORKER = Path(__file__).parent / "sharding_worker.py"
 SECONDS = 600
@@ -27,23 +25,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def run(work: str, workers: int, folder: Path, device: str) -> dict[Any, Any]:
     """What the first of several processes found."""
-    commands = [
-        [sys.executable, str(WORKER), work, str(rank), str(workers), str(folder), device]
-        for rank in range(workers)
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) for command in commands
-    ]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, errors.decode()[-3000:]
-    finally:
-        for process in running:
-            # one would wait for the other
-            process.kill()
-            process.communicate()
+    arguments = [(work, rank, workers, folder, device) for rank in range(workers)]
+    run_workers(WORKER, arguments, SECONDS)
     return torch.load(folder / f"{work}-{workers}.pt", weights_only=True)
 
 

@@ -1,11 +1,10 @@
 """Random numbers under ``ZeroRedundancyOptimizer``: two processes with a parameter each."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_workers
 
 WORKER = Path(__file__).parent / "zero_worker.py"
 
@@ -13,17 +12,7 @@ WORKER = Path(__file__).parent / "zero_worker.py"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("zero")
-    commands = [[sys.executable, str(WORKER), str(rank), str(folder)] for rank in range(2)]
-    workers = [subprocess.Popen(command, stderr=subprocess.PIPE) for command in commands]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=120)
-            assert worker.returncode == 0, errors.decode()[-2000:]
-    finally:
-        for worker in workers:
-            # one would wait for the other
-            worker.kill()
-            worker.communicate()
+    run_workers(WORKER, [(rank, folder) for rank in range(2)], seconds=120)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
