@@ -23,26 +23,32 @@ STEP_BYTES = 4
 ORDER_BYTES = 8
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor in a value; ``seen`` has the objects that were looked into."""
     if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
         # a subclass without storage of its own; some libraries keep state in these
         for name in value.__tensor_flatten__()[0]:
-            yield from _tensors(getattr(value, name))
+            yield from _tensors(getattr(value, name), seen)
     elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+            yield from _tensors(item, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type) and id(value) not in seen:
+        # other libraries keep state in objects of their own
+        seen.add(id(value))
+        yield from _tensors(vars(value), seen)
 
 
 def storage_bytes(values: Any) -> int:
     """Bytes of the storages of tensors, each counted once and whole.
 
     Args:
-        values: tensors, in lists, tuples and dicts; of a ``DTensor`` its shard counts.
+        values: tensors, in lists, tuples, dicts and attributes of objects; of a ``DTensor`` its
+            shard counts.
     """
     storages = {}
-    for tensor in _tensors(values):
+    for tensor in _tensors(values, set()):
         storage = tensor.untyped_storage()
         if storage.nbytes():
             storages[(tensor.device, storage.data_ptr() or id(tensor))] = storage.nbytes()
