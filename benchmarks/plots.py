@@ -8,16 +8,20 @@ The first kind is the same on every machine, and a test compares it with what is
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from runpy import run_path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from matplotlib.figure import Figure
-from plot_theme import LIGHT, WIDTH, save, style
+from plot_theme import LIGHT, WIDTH, save, style, themed
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-IMAGES = ROOT / "docs" / "images"
+DOCS = ROOT / "docs"
 MODEL = 8_030_261_248
 """Parameters of Llama 3 8B."""
 
@@ -37,6 +41,35 @@ STEPS = (
 LAYOUT, DTYPE = "llama1b", "bfloat16"
 # Before this day state in attributes of objects was not counted, where FlashOptim keeps its own.
 MISCOUNTED, COUNTED_SINCE = "flashoptim", "2026-11-28"
+
+# file, what it calls an optimizer, what the plot calls it, whether it is one of ours
+LEARNT = (
+    ("convergence_gpt.json", "AdamW foreach", "torch, foreach=True", False),
+    ("convergence_gpt.json", "AdamW8bit", "AdamW8bit", True),
+    ("convergence_gpt.json", "AdamWFp8", "AdamWFp8", True),
+    ("convergence_gpt.json", "AdamW4bit", "AdamW4bit", True),
+    ("convergence_gpt_turboadam.json", "TurboAdam", "TurboAdam", True),
+    ("convergence_gpt_turboadam.json", "TurboAdam 2 + 3", "TurboAdam, 2 + 3 bits", True),
+    ("convergence_gpt_stochbf16.json", "stochbf16 AdamW", "stochbf16 AdamW", True),
+    ("convergence_gpt_stochbf16.json", "AdamW bf16", "torch, all bf16", False),
+)
+RATES = (1e-3, 5e-4)
+OFFLOADED = (
+    ("AdamW8bit", "AdamW8bit, state on the GPU", True),
+    ("4-bit offloaded", "4-bit state, offload()", True),
+    ("int8 offloaded", "int8 state, offload()", True),
+    ("bf16 offloaded", "bf16 state, offload()", True),
+    ("exact offloaded", "fp32 state, offload()", True),
+    ("torchao CPUOffload", "torchao CPUOffloadOptimizer", False),
+)
+TOKENS = 4096
+ARRANGEMENTS = (
+    ("8-bit", "AdamW8bit", "ours"),
+    ("FP8", "AdamWFp8", "blue"),
+    ("4-bit", "AdamW4bit", "green"),
+    ("8-bit, roots to nearest", "8-bit, rounded to nearest", "other"),
+    ("4-bit, as published", "4-bit, as published", "violet"),
+)
 
 
 def load(name: str) -> Any:
@@ -102,9 +135,95 @@ def memory(card: str = "h200") -> Figure:
     return bars("Optimizer state of an 8B model, and bits per parameter", rows)
 
 
+def convergence() -> Figure:
+    """Held-out loss less AdamW's of matched runs, with its standard deviation over seeds."""
+    rows = []
+    for file, key, name, ours in LEARNT:
+        found = {r["lr"]: r for r in load(file)["summary"] if r["optimizer"] == key}
+        rows.append((name, [found.get(lr) for lr in RATES], ours))
+    height = 0.36 * len(rows) + 0.9
+    figure = Figure(figsize=(WIDTH, height))
+    figure.text(
+        *(0.005, 1 - 0.06 / height, "Held-out loss minus AdamW's, nats per byte, 3 seeds"),
+        **{"va": "top", "color": LIGHT["quiet"]},
+    )
+    axes = figure.add_axes((0.38, 0.34 / height, 0.6, 1 - 0.98 / height))
+    axes.axvline(0, color=LIGHT["line"], linewidth=1.5, zorder=0)
+    for number, (lr, colour) in enumerate(zip(RATES, ("ours", "blue"), strict=True)):
+        for place, (_, results, _) in enumerate(rows):
+            if row := results[number]:
+                axes.errorbar(
+                    *(row["difference"], place + 0.26 * number - 0.13),
+                    xerr=row["difference_spread"],
+                    **{"color": LIGHT[colour], "fmt": "os"[number], "markersize": 5},
+                )
+        axes.plot([], [], "os"[number], color=LIGHT[colour], markersize=5, label=f"lr {lr:g}")
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xticks=(0, 0.005, 0.01, 0.015))
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], color=LIGHT["text"])
+    for label, (_, _, ours) in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_weight("bold" if ours else "normal")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(length=0)
+    axes.grid(axis="x", alpha=0.5)
+    axes.legend(
+        **{"loc": "lower left", "bbox_to_anchor": (-0.02, 1), "ncols": 2, "borderaxespad": 0},
+        **{"handletextpad": 0.1, "columnspacing": 1},
+    )
+    return figure
+
+
+def offload() -> Figure:
+    """Milliseconds of a training step with state in host memory."""
+    found = {
+        row["optimizer"]: row
+        for row in load("offload_h200.json")["train"]["result"]
+        if row["tokens"] == TOKENS and not row.get("released")
+    }
+    rows = []
+    for key, name, ours in OFFLOADED:
+        row = found[key]
+        gigabytes = row["host_bytes_per_parameter"] * row["parameters"] / 1e9
+        label = f"{row['ms']:.0f} ms, {gigabytes:.1f} GB" if gigabytes else f"{row['ms']:.0f} ms"
+        rows.append((name, row["ms"], label, ours))
+    return bars("A training step, and state in host memory", rows)
+
+
+def fidelity() -> Figure:
+    """Gain by beta2 for dense and sparse gradients, for the defaults and what they came from."""
+    rows = load("fidelity.json")["rows"]
+    figure = Figure(figsize=(WIDTH, 5.8))
+    boxes = (0.1, 0.52, 0.88, 0.29), (0.1, 0.09, 0.88, 0.29)
+    for kind, box in zip(("dense", "5 % sparse"), boxes, strict=True):
+        axes = figure.add_axes(box)
+        for number, (key, name, colour) in enumerate(ARRANGEMENTS):
+            gains = {
+                str(row["beta2"]): row["gain"]
+                for row in rows
+                if (row["arrangement"], row["gradients"]) == (key, kind)
+            }
+            axes.plot(
+                *zip(*gains.items(), strict=True),
+                **{"label": name, "color": LIGHT[colour], "marker": "osD^v"[number]},
+                **{"linestyle": "--" if "," in key else "-", "markersize": 5},
+            )
+        axes.axhspan(0.95, 1.05, color=LIGHT["line"], alpha=0.5, linewidth=0)
+        axes.set(title=f"Gain, {kind} gradients", ylim=(0.3, 2.1))
+        axes.tick_params(length=0)
+    axes.set_xlabel("beta2")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        **{"loc": "upper left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0},
+        **{"columnspacing": 1, "borderpad": 0.2},
+    )
+    return figure
+
+
 PLOTS: dict[str, tuple[Callable[[], Figure], str]] = {
-    "step-time.svg": (step_time, "Time of an optimizer step of 1.1 billion bf16 parameters"),
-    "memory.svg": (memory, "Optimizer state of an 8B model"),
+    "images/step-time.svg": (step_time, "Time of an optimizer step of 1.1 billion bf16 parameters"),
+    "images/memory.svg": (memory, "Optimizer state of an 8B model"),
+    "images/convergence.svg": (convergence, "Held-out loss of matched runs, minus AdamW's"),
+    "images/offload.svg": (offload, "Time of a training step with state in host memory"),
+    "concepts/fidelity.svg": (fidelity, "Gain of the update by beta2; exact Adam has 1"),
 }
 
 
@@ -115,12 +234,42 @@ def draw(folder: Path) -> None:
             save(make(), folder / name, title)
 
 
+@contextmanager
+def inside(folder: str) -> Iterator[None]:
+    """Work in a folder; `contextlib.chdir` is newer than Python 3.10."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def draw_tutorial(page: Path, folder: Path) -> None:
+    """Run a page in an empty folder, and write the SVGs that it makes."""
+    title, text = page.read_text().split("\n", 1)
+    if ".svg" not in text:
+        return
+    print(page.name)
+    run = run_path(str(ROOT / "tests-integration" / "run_examples.py"))["run"]
+    with TemporaryDirectory() as scratch, inside(scratch), style():
+        run(page)
+        for made in Path(scratch).glob("*.svg"):
+            (folder / made.name).write_text(themed(made.read_text(), title.strip("# ")))
+
+
 def main() -> None:
     """Draws what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--images", type=Path, default=IMAGES, help="folder to write to")
+    parser.add_argument(
+        "--tutorials", action="store_true", help="run the tutorials for their plots"
+    )
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
     args = parser.parse_args()
-    draw(args.images)
+    draw(args.docs)
+    if args.tutorials:
+        for page in sorted((ROOT / "docs" / "tutorials").glob("*.md")):
+            draw_tutorial(page, args.docs / "tutorials")
 
 
 if __name__ == "__main__":
