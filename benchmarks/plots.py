@@ -87,7 +87,8 @@ def timings(card: str) -> dict[str, Row]:
                 wrong = row["optimizer"] == MISCOUNTED and report["time"] < COUNTED_SINCE
                 counted = {} if wrong else {"bits": row["state_bits_per_parameter"]}
                 share = {} if wrong else {"share": row["copy_share"]}
-                found[row["optimizer"]] = {"ms": row["device_ms"], **counted, **share}
+                times = {"ms": row["device_ms"], "whole_ms": row["whole_ms"]}
+                found[row["optimizer"]] = {**times, **counted, **share}
     return found
 
 
@@ -172,14 +173,15 @@ def convergence() -> Figure:
     return figure
 
 
+def offloaded_steps(tokens: int) -> dict[str, Row]:
+    """The training steps of so many tokens, by what their optimizer is called."""
+    rows = load("offload_h200.json")["train"]["result"]
+    return {row["optimizer"]: row for row in rows if row["tokens"] == tokens}
+
+
 def offload() -> Figure:
     """Milliseconds of a training step with state in host memory."""
-    found = {
-        row["optimizer"]: row
-        for row in load("offload_h200.json")["train"]["result"]
-        if row["tokens"] == TOKENS and not row.get("released")
-    }
-    rows = []
+    found, rows = offloaded_steps(TOKENS), []
     for key, name, ours in OFFLOADED:
         row = found[key]
         gigabytes = row["host_bytes_per_parameter"] * row["parameters"] / 1e9

@@ -52,7 +52,7 @@ def test_docs_quote_the_sums_that_were_made(root: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "accumulate.py"))
     report = json.loads((script["RESULTS"] / "accumulate_h200.json").read_text())
-    assert script["table"](report) in (root / "docs" / "benchmarks.md").read_text()
+    assert script["table"](report) in (root / "docs" / "benchmarks-raw.md").read_text()
 
 
 def test_fidelity_writes_rows_and_setup(root: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_compiled_loss_is_compiled_once_for_all_models(
 def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "convergence.py"))
-    page = (root / "docs" / "benchmarks.md").read_text()
+    page = (root / "docs" / "benchmarks-raw.md").read_text()
     files = list(script["RESULTS"].glob("convergence_*.json"))
     assert len(files) >= 5
     for file in files:
@@ -161,6 +161,18 @@ def test_docs_quote_the_sketches_that_were_tried(
     assert {row["name"]: row["spec"] for row in again} == script["SKETCHES"]
 
 
+def test_summary_has_the_tables_of_the_results(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "summary_page.py"))
+    text = script["PAGE"].read_text()
+    assert script["written"](text) == text, "run benchmarks/summary_page.py"
+    # whatever was there before
+    first = script["steps"]()
+    assert script["written"](text.replace(first, "nothing")) == text
+
+
 def test_tutorial_chooses_by_what_was_measured(root: Path) -> None:
     script = run_path(str(root / "benchmarks" / "choose.py"))
     assert script["table"]() in (root / "docs" / "tutorials" / "lowbit-adam.md").read_text()
@@ -172,7 +184,7 @@ def test_docs_quote_the_bytes_that_were_counted(
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "state_bytes.py"))
     report = json.loads(script["RESULTS"].read_text())
-    assert script["table"](report) in (root / "docs" / "benchmarks.md").read_text()
+    assert script["table"](report) in (root / "docs" / "benchmarks-raw.md").read_text()
     # bytes are the same on every machine
     out = tmp_path / "bytes.json"
     command = [sys.executable, root / "benchmarks" / "state_bytes.py", "--out", out]
