@@ -156,7 +156,7 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = Adam8bit(model.parameters(), lr=1e-3)
     """
 
@@ -168,7 +168,7 @@ class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
     arXiv:1711.05101), 1e-2 by default: the parameter is multiplied by ``1 - lr * weight_decay``
     before the step.
 
-    Example:
+    Examples:
         >>> optimizer = AdamW8bit(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
 
@@ -176,7 +176,7 @@ class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
 class Adam8(Adam8bit):
     """``Adam8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
 
-    Example:
+    Examples:
         >>> optimizer = Adam8(model.parameters(), lr=1e-3)
     """
 
@@ -188,7 +188,7 @@ class AdamW8(AdamW8bit):
     then import bitsandbytes: ``create_loraplus_optimizer`` of PEFT, and the kohya scripts. State
     dicts of the two classes are the same.
 
-    Example:
+    Examples:
         >>> optimizer = create_loraplus_optimizer(
         ...     model, AdamW8, lr=2e-4, loraplus_lr_ratio=16
         ... )
@@ -217,7 +217,7 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
     published by Li et al., arXiv:2309.01507, is
     ``formats={"exp_avg_sq": "linear4(normalization=rank1)"}``.
 
-    Example:
+    Examples:
         >>> optimizer = Adam4bit(model.parameters(), lr=1e-3)
     """
 
@@ -227,7 +227,7 @@ class AdamW4bit(_FourBitMoments, _CodedAdamW):
 
     ``Adam4bit`` with the decoupled weight decay of ``AdamW8bit``.
 
-    Example:
+    Examples:
         >>> optimizer = AdamW4bit(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
 
@@ -245,7 +245,7 @@ class AdamFp8(_Fp8Moments, _CodedAdam):
     integer arithmetic, so that FP8 hardware is not needed. The second needs finer steps than e4m3
     has and is stored as in ``Adam8bit``. Arguments are those of ``Adam8bit``.
 
-    Example:
+    Examples:
         >>> optimizer = AdamFp8(model.parameters(), lr=1e-3)
     """
 
@@ -255,6 +255,6 @@ class AdamWFp8(_Fp8Moments, _CodedAdamW):
 
     ``AdamFp8`` with the decoupled weight decay of ``AdamW8bit``.
 
-    Example:
+    Examples:
         >>> optimizer = AdamWFp8(model.parameters(), lr=3e-4, weight_decay=0.1)
     """

@@ -48,7 +48,7 @@ class Lion8bit(_Momentum8):
     the dynamic exponent map of Dettmers et al., arXiv:2110.02861, rounded stochastically. The
     keyword-only arguments are those of ``Adam8bit`` except ``formats``.
 
-    Example:
+    Examples:
         >>> optimizer = Lion8bit(model.parameters(), lr=1e-4, weight_decay=0.1)
     """
 
@@ -71,7 +71,7 @@ class SGD8bit(_Momentum8):
     Arguments and steps are those of ``torch.optim.SGD``, with coupled weight decay. The momentum
     is stored as in ``Lion8bit``, which has the same keyword-only arguments.
 
-    Example:
+    Examples:
         >>> optimizer = SGD8bit(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     """
 
@@ -101,7 +101,7 @@ class SGD8bit(_Momentum8):
 class Lion8(Lion8bit):
     """``Lion8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
 
-    Example:
+    Examples:
         >>> optimizer = Lion8(model.parameters(), lr=1e-4, weight_decay=0.1)
     """
 
@@ -109,6 +109,6 @@ class Lion8(Lion8bit):
 class SGD8(SGD8bit):
     """``SGD8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
 
-    Example:
+    Examples:
         >>> optimizer = SGD8(model.parameters(), lr=0.1, momentum=0.9)
     """

@@ -32,7 +32,7 @@ class Codec:
     Args:
         format: a format or its text; None stores each tensor as the optimizer made it.
 
-    Example:
+    Examples:
         >>> Codec("int8(block_size=64)").nbytes(4096)
         4352
     """

@@ -44,7 +44,7 @@ class MetricsWriter:
         path: of the file; overwritten unless it has these columns already.
         run: the name of the run, written in each row.
 
-    Example:
+    Examples:
         >>> with MetricsWriter("run.csv", "int8") as metrics:
         ...     metrics.write(optimizer, step, loss=loss)
     """

@@ -65,7 +65,7 @@ class AdamW(_PureBF16):
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = AdamW(model.to(torch.bfloat16).parameters(), lr=3e-4, weight_decay=0.1)
     """
 
@@ -103,7 +103,7 @@ class Adam(_PureBF16):
     As ``AdamW``, with ``weight_decay`` times the parameter added to the gradient, and without
     ``weight_decay_mode``.
 
-    Example:
+    Examples:
         >>> optimizer = Adam(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
@@ -145,7 +145,7 @@ class Compass(_PureBF16):
         betas: decay rates of the mean and of the second moment, each in [0, 1).
         amp_fac: how much of the mean is added to the gradient, at least 0.
 
-    Example:
+    Examples:
         >>> optimizer = Compass(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
@@ -189,7 +189,7 @@ class LPFAdamW(_PureBF16):
         betas: decay rates of ``smoothing`` and of the two moments, each in [0, 1).
         amp_fac: how much of ``smoothing`` is added to the gradient, at least 0.
 
-    Example:
+    Examples:
         >>> optimizer = LPFAdamW(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
@@ -232,7 +232,7 @@ class RMSProp(_PureBF16):
         lr: learning rate, at least 0.
         beta: decay rate of the second moment, ``ema_squared``, in [0, 1).
 
-    Example:
+    Examples:
         >>> optimizer = RMSProp(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
@@ -266,7 +266,7 @@ class SGD(_PureBF16):
     Arguments and steps are ``torch.optim.SGD``'s, weight decay coupled; the keyword-only ones are
     ``AdamW``'s, but for ``amsgrad`` and ``weight_decay_mode``.
 
-    Example:
+    Examples:
         >>> optimizer = SGD(model.to(torch.bfloat16).parameters(), lr=0.1, momentum=0.9)
     """
 
@@ -303,7 +303,7 @@ class Lion(_PureBF16):
     Weight decay is decoupled. The keyword-only arguments are ``AdamW``'s, but for ``amsgrad`` and
     ``weight_decay_mode``.
 
-    Example:
+    Examples:
         >>> optimizer = Lion(model.to(torch.bfloat16).parameters(), lr=1e-4, weight_decay=0.1)
     """
 

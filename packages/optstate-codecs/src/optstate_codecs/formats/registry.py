@@ -64,7 +64,7 @@ def parse_format(spec: str) -> Format:
     Raises:
         ValueError: the name or an option is unknown, or the format rejects a value.
 
-    Example:
+    Examples:
         >>> parse_format("dynamic8(block_size=256)").nbytes(4096)
         4160
     """
