@@ -58,7 +58,8 @@ def storage_bytes(values: Any) -> int:
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of every tensor in ``optimizer.state``, each storage counted once and whole.
 
-    Works for any ``torch.optim.Optimizer``.
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
     """
     return storage_bytes(dict(optimizer.state))
 
@@ -69,6 +70,9 @@ def predicted_state_bytes(optimizer: StateOwner) -> int:
     Exact: the sum of the components that formats and write declare, 4 bytes of step count per
     parameter, and 8 for the order of dimensions (``dim_order``) if blocks follow one of several.
     Of a ``DTensor`` the shard of this process counts.
+
+    Args:
+        optimizer: an optimizer of the family, before or after its first step.
 
     Raises:
         TypeError: a parameter is of a class that the optimizer does not step.
@@ -110,7 +114,11 @@ class MemoryReport:
 
 
 def memory_report(optimizer: Optimizer) -> MemoryReport:
-    """Count the present bytes of any optimizer's parameters, gradients and state."""
+    """Count the present bytes of parameters, gradients and state.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
+    """
     params = list(dict.fromkeys(p for group in optimizer.param_groups for p in group["params"]))
     return MemoryReport(
         parameters=sum(local_of(param).numel() for param in params),

@@ -34,7 +34,7 @@ def wrap(
     profile: bool = False,
     **options: Any,
 ) -> OptimizerWrapper:
-    """Wrap an optimizer; the arguments are those of ``OptimizerWrapper``.
+    """Wrap an optimizer. The arguments are those of ``OptimizerWrapper``.
 
     Examples:
         >>> optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=3e-4))
@@ -44,7 +44,15 @@ def wrap(
 
 
 def auto_wrap(optimizer: Optimizer, **options: Any) -> OptimizerWrapper:
-    """Wrap an optimizer with the defaults; ``options`` are those of ``wrap``."""
+    """Wrap an optimizer with the defaults.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
+        **options: those of ``wrap``.
+
+    Returns:
+        The wrapper.
+    """
     return wrap(optimizer, **options)
 
 

@@ -67,7 +67,12 @@ def _round(target: Tensor, source: Tensor, generator: torch.Generator | None) ->
 
 
 def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Round ``source`` to a new bfloat16 tensor; otherwise as ``stochastic_round_``.
+    """Round ``source`` to a new bfloat16 tensor.
+
+    Arguments are those of ``stochastic_round_``, except ``target``.
+
+    Returns:
+        The bfloat16 tensor.
 
     Examples:
         >>> stochastic_round(torch.full((2,), 0.5)).tolist()

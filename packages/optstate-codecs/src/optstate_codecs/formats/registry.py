@@ -86,7 +86,11 @@ def parse_format(spec: str) -> Format:
 
 
 def as_format(value: Format | str) -> Format:
-    """``value`` itself if it is a format, or the format that the text describes."""
+    """The format that a text describes.
+
+    Args:
+        value: such a text, or a format, which is returned itself.
+    """
     if isinstance(value, Format):
         return value
     if isinstance(value, str):
