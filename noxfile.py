@@ -110,10 +110,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
-    install(session, "ruff")
+    """Check style and formatting, and the GitHub workflow against its schema."""
+    install(session, "ruff", "check-jsonschema")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    schema = ("--builtin-schema", "vendor.github-workflows")
+    session.run("check-jsonschema", *schema, ".github/workflows/ci.yml")
 
 
 @nox.session
@@ -150,7 +152,7 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS, tags=["cpu"])
-@nox.parametrize("torch", TORCHES)
+@nox.parametrize("torch", [nox.param(torch, tags=[f"torch-{torch}"]) for torch in TORCHES])
 @nox.parametrize("package", PACKAGES)
 def unit(session: nox.Session, package: str, torch: str) -> None:
     """Run one package's tests with one Python and one torch, where a CPU build is at hand."""
