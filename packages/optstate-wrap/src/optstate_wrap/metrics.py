@@ -41,7 +41,7 @@ class MetricsWriter:
     memory of the optimizer's state, ``cpu_mem_mb`` the process's largest resident size so far.
 
     Args:
-        path: of the file; overwritten unless it has these columns already.
+        path: the file; overwritten unless it has these columns already.
         run: the name of the run, written in each row.
 
     Example:
@@ -114,8 +114,8 @@ def plot_memory(
 
     Args:
         state_bytes: bytes by name, or a sequence of bytes, of which the largest is drawn.
-        path: of the PNG.
-        title: of the plot.
+        path: the PNG to write.
+        title: title of the plot.
 
     Raises:
         RuntimeError: matplotlib is not installed.
