@@ -114,8 +114,8 @@ def plot_memory(
 
     Args:
         state_bytes: bytes by name, or a sequence of bytes, of which the largest is drawn.
-        path: the PNG to write.
-        title: title of the plot.
+        path: of the PNG.
+        title: of the plot.
 
     Raises:
         RuntimeError: matplotlib is not installed.
