@@ -163,6 +163,7 @@ def test_docs_quote_the_sketches_that_were_tried(
 def test_tutorial_chooses_by_what_was_measured(root: Path) -> None:
     script = run_path(str(root / "benchmarks" / "choose.py"))
     assert script["table"]() in (root / "docs" / "tutorials" / "lowbit-adam.md").read_text()
+    assert script["overview"]() in (root / "docs" / "choosing.md").read_text()
 
 
 def test_docs_quote_the_bytes_that_were_counted(
