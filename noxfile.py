@@ -250,6 +250,14 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def plots(session: nox.Session) -> None:
+    """Draw the docs' plots from results; `nox -s plots -- --tutorials` runs the tutorials too."""
+    install(session, *EDITABLE)
+    install_plays(session)
+    session.run("python", "benchmarks/plots.py", *session.posargs)
+
+
+@nox.session(default=False)
 @nox.parametrize("script", [nox.param(name, id=name) for name in BENCHMARKS])
 def bench(session: nox.Session, script: str) -> None:
     """Measure on this machine into benchmarks/results/; `nox -s "bench(step_time)"` for one."""

@@ -52,12 +52,12 @@ def test_docs_quote_the_sums_that_were_made(root: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "accumulate.py"))
     report = json.loads((script["RESULTS"] / "accumulate_h200.json").read_text())
-    assert script["table"](report) in (root / "docs" / "benchmarks.md").read_text()
+    assert script["table"](report) in (root / "docs" / "benchmarks-raw.md").read_text()
 
 
-def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None:
-    out, plot = tmp_path / "results" / "fidelity.json", tmp_path / "fidelity.svg"
-    command = [sys.executable, root / "benchmarks" / "fidelity.py", "--out", out, "--plot", plot]
+def test_fidelity_writes_rows_and_setup(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "fidelity.json"
+    command = [sys.executable, root / "benchmarks" / "fidelity.py", "--out", out]
     sizes = ["--steps", "6", "--last", "2", "--numel", "256"]
     subprocess.run([*command, *sizes], check=True, capture_output=True)
     result = json.loads(out.read_text())
@@ -66,7 +66,6 @@ def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None
     assert len(result["rows"]) == 4 * 6 * len(arrangements)
     assert len(result["matrices"]) == 6 * len(result["setup"]["matrices"]["formats"])
     assert [probe["arrangement"] for probe in result["probes"]] == list(arrangements)
-    assert plot.read_text().startswith("<?xml")
     for row in result["rows"]:
         assert row["longest"] > 0.5
         # what delivers errors does so at once
@@ -79,10 +78,12 @@ def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None
 def test_docs_quote_the_fidelity_that_was_measured(root: Path) -> None:
     script = run_path(str(root / "benchmarks" / "fidelity.py"))
     result = json.loads(script["RESULTS"].read_text())
-    page = (root / "docs" / "concepts" / "rounding.md").read_text()
+    concepts = root / "docs" / "concepts"
+    page = (concepts / "fidelity-lab.md").read_text()
     for table in (script["by_kind"], script["overall"]):
         assert script["markdown"](table(result)) in page
     assert script["markdown"](script["by_kind"](result, "matrices")) in page
+    assert script["markdown"](script["summary"](result)) in (concepts / "rounding.md").read_text()
     assert result["setup"]["formats"] == script["texts"](script["arrangements"]())
     assert result["setup"]["matrices"]["formats"] == script["texts"](script["in_matrices"]())
 
@@ -139,7 +140,7 @@ def test_compiled_loss_is_compiled_once_for_all_models(
 def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "convergence.py"))
-    page = (root / "docs" / "benchmarks.md").read_text()
+    page = (root / "docs" / "benchmarks-raw.md").read_text()
     files = list(script["RESULTS"].glob("convergence_*.json"))
     assert len(files) >= 5
     for file in files:
@@ -160,6 +161,18 @@ def test_docs_quote_the_sketches_that_were_tried(
     assert {row["name"]: row["spec"] for row in again} == script["SKETCHES"]
 
 
+def test_summary_has_the_tables_of_the_results(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "summary_page.py"))
+    text = script["PAGE"].read_text()
+    assert script["written"](text) == text, "run benchmarks/summary_page.py"
+    # whatever was there before
+    first = script["steps"]()
+    assert script["written"](text.replace(first, "nothing")) == text
+
+
 def test_tutorial_chooses_by_what_was_measured(root: Path) -> None:
     script = run_path(str(root / "benchmarks" / "choose.py"))
     assert script["table"]() in (root / "docs" / "tutorials" / "lowbit-adam.md").read_text()
@@ -172,7 +185,7 @@ def test_docs_quote_the_bytes_that_were_counted(
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "state_bytes.py"))
     report = json.loads(script["RESULTS"].read_text())
-    assert script["table"](report) in (root / "docs" / "benchmarks.md").read_text()
+    assert script["table"](report) in (root / "docs" / "benchmarks-raw.md").read_text()
     # bytes are the same on every machine
     out = tmp_path / "bytes.json"
     command = [sys.executable, root / "benchmarks" / "state_bytes.py", "--out", out]

@@ -7,11 +7,13 @@ import sys
 import zlib
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import typer
 
 ROOT = Path(__file__).parents[1]
+run = run_path(str(ROOT / "tests-integration" / "run_examples.py"))["run"]
 PAGES = sorted(
     path
     for pattern in ("docs/**/*.md", "*.md", "packages/*/README.md")
@@ -42,17 +44,7 @@ def test_there_are_examples() -> None:
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page are one program, which runs from top to bottom."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(examples(page.read_text()), str(page), "exec"), {"__name__": "__main__"})
-
-
-def examples(text: str) -> str:
-    """The Python of a page, each line where it is in the page, so that tracebacks point there."""
-    program, inside = [], False
-    for line in text.splitlines():
-        fence = line.startswith("```")
-        program.append(line if inside and not fence else "")
-        inside = line == "```python" if fence else inside
-    return "\n".join(program)
+    run(page)
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def save_safetensors(optimizer: CodedOptimizer, path: PathLike) -> None:
             state cannot be written as JSON; the message names it.
         OSError: the file cannot be written.
 
-    Example:
+    Examples:
         >>> save_safetensors(optimizer, "optimizer.safetensors")
     """
     library = _library()
@@ -104,7 +104,7 @@ def load_safetensors(optimizer: CodedOptimizer, path: PathLike) -> None:
         ValueError, KeyError: the file is truncated, of another program or version, or does not fit
             the optimizer; the message says where, and nothing has changed.
 
-    Example:
+    Examples:
         >>> load_safetensors(optimizer, "optimizer.safetensors")
     """
     library = _library()

@@ -175,7 +175,7 @@ class ConfigurablePolicy(Policy):
         default_codec: for keys that are not in the mapping.
         warmup_steps: number of steps with exact state.
 
-    Example:
+    Examples:
         >>> ConfigurablePolicy({"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"})
     """
 

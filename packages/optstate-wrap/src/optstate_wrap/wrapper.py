@@ -64,7 +64,7 @@ class OptimizerWrapper(Delegate):
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = OptimizerWrapper(torch.optim.AdamW(model.parameters(), lr=3e-4))
     """
 
@@ -348,7 +348,7 @@ class OptimizerWrapper(Delegate):
     def unwrap(self) -> Optimizer:
         """Return the inner optimizer with its state decoded; this wrapper then has no state.
 
-        Example:
+        Examples:
             >>> optimizer = optimizer.unwrap()
         """
         states, state = self.engine.states, type(self.inner.state)(dict)

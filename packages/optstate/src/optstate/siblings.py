@@ -39,7 +39,7 @@ def require(module: str) -> ModuleType:
         MissingExtra: The module is not installed; the message says how to install it. An import
             error from *inside* the module propagates unchanged.
 
-    Example:
+    Examples:
         >>> require("matplotlib.pyplot").figure()  # doctest: +SKIP
     """
     root = module.partition(".")[0]

@@ -101,7 +101,7 @@ def parse_format(spec: str) -> Format:
     Raises:
         ValueError: the name or an option is unknown, or the format rejects a value.
 
-    Example:
+    Examples:
         >>> parse_format("dynamic8(block_size=256)").nbytes(4096)
         4160
     """
@@ -125,7 +125,11 @@ def parse_format(spec: str) -> Format:
 
 
 def as_format(value: Format | str) -> Format:
-    """``value`` itself if it is a format, or the format that the text describes."""
+    """The format that a text describes.
+
+    Args:
+        value: such a text, or a format, which is returned itself.
+    """
     if isinstance(value, Format):
         return value
     if isinstance(value, str):

@@ -70,7 +70,7 @@ class GradientRelease:
         TypeError, ValueError, RuntimeError: an argument is invalid, or something cannot be combined
             with this; the message names it. Also raised by ``backward`` and ``step``.
 
-    Example:
+    Examples:
         >>> with GradientRelease(optimizer):
         ...     for batch in batches:
         ...         loss_of(model, batch).backward()
