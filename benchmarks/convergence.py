@@ -163,7 +163,7 @@ def rows_made_alike(earlier: Path, setup: dict[str, Any]) -> list[dict[str, Any]
     differ = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     if differ:
         what = ", ".join(f"{key} {theirs.get(key)}, here {mine.get(key)}" for key in differ)
-        raise SystemExit(f"{earlier}: made otherwise: {what}")
+        raise SystemExit(f"{earlier}: its setup differs: {what}")
     rows: list[dict[str, Any]] = found["rows"]
     return rows
 
