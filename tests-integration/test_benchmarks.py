@@ -108,7 +108,7 @@ def test_convergence_compares_runs_of_one_start(root: Path, tmp_path: Path) -> N
         [*command, *sizes, "--compile", "--add", out], capture_output=True, text=True
     )
     assert other.returncode == 1
-    assert "made otherwise: compiled None, here True" in other.stderr
+    assert "its setup differs: compiled None, here True" in other.stderr
     assert json.loads(out.read_text()) == report
 
 
