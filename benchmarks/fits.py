@@ -30,7 +30,14 @@ from turboadam import TurboAdam
 RESULTS = Path(__file__).parent / "results" / "fits.json"
 PAGE = Path(__file__).parents[1] / "docs" / "what-fits.md"
 MARKERS = ("<!-- written by benchmarks/fits.py -->", "<!-- end -->")
-MODELS = ("1b", "7b", "13b", "70b")
+# names of models with these shapes
+MODELS = {
+    "1b": "TinyLlama 1.1B",
+    "7b": "Llama 2 7B",
+    "8b": "Llama 3 8B",
+    "13b": "Llama 2 13B",
+    "70b": "Llama 2 70B",
+}
 CARDS = (8, 16, 24, 32, 80)
 # of a card, for activations and all else that is not counted
 LEFT = 1_500_000_000
@@ -104,7 +111,7 @@ def gb(nbytes: int) -> str:
 
 def section(model: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A model's table; disk and host are the same to the device."""
-    yield f"## {model.upper()}: {rows[0]['parameters'] / 1e9:.2f} billion parameters\n"
+    yield f"## {MODELS[model]}: {rows[0]['parameters'] / 1e9:.2f} billion parameters\n"
     cards = " | ".join(f"{card} GB" for card in CARDS)
     yield f"| state | where | device GB | released | {cards} | RAM GB | or file GB |"
     yield "|---|---|" + "---|" * (len(CARDS) + 4)

@@ -176,6 +176,7 @@ def test_summary_has_the_tables_of_the_results(
 def test_tutorial_chooses_by_what_was_measured(root: Path) -> None:
     script = run_path(str(root / "benchmarks" / "choose.py"))
     assert script["table"]() in (root / "docs" / "tutorials" / "lowbit-adam.md").read_text()
+    assert script["overview"]() in (root / "docs" / "choosing.md").read_text()
 
 
 def test_docs_quote_the_bytes_that_were_counted(
@@ -262,6 +263,34 @@ def test_docs_quote_the_offload_that_was_measured(root: Path, tmp_path: Path) ->
         text = (tmp_path / page).read_text()
         assert "| 98765.4 |" in text
         assert "| failed |" in text
+
+
+def test_docs_quote_the_memory_that_was_counted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "fine_tune.py"))
+    report = json.loads(script["COUNTED"].read_text())
+    # Llama 3 8B, of which embedding and head have 128,256 times 4,096 each
+    assert report["parameters"] == 8_030_261_248
+    assert report["largest_gradient_bytes"] == 2 * 128_256 * 4096
+    assert script["table"](report) in (root / "docs" / "how-to" / "fine-tune-8b.md").read_text()
+
+
+def test_most_bytes_at_once_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "fine_tune.py"))
+    known = torch.zeros(1000)
+    with script["PeakBytes"]([known]) as peak:
+        first = known + 1
+        second = first + 1  # two of 4,000 bytes at once
+        del first
+        del second
+        (known[:500] + 1).view(5, 100)  # and a view adds nothing
+    assert (peak.now, peak.peak) == (0, 8000)
+    fewer, more = (script["peak_of"]("tiny", tokens, None) for tokens in (64, 512))
+    # at least the logits of 64 tokens that might come next, in bfloat16 and float32
+    assert more - fewer > (512 - 64) * 64 * (2 + 4)
 
 
 def test_page_of_what_fits_is_what_was_counted(

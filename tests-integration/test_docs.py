@@ -114,3 +114,17 @@ def test_every_environment_variable_is_in_the_table() -> None:
     }
     assert "PIP_FIND_LINKS" in used
     assert {name for name in used if f"| `{name}` |" not in table} == set()
+
+
+def test_errors_in_the_faq_are_those_of_the_code() -> None:
+    """Each message of ours is in a source, values aside, so that a search for it ends there."""
+    page = (ROOT / "docs" / "faq.md").read_text().partition("## Errors by message")[2]
+    sources = "".join(path.read_text() for path in ROOT.glob("packages/*/src/**/*.py"))
+    # adjacent literals are one text
+    sources = re.sub(r"\"\s*f?\"", "", sources)
+    sources = re.sub(r"{[^{}]*}", "...", sources)
+    messages = re.findall(r"^`([^`]+)`$", page, re.MULTILINE)
+    ours = [message for message in messages if not message.startswith("No module named")]
+    assert len(ours) > 35
+    fragments = {part.strip(" :;,=") for message in ours for part in re.split(r"\.\.\.", message)}
+    assert {part for part in fragments if len(part) > 12 and part not in sources} == set()

@@ -193,3 +193,15 @@ def test_wheel_has_the_entry_points_of_its_optimizers(package, wheels) -> None:
                 parser.read_string(wheel.read(name).decode())
     found = dict(parser[GROUP]) if GROUP in parser else {}
     assert found == optimizers(package)
+
+
+def test_the_repository_has_one_address(packages, root: Path) -> None:
+    """One string to replace, see docs/maintainers.md."""
+    declared = {package.project["urls"]["Repository"] for package in packages}
+    (address,) = declared
+    for package in packages:
+        urls = package.project["urls"]
+        assert urls["Changelog"] == f"{address}/blob/main/packages/{package.name}/CHANGELOG.md"
+    assert f"repo_url: {address}\n" in (root / "mkdocs.yml").read_text()
+    for page in ("README.md", "docs/index.md", "docs/getting-started.md"):
+        assert f"git clone {address} && cd optstate\n" in (root / page).read_text()
