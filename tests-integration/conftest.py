@@ -17,6 +17,8 @@ else:
 ROOT = Path(__file__).parents[1]
 # of modules that the tests share
 sys.path.insert(0, str(Path(__file__).parent))
+# before anything imports transformers: nothing here needs a file from the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,6 @@
 """Hugging Face's Trainer, PEFT and TRL drive these optimizers as they drive torch's AdamW."""
 
-import os
 import sys
-
-# before transformers is imported: nothing here needs a file from the network
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
