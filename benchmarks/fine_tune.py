@@ -142,6 +142,22 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"| {tokens:,} | {' | '.join(f'{n / 1e9:.1f}' for n in cells)} |"
 
 
+def measured(report: dict[str, Any]) -> str:
+    """The runs as Markdown."""
+    head = "| optimizer | state on | at most on the device, GB | state on the host, GB | ms |"
+    found = [head, "|---|---|---|---|---|"]
+    for row in report["rows"]:
+        where = row["store"]
+        if row["resident_bytes"]:
+            where += f", {row['resident_bytes'] / 1e9:.0f} GB on the device"
+        cells = ["out of memory", "", ""]
+        if "error" not in row:
+            cells = [f"{row[key] / 1e9:.1f}" for key in ("peak_bytes", "host_bytes")]
+            cells.append(f"{row['ms']:,.0f}")
+        found.append(f"| `{row['optimizer']}` | {where} | {' | '.join(cells)} |")
+    return "\n".join(found)
+
+
 @dataclass(frozen=True)
 class Case:
     """A configuration to run.
@@ -206,7 +222,8 @@ def measure(model: str, device: torch.device, tokens: int, steps: int) -> list[d
         with clean(device):
             try:
                 row |= run(case, model, device, tokens, steps)
-            except torch.OutOfMemoryError as error:
+            # GradientRelease and a failed step raise their own, from torch's
+            except RuntimeError as error:
                 row["error"] = str(error)[:200]
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -232,6 +249,7 @@ def main() -> None:
         setup = {**surroundings(device, args.steps, 0.0), "limit_bytes": CARD, "model": args.model}
         del setup["copy_bandwidth_gb_s"]
         report = {**setup, "rows": measure(args.model, device, args.tokens, args.steps)}
+        print(measured(report))
     out: Path = args.out or (COUNTED if args.what == "count" else MEASURED)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")

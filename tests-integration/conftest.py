@@ -17,6 +17,8 @@ else:
 ROOT = Path(__file__).parents[1]
 # of modules that the tests share
 sys.path.insert(0, str(Path(__file__).parent))
+# before anything imports transformers: nothing here needs a file from the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def packages() -> list[Package]:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the built site."""
     folder = tmp_path_factory.mktemp("site")
+    # not --quiet, under which --strict counts no warnings
     subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         check=True,

@@ -274,7 +274,21 @@ def test_docs_quote_the_memory_that_was_counted(
     # Llama 3 8B, of which embedding and head have 128,256 times 4,096 each
     assert report["parameters"] == 8_030_261_248
     assert report["largest_gradient_bytes"] == 2 * 128_256 * 4096
-    assert script["table"](report) in (root / "docs" / "how-to" / "fine-tune-8b.md").read_text()
+    page = (root / "docs" / "how-to" / "fine-tune-8b.md").read_text()
+    assert script["table"](report) in page
+    if script["MEASURED"].exists():
+        assert script["measured"](json.loads(script["MEASURED"].read_text())) in page
+
+
+def test_fine_tuning_is_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "fine_tune.py"))
+    case, cpu = script["Case"]("AdamW4bit"), torch.device("cpu")
+    row = script["run"](case, "tiny", cpu, tokens=32, steps=1)
+    assert row["ms"] > 0
+    assert row["host_bytes"] > 0
+    rows = [{"optimizer": "AdamW4bit", "store": "host", "resident_bytes": 0, **row}]
+    assert "| `AdamW4bit` | host | 0.0 |" in script["measured"]({"rows": rows})
 
 
 def test_most_bytes_at_once_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,3 +205,11 @@ def test_the_repository_has_one_address(packages, root: Path) -> None:
     assert f"repo_url: {address}\n" in (root / "mkdocs.yml").read_text()
     for page in ("README.md", "docs/index.md", "docs/getting-started.md"):
         assert f"git clone {address} && cd optstate\n" in (root / page).read_text()
+
+
+def test_the_readme_opens_with_the_two_commands(root: Path) -> None:
+    """CI runs the second, and both stay one line."""
+    opening = (root / "README.md").read_text().partition("\n## ")[0]
+    demo, tests = (f'pip install "nox[uv]" && nox -s {name}' for name in ("demo", "tests"))
+    assert f"```\n{demo}\n```\n\n```\n{tests}\n```\n" in opening
+    assert (root / ".ci" / "run").read_text().endswith(f"\n{tests}\n")

@@ -1,5 +1,7 @@
 """Byte accounting against sums written by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -91,3 +93,9 @@ def test_tensors_inside_objects_count() -> None:
     (param,) = optimizer.param_groups[0]["params"]
     optimizer.state[param] = {"exp_avg": Quantized(64), "step": torch.zeros(()), "kind": Quantized}
     assert state_bytes(optimizer) == 64 + 2 * 2 + 4
+
+
+def test_only_the_family_is_predicted() -> None:
+    optimizer: Any = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(TypeError, match=r"optimizer: SGD, must be .* of the family"):
+        predicted_state_bytes(optimizer)

@@ -75,8 +75,15 @@ def predicted_state_bytes(optimizer: StateOwner) -> int:
         optimizer: an optimizer of the family, before or after its first step.
 
     Raises:
-        TypeError: a parameter is of a class that the optimizer does not step.
+        TypeError: the optimizer is not of the family, or a parameter is of a class that it does
+            not step.
     """
+    given: object = optimizer
+    if not hasattr(given, "group_formats"):
+        raise TypeError(
+            f"optimizer: {type(given).__name__}, must be an optimizer of the family; of any other, "
+            "state_bytes(optimizer) counts the state after a step"
+        )
     check_params(optimizer)
     total = 0
     for group in optimizer.param_groups:

@@ -69,7 +69,7 @@ def register_format(cls: AnyFormat) -> AnyFormat:
         TypeError: it is not a class of formats.
         ValueError: its name is no word, or another format's.
 
-    Example:
+    Examples:
         >>> @register_format
         ... @dataclass(frozen=True)
         ... class Log8(Format):
