@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-IMAGES = sorted(path for path in DOCS.rglob("*") if path.suffix in (".svg", ".png", ".jpg"))
+IMAGES = sorted(
+    path
+    for path in DOCS.rglob("*")
+    # assets/ has the logo, which is on the header's colour in both schemes
+    if path.suffix in (".svg", ".png", ".jpg") and path.parent.name != "assets"
+)
 # a picture of another version has the same words and numbers, but may lie elsewhere
 PINNED = f"\nmatplotlib=={matplotlib.__version__} " in (ROOT / "constraints.txt").read_text()
 
@@ -82,4 +87,4 @@ def test_pictures_follow_light_and_dark(path: Path) -> None:
 def test_every_picture_is_in_a_page() -> None:
     pages = "".join(path.read_text() for path in [ROOT / "README.md", *DOCS.rglob("*.md")])
     unused = {path.name for path in IMAGES if f"{path.name})" not in pages}
-    assert unused <= {"logo.svg", "favicon.svg"}
+    assert unused == set()
