@@ -32,6 +32,7 @@ STEPS = (
     ("AdamW8bit", "lowbit_adam AdamW8bit", True),
     ("AdamW4bit", "lowbit_adam AdamW4bit", True),
     ("TurboAdam", "turboadam TurboAdam", True),
+    ("TurboAdam 2 + 3, flush", "turboadam TurboAdam, 2 + 3 bits", True),
     ("torch fused", "torch AdamW, fused", False),
     ("flashoptim", "FlashOptim FlashAdamW", False),
     ("torchao", "torchao AdamW8bit", False),

@@ -4,7 +4,6 @@ import inspect
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
@@ -15,6 +14,7 @@ from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
+from once import made_once
 
 HERE = Path(__file__).parent
 MODULES = ("lowbit_adam", "turboadam", "stochbf16", "optstate_wrap", "optstate_codecs")
@@ -161,22 +161,28 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def seen(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def seen(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a browser found on every page, in both widths."""
     browser = next(filter(None, map(which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    folder = made_once(tmp_path_factory, "seen", partial(look, browser, site))
+    return json.loads((folder / "report.json").read_text())
+
+
+def look(browser: str, site: Path, folder: Path) -> None:
+    """Let a browser look at every page, and write its report into a folder."""
     asked = {"pages": pages(site), "widths": WIDTHS, "searched": SEARCHED}
+    (site / "asked.json").write_text(json.dumps(asked))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(site)))
     Thread(target=server.serve_forever, daemon=True).start()
-    (site / "asked.json").write_text(json.dumps(asked))
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-    command += [f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]
-    command += ["--disable-background-networking", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--disable-dev-shm-usage"]
+    command += ["--disable-background-networking"]
     command += [f"http://127.0.0.1:{server.server_port}/check.html"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        yield Handler.reports.get(timeout=SECONDS)
+        report = Handler.reports.get(timeout=SECONDS)
     except Empty:
         pytest.fail(f"{browser}: no report within {SECONDS} s")
     finally:
@@ -185,6 +191,7 @@ def seen(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
         server.shutdown()
         server.server_close()
         (site / "asked.json").unlink()
+    (folder / "report.json").write_text(json.dumps(report))
 
 
 def test_browser_looked_at_every_page(seen: dict[str, Any], site: Path) -> None:
