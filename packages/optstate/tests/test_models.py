@@ -75,7 +75,7 @@ def test_safetensors_file_and_folder(tmp_path: Path) -> None:
         ("a.weight", (8, 4)),
     ]
     assert model.parameter_bytes == 2 * 32 + 4 * 8
-    assert "1 tensors that are no parameters" in model.notes[0]
+    assert "1 tensors are left out" in model.notes[0]
     assert read_model(str(tmp_path)).parameters == 40
     # an index says which of the files are the model's
     save_file({"b": torch.zeros(3)}, tmp_path / "other.safetensors")

@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 
 from optstate import __version__
+from optstate.bench.options import bench
+from optstate.convert.options import convert
 from optstate.demo.options import demo
 from optstate.estimate.options import estimate
 
@@ -16,6 +18,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(estimate)
+app.command()(bench)
+app.command()(convert)
 app.command()(demo)
 
 

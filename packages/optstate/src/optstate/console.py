@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from errno import EISDIR
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -10,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from optstate.files import check_folder
 from optstate.siblings import MissingExtra, require
 
 NARROWEST = 100
@@ -81,6 +84,21 @@ def require_all(extra: str, *modules: str) -> None:
     with reported():
         for module in modules:
             require(module, extra)
+
+
+def check_writable(argument: str, path: Path) -> None:
+    """Checks before the work that a file can be written there, and its folder be made.
+
+    Raises:
+        typer.BadParameter: It cannot.
+    """
+    try:
+        check_folder(path.parent)
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "is a folder")
+    except OSError as error:
+        problem = f"{path}: {error.strerror or error}"
+        raise typer.BadParameter(problem, param_hint=argument) from error
 
 
 def completion(find: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:

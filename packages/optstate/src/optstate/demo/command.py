@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from optstate.console import blame, note, output, reported, require_all
+from optstate.console import blame, check_writable, note, output, reported, require_all
 from optstate.demo.settings import BASELINE, Settings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def run(settings: Settings, picture: Path, as_json: bool) -> None:
     with reported():
         optimizers = _optimizers(settings)
     corpus = _corpus(settings)
-    _check_folder(picture.parent)
+    check_writable("--out", picture)
     _train_and_show(optimizers, corpus, settings, picture, as_json)
 
 
@@ -69,17 +69,6 @@ def _corpus(settings: Settings) -> "Corpus":
         return Corpus.from_documents(load_documents(settings.text), settings.context)
     except MissingText as error:
         raise typer.BadParameter(str(error), param_hint="--text") from error
-
-
-def _check_folder(folder: Path) -> None:
-    """Checks before training that a folder can be made, so that an error costs no time."""
-    from optstate.files import check_folder
-
-    try:
-        check_folder(folder)
-    except OSError as error:
-        problem = f"{folder}: {error.strerror or error}"
-        raise typer.BadParameter(problem, param_hint="--out") from error
 
 
 def _train_and_show(

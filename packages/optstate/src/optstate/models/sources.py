@@ -58,8 +58,7 @@ def read_model(
     count = parameter_count(text)
     if count is not None:
         shapes = shapes_of_count(count)
-        source = f"{count:,} parameters"
-        return Model.of_shapes(source, shapes, dtype or torch.bfloat16, (ASSUMED,))
+        return Model.of_shapes(text, shapes, dtype or torch.bfloat16, (ASSUMED,))
     if Path(text).exists():
         model = read_weights(Path(text), key)
     elif re.fullmatch(r"[\w.]+:[\w.]+", text):

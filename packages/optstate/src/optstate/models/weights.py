@@ -24,7 +24,7 @@ SAFETENSORS_HEADER = 100_000_000
 INDEX = "*.safetensors.index.json"
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "module")
 """Entries of a training checkpoint that hold the weights."""
-LEFT_OUT = "{} tensors that are no parameters of 16 bits or more are left out"
+LEFT_OUT = "{} tensors are left out: tied, or no floating point of 16 bits or more"
 
 
 def read_weights(path: Path, key: str | None = None) -> Model:
@@ -142,21 +142,35 @@ def entry_at(path: Path, content: Any, key: str) -> Any:
 
 def _of_torch_file(path: Path, key: str | None) -> Model:
     content = load_torch_file(path, to_meta=True)
-    if key is not None:
-        content = entry_at(path, content, key)
-    elif isinstance(content, Mapping):
-        inner = [content[k] for k in WEIGHT_KEYS if isinstance(content.get(k), Mapping)]
-        content = inner[0] if inner else content
-    tensors = {
-        str(name): value
-        for name, value in (content.items() if isinstance(content, Mapping) else ())
-        if isinstance(value, Tensor)
-    }
-    floats = {n: v for n, v in tensors.items() if v.dtype in SAFETENSORS_DTYPES.values()}
-    for value in floats.values():
-        value.requires_grad_()
-    entries = Model.of_tensors(str(path), floats.items()).entries
-    return _model(path, entries, len(tensors) - len(floats))
+    weights = _weights_in(content) if key is None else entry_at(path, content, key)
+    tensors = _tensors_of(weights)
+    entries = parameters_in(path, weights)
+    return _model(path, entries, len(tensors) - len(entries))
+
+
+def parameters_in(path: Path, content: Any) -> tuple[Entry, ...]:
+    """The parameters among a checkpoint's weights, tied ones once; none if it has no weights.
+
+    Args:
+        path: names the checkpoint.
+        content: its weights, or all of it with the weights in one of `WEIGHT_KEYS`.
+    """
+    found = []
+    for name, tensor in _tensors_of(_weights_in(content)).items():
+        if tensor.dtype in SAFETENSORS_DTYPES.values():
+            found.append((name, tensor.detach().requires_grad_()))
+    return Model.of_tensors(str(path), found).entries
+
+
+def _weights_in(content: Any) -> Any:
+    entries = content if isinstance(content, Mapping) else {}
+    inner = [entries[key] for key in WEIGHT_KEYS if isinstance(entries.get(key), Mapping)]
+    return inner[0] if inner else content
+
+
+def _tensors_of(weights: Any) -> dict[str, Tensor]:
+    entries = weights.items() if isinstance(weights, Mapping) else ()
+    return {str(name): value for name, value in entries if isinstance(value, Tensor)}
 
 
 def _model(path: Path, entries: list[Entry] | tuple[Entry, ...], left_out: int) -> Model:
