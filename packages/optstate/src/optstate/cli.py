@@ -9,6 +9,7 @@ from optstate.bench.options import bench
 from optstate.convert.options import convert
 from optstate.demo.options import demo
 from optstate.estimate.options import estimate
+from optstate.inspection.options import inspect
 
 app = typer.Typer(
     name="optstate",
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(estimate)
 app.command()(bench)
 app.command()(convert)
+app.command()(inspect)
 app.command()(demo)
 
 

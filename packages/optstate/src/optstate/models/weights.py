@@ -6,6 +6,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -114,7 +115,9 @@ def load_torch_file(path: Path, to_meta: bool = False) -> Any:
     """
     device = "meta" if to_meta else "cpu"
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        # of a mapped file only what is used is read
+        mapped = not to_meta and is_zipfile(path)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: torch.load(weights_only=True) refuses it: {reason}") from error
