@@ -23,11 +23,9 @@ from typing import Any
 from weakref import finalize
 
 import torch
-from fits import BUCKET, MODELS, params_of
 from llama import CONFIGS, Llama
 from offload_common import allocated, clean, forget_peak, host_bytes, reserved
 from offload_train import paced, train_step
-from step_time import surroundings, synchronize
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +33,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lowbit_adam import AdamW4bit, AdamW8bit
+from optstate.bench.timing import surroundings, synchronize
+from optstate.estimate.count import BUCKET
 from optstate_codecs import CodedOptimizer, GradientRelease, offload, predicted_state_bytes
 from optstate_codecs.offloading import CHUNK_BYTES
 from optstate_codecs.offloading.copies import SLOTS
@@ -101,7 +101,7 @@ def peak_of(model: str, tokens: int, loss_tokens: int | None) -> int:
 
 def count(model: str) -> dict[str, Any]:
     """The parts of the device's memory, and state by optimizer."""
-    params = params_of(model)
+    params = list(Llama(CONFIGS[model], "meta").parameters())
     return {
         "model": model,
         "parameters": sum(p.numel() for p in params),
@@ -234,7 +234,7 @@ def main() -> None:
     """Counts or measures, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("count", "run"))
-    parser.add_argument("--model", choices=("tiny", *MODELS), default="8b")
+    parser.add_argument("--model", choices=CONFIGS, default="8b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=2048, help="of run")
     parser.add_argument("--steps", type=int, default=5, help="of run, after the first")

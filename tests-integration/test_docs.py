@@ -71,7 +71,7 @@ def test_every_option_of_the_command_is_in_the_reference() -> None:
 
 
 def test_every_short_name_of_an_optimizer_is_in_the_reference() -> None:
-    from optstate.demo.names import SHORT_NAMES
+    from optstate.names import SHORT_NAMES
 
     page = (ROOT / "docs" / "reference" / "optstate.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| `--optimizer` |"))

@@ -91,9 +91,12 @@ def test_umbrella_installs_every_sibling_that_an_extra_needs(packages) -> None:
 
     by_name = {p.name: p for p in packages}
     extras = by_name["optstate"].project["optional-dependencies"]
-    assert set(SIBLINGS_OF) == set(extras) - {"all"}
+    assert set(SIBLINGS_OF) == set(extras)
     for extra, siblings in SIBLINGS_OF.items():
-        needed = {Requirement(line).name for line in extras[extra]} & set(by_name)
+        lines = [Requirement(line) for line in extras[extra]]
+        parts = [part for line in lines if line.name == "optstate" for part in line.extras]
+        lines += [Requirement(line) for part in parts for line in extras[part]]
+        needed = {line.name for line in lines} & set(by_name) - {"optstate"}
         needed |= {r.name for n in needed for r in requirements(by_name[n])} & set(by_name)
         assert set(siblings) == needed
         assert all((by_name[name].folder / "pyproject.toml").exists() for name in siblings)

@@ -50,6 +50,24 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 }
 
 
+OURS = {"lowbit-adam", "turboadam", "stochbf16", "optstate-codecs"}
+CHOSEN = (
+    "torch fused",
+    "torch foreach",
+    "stochbf16 AdamW",
+    "AdamW8bit",
+    "AdamWFp8",
+    "AdamW4bit",
+    "TurboAdam",
+)
+"""Those that ``optstate bench`` times unless it is told otherwise, and then every peer."""
+
+
+def is_peer(name: str) -> bool:
+    """Whether a contestant is another library's, and not torch's."""
+    return name == "turboadam-0.2" or KNOWN[name][1] not in {"torch", *OURS}
+
+
 def _exact() -> Make:
     codecs = importlib.import_module("optstate_codecs")
     formats = dict.fromkeys(("exp_avg", "exp_avg_sq"), "fp32")
