@@ -231,8 +231,9 @@ def isolated(session: nox.Session, package: str) -> None:
     session.run("python", "-W", "error", str(script), package.replace("-", "_"))
     if package == "optstate":
         session.run("optstate", "--version")
-        # Without its extra the demo has to say what to install, not show a traceback.
+        # Without their extras these have to say what to install, not show a traceback.
         session.run("optstate", "demo", success_codes=[1])
+        session.run("optstate", "estimate", "gpt2", success_codes=[1])
 
 
 def wheel(package: str) -> str:
