@@ -235,8 +235,9 @@ def isolated(session: nox.Session, package: str) -> None:
     session.run("python", f"{tests}/run_examples.py", f"{ROOT}/packages/{package}/README.md")
     if package == "optstate":
         session.run("optstate", "--version")
-        # Without its extra the demo has to say what to install, not show a traceback.
+        # Without their extras these have to say what to install, not show a traceback.
         session.run("optstate", "demo", success_codes=[1])
+        session.run("optstate", "estimate", "gpt2", success_codes=[1])
 
 
 @nox.session(requires=["isolated"], default=False)

@@ -17,6 +17,7 @@ SHAPES = {
     "vit": ViT(96, 2, 200, patch=7, image=28, classes=10).shapes(),
 }
 MASTERS = "AdamW8bit(master_weight_bits=24)"
+FUSED = "torch.optim.AdamW(fused=true)"
 
 
 def stepped(shapes, make, dtype=torch.bfloat16):
@@ -29,7 +30,7 @@ def stepped(shapes, make, dtype=torch.bfloat16):
     return optimizer
 
 
-@pytest.mark.parametrize("name", [*DEFAULTS, MASTERS])
+@pytest.mark.parametrize("name", [*DEFAULTS, MASTERS, FUSED])
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_bytes_are_those_that_a_step_allocates(name: str, shapes: str) -> None:
     model = Model.of_shapes(shapes, SHAPES[shapes], torch.bfloat16)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from optstate.process import forget_peak, resident_bytes
+from optstate.process import forget_resident_peak, resident_bytes
 
 
 def synchronize(device: torch.device) -> None:
@@ -66,7 +66,7 @@ def temporary_bytes(device: torch.device, step: Callable[[], Any]) -> int | None
         before = torch.cuda.memory_allocated(device)
         step()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    forgotten, resident = forget_peak(), resident_bytes()
+    forgotten, resident = forget_resident_peak(), resident_bytes()
     if not forgotten or resident is None:
         return None
     step()

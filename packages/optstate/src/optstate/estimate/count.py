@@ -140,7 +140,12 @@ def master_bytes(optimizer: CodedOptimizer) -> int:
 
 
 def stepped_state_bytes(optimizer: Optimizer, params: Sequence[Parameter]) -> int:
-    """Bytes of the state that one step on the meta device makes."""
+    """Bytes of the state that one step on the meta device makes.
+
+    There is no fused or capturable step on meta; their state takes the same bytes.
+    """
+    for group in optimizer.param_groups:
+        group.update({flag: False for flag in ("fused", "capturable") if flag in group})
     for param in params:
         param.grad = torch.empty_like(param)
     optimizer.step()
