@@ -30,6 +30,7 @@ class Scratch:
         # by device; None is page-locked host memory
         self._blocks: dict[torch.device | None, list[Tensor]] = {}
         self._used: dict[torch.device | None, tuple[int, int]] = {}
+        self._largest: dict[torch.device | None, int] = {}
 
     def copies_of(self, tensors: Sequence[Tensor], on_host: bool = False) -> list[Tensor]:
         """Copies that are valid until ``reset``, made together.
@@ -63,17 +64,23 @@ class Scratch:
         return copies
 
     def _take(self, device: torch.device | None, size: int) -> Tensor:
-        """Unused bytes of one block, which is a new one where no block has as many."""
+        """Unused bytes of one block, which is a new one where the next block has fewer.
+
+        Blocks are as large as the largest request, so that they fit again in later steps.
+        """
         blocks = self._blocks.setdefault(device, [])
         number, offset = self._used.get(device, (0, 0))
-        while number < len(blocks) and offset + size > blocks[number].numel():
-            number, offset = number + 1, 0
+        largest = self._largest[device] = max(self._largest.get(device, BLOCK), size)
+        if number < len(blocks) and offset + size > blocks[number].numel():
+            number, offset = number + bool(offset), 0
+            # an unused block that is too small would not be used again
+            small = number < len(blocks) and size > blocks[number].numel()
+            del blocks[number if small else len(blocks) :]
         if number == len(blocks):
-            room = max(BLOCK, size)
             blocks.append(
-                empty_pinned(room)
+                empty_pinned(largest)
                 if device is None
-                else torch.empty(room, dtype=torch.uint8, device=device)
+                else torch.empty(largest, dtype=torch.uint8, device=device)
             )
         self._used[device] = (number, offset + -(-size // ALIGNMENT) * ALIGNMENT)
         return blocks[number][offset : offset + size]
@@ -99,7 +106,7 @@ class Scratch:
                     break
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_blocks": {}, "_used": {}}
+        return {"_blocks": {}, "_used": {}, "_largest": {}}
 
 
 def copyable_as_bytes(tensor: Tensor) -> bool:
