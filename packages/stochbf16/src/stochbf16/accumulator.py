@@ -13,7 +13,7 @@ from functools import partial
 from threading import RLock
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from torch.utils.hooks import RemovableHandle
 from optstate_codecs import checks
 from optstate_codecs.custom_op import untraced
 from optstate_codecs.engine.capture import capturing
-from optstate_codecs.gradients.hooks import weakly
 from optstate_codecs.param_checks import check_kind
 from optstate_codecs.sharding import is_distributed
 from optstate_codecs.stochastic import SOURCES
@@ -109,8 +108,16 @@ class StochasticAccumulator:
         return self
 
     def _add_hooks(self, param: Any, number: int) -> tuple[RemovableHandle, RemovableHandle]:
-        before = param.register_hook(partial(untraced(self._before), number))
-        after = param.register_post_accumulate_grad_hook(partial(weakly(self._after), number))
+        accumulator = ref(self)
+
+        def put_back(param: Tensor) -> None:
+            alive = accumulator()
+            if alive is not None:
+                alive._after(number, param)
+
+        before = param.register_hook(untraced(partial(self._before, number)))
+        # the garbage collector does not see through this one: a strong reference would be a leak
+        after = param.register_post_accumulate_grad_hook(untraced(put_back))
         # first, so that other hooks find the sum in ``p.grad``
         hooks = _hooks_after(param)
         others = [(key, hooks.pop(key)) for key in list(hooks) if key != after.id]
@@ -201,7 +208,10 @@ class StochasticAccumulator:
                 total.add_(new)
                 return
             self._counts[number] += 1
-            pending = self._pending.setdefault(total.device, Pending(total.device))
+            device = total.device
+            pending = self._pending.get(device)
+            if pending is None:
+                pending = self._pending[device] = Pending(device)
             count, version = self._counts[number], total._version
             pending.append(Addition(param, number, count, total, new, version), self._seed)
             del new
