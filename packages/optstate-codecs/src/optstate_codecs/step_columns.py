@@ -142,7 +142,7 @@ class CachedSteps:
         if not (
             _same(specs, self._specs)
             and _same(given.params, self._params)
-            and all(map(is_, map(states.get, self._params), self._states))
+            and self._has_states(states)
             and self._params_now == self._where_params()
             and self._keys == list(chain.from_iterable(self._states))
         ):
@@ -151,6 +151,12 @@ class CachedSteps:
             return self._state_now == self._where_state()
         except (TypeError, RuntimeError):  # a value is no tensor, or one without memory
             return False
+
+    def _has_states(self, states: Mapping[Any, Any]) -> bool:
+        """Whether the parameters have the same state; hashing each is only needed out of order."""
+        in_order = len(states) == len(self._states) and all(map(is_, states, self._params))
+        now = states.values() if in_order else map(states.get, self._params)
+        return all(map(is_, now, self._states))
 
     def same_layouts(self, given: Gradients) -> bool:
         """Whether gradients have the dtypes and strides of the latest valid ones."""
