@@ -30,6 +30,12 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "torchastic": ("torchastic", "torchastic", "AdamW", {}),
     "turboadam-0.2": ("turboadam", "turboadam", "TurboAdam", {}),
     "TurboAdam": ("turboadam", "turboadam", "TurboAdam", {}),
+    "TurboAdam 2 + 3, flush": (
+        "turboadam",
+        "turboadam",
+        "TurboAdam",
+        {"m_bits": 2, "v_bits": 3, "error_feedback": True, "block_size": 64},
+    ),
     "TurboAdam 2 + 3": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}),
     "TurboAdam 3 + 4": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 3, "v_bits": 4}),
     "stochbf16 AdamW": ("stochbf16", "stochbf16", "AdamW", {}),

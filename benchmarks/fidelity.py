@@ -43,6 +43,8 @@ BARS = ("dense", "5 % sparse")
 SR = "stochastic"
 # arrangements with error feedback
 FED_BACK = ("turbo 5.25, flush", "turbo 4.25, sign")
+# rows of the short table
+SUMMARY = ("8-bit", "FP8", "4-bit", "turbo 7.25", "8-bit, roots to nearest", "4-bit, as published")
 
 Formats = tuple[Format | str, Format | str]
 
@@ -183,6 +185,14 @@ def overall(result: dict[str, list]) -> list[list[str]]:
     return lines
 
 
+def summary(result: dict[str, list]) -> list[list[str]]:
+    """The most telling columns of ``overall`` for the defaults and two that round to nearest."""
+    head, *lines = overall(result)
+    columns = [head.index(name) for name in head if name not in ("spread", "same codes")]
+    chosen = [line for name in SUMMARY for line in lines if line[0] == name]
+    return [[line[column] for column in columns] for line in (head, *chosen)]
+
+
 def markdown(lines: list[list[str]]) -> str:
     """A table as the docs show it."""
     head, *body = lines
@@ -260,7 +270,8 @@ def main() -> None:
     args = parser.parse_args()
     size = args.steps, min(args.last, args.steps), args.numel
     result = measure(*size)
-    for lines in (by_kind(result), overall(result), by_kind(result, "matrices")):
+    tables = by_kind(result), overall(result), by_kind(result, "matrices"), summary(result)
+    for lines in tables:
         print(f"\n{markdown(lines)}") if args.markdown else show(lines)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"setup": setup(*size), **result}, indent=1) + "\n")

@@ -93,10 +93,12 @@ def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None
 def test_docs_quote_the_fidelity_that_was_measured(root: Path) -> None:
     script = run_path(str(root / "benchmarks" / "fidelity.py"))
     result = json.loads(script["RESULTS"].read_text())
-    page = (root / "docs" / "concepts" / "rounding.md").read_text()
+    concepts = root / "docs" / "concepts"
+    page = (concepts / "fidelity-lab.md").read_text()
     for table in (script["by_kind"], script["overall"]):
         assert script["markdown"](table(result)) in page
     assert script["markdown"](script["by_kind"](result, "matrices")) in page
+    assert script["markdown"](script["summary"](result)) in (concepts / "rounding.md").read_text()
     assert result["setup"]["formats"] == script["texts"](script["arrangements"]())
     assert result["setup"]["matrices"]["formats"] == script["texts"](script["in_matrices"]())
 
@@ -121,7 +123,7 @@ def test_convergence_compares_runs_of_one_start(root: Path, tmp_path: Path) -> N
         [*command, *sizes, "--compile", "--add", out], capture_output=True, text=True
     )
     assert other.returncode == 1
-    assert "made otherwise: compiled None, here True" in other.stderr
+    assert "its setup differs: compiled None, here True" in other.stderr
     assert json.loads(out.read_text()) == report
 
 

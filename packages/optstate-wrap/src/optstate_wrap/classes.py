@@ -31,7 +31,7 @@ def wrapped_class(
     Args:
         optimizer_class: any subclass of ``torch.optim.Optimizer`` whose first argument is its
             parameters.
-        policy: of ``OptimizerWrapper``; each optimizer gets a copy.
+        policy: the policy of ``OptimizerWrapper``; each optimizer gets a copy.
         **options: the other arguments of ``OptimizerWrapper``. ``store`` must be a name:
             ``store="host"`` keeps state in host memory.
 

@@ -41,7 +41,7 @@ class MetricsWriter:
     memory of the optimizer's state, ``cpu_mem_mb`` the process's largest resident size so far.
 
     Args:
-        path: of the file; overwritten unless it has these columns already.
+        path: the file; overwritten unless it has these columns already.
         run: the name of the run, written in each row.
 
     Example:

@@ -18,7 +18,8 @@ class WrapperMemoryReport(MemoryReport):
 
     Attributes:
         plain_state_bytes: bytes of the state without the wrapper.
-        host_bytes: the part of ``state_bytes`` in host memory; 0 if all parameters are there too.
+        host_bytes: the part of ``state_bytes`` in host memory; 0 if all parameters
+            are there as well.
     """
 
     plain_state_bytes: int = 0

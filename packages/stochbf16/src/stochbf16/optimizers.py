@@ -140,7 +140,7 @@ class Compass(_PureBF16):
     ``amsgrad``.
 
     Args:
-        params: as ``AdamW``'s.
+        params: parameters or param groups, as for ``AdamW``.
         lr: learning rate, at least 0.
         betas: decay rates of the mean and of the second moment, each in [0, 1).
         amp_fac: how much of the mean is added to the gradient, at least 0.
@@ -184,7 +184,7 @@ class LPFAdamW(_PureBF16):
     ``optstate_codecs.rules.LPFAdamW``. Other arguments are ``AdamW``'s, but for ``amsgrad``.
 
     Args:
-        params: as ``AdamW``'s.
+        params: parameters or param groups, as for ``AdamW``.
         lr: learning rate, at least 0.
         betas: decay rates of ``smoothing`` and of the two moments, each in [0, 1).
         amp_fac: how much of ``smoothing`` is added to the gradient, at least 0.
@@ -228,7 +228,7 @@ class RMSProp(_PureBF16):
     ``AdamW``'s, but for ``amsgrad`` and ``weight_decay_mode``.
 
     Args:
-        params: as ``AdamW``'s.
+        params: parameters or param groups, as for ``AdamW``.
         lr: learning rate, at least 0.
         beta: decay rate of the second moment, ``ema_squared``, in [0, 1).
 

@@ -15,8 +15,8 @@ costate    1, 2, 3, 4 or 6,        first moments
            + 16 / block_size
 oneq       2, 3, 4, 6 or 8,        second moments
            + 16 / block_size
-dynamic4   4 + 32 / block_size     first moments, as published, to compare with
-linear4    4 + 32 / block_size     second moments, as published, to compare with; also with scales
+dynamic4   4 + 32 / block_size     first moments, as published, for comparison
+linear4    4 + 32 / block_size     second moments, as published, for comparison; also with scales
                                    per row and column
 ========== ======================= ==================================================
 """

@@ -26,9 +26,9 @@ def offloaded_class(
     ``typed_arguments``.
 
     Args:
-        optimizer_class: of the family.
-        store: of ``offload``.
-        **options: of ``offload``: ``path``, ``resume``, ``sync``, ``chunk_bytes``,
+        optimizer_class: a class of the family.
+        store: "host" or "disk", as in ``offload``.
+        **options: other arguments of ``offload``: ``path``, ``resume``, ``sync``, ``chunk_bytes``,
             ``resident_bytes``. A file belongs to one optimizer, so with a ``path`` call the class
             once.
 
