@@ -19,7 +19,6 @@ from optstate_codecs.triton_lib import kernels_run
 __all__ = ["SOURCES", "round_"]
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
-PLAIN = (Tensor, torch.nn.Parameter)
 # a stream that optimizers do not use: with the same seed, the draws of a gradient and of its
 # parameter are independent
 STREAM = 8
@@ -49,13 +48,9 @@ def round_(
         add: whether to add sources to targets.
     """
     launches: dict[Any, list[int]] = {}
-    with_kernels: dict[torch.device, bool] = {}
     for position, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        device = target.device
-        if device not in with_kernels:
-            with_kernels[device] = kernels_run(device)
-        if with_kernels[device] and _kernel_takes(target, source):
-            launches.setdefault((device, source.dtype), []).append(position)
+        if _kernel_takes(target, source):
+            launches.setdefault((target.device, source.dtype), []).append(position)
         else:
             draw = Draw(seed, counts[position], numbers[position], STREAM)
             _round_in_slices(target, source, draw, add)
@@ -79,10 +74,12 @@ def round_(
 
 
 def _kernel_takes(target: Tensor, source: Tensor) -> bool:
-    """Whether both are plain and dense with equal strides."""
+    """Whether the kernel runs there and both are plain and dense with equal strides."""
+    plain = (Tensor, torch.nn.Parameter)
     return (
-        type(target) in PLAIN
-        and type(source) in PLAIN
+        kernels_run(target.device)
+        and type(target) in plain
+        and type(source) in plain
         and target.stride() == source.stride()
         and is_dense(target)
     )
