@@ -28,6 +28,20 @@ def test_step_time_writes_times_and_bytes(root: Path, tmp_path: Path) -> None:
     assert 16 <= rows["AdamW8bit"]["state_bits_per_parameter"] < 16.4
 
 
+def test_host_time_writes_times_beside_torchs(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "host_time.json"
+    command = [sys.executable, root / "benchmarks" / "host_time.py", "--out", out]
+    sizes = ["--layout", "tiny", "--repeats", "3", "--device", "cpu", "--only", "AdamW8bit"]
+    subprocess.run([*command, *sizes], check=True, capture_output=True)
+    rows = json.loads(out.read_text())["rows"]
+    found = {(row["gradients"], row["optimizer"]): row for row in rows}
+    assert len(found) == len(rows) == 4
+    for (gradients, _), row in found.items():
+        base = found[gradients, "torch fused"]["median_us"]
+        assert row["ratio"] == row["median_us"] / base
+        assert 0 < row["fastest_us"] <= row["median_us"]
+
+
 def test_accumulate_writes_times_and_errors(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "results" / "accumulate.json"
     command = [sys.executable, root / "benchmarks" / "accumulate.py", "--out", out]

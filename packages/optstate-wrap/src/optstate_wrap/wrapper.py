@@ -42,7 +42,7 @@ class OptimizerWrapper(Delegate):
             any of the usual keys.
         chunk_size: number of elements decoded at a time, at least 256; larger tensors are split if
             the optimizer allows it. None: 16 Mi on a GPU, or 8 Mi if its state is in host memory,
-            and 2 Mi on a CPU.
+            and 512 Ki on a CPU.
         chunk_size_on_cuda: replaces ``chunk_size`` if the first parameter is on a GPU.
         initial_chunk_size: ``chunk_size`` of the step that creates the state; 1 decodes one tensor
             at a time.

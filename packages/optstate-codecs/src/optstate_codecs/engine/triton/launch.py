@@ -10,11 +10,11 @@ from torch import Tensor
 from optstate_codecs.engine.triton.buckets import COLUMNS, MOMENT_SLOTS, Bucket
 from optstate_codecs.engine.triton.dtypes import triton_type
 from optstate_codecs.engine.triton.kernel import step_kernel
-from optstate_codecs.engine.triton.work_tables import on
+from optstate_codecs.engine.triton.launcher import Launcher
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.formats.base import DeviceFunctions
 
-__all__ = ["kernel_constants", "launch"]
+__all__ = ["launch", "make_launcher"]
 
 # measured on an H200: more elements spill registers, fewer make warps wait at reductions
 ELEMENTS_PER_WARP = 512
@@ -90,6 +90,7 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
         "FULL": bucket.full,
         "MARKS": any(f.device_functions.marks for f in bucket.formats if f.device_functions),
         "COLUMNS": COLUMNS,
+        "CENTRALIZED": bucket.centralized,
         **tuning(bucket),
     }
 
@@ -117,9 +118,14 @@ def tuning(bucket: Bucket) -> dict[str, int]:
     return chosen
 
 
+def make_launcher(bucket: Bucket) -> Launcher:
+    """The launcher of the step kernel for a bucket."""
+    return Launcher(step_kernel, {**kernel_constants(bucket), "enable_fp_fusion": False})
+
+
 def launch(
+    launcher: Launcher,
     bucket: Bucket,
-    constants: dict[str, Any],
     grads: Tensor,
     scalar_set: Tensor,
     scalars: Tensor,
@@ -129,25 +135,18 @@ def launch(
 ) -> None:
     """Step every tile of the bucket in one launch.
 
-    ``constants`` are ``kernel_constants(bucket)``, and ``means`` the device's ``GradMeans.values``.
+    ``launcher`` is ``make_launcher(bucket)``, and ``means`` the device's ``GradMeans.values``.
     ``factor`` is the kernel's ``grad_scale``; ``kernel`` describes the other tables.
     """
-    if not bucket.work.shape[0]:
+    programs = bucket.work.shape[0]
+    if not programs:
         return  # tensors without elements
-    with on(bucket.work.device):
-        step_kernel[(bucket.work.shape[0],)](
-            bucket.work,
-            bucket.tensors,
-            grads,
-            scalar_set,
-            scalars,
-            means if bucket.centralized else None,
-            factor,
-            found_inf,
-            SCALARS=scalars.shape[1],
-            CENTRALIZED=bucket.centralized,
-            HAS_SCALE=factor is not None,
-            HAS_FOUND_INF=found_inf is not None,
-            enable_fp_fusion=False,
-            **constants,
-        )
+    means = means if bucket.centralized else None
+    tables = bucket.work, bucket.tensors, grads, scalar_set, scalars
+    launcher(
+        programs,
+        [*tables, means, factor, found_inf],
+        SCALARS=scalars.shape[1],
+        HAS_SCALE=factor is not None,
+        HAS_FOUND_INF=found_inf is not None,
+    )
