@@ -14,6 +14,7 @@ FORMATS = {
     "four bits": "costate(bits=4)",
     "two bits": "costate(bits=2)",
     "one bit": "costate(bits=1)",
+    "two bits, normal levels": "costate(bits=2, block_size=64, levels=normal)",
 }
 
 
@@ -96,6 +97,15 @@ def test_a_moment_that_is_not_carried_owes_nothing(name: str) -> None:
         stepped(f, FORMATS[name], gradients(20), **options)[0] for f in (True, False)
     )
     assert torch.equal(with_it, without)
+
+
+@pytest.mark.parametrize("first", [f for name, f in FORMATS.items() if "values" not in name])
+def test_a_parameter_without_gradients_stays_exactly_zero(first: str) -> None:
+    """A code without a level for zero has an error in update units, but not in the moment."""
+    grads = [grad.index_fill(0, torch.arange(0, 512, 3), 0.0) for grad in gradients(5)]
+    moved, _ = stepped(True, first, grads, "oneq(bits=3, block_size=64)")
+    assert not moved[:, ::3].any()
+    assert moved[:, 1::3].all()
 
 
 @pytest.mark.parametrize("first", ["costate(bits=4)", "costate(bits=1)"])

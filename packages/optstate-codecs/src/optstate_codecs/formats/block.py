@@ -41,6 +41,7 @@ __all__ = [
     "BlockFormat",
     "all_on_host",
     "block_amax",
+    "block_counts",
     "block_size",
     "blocked",
     "clamped_scale",
@@ -193,6 +194,14 @@ def block_amax(x: Tensor, block_size: int) -> Tensor:
     """Each block's largest finite magnitude, [blocks, 1]; 0 if no element is finite."""
     finite = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
     return blocked(finite.abs_(), block_size).amax(dim=1, keepdim=True)
+
+
+def block_counts(x: Tensor, block_size: int) -> Tensor:
+    """Each block's number of elements as float32, [blocks, 1]; of flat ``x``."""
+    counts = torch.full_like(blocked(x, block_size)[:, :1], min(block_size, x.numel()))
+    if tail := x.numel() % block_size:
+        counts[-1] = tail
+    return counts
 
 
 def scaled(x: Tensor, factor: Tensor, block_size: int) -> Tensor:

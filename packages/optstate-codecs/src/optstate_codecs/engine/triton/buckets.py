@@ -41,7 +41,7 @@ class Bucket:
         positions: the position of each in the request.
         formats: one a moment, in the rule's order.
         function: the rule's device function and its options.
-        apply_error_feedback: the rule's device function for the quantization residual, or None.
+        error_feedback: the rule's device function for the residual's factor, or None.
         grad_dtype: of every gradient.
         rows: blocks a tile.
         block: elements a block.
@@ -58,7 +58,7 @@ class Bucket:
     positions: list[int]
     formats: tuple[Format, ...]
     function: tuple[Any, int]
-    apply_error_feedback: Any
+    error_feedback: Any
     grad_dtype: torch.dtype
     rows: int
     block: int

@@ -27,6 +27,7 @@ from optstate_codecs.state.moments import SMALLEST_ROOT
 from optstate_codecs.triton_lib import (
     as_bits,
     constant,
+    fma,
     half,
     hash_tile,
     jit,
@@ -236,6 +237,9 @@ def step_kernel(  # type: ignore[no-untyped-def]
         m1 = m1 * m1
 
     p, m0, m1, m2 = UPDATE(p, g, m0, m1, m2, scalars + 1, UPDATE_OPTIONS)
+    if HAS_FEEDBACK:
+        # here and not after stores, so that the compiler uses the update's loads and quotients
+        feedback = FEEDBACK(m1, m2, scalars + 1, UPDATE_OPTIONS)
 
     origin = start + tl.multiple_of(tl.load(entry + 14), 16)
     word0 = offsets
@@ -267,10 +271,8 @@ def step_kernel(  # type: ignore[no-untyped-def]
         random0 = half(word1 if STREAM0 >= 2 else word0, offsets, STREAM0)
     if HAS_FEEDBACK:
         kept = STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
-        residual = x0 - kept
-        if UPDATE_UNITS0:
-            residual = residual * tl.maximum(sqrt(m1), _SMALLEST_ROOT)
-        p = FEEDBACK(p, residual, m1, m2, scalars + 1, UPDATE_OPTIONS)
+        residual = fma(kept, -sqrt(m1), m0) if UPDATE_UNITS0 else m0 - kept
+        p = fma(residual, feedback, p)
         _write(
             p_pointer, c_pointer, p, word0, offsets, mask, P_BF16, STOCHASTIC, WRITE, WRITE_OPTIONS
         )

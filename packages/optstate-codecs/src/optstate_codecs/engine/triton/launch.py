@@ -31,8 +31,8 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "UPDATE": bucket.function[0],
         "UPDATE_OPTIONS": bucket.function[1],
-        "FEEDBACK": bucket.apply_error_feedback,
-        "HAS_FEEDBACK": bucket.apply_error_feedback is not None,
+        "FEEDBACK": bucket.error_feedback,
+        "HAS_FEEDBACK": bucket.error_feedback is not None,
         "MOMENTS": len(moments),
     }
     words, even = [param_step.write.uses_random, False], [False, False]
