@@ -66,10 +66,8 @@ def test_codes_and_scale_against_their_definition(bits: int, numel: int) -> None
 @given(values=st.lists(finite, min_size=1, max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_the_norm_of_no_block_grows(bits: int, values: list[float]) -> None:
-    """Of the elements that are not zero: zeros are decoded by a second moment of zero."""
     x = torch.tensor(values)
     y, _ = stored(form(bits), x)
-    y = torch.where(x == 0, 0.0, y)
     for before, after in zip(x.double().split(16), y.split(16), strict=True):
         assert after.norm() <= before.norm() * (1 + 1e-6)
 
@@ -82,17 +80,6 @@ def test_signs(bits: int, values: list[float]) -> None:
     y, _ = stored(form(bits), x)
     assert torch.equal(stored(form(bits), -x)[0], -y)
     assert (y * x >= 0).all()
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_zeros_do_not_make_other_elements_smaller(bits: int) -> None:
-    x = torch.randn(64, generator=torch.Generator().manual_seed(1))
-    kept = x.clone().index_fill_(0, torch.arange(0, 64, 2), 0.0)
-    y, (_, scale) = stored(form(bits, 64), kept)
-    nonzero = kept != 0
-    level = y.abs()[nonzero] / scale.double()
-    best = float((kept.double().abs()[nonzero] * level).sum() / level.square().sum())
-    assert best * (1 - 2**-7) <= float(scale) <= best * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -18,12 +18,12 @@ stored scale is then the least-squares fit of the block to its levels,
     s = sum(|x| L) / sum(L^2),
 
 rounded towards zero to bfloat16. By the Cauchy-Schwarz inequality the norm of s L is at most the
-norm of x. Zeros do not enter the second sum: an element that has never had a gradient is zero, and
-its second moment decodes it to zero whatever its code. So it does not make the scale of others
-smaller. A block with a root mean square of zero, or so small that squares underflow, has scale 0.
+norm of x. A block with a root mean square of zero, or so small that squares underflow, has scale 0.
 
-There is no level for numbers that are not finite. They count as zeros. The second moment of such an
-element is not finite either, so that it decodes to NaN.
+There is no level for zero. An element that has never had a gradient has a second moment of zero,
+which decodes it to zero whatever its code. There is no level for numbers that are not finite
+either. They count as zeros. The second moment of such an element is not finite, so that it decodes
+to NaN.
 """
 
 from __future__ import annotations
@@ -76,8 +76,6 @@ LEVELS = {
     }.items()
 }
 LARGEST_SCALE = 2.0**120
-# below every sum of squared levels but that of a block of zeros
-SMALLEST_SUM = 2.0**-10
 
 
 def encode(x: Tensor, parts: Sequence[Tensor], bits: int, block_size: int) -> None:
@@ -95,9 +93,7 @@ def encode(x: Tensor, parts: Sequence[Tensor], bits: int, block_size: int) -> No
         above = magnitude > threshold
         level = level.masked_fill(above, upper)
         code = code + above.to(torch.int32)
-    squares = (level * level).masked_fill(magnitude == 0, 0.0)
-    fit = _sums(squares, block_size).clamp(min=SMALLEST_SUM).reciprocal()
-    fit = _sums(level * magnitude, block_size) * fit
+    fit = _sums(level * magnitude, block_size) * _sums(level * level, block_size).reciprocal()
     fit = fit.clamp(max=LARGEST_SCALE) * (mean_square > 0).to(x.dtype)
     # towards zero
     fit = (fit.view(torch.int32) & ~0xFFFF).view(torch.float32)
@@ -130,7 +126,9 @@ def device_options(bits: int) -> int:
     return options
 
 
-_FRACTION, _SMALLEST_SUM = constant(FRACTION), constant(SMALLEST_SUM)
+_FRACTION = constant(FRACTION)
+# below every sum of squared levels; rows after the tensor's end have sums of zero
+_SMALLEST = constant(2.0**-10)
 _LARGEST_SCALE, _SIGN = constant(LARGEST_SCALE), constant(-0x80000000)
 
 
@@ -143,7 +141,8 @@ def load(codes, scale, offsets, rows, left, MARKED: tl.constexpr, OPTIONS: tl.co
     factor = load_scale(scale, offsets, rows, left)
     unit = spread(factor, offsets)
     field = load_codes(codes, offsets, rows, left, bits, 0)
-    x = tl.broadcast_to(unit * ((packed & 0xFFFFFF) / _FRACTION), offsets.shape)
+    # one number for each piece: broadcast here, it would fix another layout for the whole tile
+    x = unit * ((packed & 0xFFFFFF) / _FRACTION)
     for index in tl.static_range(1, half):
         level = unit * (((packed >> (24 * index)) & 0xFFFFFF) / _FRACTION)
         x = tl.where((field & (half - 1)) >= index, level, x)
@@ -174,8 +173,8 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
         above = magnitude > root * ((lower + upper) / 2)
         level = tl.where(above, upper, level)
         code = code + above.to(tl.int32)
-    squares = row_sum(tl.where(x != 0.0, level * level, 0.0), rows)
-    fit = row_sum(level * magnitude, rows) * reciprocal(tl.maximum(squares, _SMALLEST_SUM))
+    squares = row_sum(tl.where(offsets < left, level * level, 0.0), rows)
+    fit = row_sum(level * magnitude, rows) * reciprocal(tl.maximum(squares, _SMALLEST))
     fit = as_float(as_bits(tl.minimum(fit, _LARGEST_SCALE)) & -65536)
     fit = tl.where(mean_square > 0.0, fit, 0.0)
     store_scale(scale, fit, offsets, rows, left)
