@@ -32,7 +32,7 @@ OWN = {
     "lowbit_adam.momentum.SGD8bit": {*LOWBIT, "momentum", "dampening", "nesterov"},
     "turboadam.adam": {
         *(*LOWBIT, *ADAM, "m_bits", "v_bits", "compress_m", "compress_v", "null_pct", "amp_pct"),
-        *("error_feedback", "min_m_compress_elements", "min_v_compress_elements"),
+        *("error_feedback", "min_m_compress_elements", "min_v_compress_elements", "m_rounding"),
     },
     "stochbf16.optimizers.AdamW": {*ADAM, "weight_decay_mode"},
     "stochbf16.optimizers.Adam": ADAM,
@@ -64,6 +64,7 @@ AS_TEXT: dict[str, tuple[str, Any]] = {
     "min_m_compress_elements": ("0", 0),
     "min_v_compress_elements": ("16", 16),
     "master_weight_bits": ("24", 24),
+    "m_rounding": ("stochastic", "stochastic"),
     "backend": ("eager", "eager"),
     "weight_decay_mode": ("bias_corrected", "bias_corrected"),
     "formats": ("{exp_avg: bf16}", {"exp_avg": "bf16"}),

@@ -9,7 +9,7 @@ from processes import run_workers
 
 WORKER = Path(__file__).parent / "sharding_worker.py"
 SECONDS = 600
-SAVED = ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "split24")
+SAVED = ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "TurboAdam-flush", "split24")
 COUNTS = {"cpu": (1, 2, 4), "cuda": (1, 2)}
 #: whose stochastic writes draw by shard where rows are no multiples of 16 elements
 ROUNDED = ("stochbf16.AdamW", "split24", "16 bits", "from the third step")

@@ -34,7 +34,8 @@ SUBJECTS = [
     Subject("master", partial(coded, master_weight_bits=24), **STATED),
     Subject("flushed", flushed, **STATED),
     Subject("flushed-bf16", partial(flushed, bf16_stochastic_round=True), **STATED),
-    Subject("flushed-2-and-3", partial(flushed, m_bits=2), **LOW),
+    Subject("flushed-2-and-3", partial(flushed, m_bits=2, block_size=64), **LOW),
+    Subject("even-2-and-3", partial(flushed, m_bits=2, m_rounding="stochastic"), **LOW),
     Subject("flushed-1-and-3", partial(flushed, m_bits=1), **LOW),
     Subject("flushed-1-and-2", partial(flushed, m_bits=1, v_bits=2), **LOW),
 ]
@@ -43,6 +44,7 @@ SUBJECTS = [
 # spare for NaN.
 EXCEPT = {
     ("flushed-2-and-3", unbiased_length),
+    ("even-2-and-3", unbiased_length),
     ("flushed-1-and-3", unbiased_length),
     ("flushed-1-and-2", unbiased_length),
     ("flushed-1-and-2", locality),

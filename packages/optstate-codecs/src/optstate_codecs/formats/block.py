@@ -130,8 +130,14 @@ class BlockFormat(Format):
                 raise ValueError("units='update': needs signed=True")
 
     @property
+    def codes_suffix(self) -> str:
+        """Suffix of the codes' component."""
+        return "codes"
+
+    @property
     def components(self) -> tuple[Component, ...]:
-        return _components(self.code_dtype, self.bits, self.scale_dtype, self.block_size)
+        codes = self.codes_suffix, self.code_dtype, self.bits
+        return _components(*codes, self.scale_dtype, self.block_size)
 
     @property
     def keeps_positive(self) -> bool:
@@ -174,10 +180,10 @@ class BlockFormat(Format):
 
 @lru_cache(maxsize=256)
 def _components(
-    code_dtype: torch.dtype, bits: int, scale_dtype: torch.dtype, block_size: int
+    codes: str, code_dtype: torch.dtype, bits: int, scale_dtype: torch.dtype, block_size: int
 ) -> tuple[Component, ...]:
     scale = Component("scale", scale_dtype, block_size)
-    return Component("codes", code_dtype, *group(bits)), scale
+    return Component(codes, code_dtype, *group(bits)), scale
 
 
 def blocked(x: Tensor, block_size: int) -> Tensor:

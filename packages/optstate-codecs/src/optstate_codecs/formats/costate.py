@@ -153,6 +153,11 @@ class CoState(BlockFormat):
         return "nearest" if self.bits == 1 or self.levels == "normal" else "paired"
 
     @property
+    def codes_suffix(self) -> str:
+        # another name, so that state stored without its format is not read as other levels
+        return "normal_codes" if self.levels == "normal" else "codes"
+
+    @property
     def device_functions(self) -> DeviceFunctions:
         if self.levels == "normal":
             options = normal_levels.device_options(self.bits)

@@ -1,6 +1,7 @@
 """The Lloyd-Max quantizer of a normal distribution, in 1 to 4 bits, for ``CoState``.
 
-Layout: a code's top bit is the sign, the bits below are the index of the magnitude's level.
+Layout: ``normal_codes`` uint8, packed as in ``formats.packing``; a code's top bit is the sign, the
+bits below are the index of the magnitude's level. ``scale`` bfloat16, one per block.
 
 Mathematics. With b bits there are 2^(b - 1) levels L for magnitudes. They minimize the squared
 error of a normal distribution with standard deviation 1 (Max, IRE Trans. Inf. Theory 6, 1960;
