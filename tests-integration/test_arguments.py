@@ -25,7 +25,14 @@ SHARED = {
 LOWBIT = {"block_size", "bf16_stochastic_round"}
 ADAM = {"betas", "eps", "amsgrad"}
 OWN = {
-    "lowbit_adam.adam": {*LOWBIT, *ADAM, "formats"},
+    **{
+        f"lowbit_adam.adam.{name}": {*LOWBIT, *ADAM, "formats"}
+        for name in ("Adam8", "Adam8bit", "AdamFp8", "AdamW8", "AdamW8bit", "AdamWFp8")
+    },
+    **{
+        f"lowbit_adam.adam.{name}": {*LOWBIT, *ADAM, "formats", "error_feedback"}
+        for name in ("Adam4bit", "AdamW4bit")
+    },
     "lowbit_adam.momentum.Lion8bit": {*LOWBIT, "betas"},
     "lowbit_adam.momentum.Lion8": {*LOWBIT, "betas"},
     "lowbit_adam.momentum.SGD8": {*LOWBIT, "momentum", "dampening", "nesterov"},

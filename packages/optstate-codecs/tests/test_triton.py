@@ -180,6 +180,15 @@ def test_same_codes_for_one_moment_and_none(rule, options, formats, device) -> N
 
 
 @pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("options", [{"momentum": 0.9, "nesterov": True}, {}], ids=["sgd", "none"])
+def test_what_rounding_leaves_out_of_sgd_is_delivered_alike(options, device) -> None:
+    rule = SGD(error_feedback=True)
+    reference, kernel = pair(("int4(block_size=64)", "fp32"), device, FEW, rule=rule, **options)
+    run(reference, kernel)
+    assert all(not plan.fallback for plan in kernel.optimizer.executor._plans.values())
+
+
+@pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("formats", ["fp32", "bf16", "dynamic8"])
 @pytest.mark.parametrize(
     ("rule", "options"),

@@ -53,7 +53,7 @@ class Rule(ABC):
 
     @property
     def has_error_feedback(self) -> bool:
-        """Whether ``apply_error_feedback`` is called after the moments are encoded."""
+        """Whether ``apply_error_feedback`` is called after the moments, if any, are encoded."""
         return False
 
     @abstractmethod
