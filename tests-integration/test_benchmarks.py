@@ -64,6 +64,7 @@ def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None
     arrangements = result["setup"]["formats"]
     assert result["setup"]["steps"] == 6
     assert len(result["rows"]) == 4 * 6 * len(arrangements)
+    assert len(result["sparse rows"]) == 2 * len(result["setup"]["sparse rows"]["formats"])
     assert len(result["matrices"]) == 6 * len(result["setup"]["matrices"]["formats"])
     assert [probe["arrangement"] for probe in result["probes"]] == list(arrangements)
     assert plot.read_text().startswith("<?xml")
