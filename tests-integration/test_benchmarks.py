@@ -83,9 +83,10 @@ def test_docs_quote_the_fidelity_that_was_measured(root: Path) -> None:
     page = (root / "docs" / "concepts" / "rounding.md").read_text()
     for table in (script["by_kind"], script["overall"]):
         assert script["markdown"](table(result)) in page
-    assert script["markdown"](script["by_kind"](result, "matrices")) in page
+    for part in ("sparse rows", "matrices"):
+        assert script["markdown"](script["by_kind"](result, part)) in page
+        assert result["setup"][part]["formats"] == script["texts"](script["PARTS"][part]())
     assert result["setup"]["formats"] == script["texts"](script["arrangements"]())
-    assert result["setup"]["matrices"]["formats"] == script["texts"](script["in_matrices"]())
 
 
 def test_convergence_compares_runs_of_one_start(root: Path, tmp_path: Path) -> None:
