@@ -78,6 +78,7 @@ def test_fidelity_writes_rows_and_setup(root: Path, tmp_path: Path) -> None:
     arrangements = result["setup"]["formats"]
     assert result["setup"]["steps"] == 6
     assert len(result["rows"]) == 4 * 6 * len(arrangements)
+    assert len(result["sparse rows"]) == 2 * len(result["setup"]["sparse rows"]["formats"])
     assert len(result["matrices"]) == 6 * len(result["setup"]["matrices"]["formats"])
     assert [probe["arrangement"] for probe in result["probes"]] == list(arrangements)
     for row in result["rows"]:
@@ -96,10 +97,11 @@ def test_docs_quote_the_fidelity_that_was_measured(root: Path) -> None:
     page = (concepts / "fidelity-lab.md").read_text()
     for table in (script["by_kind"], script["overall"]):
         assert script["markdown"](table(result)) in page
-    assert script["markdown"](script["by_kind"](result, "matrices")) in page
+    for part in ("sparse rows", "matrices"):
+        assert script["markdown"](script["by_kind"](result, part)) in page
+        assert result["setup"][part]["formats"] == script["texts"](script["PARTS"][part]())
     assert script["markdown"](script["summary"](result)) in (concepts / "rounding.md").read_text()
     assert result["setup"]["formats"] == script["texts"](script["arrangements"]())
-    assert result["setup"]["matrices"]["formats"] == script["texts"](script["in_matrices"]())
 
 
 def test_convergence_compares_runs_of_one_start(root: Path, tmp_path: Path) -> None:

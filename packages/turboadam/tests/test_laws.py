@@ -34,7 +34,8 @@ SUBJECTS = [
     Subject("master", partial(coded, master_weight_bits=24), **STATED),
     Subject("flushed", flushed, **STATED),
     Subject("flushed-bf16", partial(flushed, bf16_stochastic_round=True), **STATED),
-    Subject("flushed-2-and-3", partial(flushed, m_bits=2), **LOW),
+    Subject("flushed-2-and-3", partial(flushed, m_bits=2, block_size=64), **LOW),
+    Subject("even-2-and-3", partial(flushed, m_bits=2, m_rounding="stochastic"), **LOW),
     Subject("flushed-1-and-3", partial(flushed, m_bits=1), **LOW),
     Subject("flushed-1-and-2", partial(flushed, m_bits=1, v_bits=2), **LOW),
 ]
@@ -42,7 +43,9 @@ SUBJECTS = [
 # all of them add up to is, in test_feedback.py. And a grid of 2 bits has no octave to
 # spare for NaN.
 EXCEPT = {
+    ("flushed", unbiased_length),
     ("flushed-2-and-3", unbiased_length),
+    ("even-2-and-3", unbiased_length),
     ("flushed-1-and-3", unbiased_length),
     ("flushed-1-and-2", unbiased_length),
     ("flushed-1-and-2", locality),

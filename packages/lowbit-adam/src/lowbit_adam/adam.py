@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat, checks
-from optstate_codecs.formats import as_format
+from optstate_codecs.formats import CoState, as_format
 from optstate_codecs.writes import write_named
 
 __all__ = [
@@ -54,6 +54,7 @@ class _CodedAdam(CodedOptimizer):
     storage_options = ("block_size", "formats")
     decoupled: ClassVar[bool] = False
     default_block_size: ClassVar[int] = 2048
+    error_feedback: bool = False
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class _CodedAdam(CodedOptimizer):
     ) -> None:
         super().__init__(
             params,
-            Adam(decoupled=self.decoupled),
+            Adam(decoupled=self.decoupled, error_feedback=self.error_feedback),
             _checked({} if formats is None else formats),
             lr=lr,
             betas=betas,
@@ -201,6 +202,12 @@ class AdamW8(AdamW8bit):
 class _FourBitMoments(CodedOptimizer):
     default_block_size: ClassVar[int] = 128
 
+    def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
+        formats = super().group_formats(group)
+        if self.rule.has_error_feedback and "exp_avg" not in group["formats"]:
+            formats["exp_avg"] = CoState(4, group["block_size"], levels="normal")
+        return formats
+
     @classmethod
     def moment_formats(cls, block_size: int) -> tuple[Format, Format]:
         return Int4.first_moment(block_size), Minifloat.second_moment4(block_size)
@@ -219,6 +226,12 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
     ``formats={"exp_avg_sq": "linear4(normalization=rank1)"}``. Other arguments are those of
     ``Adam8bit``.
 
+    ``error_feedback=True`` applies the rounding error of the first moment to the parameter in the
+    same step, so that the sum of all steps stays Adam's; nothing is stored for it. The error is
+    multiplied by beta1 / (1 - beta1), so the first moment is then rounded to the nearest of the
+    levels with the smallest squared error, ``costate(bits=4, levels=normal)``, unless ``formats``
+    names another.
+
     Args:
         amsgrad: divide by the largest second moment so far; 4 more bits per parameter.
         block_size: elements that share a scale, a power of two from 16 to 8192; default 128, 8.25
@@ -228,6 +241,22 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
     Examples:
         >>> optimizer = Adam4bit(model.parameters(), lr=1e-3)
     """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        error_feedback: bool = False,
+        **options: Any,
+    ) -> None:
+        # ``_CodedAdam`` reads it when it creates the rule
+        self.error_feedback = checks.flag("error_feedback", error_feedback)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
 class AdamW4bit(_FourBitMoments, _CodedAdamW):
@@ -243,6 +272,22 @@ class AdamW4bit(_FourBitMoments, _CodedAdamW):
     Examples:
         >>> optimizer = AdamW4bit(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        error_feedback: bool = False,
+        **options: Any,
+    ) -> None:
+        # ``_CodedAdam`` reads it when it creates the rule
+        self.error_feedback = checks.flag("error_feedback", error_feedback)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
 class _Fp8Moments(CodedOptimizer):

@@ -22,8 +22,23 @@ from optstate_codecs.views import decode_state
 __all__ = ["GRADIENTS", "Fidelity", "Stops", "compare", "gradients", "stops"]
 
 BETA1, EPS = 0.9, 1e-8
+# elements of a row of the kinds that are sparse by rows, as embeddings are, and the step at which
+# sleeping rows wake
+ROW, WAKES = 64, 1000
 
 Make = Callable[..., CodedOptimizer]
+
+
+def _zipf_rows(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    """Row n gets a gradient with probability 1 / n, as the rows of an embedding do."""
+    row = torch.arange(noise.numel(), dtype=torch.int64, device="cpu") // ROW
+    return noise * (chance[row * ROW] * (row + 1) < 1)
+
+
+def _waking_rows(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    """Every other row gets its first gradient after ``WAKES`` steps."""
+    row = torch.arange(noise.numel(), dtype=torch.int64, device="cpu") // ROW
+    return noise * ((row % 2 == 0) | (step >= WAKES))
 
 
 # of normal noise, a normal number of each element's own, a uniform number, and the step
@@ -36,6 +51,8 @@ GRADIENTS: dict[str, Gradient] = {
     "bursty": lambda noise, own, chance, step: noise * (10 if step // 20 % 10 == 0 else 1),
     "log-normal 1": lambda noise, own, chance, step: noise * own.exp(),
     "log-normal 2": lambda noise, own, chance, step: noise * (2 * own).exp(),
+    "Zipf rows": _zipf_rows,
+    "waking rows": _waking_rows,
 }
 
 

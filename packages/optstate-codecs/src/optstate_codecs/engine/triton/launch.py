@@ -22,6 +22,8 @@ ELEMENTS_PER_WARP = 512
 # hide the memory's latency. Tiles of one block in 16 bits need the fewest, tiles of several blocks
 # the most.
 REGISTERS, REGISTERS_NARROW, REGISTERS_ROWS = 80, 72, 96
+# with error feedback the parameter and the factor of the residual are held during the encoding
+REGISTERS_FEEDBACK = 128
 
 
 def kernel_constants(bucket: Bucket) -> dict[str, Any]:
@@ -31,8 +33,8 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "UPDATE": bucket.function[0],
         "UPDATE_OPTIONS": bucket.function[1],
-        "FEEDBACK": bucket.apply_error_feedback,
-        "HAS_FEEDBACK": bucket.apply_error_feedback is not None,
+        "FEEDBACK": bucket.error_feedback,
+        "HAS_FEEDBACK": bucket.error_feedback is not None,
         "MOMENTS": len(moments),
     }
     words, even = [param_step.write.uses_random, False], [False, False]
@@ -50,6 +52,7 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
             f"LOAD{slot}": functions.load,
             f"STORE{slot}": functions.store,
             f"OPTIONS{slot}": functions.options,
+            f"MARKS{slot}": used and functions.marks,
             f"FIRST{slot}": triton_type(first),
             f"SECOND{slot}": triton_type(second),
             f"SQRT{slot}": getattr(format, "domain", "linear") == "sqrt",
@@ -66,6 +69,7 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
     kept = param_step.write.components
     write = param_step.write.device_functions or DeviceFunctions(None, None)
     return chosen | {
+        "RANDOM0": bool(moments) and bucket.formats[0].uses_random,
         "UPDATE_UNITS0": any(f.in_update_units for f in bucket.formats),
         "WORD0": words[0],
         "WORD1": words[1],
@@ -88,7 +92,6 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
         "BLOCK": bucket.block,
         "FOLD": fold(bucket),
         "FULL": bucket.full,
-        "MARKS": any(f.device_functions.marks for f in bucket.formats if f.device_functions),
         "COLUMNS": COLUMNS,
         "CENTRALIZED": bucket.centralized,
         **tuning(bucket),
@@ -113,7 +116,8 @@ def tuning(bucket: Bucket) -> dict[str, int]:
         if bucket.rows > 1:
             # for packed codes with wider parameters the compiler's own choice is fastest
             packed = any(format.components[0].span > 1 for format in bucket.formats)
-            return chosen if packed and not narrow else {**chosen, "maxnreg": REGISTERS_ROWS}
+            limit = REGISTERS_ROWS if bucket.error_feedback is None else REGISTERS_FEEDBACK
+            return chosen if packed and not narrow else {**chosen, "maxnreg": limit}
         chosen["maxnreg"] = REGISTERS_NARROW if narrow else REGISTERS
     return chosen
 
