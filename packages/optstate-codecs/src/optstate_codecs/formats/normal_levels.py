@@ -13,13 +13,15 @@ Lloyd, IEEE Trans. Inf. Theory 28, 1982):
     3      .2451 .7560 1.344 2.152
     4      .1284 .3880 .6568 .9423 1.256 1.618 2.069 2.733
 
-Each magnitude is rounded to the nearest of these levels times the block's root mean square. The
-stored scale is then the least-squares fit of the block to its levels,
+Each magnitude is rounded to the nearest of these levels times the standard deviation of a normal
+distribution with the block's mean magnitude. The stored scale is then the least-squares fit of the
+block to its levels,
 
     s = sum(|x| L) / sum(L^2),
 
 rounded towards zero to bfloat16. By the Cauchy-Schwarz inequality the norm of s L is at most the
-norm of x. A block with a root mean square of zero, or so small that squares underflow, has scale 0.
+norm of x. Both sums are computed from the sums and counts of the magnitudes above each threshold. A
+block whose magnitudes sum to less than 2^-100 has scale 0.
 
 There is no level for zero. An element that has never had a gradient has a second moment of zero,
 which decodes it to zero whatever its code. There is no level for numbers that are not finite
@@ -29,6 +31,7 @@ to NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -41,15 +44,14 @@ from optstate_codecs.formats.block import block_size as tile_block_size
 from optstate_codecs.formats.packing import load_codes, pack, store_codes, unpack
 from optstate_codecs.triton_lib import (
     INF_BITS,
-    MAGNITUDE,
     as_bits,
     as_float,
     constant,
+    exceeds,
     jit,
     reciprocal,
     row_sum,
     spread,
-    sqrt,
     tl,
 )
 
@@ -76,26 +78,32 @@ LEVELS = {
         ),
     }.items()
 }
-LARGEST_SCALE = 2.0**120
+LARGEST_SCALE, SMALLEST_SUM = 2.0**120, 2.0**-100
+# half the standard deviation of a normal distribution whose mean magnitude is 1
+HALF_SIGMA = math.sqrt(math.pi / 8)
 
 
 def encode(x: Tensor, parts: Sequence[Tensor], bits: int, block_size: int) -> None:
     """Encode flat ``x`` into ``parts``, as ``Format.encode``."""
     codes, scale = parts
-    levels = LEVELS[bits]
+    first, *_ = levels = LEVELS[bits]
     x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
     magnitude = x.abs()
-    mean_square = _sums(x * x, block_size) * block_counts(x, block_size).reciprocal()
-    root = exact.sqrt(mean_square)
-    level = torch.full_like(x, levels[0])
+    counts = block_counts(x, block_size)
+    total = _sums(magnitude, block_size)
+    mean = total * counts.reciprocal()
+    product, squares = total * first, counts * (first * first)
     code = torch.signbit(x).to(torch.int32) << (bits - 1)
     for lower, upper in pairwise(levels):
-        threshold = scaled(torch.ones_like(x), root * ((lower + upper) / 2), block_size)
-        above = magnitude > threshold
-        level = level.masked_fill(above, upper)
+        threshold = mean * ((lower + upper) * HALF_SIGMA)
+        above = magnitude > scaled(torch.ones_like(x), threshold, block_size)
+        larger = magnitude.masked_fill(~above, 0.0)
+        product = product + _sums(larger, block_size) * (upper - lower)
+        count = _sums(above.to(x.dtype), block_size)
+        squares = squares + count * (upper * upper - lower * lower)
         code = code + above.to(torch.int32)
-    fit = _sums(level * magnitude, block_size) * _sums(level * level, block_size).reciprocal()
-    fit = fit.clamp(max=LARGEST_SCALE) * (mean_square > 0).to(x.dtype)
+    fit = product * squares.reciprocal()
+    fit = fit.clamp(max=LARGEST_SCALE) * (total >= SMALLEST_SUM).to(x.dtype)
     # towards zero
     fit = (fit.view(torch.int32) & ~0xFFFF).view(torch.float32)
     codes.copy_(pack(code, bits))
@@ -128,9 +136,8 @@ def device_options(bits: int) -> int:
 
 
 _FRACTION = constant(FRACTION)
-# below every sum of squared levels; rows after the tensor's end have sums of zero
-_SMALLEST = constant(2.0**-10)
-_LARGEST_SCALE, _SIGN = constant(LARGEST_SCALE), constant(-0x80000000)
+_LARGEST_SCALE, _SMALLEST_SUM = constant(LARGEST_SCALE), constant(SMALLEST_SUM)
+_HALF_SIGMA, _SIGN = constant(HALF_SIGMA), constant(-0x80000000)
 
 
 @jit
@@ -156,28 +163,33 @@ def store(codes, scale, x, random, offsets, rows, left, OPTIONS: tl.constexpr): 
     bits: tl.constexpr = OPTIONS & 15
     packed: tl.constexpr = OPTIONS >> 4
     half: tl.constexpr = 1 << (bits - 1)
-    total = row_sum(x * x, rows)
-    # squares of finite numbers may overflow, too
-    if tl.max(as_bits(total) & MAGNITUDE, axis=0) >= INF_BITS:
+    first: tl.constexpr = (packed & 0xFFFFFF) / _FRACTION
+    total = row_sum(tl.abs(x), rows)
+    # sums of finite numbers may overflow, too
+    if tl.max(as_bits(total), axis=0) >= INF_BITS:
         x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-        total = row_sum(x * x, rows)
+        total = row_sum(tl.abs(x), rows)
     size: tl.constexpr = tile_block_size(offsets, rows)
     count = tl.minimum(tl.maximum(left - rows * size, 1), size).to(tl.float32)
-    mean_square = total * reciprocal(count)
-    root = spread(sqrt(mean_square), offsets)
-    magnitude = tl.abs(x)
-    level = tl.full(x.shape, (packed & 0xFFFFFF) / _FRACTION, tl.float32)
+    mean = total * reciprocal(count)
+    product, squares = total * first, count * (first * first)
     code = (as_bits(x) >> (32 - bits)) & half
     for index in tl.static_range(1, half):
         lower = ((packed >> (24 * index - 24)) & 0xFFFFFF) / _FRACTION
         upper = ((packed >> (24 * index)) & 0xFFFFFF) / _FRACTION
-        above = magnitude > root * ((lower + upper) / 2)
-        level = tl.where(above, upper, level)
-        code = code + above.to(tl.int32)
-    squares = row_sum(tl.where(offsets < left, level * level, 0.0), rows)
-    fit = row_sum(level * magnitude, rows) * reciprocal(tl.maximum(squares, _SMALLEST))
+        # elements after the tensor's end are zeros, which no threshold is below
+        above = exceeds(x, spread(mean * ((lower + upper) * _HALF_SIGMA), offsets))
+        product += row_sum(tl.abs(x * above), rows) * (upper - lower)
+        squares += row_sum(above, rows) * (upper * upper - lower * lower)
+        # the bits of 1.0
+        code = code + (as_bits(above) >> 29)
+    fit = product * reciprocal(squares)
     fit = as_float(as_bits(tl.minimum(fit, _LARGEST_SCALE)) & -65536)
-    fit = tl.where(mean_square > 0.0, fit, 0.0)
+    fit = tl.where(total >= _SMALLEST_SUM, fit, 0.0)
     store_scale(scale, fit, offsets, rows, left)
     store_codes(codes, code << 16, offsets, rows, left, bits)
-    return as_float(as_bits(level * spread(fit, offsets)) ^ (as_bits(x) & _SIGN))
+    kept = spread(fit * first, offsets)
+    for index in tl.static_range(1, half):
+        upper = ((packed >> (24 * index)) & 0xFFFFFF) / _FRACTION
+        kept = tl.where((code & (half - 1)) >= index, spread(fit * upper, offsets), kept)
+    return as_float(as_bits(kept) ^ (as_bits(x) & _SIGN))

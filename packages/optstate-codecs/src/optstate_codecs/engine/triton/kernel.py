@@ -31,6 +31,7 @@ from optstate_codecs.triton_lib import (
     half,
     hash_tile,
     jit,
+    minus_product,
     paired_tile,
     piece_starts,
     reciprocal,
@@ -298,7 +299,10 @@ def step_kernel(  # type: ignore[no-untyped-def]
             p = fma(m0, feedback, p)
             feedback = feedback * sqrt(m1)
         kept = STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
-        p = fma(kept, -feedback, p) if UPDATE_UNITS0 else fma(m0 - kept, feedback, p)
+        if UPDATE_UNITS0:
+            p = minus_product(p, kept, feedback)
+        else:
+            p = fma(m0 - kept, feedback, p)
         if not RANDOM0:
             word0, word1, even0, even1 = _random(
                 entry, step, origin, offsets, WORD0, WORD1, EVEN0, EVEN1
