@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -15,6 +16,8 @@ else:
 ROOT = Path(__file__).parents[1]
 # of modules that the tests share
 sys.path.insert(0, str(Path(__file__).parent))
+# `pytest --hypothesis-profile=thorough` runs a thousand random sequences
+settings.register_profile("thorough", max_examples=1000)
 
 
 @dataclass(frozen=True)
