@@ -104,6 +104,9 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "lowbit_adam.AdamW4bit+rank1": {**NEAREST, "rows": 8},
     "lowbit_adam.*4bit*": FOUR_BITS,
     "lowbit_adam.*Fp8*": {"drift": 2.0},
+    # momentum carries an element on by its sum, up to 100 lr here
+    "lowbit_adam.SGD8bit+momentum": {"drift": 8.0},
+    "stochbf16.SGD+momentum": {"drift": 2.0, "error": 0.02},
     "lowbit_adam.Lion8*": {"max_step": 1.001},
     "turboadam.TurboAdam+second-only": {**TURBO, "drift": 13.0},
     "turboadam.TurboAdam+3-and-4": {**TURBO, "gain": 0.05},

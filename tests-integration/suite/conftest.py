@@ -18,9 +18,7 @@ BEGAN = time.monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--suite-results", help="a JSON file to which the counts of the run go")
-    parser.addoption(
-        "--suite-part", help="K/N: the K-th of N parts of the cases"
-    )
+    parser.addoption("--suite-part", help="K/N: the K-th of N parts of the cases")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -74,11 +72,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"  {row['cases']:6}  {row['laws']}; {row['condition']}: {row['reason']}"
         )
     kind = "interpreter" if INTERPRETED else "gpu" if torch.cuda.is_available() else "cpu"
-    run = {
-        "setup": report.setup(),
-        "part": config.getoption("--suite-part"),
-        "seconds": round(time.monotonic() - BEGAN),
-        **counts,
-    }
+    part = config.getoption("--suite-part")
+    run = {"setup": report.setup(), "seconds": round(time.monotonic() - BEGAN), **counts}
     applying = {"cases": len(CASES), "on a CPU": on_cpu}
-    report.write(Path(path), kind, {**run, "that apply": applying}, table)
+    name = kind if part is None else f"{kind}, part {part}"
+    report.write(Path(path), name, {**run, "that apply": applying}, table)

@@ -211,14 +211,14 @@ EXCLUSIONS = (
     Exclusion(
         "*",
         "linear4 with scales per row and column; DTensor",
-        lambda case: _named("*+rank1")(case) and case.point.layout == "dtensor",
+        lambda case: _named("*+rank1*")(case) and case.point.layout == "dtensor",
         "such scales need the whole tensor, so the format refuses shards",
     ),
     Exclusion(
-        "no_surprises",
+        "no_surprises|positive_stays_positive",
         "wrapped optimizer; float16",
         lambda case: not case.configuration.coded and case.point.dtype == "float16",
-        "torch steps in float16, where its eps is 0, and divides by it",
+        "torch steps in float16, where its eps is 0 and squares of gradients overflow",
     ),
     Exclusion(
         "locality",
