@@ -137,13 +137,10 @@ def _variants(public: Public) -> dict[str, dict[str, Any]]:
 def _around(public: Public, given: dict[str, Any], params: Any, **options: Any) -> Any:
     """A wrapper around torch's AdamW, or a store around the family's own Adam."""
     wants_coded = public.inner is not None and issubclass(public.inner, CodedOptimizer)
-    inner: Callable[..., Any] = _adam(_pair("dynamic8")) if wants_coded else torch.optim.AdamW
+    inner: Callable[..., Any] = _Adam8 if wants_coded else torch.optim.AdamW
     if public.takes == "optimizer_class":
-        # the class's own arguments are inner ones
-        made = public.make(_class_of(inner), **given)(params, **options)
-    else:
-        made = public.make(inner(params, **options), **given)
-    return made
+        return public.make(inner, **given)(params, **options)
+    return public.make(inner(params, **options), **given)
 
 
 def _packing(make: Callable[..., Any], params: Any, **options: Any) -> Any:
@@ -158,20 +155,9 @@ class _Adam8(CodedOptimizer):
     """A class that takes parameters only."""
 
     def __init__(self, params: Any, **options: Any) -> None:
-        super().__init__(params, rules.Adam(), _pair("dynamic8"), **options)
-
-
-def _class_of(inner: Callable[..., Any]) -> type:
-    return inner if isinstance(inner, type) else _Adam8
-
-
-def _adam(formats: Mapping[str, str]) -> Callable[..., Any]:
-    return partial(CodedOptimizer, rule=rules.Adam(), formats=formats)
-
-
-def _pair(name: str) -> dict[str, str]:
-    """The format of this name for each moment of Adam."""
-    return _formats(rules.Adam(), name)
+        first, second, _ = RECIPES["dynamic8-update"]
+        formats = {"exp_avg": first, "exp_avg_sq": second, "max_exp_avg_sq": second}
+        super().__init__(params, rules.Adam(), formats, **options)
 
 
 def _formats(rule: Rule, name: str) -> dict[str, str]:

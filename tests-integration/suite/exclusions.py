@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from optstate_codecs.formats import format_names
+
 __all__ = ["EXCLUSIONS", "Exclusion"]
 
 
@@ -74,6 +76,7 @@ def _sampled_out(case: Any) -> bool:
     return not _first(case) and zlib.crc32(name.encode()) % 4 != 0
 
 
+ROUNDING = [name for name in format_names() if name not in ("fp32", "bf16", "fp16")]
 WRITES = ("+master??", "+stochastic", "+Adam+bf16-s*")
 EXCLUSIONS = (
     Exclusion(
@@ -168,6 +171,12 @@ EXCLUSIONS = (
         "rules other than Adam",
         lambda case: case.configuration.rule != "Adam",
         "the length is that of Adam's update",
+    ),
+    Exclusion(
+        "unbiased_length",
+        "CodedOptimizer with a format of 8 bits or less by its name alone",
+        _named(*(f"optstate_codecs.CodedOptimizer+Adam+{name}" for name in ROUNDING)),
+        "such formats round to the nearest, which keeps no length",
     ),
     Exclusion(
         "unbiased_length",
