@@ -62,8 +62,11 @@ def setup() -> dict[str, Any]:
 
 
 def write(path: Path, kind: str, run: Mapping[str, Any], table: list[dict[str, Any]]) -> None:
-    """Add the counts of one kind of run to a file; those of other kinds stay."""
+    """Add the counts of one kind of run to a file; a whole run replaces the parts of its kind."""
     known = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    parts = [name for name in known["runs"] if name.startswith(f"{kind}, part")]
+    for name in parts:
+        del known["runs"][name]
     known["runs"][kind] = run
     known["not applicable"] = table
     path.write_text(json.dumps(known, indent=2) + "\n")
