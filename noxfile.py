@@ -6,7 +6,8 @@
 
     nox -s tests                         all checks that a pull request has to pass
     nox -s demo -- --steps 100           AdamW and AdamW8bit learn Shakespeare, side by side
-    nox -s suite -- -k rounding          some tests of some packages, in the environment of CI
+    nox -s units -- -k rounding          some tests of some packages, in the environment of CI
+    nox -s suite                         every law for every optimizer; writes the counts to a file
     nox -s release_check                 whether the wheels and sdists could be released
     nox -t cpu                           the matrix: package x Python x torch, what can be found
     nox -t cuda                          the CUDA tests, with the Python and torch that run nox
@@ -74,6 +75,11 @@ TRAINERS = ("accelerate", "transformers", "lightning", "peft", "trl")
 DOCS = ("mkdocs<2", "mkdocs-material", "mkdocstrings-python", "ruff")
 BUILD = ("build", "hatchling", "packaging")
 NO_TEST_RAN = 5
+LAWS = "tests-integration/suite"
+SEQUENCES = (
+    "tests-integration/test_sequences.py",
+    "packages/optstate-wrap/tests/test_sequences.py",
+)
 
 # One thread a worker: two workers on two cores would otherwise fight over both.
 TEST_ENV = {"OMP_NUM_THREADS": "1"}
@@ -101,7 +107,7 @@ def pytest(session: nox.Session, *args: str) -> None:
 
 @nox.session(
     python=False,
-    requires=["lint", "types", "docs", "build", "isolated", "suite", "integration"],
+    requires=["lint", "types", "docs", "build", "isolated", "units", "integration"],
 )
 def tests(session: nox.Session) -> None:
     """Run every check that CI runs; nox fails if any of them does."""
@@ -127,17 +133,31 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
-def suite(session: nox.Session) -> None:
+def units(session: nox.Session) -> None:
     """Run the unit tests of all packages, in one environment."""
     install(session, *EDITABLE, *PYTEST)
     pytest(session, "packages", "-m", "not cuda and not interpret", *WORKERS)
     run_interpreted(session, "packages")
 
 
-def run_interpreted(session: nox.Session, where: str) -> None:
+@nox.session(default=False)
+def suite(session: nox.Session) -> None:
+    """Check every law for every optimizer at every point; `-- --suite-part 1/4` for a quarter.
+
+    It takes up to an hour and writes the counts to benchmarks/results/suite.json. Sequences of
+    random operations follow, a thousand of each kind.
+    """
+    install(session, *EDITABLE, *PYTEST)
+    results = ("--suite-results", "benchmarks/results/suite.json")
+    pytest(session, LAWS, "-m", "not cuda and not interpret", *results, *WORKERS)
+    run_interpreted(session, LAWS, *results)
+    pytest(session, *SEQUENCES, "--hypothesis-profile=thorough", *WORKERS)
+
+
+def run_interpreted(session: nox.Session, *args: str, chosen: str = "interpret") -> None:
     """Runs Triton kernels on the CPU; Triton decides at import, hence a process of their own."""
     session.run(
-        *("python", "-m", "pytest", where, "-m", "interpret", *WORKERS, *session.posargs),
+        *("python", "-m", "pytest", *args, "-m", chosen, *WORKERS, *session.posargs),
         env={**TEST_ENV, "TRITON_INTERPRET": "1"},
         success_codes=[0, NO_TEST_RAN],
     )
@@ -148,7 +168,8 @@ def integration(session: nox.Session) -> None:
     """Run the packages together: trainers, checkpoints, the docs' examples, the wheels."""
     install(session, *EDITABLE, *PYTEST, *TRAINERS, *DOCS, *BUILD)
     install_plays(session)
-    pytest(session, "tests-integration", "-m", "not cuda", *WORKERS)
+    pytest(session, "tests-integration", "-m", "not cuda and not thorough", *WORKERS)
+    run_interpreted(session, LAWS, chosen="interpret and not thorough")
 
 
 @nox.session(python=PYTHONS, tags=["cpu"])
@@ -165,7 +186,9 @@ def unit(session: nox.Session, package: str, torch: str) -> None:
     siblings = PACKAGES[:-1] if extra else SIBLINGS[package]
     paths = [word for sibling in siblings for word in ("-e", f"packages/{sibling}")]
     session.install(f"torch=={torch}.*", *paths, "-e", f"packages/{package}{extra}", *PYTEST)
-    pytest(session, f"packages/{package}", "-m", "not cuda and not interpret", *WORKERS)
+    # the laws are checked where all packages are
+    where = [f"packages/{package}", *([LAWS] if package == "optstate" else [])]
+    pytest(session, *where, "-m", "not cuda and not interpret and not thorough", *WORKERS)
 
 
 def cpu_build_of_torch(torch: str, python: str) -> bool:

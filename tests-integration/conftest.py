@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 # before anything imports transformers: nothing here needs a file from the network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# `pytest --hypothesis-profile=thorough` runs a thousand random sequences
+settings.register_profile("thorough", max_examples=1000)
 
 
 @dataclass(frozen=True)

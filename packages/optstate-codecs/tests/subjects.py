@@ -1,4 +1,4 @@
-"""The optimizers of this package that must keep every law."""
+"""Optimizers of this package, of every rule, format and write."""
 
 from functools import partial
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.testing.subject import normal
-from optstate_codecs.views import decode_state
+from optstate_codecs.testing.subject import moments_of, normal, second_moments
 
 __all__ = ["GRADIENTS", "Fidelity", "Stops", "compare", "gradients", "stops"]
 
@@ -26,7 +25,7 @@ BETA1, EPS = 0.9, 1e-8
 # sleeping rows wake
 ROW, WAKES = 64, 1000
 
-Make = Callable[..., CodedOptimizer]
+Make = Callable[..., Any]
 
 
 def _zipf_rows(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
@@ -154,9 +153,8 @@ class _Coded:
 
     def results(self, exact: Tensor, path: Tensor) -> Iterator[Fidelity]:
         """One for each kind; ``exact`` is the second moment, ``path`` the sum of exact updates."""
-        states = [decode_state(self.optimizer, param) for param in self.params]
-        rule, group = self.optimizer.rule, self.optimizer.param_groups[0]
-        second = next(m.name for m in rule.moments(rule.hyper(group)) if not m.signed)
+        states = [moments_of(self.optimizer, param) for param in self.params]
+        second = second_moments(self.optimizer)[0]
         stored = self._joined([state[second] for state in states])
         logs = (stored / exact).log().view(self.shape) / 2
         for i, (along, squared, apart, own) in enumerate(self.sums.T.tolist()):
