@@ -13,7 +13,7 @@ from subjects import SECOND
 
 from optstate_codecs import Adam, CodedOptimizer
 from optstate_codecs.engine.cpu import build, compiled, kernels
-from optstate_codecs.engine.cpu.operations import PRELUDE
+from optstate_codecs.engine.cpu.prelude import PRELUDE
 from optstate_codecs.engine.cpu.record import Unrecordable, record
 from optstate_codecs.exact import TAIL, rounds_once, sqrt_is_exact
 from optstate_codecs.formats.dynamic import value_table, values_of
@@ -91,7 +91,7 @@ def run(reference: Trainer, ours: Trainer, steps: int = 4) -> None:
 def stepped_by_kernels(trainer: Trainer) -> list[bool]:
     """Of each parameter that has taken a step."""
     param_steps = trainer.optimizer.stored_param_steps()
-    return [compiled._prepared[param_step].kernel is not None for param_step in param_steps]
+    return trainer.optimizer.executor.compiled.stepped_by_kernels(param_steps)
 
 
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)

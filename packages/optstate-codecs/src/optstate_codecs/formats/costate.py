@@ -193,11 +193,12 @@ class CoState(BlockFormat):
 
     def _mean(self, x: Tensor) -> Tensor:
         """Each block's mean magnitude, [blocks, 1]; elements that are not finite count as 0."""
-        finite = blocked(torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0), self.block_size)
-        counts = torch.full_like(finite[:, :1], min(self.block_size, x.numel()))
-        if tail := x.numel() % self.block_size:
-            counts[-1] = tail
-        return exact.row_sums(finite.abs()) / counts
+        finite = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+        if tail := -x.numel() % self.block_size:
+            # a short block too, so that sums are in the same order wherever a slice ends
+            finite = torch.nn.functional.pad(finite, (0, tail))
+        rows = finite.abs_().view(-1, self.block_size)
+        return exact.row_sums(rows) / exact.row_counts(x, self.block_size)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
