@@ -197,7 +197,7 @@ def test_layouts_and_what_is_left_to_the_reference() -> None:
 
 
 def test_formats_without_a_form_in_c_are_left_to_the_reference() -> None:
-    reference, ours = pair(("dynamic4(block_size=128)", SECOND), ((300,),))
+    reference, ours = pair(("int4(units=update)", "linear4(normalization=rank1)"), ((30, 10),))
     run(reference, ours, steps=2)
     assert stepped_by_kernels(ours) == [False]
 

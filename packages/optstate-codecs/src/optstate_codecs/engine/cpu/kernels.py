@@ -92,7 +92,17 @@ class KernelSpec:
         draws |= {f"mirrored{stream}": (stream, True) for stream in range(STREAMS)}
         scalars = [*(f"scalar{number}" for number in range(self.scalars)), "factor"]
         counts = {count_name(size): size for size in self._rows}
-        return KernelInputs(tensors, scalars, draws, counts, self.block_size)
+        masked = any(map(_pads_with_numbers, self.formats))
+        return KernelInputs(tensors, scalars, draws, counts, self.block_size, masked)
+
+
+@cache
+def _pads_with_numbers(format: Format) -> bool:
+    """Whether bytes of zeros under a scale of 1 are numbers other than 0."""
+    codes, *scales = format.components
+    parts = [torch.zeros(codes.length(format.span), dtype=codes.dtype, device="cpu")]
+    parts += [torch.ones(1, dtype=c.dtype, device="cpu") for c in scales]
+    return bool(scales) and bool(format.decode(parts).any())
 
 
 @dataclass(frozen=True, eq=False)

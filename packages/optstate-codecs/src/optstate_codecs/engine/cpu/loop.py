@@ -35,6 +35,8 @@ class KernelInputs:
             random bits an element.
         counts: name and row length of each input that is the number of a row's elements.
         block_size: elements a block.
+        masked: whether the elements that fill up a short block are not zero and must not be part
+            of the largest magnitudes.
     """
 
     tensors: Mapping[str, tuple[torch.dtype, Fraction]]
@@ -42,6 +44,7 @@ class KernelInputs:
     draws: Mapping[str, tuple[int, bool]]
     counts: Mapping[str, int]
     block_size: int
+    masked: bool
 
     def entries(self, space: Fraction) -> int:
         """Entries of a space in a block."""
@@ -138,6 +141,8 @@ class Loop:
             # the bits of non-negative floats are ordered as they are, with NaN above all
             most = f"most_{self._names[value]}"
             bits = f"as_int(magnitude({self._local(value.needs[0])}))"
+            if self._inputs.masked:
+                bits = f"select_i(ld(counting) < I((int32_t)left - j), {bits}, 0)"
             self._before.append(f"I {most} = 0;")
             self._inside.append(f"{most} = most_int({most}, {bits});")
             kept = f"{self._names[value]}_bits[{self._row(value.space)}]"
@@ -150,13 +155,14 @@ class Loop:
         strip, length = self._strip(), self._inputs.entries(self._space)
         if self._words:
             self._before.insert(0, f"const int WORDS = {strip // 2};")
+        used = f"c * {self._space.denominator} < left * {self._space.numerator}"
         inner = [
             f"for (int j = c; j < c + {strip}; j += LANES) {{",
             *("    " + line for line in self._inside),
             "}",
         ]
         return [
-            f"for (int c = 0; c < {length}; c += {strip}) {{",
+            f"for (int c = 0; c < {length} && {used}; c += {strip}) {{",
             *("    " + line for line in [*self._before, *inner, *self._after]),
             "}",
             *end,
