@@ -188,7 +188,9 @@ def _load(library: Path) -> Any | None:
         return None
     if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
         return None
-    run = ctypes.CDLL(str(library)).run
+    loaded = ctypes.CDLL(str(library))
+    run = loaded.run
+    run.library = loaded
     run.argtypes = [ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int]
     run.restype = None
     return run

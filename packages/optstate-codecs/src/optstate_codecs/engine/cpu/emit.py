@@ -13,6 +13,7 @@ from optstate_codecs.engine.cpu.loop import KernelInputs
 from optstate_codecs.engine.cpu.operations import STORED, literal
 from optstate_codecs.engine.cpu.prelude import PRELUDE
 from optstate_codecs.engine.cpu.schedule import block_lines
+from optstate_codecs.engine.cpu.torch_root import MODE
 from optstate_codecs.engine.cpu.value import ELEMENT, Lowered, is_row
 
 __all__ = ["HEAD", "MEANS", "emit", "width"]
@@ -53,6 +54,11 @@ HELPERS = """
 #define CONSTANT(name, text) static volatile float fixed_##name = text; const float name = fixed_##name
 #endif
 static const int32_t counting[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+/* torch's own square root, where that is not rounded correctly; see ``torch_root`` */
+extern "C" { void *torch_root = 0; }
+INLINE void roots(int count, const float *x, float *y) {
+    ((void (*)(int, const float *, float *, int64_t))torch_root)(count, x, y, TORCH_ROOT_MODE);
+}
 INLINE float row_length(int64_t size, int64_t row, int64_t left) {
     const int64_t count = left - row * size;
     return (float)(count > size ? size : count < 1 ? 1 : count);
@@ -97,7 +103,7 @@ def emit(fast: Lowered, slow: Lowered, inputs: KernelInputs) -> str:
         entry a tensor: ``table``, int64, the ``HEAD`` columns and the addresses of all inputs that
         are tensors; ``scalars``, float32; ``keys``, uint32, two for each draw.
     """
-    source = [PRELUDE, f"enum {{ BLOCK = {inputs.block_size}, WIDTH = {width(inputs)} }};", HELPERS]
+    source = [PRELUDE, f"#define TORCH_ROOT_MODE {MODE}", f"enum {{ BLOCK = {inputs.block_size}, WIDTH = {width(inputs)} }};", HELPERS]
     source.append(f"enum {{ SCALARS = {len(inputs.scalars)}, KEYS = {2 * len(inputs.draws)} }};")
     for name, values in {**fast.tables, **slow.tables}.items():
         padded = [*values, *[0.0] * (-len(values) % TABLE_LENGTH)]

@@ -18,6 +18,7 @@ from optstate_codecs.engine.cpu.emit import MEANS, emit, width
 from optstate_codecs.engine.cpu.loop import KernelInputs
 from optstate_codecs.engine.cpu.lower import lower
 from optstate_codecs.engine.cpu.record import Unrecordable, record
+from optstate_codecs.engine.cpu.torch_root import set_torch_root, torch_root
 from optstate_codecs.engine.cpu.value import ELEMENT, SHORTEST_ROW, Lowered
 from optstate_codecs.engine.eager import StepSpec, step_slice
 from optstate_codecs.formats import Component, Format
@@ -62,6 +63,11 @@ class KernelSpec:
         names = [moment.name for moment in self.moments]
         formats = dict(zip(names, self.formats, strict=True))
         return StepSpec(self.rule, self.variant, self.moments, formats, self.write, self.plain)
+
+    @property
+    def has_torch_roots(self) -> bool:
+        """Whether roots are torch's own, with the errors that they have on some processors."""
+        return self.step_spec.square_root is torch.sqrt and not exact.sqrt_is_exact()
 
     @property
     def components(self) -> dict[str, list[tuple[str, Component]]]:
@@ -191,11 +197,10 @@ def source(spec: KernelSpec) -> str:
             name: torch.zeros(count, dtype=torch.int32, device="cpu") for name in inputs.draws
         }
         found = record(step, tensors, assume=fast)
-        exactly = spec.step_spec.square_root is exact.sqrt or exact.sqrt_is_exact()
-        if not exactly and any(call.name == "sqrt" for call in found.calls):
-            raise Unrecordable("torch.sqrt, which is not rounded correctly here")
-        return lower(found, count, fast=fast)
+        return lower(found, count, fast=fast, torch_root=spec.has_torch_roots)
 
+    if spec.has_torch_roots and torch_root() is None:
+        raise Unrecordable("torch.sqrt, which is not rounded correctly here")
     return emit(lowered(True), lowered(False), inputs)
 
 
@@ -216,6 +221,8 @@ def compiled_kernel(spec: KernelSpec) -> CompiledKernel | None:
 def kernel_of(spec: KernelSpec, run: Any) -> CompiledKernel:
     """The kernel whose function ``run`` was built from ``source(spec)``."""
     inputs = spec.inputs
+    if spec.has_torch_roots:
+        set_torch_root(run)
     keys = [key for parts in spec.components.values() for key, _ in parts]
     streams = [stream for stream, _ in inputs.draws.values()]
     shape = width(inputs), len(inputs.scalars), spec.centered

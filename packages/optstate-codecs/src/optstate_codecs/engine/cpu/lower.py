@@ -40,20 +40,21 @@ class _Storage:
     aliases: list[_Storage] = field(default_factory=list)
 
 
-def lower(record: Record, numel: int, *, fast: bool) -> Lowered:
+def lower(record: Record, numel: int, *, fast: bool, torch_root: bool = False) -> Lowered:
     """Lower a record of a tensor of ``numel`` elements.
 
-    With ``fast``, peephole rewrites add assumptions to those of the record.
+    With ``fast``, peephole rewrites add assumptions to those of the record. With ``torch_root``,
+    roots are torch's, which are not rounded correctly.
 
     Raises:
         Unrecordable: an operation of the record has no form in C.
     """
-    return _Lowering(record, numel, fast).run()
+    return _Lowering(record, numel, fast, torch_root).run()
 
 
 class _Lowering:
-    def __init__(self, record: Record, numel: int, fast: bool) -> None:
-        self._record, self._numel = record, numel
+    def __init__(self, record: Record, numel: int, fast: bool, torch_root: bool) -> None:
+        self._record, self._numel, self._torch_root = record, numel, torch_root
         self._peephole = Peephole(self._make) if fast else None
         self._storages: dict[Node, _Storage] = {}
         self._tables: dict[str, list[float]] = {}
@@ -192,6 +193,9 @@ class _Lowering:
             return self._make(space, dtype, "{0}", [value], "largest" if name == "amax" else "sum")
         if name == "index_select":
             return self._look_up(call)
+        if name == "sqrt" and self._torch_root:
+            value = self._value(call.args[0])
+            return self._make(value.space, dtype, "{0}", [value], "root")
         if name == "bucketize":
             return self._bucket(call)
         if name in ("where", "masked_fill"):

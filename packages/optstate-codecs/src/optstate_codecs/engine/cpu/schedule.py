@@ -114,7 +114,7 @@ class _Schedule:
             return user.level != value.level
         if user.kind == "join":
             return user.level - 1 != value.level
-        return user.kind == "sum" or (user.level, user.space) != (value.level, value.space)
+        return user.kind in ("sum", "root") or (user.level, user.space) != (value.level, value.space)
 
     def lines(self) -> list[str]:
         """The body of the function."""
@@ -176,17 +176,21 @@ class _Schedule:
         return lines
 
     def _rows(self, level: int, space: Fraction) -> list[str]:
-        mine = [v for v in self._order if (v.space, v.level) == (space, level) and not v.reduces]
+        mine = [v for v in self._order if (v.space, v.level) == (space, level) and not v.is_late]
         flags = [v for v in mine if v in self._lowered.assumptions]
         return row_loop(self._names, self._inputs, mine, flags) if mine else []
 
     def _reductions(self, level: int) -> list[str]:
-        """Numbers of rows, after the loops of their level."""
+        """Numbers of rows, and roots, after the loops of their level."""
         lines = []
         for value in self._order:
-            if not value.reduces or value.level != level:
+            if not value.is_late or value.level != level:
                 continue
             name, rows = self._names[value], self._inputs.entries(value.space)
+            if value.kind == "root":
+                arrays = f"kept_{self._names[value.needs[0]]}, kept_{name}"
+                lines.append(f"roots((int)(left < BLOCK ? left : BLOCK), {arrays});")
+                continue
             text = f"as_float({name}_bits[r])"
             if value.kind == "sum":
                 size, source = int(1 / value.space), self._names[value.needs[0]]
@@ -201,7 +205,7 @@ class _Schedule:
             self._names,
             self._inputs,
             space,
-            values=[v for v in mine if v.kind not in ("input", "join")],
+            values=[v for v in mine if v.kind not in ("input", "join", "root")],
             largest=[
                 v
                 for v in self._order

@@ -33,7 +33,7 @@ class Value:
         text: the expression, with {0}, {1} ... for ``needs``; the name of an input.
         needs: operands.
         kind: "value"; "input"; "largest" and "sum", the largest magnitude and the sum of a row;
-            "lane", every ``lanes``-th of the operand's values from number ``lane`` on; or "join",
+            "root", which a function of torch's computes for a whole block; "lane", every ``lanes``-th of the operand's values from number ``lane`` on; or "join",
             the values of which the operands are the lanes.
         lane, lanes: of a "lane".
         level: the loop that computes it. A value that needs a whole row, or values of another
@@ -53,13 +53,13 @@ class Value:
         if self.dtype not in C_TYPES:
             raise Unrecordable(f"numbers of {self.dtype}")
         for need in self.needs:
-            across = not is_row(need.space) and need.space != self.space and not self.reduces
-            self.level = max(self.level, need.level + (need.reduces or across))
+            across = not is_row(need.space) and need.space != self.space and not self.is_late
+            self.level = max(self.level, need.level + (need.is_late or across))
 
     @property
-    def reduces(self) -> bool:
-        """Whether it is computed of all values of a row."""
-        return self.kind in ("largest", "sum")
+    def is_late(self) -> bool:
+        """Whether it is computed after the loops of its level, of all values of a row or block."""
+        return self.kind in ("largest", "sum", "root")
 
 
 @dataclass(eq=False)
