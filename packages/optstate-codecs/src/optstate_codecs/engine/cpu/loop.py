@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 
 from optstate_codecs.engine.cpu.operations import C_TYPES, STORED, VECTORS
-from optstate_codecs.engine.cpu.peephole import FINITE
+from optstate_codecs.engine.cpu.peephole import FINITE, SQUARE_IN_RANGE
 from optstate_codecs.engine.cpu.value import ELEMENT, SCALAR, Value, is_row
 
 __all__ = ["KernelInputs", "Loop", "Names", "row_loop"]
@@ -106,6 +106,7 @@ class Loop:
         joins: values of neighbours that the loop stores.
         stores: values to write, by the name of the input.
         flags: assumptions on every element.
+        ahead: inputs to fetch into the cache, and how many entries after the loop's place.
     """
 
     def __init__(
@@ -119,8 +120,9 @@ class Loop:
         joins: Sequence[Value],
         stores: Mapping[str, Value],
         flags: Sequence[Value],
+        ahead: Mapping[str, int],
     ) -> None:
-        self._names, self._inputs, self._space = names, inputs, space
+        self._names, self._inputs, self._space, self._ahead = names, inputs, space, ahead
         self._values, self._largest, self._stores = values, largest, stores
         self._joins, self._flags = joins, flags
         self._shared: dict[Value, str] = {}
@@ -163,10 +165,20 @@ class Loop:
         ]
         return [
             f"for (int c = 0; c < {length} && {used}; c += {strip}) {{",
-            *("    " + line for line in [*self._before, *inner, *self._after]),
+            *("    " + line for line in [*self._prefetch(strip), *self._before, *inner, *self._after]),
             "}",
             *end,
         ]
+
+    def _prefetch(self, strip: int) -> list[str]:
+        """Fetch what the next loops of this block, and the first ones of the next block, read."""
+        lines = []
+        for name, ahead in self._ahead.items():
+            dtype, space = self._inputs.tensors[name]
+            entries = int(strip / self._space * space)
+            place = f"{name} + c / {strip} * {entries} + {ahead}"
+            lines.append(f"prefetch({place}, {entries * dtype.itemsize});")
+        return lines
 
     def _strip(self) -> int:
         """Entries a strip: it lies in one row of every kind."""
@@ -218,7 +230,9 @@ class Loop:
                 seen[value.needs[0].needs[0]] = value
         texts, end = [], []
         for flag in self._flags:
-            if flag.text == FINITE and flag.needs[0] in seen:
+            if flag.text == SQUARE_IN_RANGE:
+                self._check_range(self._names[flag], self._local(flag.needs[0]))
+            elif flag.text == FINITE and flag.needs[0] in seen:
                 value = seen[flag.needs[0]]
                 rows = self._inputs.entries(value.space)
                 bits = f"{self._names[value]}_bits[r]"
@@ -230,6 +244,18 @@ class Loop:
             self._inside.append(f"wrong = wrong | !({' & '.join(texts)});")
             self._after.append("bad |= any(wrong);")
         return end
+
+    def _check_range(self, name: str, magnitude: str) -> None:
+        """Check that all magnitudes are 0 or from 2^-63 to 2^63, by their bits."""
+        self._before.append(f"I top_{name} = 0, end_{name} = 0x7fffffff;")
+        self._inside += [
+            f"top_{name} = most_int(top_{name}, as_int({magnitude}));",
+            # the bits of 0, minus 1, are the largest unsigned integer
+            f"end_{name} = least_unsigned(end_{name}, as_int({magnitude}) - 1);",
+        ]
+        self._after.append(
+            f"bad |= largest(top_{name}) > 0x5f000000 || any(end_{name} < 0x1fffffff);"
+        )
 
     def _local(self, need: Value) -> str:
         """The C++ expression for an operand in this loop."""

@@ -52,6 +52,20 @@ def lower(record: Record, numel: int, *, fast: bool, torch_root: bool = False) -
     return _Lowering(record, numel, fast, torch_root).run()
 
 
+def _without_mask(value: Value) -> Value:
+    """A value to store in 8 bits, without operations that clear the bits above them."""
+    while value.dtype == torch.uint8 and value.text in ("({0} & 255)", "({0} & {1})"):
+        if len(value.needs) > 1 and value.needs[1].text != "(255)":
+            break
+        inner = value.needs[0]
+        if inner.dtype not in INTEGERS:
+            break
+        value = Value(value.space, torch.uint8, "{0}", [inner]) if inner.dtype != torch.uint8 else inner
+        if value.text == "{0}":
+            break
+    return value
+
+
 class _Lowering:
     def __init__(self, record: Record, numel: int, fast: bool, torch_root: bool) -> None:
         self._record, self._numel, self._torch_root = record, numel, torch_root
@@ -75,7 +89,7 @@ class _Lowering:
         for call in self._record.calls:
             self._call(call)
         stores = {
-            name: storage.value
+            name: _without_mask(storage.value)
             for name, (storage, value) in self._inputs.items()
             if storage.value is not value
         }

@@ -18,7 +18,7 @@ import torch
 
 from optstate_codecs.engine.cpu.value import ELEMENT, SCALAR, Value, is_row
 
-__all__ = ["FINITE", "Peephole", "finite_flag"]
+__all__ = ["FINITE", "SQUARE_IN_RANGE", "Peephole", "finite_flag"]
 
 FINITE = "(magnitude({0}) <= 3.402823466e38f)"
 SQUARE_IN_RANGE = "(({0} == 0.0f) | (({0} >= 0x1p-63f) & ({0} <= 0x1p63f)))"

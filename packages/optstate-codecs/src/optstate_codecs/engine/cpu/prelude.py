@@ -30,6 +30,12 @@ INLINE float lesser(float a, float b) { return b < a ? b : a; }
 INLINE float greater(float a, float b) { return b > a ? b : a; }
 INLINE int32_t least_int(int32_t a, int32_t b) { return b < a ? b : a; }
 INLINE int32_t most_int(int32_t a, int32_t b) { return b > a ? b : a; }
+INLINE int32_t least_unsigned(int32_t a, int32_t b) {
+    return (uint32_t)b < (uint32_t)a ? b : a;
+}
+INLINE void prefetch(const void *p, int64_t bytes) {
+    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch((const char *)p + k);
+}
 INLINE uint32_t mix32(uint32_t x) {
     x = (x ^ (x >> 16)) * 0x7feb352du;
     x = (x ^ (x >> 15)) * 0x846ca68bu;
@@ -96,6 +102,7 @@ INLINE F lesser(F a, F b) { return _mm512_min_ps(b.v, a.v); }
 INLINE F greater(F a, F b) { return _mm512_max_ps(b.v, a.v); }
 INLINE I least_int(I a, I b) { return _mm512_min_epi32(a.v, b.v); }
 INLINE I most_int(I a, I b) { return _mm512_max_epi32(a.v, b.v); }
+INLINE I least_unsigned(I a, I b) { return _mm512_min_epu32(a.v, b.v); }
 INLINE int32_t largest(I x) { return _mm512_reduce_max_epi32(x.v); }
 INLINE F ld(const float *p) { return _mm512_loadu_ps(p); }
 INLINE I ld(const int32_t *p) { return _mm512_loadu_si512(p); }
@@ -196,6 +203,7 @@ INLINE F lesser(F a, F b) { return _mm256_min_ps(b.v, a.v); }
 INLINE F greater(F a, F b) { return _mm256_max_ps(b.v, a.v); }
 INLINE I least_int(I a, I b) { return _mm256_min_epi32(a.v, b.v); }
 INLINE I most_int(I a, I b) { return _mm256_max_epi32(a.v, b.v); }
+INLINE I least_unsigned(I a, I b) { return _mm256_min_epu32(a.v, b.v); }
 INLINE int32_t largest(I x) {
     int32_t parts[8], found = INT32_MIN;
     _mm256_storeu_si256((__m256i *)parts, x.v);

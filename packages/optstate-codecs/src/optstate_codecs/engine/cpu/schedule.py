@@ -198,6 +198,28 @@ class _Schedule:
             lines.append(f"for (int r = 0; r < {rows}; r++) {name}[r] = {text};")
         return lines
 
+    def _ahead(self, level: int) -> dict[str, int]:
+        """What the loop over elements of a level fetches: see ``Loop``.
+
+        A processor notices what one loop reads, but not that others follow.
+        """
+        levels = sorted({v.level for v in self._order if v.space == ELEMENT and v.kind != "input"})
+        first = {
+            value.text: min(user.level for user in self._users[value])
+            for value in self._order
+            if value.kind == "input" and value.text in self._inputs.tensors
+        }
+        if len(levels) < 2 or level not in (levels[0], levels[-1]):
+            return {}
+        wanted = {name: at for name, at in first.items() if not is_row(self._inputs.tensors[name][1])}
+        if level == levels[0]:
+            return {name: 0 for name, at in wanted.items() if at > level}
+        return {
+            name: self._inputs.entries(self._inputs.tensors[name][1])
+            for name, at in wanted.items()
+            if at < level
+        }
+
     def _loop(self, level: int, space: Fraction) -> list[str]:
         """The loop that computes the values of a space and level, and stores the final ones."""
         mine = [v for v in self._order if (v.space, v.level) == (space, level)]
@@ -222,5 +244,6 @@ class _Schedule:
                 if (self._inputs.tensors[name][1], self._store_level(name)) == (space, level)
             },
             flags=[v for v in mine if v in self._lowered.assumptions],
+            ahead=self._ahead(level) if space == ELEMENT else {},
         )
         return loop.lines()
