@@ -115,15 +115,14 @@ def test_parameters_that_are_used_twice(size, checkpointed) -> None:
 def test_a_part_is_stepped_by_the_backend_that_steps_the_whole(monkeypatch) -> None:
     """Loops are worth building for all parameters: a small bucket must not take another way."""
     taken = []
-    monkeypatch.setattr("optstate_codecs.engine.executor.WORTH_BUILDING", 1000)
     monkeypatch.setattr(
-        "optstate_codecs.engine.executor.compiled.try_step",
-        lambda request: taken.append(len(request.param_steps)),
+        "optstate_codecs.engine.cpu.choice.KernelChoice.decide",
+        lambda self, elements, total, scalars: taken.append((elements, total)),
     )
     trainer = Trainer(make, ((30, 30), (20,), (10, 10)))
     with GradientRelease(trainer.optimizer, bucket_bytes=0):
         run(trainer, 1)
-    assert taken == [1, 1, 1]
+    assert sorted(taken) == [(20, 1020), (100, 1020), (900, 1020)]
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1])

@@ -81,18 +81,16 @@ def assert_alike(ours, theirs) -> None:
 
 def test_compiled_loops_step_a_part_where_they_step_the_whole(problem, monkeypatch) -> None:
     taken = []
-    monkeypatch.setattr("optstate_codecs.engine.executor.WORTH_BUILDING", 1000)
     monkeypatch.setattr(
-        "optstate_codecs.engine.executor.compiled.try_step",
-        lambda request: bool(taken.append(len(request.param_steps))),
+        "optstate_codecs.engine.cpu.choice.KernelChoice.decide",
+        lambda self, elements, total, scalars: taken.append((elements, total)),
     )
     ours = problem(
         lambda g: wrap(torch.optim.AdamW(g), ConfigurablePolicy(CODED)), shapes=[(700,)] * 3
     )
     with GradientRelease(ours.optimizer, bucket_bytes=0):
         run(ours, 3)
-    assert taken
-    assert set(taken) == {1}
+    assert set(taken) == {(700, 2100)}
 
 
 class Counting(torch.optim.SGD):

@@ -95,7 +95,7 @@ def row_sums(x: Tensor) -> Tensor:
 
 
 def row_counts(x: Tensor, size: int) -> Tensor:
-    """The number of elements of flat ``x`` in each row of ``size``, [rows, 1]; the last has fewer."""
+    """How many elements of flat ``x`` each row of ``size`` has, [rows, 1]; the last has fewer."""
     if given := recorded.get():
         return given[count_name(size)]
     counts = torch.full((-(-x.numel() // size), 1), size, dtype=x.dtype, device=x.device)

@@ -48,7 +48,6 @@ from optstate_codecs.formats.block import (
     BlockFormat,
     block_amax,
     block_size,
-    blocked,
     clamped_scale,
     fill_marked,
     finite_amax,

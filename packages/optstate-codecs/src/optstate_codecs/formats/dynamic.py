@@ -152,7 +152,9 @@ class Dynamic8(BlockFormat):
         unit = inverse * float(self.base) ** RANGES
         if self._is_recorded:
             # the unit is a power of two, so that the product is exact
-            magnitude = torch.addcmul(torch.ones_like(unit), blocked(x.abs(), self.block_size), unit)
+            magnitude = torch.addcmul(
+                torch.ones_like(unit), blocked(x.abs(), self.block_size), unit
+            )
             position = computed_position(magnitude.view(-1)[: x.numel()])
         else:
             magnitude = scaled(x, unit, self.block_size).abs_().add_(1)
@@ -175,7 +177,9 @@ class Dynamic8(BlockFormat):
     @property
     def _is_recorded(self) -> bool:
         """Whether operations are traced for a kernel that computes this map from short tables."""
-        return self.base == 8 and bool(exact.recorded.get()) and exact.rounds_once("addcmul") is True
+        return (
+            self.base == 8 and bool(exact.recorded.get()) and exact.rounds_once("addcmul") is True
+        )
 
     @property
     def _nan_code(self) -> int:

@@ -181,7 +181,10 @@ def _stop() -> None:
 
 
 def _load(library: Path) -> Any | None:
-    """The function ``run`` of a library; None where the file is missing or damaged."""
+    """The function ``run`` of a library, with the library as an attribute.
+
+    None where the file is missing or damaged.
+    """
     try:
         content = library.read_bytes()
     except FileNotFoundError:
@@ -189,7 +192,7 @@ def _load(library: Path) -> Any | None:
     if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
         return None
     loaded = ctypes.CDLL(str(library))
-    run = loaded.run
+    run: Any = loaded.run
     run.library = loaded
     run.argtypes = [ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int]
     run.restype = None

@@ -34,6 +34,7 @@ from optstate_codecs.engine.cpu.record import Unrecordable
 from optstate_codecs.engine.eager import step_slice
 from optstate_codecs.exact import TAIL, rounds_once
 from optstate_codecs.rounding import Counter, stream_key
+from optstate_codecs.rules.base import Scalar
 
 __all__ = ["KernelChoice", "choice_of", "same_roundings"]
 
@@ -75,7 +76,7 @@ class KernelChoice:
         """
         self.kernel, self.final = compiled_kernel(self.spec), True
 
-    def decide(self, elements: int, total: int, scalars: Sequence[Sequence[float]]) -> None:
+    def decide(self, elements: int, total: int, scalars: Sequence[Sequence[Scalar]]) -> None:
         """Look for the kernel, or have it built, if that is due before a step.
 
         Args:
@@ -97,7 +98,7 @@ class KernelChoice:
             self.final = True
             raise
 
-    def _by_cost(self, elements: int, scalars: Sequence[Sequence[float]]) -> None:
+    def _by_cost(self, elements: int, scalars: Sequence[Sequence[Scalar]]) -> None:
         rate = self._seconds / self._elements if self._elements else SECONDS_PER_ELEMENT
         coming = elements * rate
         if self._seconds + coming < LOOK_SECONDS:
@@ -116,7 +117,7 @@ class KernelChoice:
         if self._build is not None and (self._build.done or coming >= BUILD_SECONDS):
             self._accept(self._build.result(), scalars)
 
-    def _accept(self, run: Any, scalars: Sequence[Sequence[float]]) -> None:
+    def _accept(self, run: Any, scalars: Sequence[Sequence[Scalar]]) -> None:
         kernel, self.final = kernel_of(self.spec, run), True
         if agrees(self.spec, kernel, scalars):
             self.kernel = kernel
@@ -144,7 +145,7 @@ def same_roundings() -> bool:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def agrees(spec: KernelSpec, kernel: CompiledKernel, scalars: Sequence[Sequence[float]]) -> bool:
+def agrees(spec: KernelSpec, kernel: CompiledKernel, scalars: Sequence[Sequence[Scalar]]) -> bool:
     """Whether the kernel's steps have the reference's bits, NaN and zeros among the gradients."""
     numel = 2 * kernel.block_size + 5
     generator = torch.Generator("cpu").manual_seed(0)
@@ -177,7 +178,7 @@ def agrees(spec: KernelSpec, kernel: CompiledKernel, scalars: Sequence[Sequence[
         reference["param"].copy_(new)
         addresses = [ours["param"], grad, *([] if mean is None else [mean])]
         addresses += [ours[key] for key in kernel.keys]
-        call_kernel(kernel, numel, count, addresses, [*row, 1.0], keys)
+        call_kernel(kernel, numel, count, addresses, [*map(float, row), 1.0], keys)
     return all(map(_same_bits, reference.values(), ours.values()))
 
 

@@ -57,6 +57,7 @@ class CompiledSteps:
             plan = self._plans[key] = _Plan(request, variants)
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
         for group in plan.undecided:
             self._decide(request, group)
         plan.undecided = [group for group in plan.undecided if not group.is_final]

@@ -51,7 +51,8 @@ HELPERS = """
 #define CONSTANT(name, text) const float name = text
 #else
 /* compilers that see a constant turn minima into branches */
-#define CONSTANT(name, text) static volatile float fixed_##name = text; const float name = fixed_##name
+#define CONSTANT(name, text) \\
+    static volatile float fixed_##name = text; const float name = fixed_##name
 #endif
 static const int32_t counting[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 /* torch's own square root, where that is not rounded correctly; see ``torch_root`` */
@@ -63,7 +64,7 @@ INLINE float row_length(int64_t size, int64_t row, int64_t left) {
     const int64_t count = left - row * size;
     return (float)(count > size ? size : count < 1 ? 1 : count);
 }
-/* zero the codes after the first ``left``, in the last group of ``group`` codes in ``bytes`` bytes */
+/* zero all codes after the first ``left`` in the last group, of ``group`` codes in ``bytes`` bytes */
 INLINE void clear_padding(uint8_t *codes, int64_t left, int group, int bytes) {
     uint8_t *last = codes + left / group * bytes;
     const int used = (int)(left % group) * (8 * bytes / group);
@@ -103,7 +104,12 @@ def emit(fast: Lowered, slow: Lowered, inputs: KernelInputs) -> str:
         entry a tensor: ``table``, int64, the ``HEAD`` columns and the addresses of all inputs that
         are tensors; ``scalars``, float32; ``keys``, uint32, two for each draw.
     """
-    source = [PRELUDE, f"#define TORCH_ROOT_MODE {MODE}", f"enum {{ BLOCK = {inputs.block_size}, WIDTH = {width(inputs)} }};", HELPERS]
+    source = [
+        PRELUDE,
+        f"#define TORCH_ROOT_MODE {MODE}",
+        f"enum {{ BLOCK = {inputs.block_size}, WIDTH = {width(inputs)} }};",
+        HELPERS,
+    ]
     source.append(f"enum {{ SCALARS = {len(inputs.scalars)}, KEYS = {2 * len(inputs.draws)} }};")
     for name, values in {**fast.tables, **slow.tables}.items():
         padded = [*values, *[0.0] * (-len(values) % TABLE_LENGTH)]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import exact
-from optstate_codecs.exact import count_name
 from optstate_codecs.engine.cpu.build import build
 from optstate_codecs.engine.cpu.emit import MEANS, emit, width
 from optstate_codecs.engine.cpu.loop import KernelInputs
@@ -21,6 +20,7 @@ from optstate_codecs.engine.cpu.record import Unrecordable, record
 from optstate_codecs.engine.cpu.torch_root import set_torch_root, torch_root
 from optstate_codecs.engine.cpu.value import ELEMENT, SHORTEST_ROW, Lowered
 from optstate_codecs.engine.eager import StepSpec, step_slice
+from optstate_codecs.exact import count_name
 from optstate_codecs.formats import Component, Format
 from optstate_codecs.rounding import Counter, Draw
 from optstate_codecs.rules import Moment, Rule
@@ -84,7 +84,9 @@ class KernelSpec:
     @property
     def _rows(self) -> list[int]:
         """The lengths of rows that share a scale."""
-        return sorted({c.span for f in self.formats for c in f.components if c.span >= SHORTEST_ROW})
+        return sorted(
+            {c.span for f in self.formats for c in f.components if c.span >= SHORTEST_ROW}
+        )
 
     @property
     def inputs(self) -> KernelInputs:

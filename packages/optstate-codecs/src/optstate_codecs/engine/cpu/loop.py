@@ -12,9 +12,9 @@ from fractions import Fraction
 
 import torch
 
-from optstate_codecs.engine.cpu.operations import C_TYPES, STORED, VECTORS
+from optstate_codecs.engine.cpu.operations import C_TYPES, VECTORS
 from optstate_codecs.engine.cpu.peephole import FINITE, SQUARE_IN_RANGE
-from optstate_codecs.engine.cpu.value import ELEMENT, SCALAR, Value, is_row
+from optstate_codecs.engine.cpu.value import SCALAR, Value, is_row
 
 __all__ = ["KernelInputs", "Loop", "Names", "row_loop"]
 
@@ -165,7 +165,10 @@ class Loop:
         ]
         return [
             f"for (int c = 0; c < {length} && {used}; c += {strip}) {{",
-            *("    " + line for line in [*self._prefetch(strip), *self._before, *inner, *self._after]),
+            *(
+                "    " + line
+                for line in [*self._prefetch(strip), *self._before, *inner, *self._after]
+            ),
             "}",
             *end,
         ]
@@ -209,7 +212,10 @@ class Loop:
         if (need, lanes) not in self._split:
             name = self._split[need, lanes] = f"lanes{lanes}_{self._names[need]}"
             source = need.text if need.kind == "input" else f"kept_{self._names[need]}"
-            self._inside += [f"I {name}[{lanes}];", f"ld_lanes<{lanes}>({source} + j * {lanes}, {name});"]
+            self._inside += [
+                f"I {name}[{lanes}];",
+                f"ld_lanes<{lanes}>({source} + j * {lanes}, {name});",
+            ]
         return f"{self._split[need, lanes]}[{value.lane}]"
 
     def _join(self, value: Value) -> None:
@@ -312,7 +318,9 @@ class Loop:
             words = f"turned_{words}"
         if mirrored:
             self._before.append(f"const I flip_{halves} = I(step & 1 ? 0xffff : 0);")
-        return f"(ld((const uint16_t *){words} + (j - c))" + (f" ^ flip_{halves})" if mirrored else ")")
+        return f"(ld((const uint16_t *){words} + (j - c))" + (
+            f" ^ flip_{halves})" if mirrored else ")"
+        )
 
     def _hash(self, words: str, draw: int, mirrored: bool) -> None:
         """Compute one hash word for every two elements."""

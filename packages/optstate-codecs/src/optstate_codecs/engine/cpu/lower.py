@@ -52,17 +52,12 @@ def lower(record: Record, numel: int, *, fast: bool, torch_root: bool = False) -
     return _Lowering(record, numel, fast, torch_root).run()
 
 
-def _without_mask(value: Value) -> Value:
-    """A value to store in 8 bits, without operations that clear the bits above them."""
-    while value.dtype == torch.uint8 and value.text in ("({0} & 255)", "({0} & {1})"):
-        if len(value.needs) > 1 and value.needs[1].text != "(255)":
-            break
-        inner = value.needs[0]
-        if inner.dtype not in INTEGERS:
-            break
-        value = Value(value.space, torch.uint8, "{0}", [inner]) if inner.dtype != torch.uint8 else inner
-        if value.text == "{0}":
-            break
+def _low_bits(value: Value) -> Value:
+    """The integer whose low 8 bits ``value``, a uint8 to store, has."""
+    while value.text == "({0} & 255)" or (
+        value.text == "({0} & {1})" and value.needs[1].text == "(255)"
+    ):
+        value = value.needs[0]
     return value
 
 
@@ -89,7 +84,7 @@ class _Lowering:
         for call in self._record.calls:
             self._call(call)
         stores = {
-            name: _without_mask(storage.value)
+            name: _low_bits(storage.value) if value.dtype == torch.uint8 else storage.value
             for name, (storage, value) in self._inputs.items()
             if storage.value is not value
         }

@@ -42,6 +42,7 @@ STORED = {
     torch.uint8: "uint8_t",
 }
 
+
 def literal(value: Any, dtype: torch.dtype) -> str:
     """A Python number as a C constant of ``dtype``."""
     if dtype != torch.float32:
@@ -211,7 +212,9 @@ OPERATIONS: dict[str, Callable[..., str]] = {
     "logical_not": _plain(lambda a: f"(!{a})"),
     "neg": _plain(lambda a: f"(-{a})"),
     "abs": _either("magnitude", "magnitude_int"),
-    "sign": _plain(lambda a: f"(select_f({a} > 0.0f, 1.0f, 0.0f) - select_f({a} < 0.0f, 1.0f, 0.0f))"),
+    "sign": _plain(
+        lambda a: f"(select_f({a} > 0.0f, 1.0f, 0.0f) - select_f({a} < 0.0f, 1.0f, 0.0f))"
+    ),
     "sqrt": _plain(lambda a: f"sqrt_({a})"),
     "reciprocal": _plain(lambda a: f"(1.0f / {a})"),
     "round": _plain(lambda a: f"rint_({a})"),

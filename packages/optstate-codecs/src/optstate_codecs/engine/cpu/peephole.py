@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import torch
 
-from optstate_codecs.engine.cpu.value import ELEMENT, SCALAR, Value, is_row
+from optstate_codecs.engine.cpu.value import ELEMENT, SCALAR, Value
 
 __all__ = ["FINITE", "SQUARE_IN_RANGE", "Peephole", "finite_flag"]
 

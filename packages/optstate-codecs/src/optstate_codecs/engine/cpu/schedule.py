@@ -114,7 +114,10 @@ class _Schedule:
             return user.level != value.level
         if user.kind == "join":
             return user.level - 1 != value.level
-        return user.kind in ("sum", "root") or (user.level, user.space) != (value.level, value.space)
+        return user.kind in ("sum", "root") or (user.level, user.space) != (
+            value.level,
+            value.space,
+        )
 
     def lines(self) -> list[str]:
         """The body of the function."""
@@ -172,7 +175,9 @@ class _Schedule:
                 lines.append(f"CONSTANT({name}, {text});")
                 continue
             lines.append(f"const {c_type} {name} = {text};")
-        lines += [f"bad |= !{self._names[f]};" for f in self._lowered.assumptions if f.space == SCALAR]
+        lines += [
+            f"bad |= !{self._names[f]};" for f in self._lowered.assumptions if f.space == SCALAR
+        ]
         return lines
 
     def _rows(self, level: int, space: Fraction) -> list[str]:
@@ -211,7 +216,9 @@ class _Schedule:
         }
         if len(levels) < 2 or level not in (levels[0], levels[-1]):
             return {}
-        wanted = {name: at for name, at in first.items() if not is_row(self._inputs.tensors[name][1])}
+        wanted = {
+            name: at for name, at in first.items() if not is_row(self._inputs.tensors[name][1])
+        }
         if level == levels[0]:
             return {name: 0 for name, at in wanted.items() if at > level}
         return {

@@ -44,7 +44,6 @@ def torch_root() -> Any | None:
 
 def set_torch_root(run: Any) -> None:
     """Tell the library of ``run`` where the function is."""
-    library, function = run.library, torch_root()
-    ctypes.c_void_p.in_dll(library, "torch_root").value = ctypes.cast(
-        function, ctypes.c_void_p
-    ).value
+    function: Any = torch_root()
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    ctypes.c_void_p.in_dll(run.library, "torch_root").value = address

@@ -33,8 +33,9 @@ class Value:
         text: the expression, with {0}, {1} ... for ``needs``; the name of an input.
         needs: operands.
         kind: "value"; "input"; "largest" and "sum", the largest magnitude and the sum of a row;
-            "root", which a function of torch's computes for a whole block; "lane", every ``lanes``-th of the operand's values from number ``lane`` on; or "join",
-            the values of which the operands are the lanes.
+            "root", which a function of torch's computes for a whole block; "lane", every
+            ``lanes``-th of the operand's values from number ``lane`` on; or "join", the values of
+            which the operands are the lanes.
         lane, lanes: of a "lane".
         level: the loop that computes it. A value that needs a whole row, or values of another
             space, is computed one level later.
