@@ -9,6 +9,7 @@ from subjects import EXACT, SUBJECTS
 from torch import nn
 
 from optstate_codecs import GradientRelease
+from optstate_codecs.engine.cpu.choice import choice_of
 from optstate_codecs.testing import SHAPES, Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")
@@ -115,6 +116,7 @@ def test_parameters_that_are_used_twice(size, checkpointed) -> None:
 def test_a_part_is_stepped_by_the_backend_that_steps_the_whole(monkeypatch) -> None:
     """Loops are worth building for all parameters: a small bucket must not take another way."""
     taken = []
+    choice_of.cache_clear()
     monkeypatch.setattr(
         "optstate_codecs.engine.cpu.choice.KernelChoice.decide",
         lambda self, elements, total, scalars: taken.append((elements, total)),

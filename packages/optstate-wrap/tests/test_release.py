@@ -6,6 +6,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from optstate_codecs import GradientRelease
+from optstate_codecs.engine.cpu.choice import choice_of
 from optstate_wrap import ConfigurablePolicy, OptimizerWrapper, WarmupPolicy, wrap
 from optstate_wrap.state import encoder
 from optstate_wrap.step import chunked
@@ -81,6 +82,7 @@ def assert_alike(ours, theirs) -> None:
 
 def test_compiled_loops_step_a_part_where_they_step_the_whole(problem, monkeypatch) -> None:
     taken = []
+    choice_of.cache_clear()
     monkeypatch.setattr(
         "optstate_codecs.engine.cpu.choice.KernelChoice.decide",
         lambda self, elements, total, scalars: taken.append((elements, total)),

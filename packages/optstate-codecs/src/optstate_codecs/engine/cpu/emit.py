@@ -64,7 +64,7 @@ INLINE float row_length(int64_t size, int64_t row, int64_t left) {
     const int64_t count = left - row * size;
     return (float)(count > size ? size : count < 1 ? 1 : count);
 }
-/* zero all codes after the first ``left`` in the last group, of ``group`` codes in ``bytes`` bytes */
+/* zero the codes after the first left ones, in a last group of codes that share bytes */
 INLINE void clear_padding(uint8_t *codes, int64_t left, int group, int bytes) {
     uint8_t *last = codes + left / group * bytes;
     const int used = (int)(left % group) * (8 * bytes / group);
