@@ -12,7 +12,7 @@ import twins
 from subjects import SECOND
 
 from optstate_codecs import Adam, CodedOptimizer
-from optstate_codecs.engine.cpu import build, choice, compiled, kernels
+from optstate_codecs.engine.cpu import build, choice, kernels
 from optstate_codecs.engine.cpu.prelude import PRELUDE
 from optstate_codecs.engine.cpu.record import Unrecordable, record
 from optstate_codecs.engine.cpu.torch_root import torch_root
@@ -61,7 +61,7 @@ def _own_cache(tmp_path_factory):
 def no_compiler(monkeypatch):
     """A compiler that fails, and nothing built or warned of before."""
     monkeypatch.setenv("CXX", "false")
-    monkeypatch.setattr(compiled, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     forget_kernels()
     yield
     forget_kernels()

@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from optstate_codecs import Adam, CodedOptimizer
-from optstate_codecs.engine.cpu import choice, compiled, kernels
+from optstate_codecs.engine.cpu import choice, kernels
 from optstate_codecs.testing import Trainer
 from optstate_codecs.testing.subject import assert_same
 
@@ -34,7 +34,7 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.delenv("OPTSTATE_BACKEND", raising=False)
-    monkeypatch.setattr(compiled, "_warned", set())
+    monkeypatch.setattr(choice, "_warned", set())
     # on every processor, so that costs choose
     monkeypatch.setattr(choice, "same_roundings", lambda: True)
     forget()

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy
 import torch
-from torch import Tensor
 
 from optstate_codecs.counts import counted, taken
 from optstate_codecs.engine.cpu.emit import HEAD
@@ -98,26 +97,31 @@ def _keys(kernel: CompiledKernel, param_step: ParamStep) -> list[int]:
 
 def call_kernel(
     kernel: CompiledKernel,
-    numel: int,
-    draw: int,
-    tensors: Sequence[Tensor],
+    numels: Sequence[int],
+    draws: Sequence[int],
+    addresses: Sequence[Sequence[int]],
     scalars: Sequence[float],
-    keys: Sequence[int],
+    keys: Sequence[Sequence[int]],
+    threads: int,
 ) -> None:
-    """Step one flat tensor, with one gradient mean where there are means.
+    """Step tensors that have the same scalars.
 
     Args:
         kernel: takes the step.
-        numel: elements.
-        draw: keys the random numbers.
-        tensors: the kernel's inputs.
+        numels: elements.
+        draws: key the random numbers.
+        addresses: of the kernel's inputs; where there are means, of one for the whole tensor.
         scalars: the rule's, and the factor of gradients.
         keys: of random numbers.
+        threads: to run in.
     """
-    table = numpy.zeros((1, kernel.width), dtype=numpy.int64)
-    table[0, :HEAD] = numel, 0, draw, 0, max(numel, 1), 1
-    table[0, HEAD:] = [tensor.data_ptr() for tensor in tensors]
-    row = numpy.array(scalars, dtype=numpy.float32)
+    table = numpy.zeros((len(numels), kernel.width), dtype=numpy.int64)
+    blocks = [-(-numel // kernel.block_size) for numel in numels]
+    table[:, NUMEL], table[:, DRAW] = numels, draws
+    table[1:, FIRST_BLOCK] = numpy.cumsum(blocks)[:-1]
+    table[:, INNER], table[:, ROWS] = numpy.maximum(numels, 1), 1
+    table[:, HEAD:] = addresses
+    rows = numpy.array([scalars] * len(numels), dtype=numpy.float32)
     words = numpy.array(keys, dtype=numpy.uint32)
-    blocks = -(-numel // kernel.block_size)
-    kernel.run(1, blocks, table.ctypes.data, row.ctypes.data, words.ctypes.data, 1)
+    pointers = [table.ctypes.data, rows.ctypes.data, words.ctypes.data]
+    kernel.run(len(numels), sum(blocks), *pointers, threads)

@@ -36,7 +36,9 @@ from optstate_codecs.exact import TAIL, rounds_once
 from optstate_codecs.rounding import Counter, stream_key
 from optstate_codecs.rules.base import Scalar
 
-__all__ = ["KernelChoice", "choice_of", "same_roundings"]
+__all__ = ["KernelChoice", "choice_of", "same_roundings", "warn_without_compiler"]
+
+_warned: set[str] = set()
 
 # seconds to trace the reference and look for a built kernel, and to build one
 LOOK_SECONDS, BUILD_SECONDS = 0.05, 0.7
@@ -130,6 +132,18 @@ class KernelChoice:
         )
 
 
+def warn_without_compiler(error: CannotBuild) -> None:
+    """Warn, once a process, that there is no compiler."""
+    if not _warned:
+        _warned.add(str(error))
+        warnings.warn(
+            f"no working C++ compiler ({error}), so optimizers on the CPU step several times "
+            "slower; install g++ or clang++ or set CXX, or choose backend='eager'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 @cache
 def choice_of(spec: KernelSpec) -> KernelChoice:
     """The one choice of a kernel in this process."""
@@ -176,9 +190,11 @@ def agrees(spec: KernelSpec, kernel: CompiledKernel, scalars: Sequence[Sequence[
         counter = Counter(seed, count, param)
         new = step_slice(spec.step_spec, reference["param"], part, parts, row, counter, 0)
         reference["param"].copy_(new)
-        addresses = [ours["param"], grad, *([] if mean is None else [mean])]
-        addresses += [ours[key] for key in kernel.keys]
-        call_kernel(kernel, numel, count, addresses, [*map(float, row), 1.0], keys)
+        given = [ours["param"], grad, *([] if mean is None else [mean])]
+        given += [ours[key] for key in kernel.keys]
+        addresses = [tensor.data_ptr() for tensor in given]
+        scalars_given = [*map(float, row), 1.0]
+        call_kernel(kernel, [numel], [count], [addresses], scalars_given, [keys], 1)
     return all(map(_same_bits, reference.values(), ours.values()))
 
 

@@ -7,7 +7,6 @@ takes no memory but one block of decoded values on each thread's stack.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from operator import is_
@@ -20,7 +19,7 @@ from torch import Tensor
 from optstate_codecs.engine import eager
 from optstate_codecs.engine.cpu.build import CannotBuild
 from optstate_codecs.engine.cpu.calls import KernelCall
-from optstate_codecs.engine.cpu.choice import KernelChoice, choice_of
+from optstate_codecs.engine.cpu.choice import KernelChoice, choice_of, warn_without_compiler
 from optstate_codecs.engine.cpu.kernels import KernelSpec
 from optstate_codecs.engine.request import ParamStep, StepRequest
 
@@ -29,8 +28,6 @@ __all__ = ["CompiledSteps"]
 DTYPES = (torch.float32, torch.bfloat16)
 # plans that are kept, one for each set of parameters that had gradients
 PLANS = 256
-
-_warned: set[str] = set()
 
 
 class CompiledSteps:
@@ -89,21 +86,9 @@ class CompiledSteps:
             try:
                 choice.decide(group.elements, total, scalars)
             except CannotBuild as error:
-                _warn(error)
+                warn_without_compiler(error)
         if choice.kernel is not None:
             group.call = KernelCall(request, choice.kernel, group.positions)
-
-
-def _warn(error: CannotBuild) -> None:
-    """Warn, once a process, that there is no compiler."""
-    if not _warned:
-        _warned.add(str(error))
-        warnings.warn(
-            f"no working C++ compiler ({error}), so optimizers on the CPU step several times "
-            "slower; install g++ or clang++ or set CXX, or choose backend='eager'",
-            RuntimeWarning,
-            stacklevel=2,
-        )
 
 
 class _Group:
