@@ -53,16 +53,15 @@ class KernelCall:
             self._blocks += -(-numel // kernel.block_size)
         self._scalars = numpy.zeros((len(positions), kernel.scalars), dtype=numpy.float32)
         self._keys = numpy.array(keys, dtype=numpy.uint32)
-        self._last: list[tuple[int, float]] = []
+        tables = (self._table, self._scalars, self._keys)
+        self._pointers = [table.ctypes.data for table in tables]
 
     def run(self, request: StepRequest) -> None:
         """Take a step."""
         counts = counted(self._counters, request.draw is not None)
         request.counted += self._param_steps
         self._fill(request, counts)
-        tables = (self._table, self._scalars, self._keys)
-        addresses = [table.ctypes.data for table in tables]
-        self._kernel.run(len(counts), self._blocks, *addresses, torch.get_num_threads())
+        self._kernel.run(len(counts), self._blocks, *self._pointers, torch.get_num_threads())
         request.done += self._param_steps
 
     def _fill(self, request: StepRequest, counts: list[float]) -> None:

@@ -139,6 +139,35 @@ template <int K> INLINE void st_lanes(int32_t *p, const I *x) {
         for (int j = 0; j < LANES; j++) p[j * K + k] = lane[j];
     }
 }
+"""
+
+# the same for groups of three: which bytes, or lanes, each result takes from which operand
+_THREES = """
+#if LANES == 16
+alignas(16) static const int8_t bytes3[9][16] = {BYTES};
+alignas(64) static const int32_t first3[3][16] = {FIRST}, last3[3][16] = {LAST};
+template <> INLINE_MEMBER void ld_lanes<3, uint8_t>(const uint8_t *p, I *out) {
+    for (int k = 0; k < 3; k++) {
+        __m128i found = _mm_setzero_si128();
+        for (int m = 0; m < 3; m++) {
+            const __m128i part = _mm_loadu_si128((const __m128i *)(p + 16 * m));
+            const __m128i at = _mm_load_si128((const __m128i *)bytes3[3 * k + m]);
+            found = _mm_or_si128(found, _mm_shuffle_epi8(part, at));
+        }
+        out[k] = _mm512_cvtepu8_epi32(found);
+    }
+}
+template <> INLINE_MEMBER void st_lanes<3>(int32_t *p, const I *x) {
+    for (int m = 0; m < 3; m++) {
+        const __m512i first = _mm512_load_si512(first3[m]), last = _mm512_load_si512(last3[m]);
+        const __m512i two = _mm512_permutex2var_epi32(x[0].v, first, x[1].v);
+        st(p + 16 * m, I(_mm512_permutex2var_epi32(two, last, x[2].v)));
+    }
+}
+#endif
+"""
+
+_TABLES = """
 /* entries of a table, whose length is a multiple of 16 */
 template <int N> INLINE float look_up(const float (&table)[N], int32_t at) { return table[at]; }
 #if LANES == 16
@@ -165,10 +194,30 @@ template <int N> INLINE float row_sum(const float *row) {
 """
 
 
+def _threes() -> str:
+    """``_THREES`` with its tables."""
+    bytes_ = [
+        [at if 0 <= (at := 3 * j + k - 16 * m) < 16 else -1 for j in range(16)]
+        for k in range(3)
+        for m in range(3)
+    ]
+    places = [[divmod(16 * m + j, 3) for j in range(16)] for m in range(3)]
+    first = [[16 * lane + group if lane < 2 else 0 for group, lane in row] for row in places]
+    last = [[j if row[j][1] < 2 else 16 + row[j][0] for j in range(16)] for row in places]
+    text = _THREES
+    for name, rows in (("BYTES", bytes_), ("FIRST", first), ("LAST", last)):
+        text = text.replace(f"{{{name}}}", _initializer(rows))
+    return text
+
+
+def _initializer(rows: list[list[int]]) -> str:
+    return "{" + ", ".join("{" + ", ".join(map(str, row)) + "}" for row in rows) + "}"
+
+
 def _both() -> str:
     single = _BOTH.replace("F_", "float").replace("I_", "int32_t").replace("M_", "bool")
     vectors = _BOTH.replace("F_", "F").replace("I_", "I").replace("M_", "M")
     return f"{single}#if LANES > 1\n{vectors}#endif\n"
 
 
-PRELUDE = _HEAD + VECTOR_TYPES + _both() + _NEIGHBOURS
+PRELUDE = _HEAD + VECTOR_TYPES + _both() + _NEIGHBOURS + _threes() + _TABLES
