@@ -5,10 +5,10 @@
 
 A model of n parameters has four matrices of n / 4. All optimizers step the same parameters in turn,
 round after round, so that other work on the machine slows all of them. "ms" and "ms_least" are the
-median and the least of the rounds, "ratio" is the median of an optimizer's time over that of torch's
-fused AdamW in the same round, and "ratio_least" that of the least times. Kernels are required
-(`OPTSTATE_BACKEND=compile`). "first_step_s" is the first step: it traces the kernel, and builds
-it unless an earlier row has. Results are printed and written as JSON.
+median and the least of the rounds. "ratio" is the median of a time over that of torch's
+fused AdamW in the same round, and "ratio_least" the ratio of the least times. Kernels are required
+(`OPTSTATE_BACKEND=compile`). "first_step_s" is the first step: it traces the kernel, and builds it
+unless an earlier row has. Results are printed and written as JSON.
 """
 
 import argparse
