@@ -55,10 +55,12 @@ HELPERS = """
     static volatile float fixed_##name = text; const float name = fixed_##name
 #endif
 static const int32_t counting[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-/* torch's own square root, where that is not rounded correctly; see ``torch_root`` */
-extern "C" { void *torch_root = 0; }
+/* torch's square root in one thread, where it is not rounded correctly; see ``torch_root`` */
+extern "C" { void *torch_root = 0, *root_threads = 0; }
 INLINE void roots(int count, const float *x, float *y) {
+    const int before = ((int (*)(int))root_threads)(1);
     ((void (*)(int, const float *, float *, int64_t))torch_root)(count, x, y, TORCH_ROOT_MODE);
+    ((int (*)(int))root_threads)(before);
 }
 INLINE float row_length(int64_t size, int64_t row, int64_t left) {
     const int64_t count = left - row * size;

@@ -16,16 +16,23 @@ import torch
 __all__ = ["MODE", "set_torch_root", "torch_root"]
 
 NAME = "vmsSqrt"
+# sets the number of threads for the calling thread and returns the one before
+THREADS = "MKL_Set_Num_Threads_Local"
 # high accuracy, subnormals kept, errors ignored
 MODE = 0x2 | 0x140000 | 0x100
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
 @cache
 def torch_root() -> Any | None:
     """The function, or None where it does not exist or has other bits than ``torch.sqrt``."""
     try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        function = getattr(library, NAME)
+        library = _library()
+        function, _ = getattr(library, NAME), getattr(library, THREADS)
     except (OSError, AttributeError):
         return None
     function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
@@ -43,7 +50,7 @@ def torch_root() -> Any | None:
 
 
 def set_torch_root(run: Any) -> None:
-    """Tell the library of ``run`` where the function is."""
-    function: Any = torch_root()
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    ctypes.c_void_p.in_dll(run.library, "torch_root").value = address
+    """Tell the library of ``run`` where these functions are."""
+    for symbol, name in (("torch_root", NAME), ("root_threads", THREADS)):
+        address = ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value
+        ctypes.c_void_p.in_dll(run.library, symbol).value = address
