@@ -7,6 +7,7 @@
     nox -s tests                         all checks that a pull request has to pass
     nox -s demo -- --steps 100           AdamW and AdamW8bit learn Shakespeare, side by side
     nox -s suite -- -k rounding          some tests of some packages, in the environment of CI
+    nox -s release_check                 whether the wheels and sdists could be released
     nox -t cpu                           the matrix: package x Python x torch, what can be found
     nox -t cuda                          the CUDA tests, with the Python and torch that run nox
 
@@ -109,10 +110,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
-    install(session, "ruff")
+    """Check style and formatting, and the GitHub workflow against its schema."""
+    install(session, "ruff", "check-jsonschema")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    schema = ("--builtin-schema", "vendor.github-workflows")
+    session.run("check-jsonschema", *schema, ".github/workflows/ci.yml")
 
 
 @nox.session
@@ -149,7 +152,7 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS, tags=["cpu"])
-@nox.parametrize("torch", TORCHES)
+@nox.parametrize("torch", [nox.param(torch, tags=[f"torch-{torch}"]) for torch in TORCHES])
 @nox.parametrize("package", PACKAGES)
 def unit(session: nox.Session, package: str, torch: str) -> None:
     """Run one package's tests with one Python and one torch, where a CPU build is at hand."""
@@ -221,18 +224,26 @@ def build(session: nox.Session) -> None:
 @nox.session(requires=["build"])
 @nox.parametrize("package", PACKAGES)
 def isolated(session: nox.Session, package: str) -> None:
-    """Install one wheel with nothing but what it declares, and import it from outside the tree."""
+    """Install one wheel with nothing but what it declares; import it and run its README's code."""
     wheels = [wheel(name) for name in (*SIBLINGS[package], package)]
     # Reinstalled, since a wheel of the same version may lie in this environment from last time.
     install(session, "--force-reinstall", "--no-deps", *wheels)
     install(session, *wheels)
-    script = ROOT / "tests-integration" / "import_all.py"
+    tests = ROOT / "tests-integration"
     session.chdir(session.create_tmp())
-    session.run("python", "-W", "error", str(script), package.replace("-", "_"))
+    session.run("python", "-W", "error", f"{tests}/import_all.py", package.replace("-", "_"))
+    session.run("python", f"{tests}/run_examples.py", f"{ROOT}/packages/{package}/README.md")
     if package == "optstate":
         session.run("optstate", "--version")
         # Without its extra the demo has to say what to install, not show a traceback.
         session.run("optstate", "demo", success_codes=[1])
+
+
+@nox.session(requires=["isolated"], default=False)
+def release_check(session: nox.Session) -> None:
+    """Check what is in dist/ after `isolated`; `-- --tag turboadam-v1.0.0` for one release."""
+    install(session, "packaging")
+    session.run("python", "tests-integration/release_check.py", *session.posargs)
 
 
 def wheel(package: str) -> str:
@@ -247,6 +258,14 @@ def demo(session: nox.Session) -> None:
     install(session, *EDITABLE)
     install_plays(session)
     session.run("optstate", "demo", *session.posargs)
+
+
+@nox.session(default=False)
+def plots(session: nox.Session) -> None:
+    """Draw the docs' plots from results; `nox -s plots -- --tutorials` runs the tutorials too."""
+    install(session, *EDITABLE)
+    install_plays(session)
+    session.run("python", "benchmarks/plots.py", *session.posargs)
 
 
 @nox.session(default=False)

@@ -29,7 +29,6 @@ from optstate_codecs.memory import state_bytes
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "AdamW"
-CURVE = 20
 
 # module, class, further arguments, dtype of the parameters
 CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
@@ -57,6 +56,12 @@ CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
     "TurboAdam": ("turboadam", "TurboAdam", {}, torch.float32),
     "TurboAdam 2 + 3": ("turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}, torch.float32),
     "TurboAdam 2 + 2": ("turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 2}, torch.float32),
+    "TurboAdam 2 + 3, flush": (
+        "turboadam",
+        "TurboAdam",
+        {"m_bits": 2, "v_bits": 3, "error_feedback": True, "block_size": 64},
+        torch.float32,
+    ),
     "TurboAdam 1 + 3, flush": (
         "turboadam",
         "TurboAdam",
@@ -66,9 +71,17 @@ CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
 }
 
 
+def contestant(name: str, seed: int) -> tuple[str, str, dict[str, Any], torch.dtype]:
+    """What trains under a name: an optimizer, or a sketch, "V | M" as `sketches.py` says."""
+    if " | " in name:
+        options = {"spec": name, "seed": seed}
+        return "sketch_optimizer", "SketchAdamW", options, torch.float32
+    return CONTESTANTS[name]
+
+
 def run(task: Task, name: str, lr: float, seed: int) -> dict[str, Any]:
     """Train once; the held-out loss at the end and along the way."""
-    module, attribute, arguments, dtype = CONTESTANTS[name]
+    module, attribute, arguments, dtype = contestant(name, seed)
     make: Callable[..., torch.optim.Optimizer] = getattr(import_module(module), attribute)
     options = {**task.options, **arguments}
     if attribute == "SGD":
@@ -88,9 +101,10 @@ def run(task: Task, name: str, lr: float, seed: int) -> dict[str, Any]:
         optimizer.step()
         scheduler.step()
         losses.append(loss.detach())
-        if done % max(1, task.steps // CURVE) == 0:
+        if done % max(1, task.steps // task.evaluations) == 0:
             curve.append([done, task.validate(model)])
     numel = sum(p.numel() for p in model.parameters())
+    length = getattr(optimizer, "length", None)
     return {
         "optimizer": name,
         "lr": lr,
@@ -99,6 +113,7 @@ def run(task: Task, name: str, lr: float, seed: int) -> dict[str, Any]:
         "curve": curve,
         "train": torch.stack(losses[-50:]).double().mean().item(),
         "state_bits_per_parameter": 8 * state_bytes(optimizer) / numel,
+        **({} if length is None else {"update_rms": length.item() / task.steps}),
         "parameters": numel,
         "seconds": perf_counter() - begin,
     }
@@ -154,7 +169,7 @@ def rows_made_alike(earlier: Path, setup: dict[str, Any]) -> list[dict[str, Any]
     differ = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     if differ:
         what = ", ".join(f"{key} {theirs.get(key)}, here {mine.get(key)}" for key in differ)
-        raise SystemExit(f"{earlier}: made otherwise: {what}")
+        raise SystemExit(f"{earlier}: its setup differs: {what}")
     rows: list[dict[str, Any]] = found["rows"]
     return rows
 

@@ -1,7 +1,7 @@
 """Compares the updates of every format with those of exact Adam, on the recursion.
 
 All arrangements and an Adam in float64 get the same gradients; ``optstate_codecs.testing.fidelity``
-defines the measures. Prints the tables of the docs, and writes a JSON file and a plot.
+defines the measures. Prints the tables of the docs, and writes a JSON file, which `plots.py` draws.
 
     python benchmarks/fidelity.py --steps 3000 --out benchmarks/results/fidelity.json
 """
@@ -15,7 +15,6 @@ from pathlib import Path
 from platform import machine, python_version
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,7 +33,6 @@ from optstate_codecs.testing import (
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "fidelity.json"
-PLOT = ROOT / "docs" / "concepts" / "fidelity.svg"
 BETA2 = (0.95, 0.99, 0.999, 0.9999)
 QUOTED = 0.999
 # of the matrices in which elements' scales are those of their rows and columns
@@ -43,6 +41,8 @@ BARS = ("dense", "5 % sparse")
 SR = "stochastic"
 # arrangements with error feedback
 FED_BACK = ("turbo 5.25, flush", "turbo 4.25, sign")
+# rows of the short table
+SUMMARY = ("8-bit", "FP8", "4-bit", "turbo 7.25", "8-bit, roots to nearest", "4-bit, as published")
 
 Formats = tuple[Format | str, Format | str]
 
@@ -183,6 +183,14 @@ def overall(result: dict[str, list]) -> list[list[str]]:
     return lines
 
 
+def summary(result: dict[str, list]) -> list[list[str]]:
+    """The most telling columns of ``overall`` for the defaults and two that round to nearest."""
+    head, *lines = overall(result)
+    columns = [head.index(name) for name in head if name not in ("spread", "same codes")]
+    chosen = [line for name in SUMMARY for line in lines if line[0] == name]
+    return [[line[column] for column in columns] for line in (head, *chosen)]
+
+
 def markdown(lines: list[list[str]]) -> str:
     """A table as the docs show it."""
     head, *body = lines
@@ -196,28 +204,6 @@ def show(lines: list[list[str]]) -> None:
     for line in lines[1:]:
         table.add_row(*line)
     Console(width=160).print(table)
-
-
-def draw(result: dict[str, list], path: Path) -> None:
-    """Gain by beta2 for dense and sparse gradients, for the defaults and what they came from."""
-    shown = ("8-bit", "FP8", "4-bit", "8-bit, roots to nearest", "4-bit, as published")
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), BARS, strict=True):
-        for number, name in enumerate(shown):
-            gains = {
-                row["beta2"]: row["gain"]
-                for row in result["rows"]
-                if (row["arrangement"], row["gradients"]) == (name, kind)
-            }
-            style = {"marker": "osD^v"[number], "linestyle": "--" if "," in name else "-"}
-            axes.plot([str(b) for b in gains], list(gains.values()), label=name, **style)
-        axes.axhspan(0.95, 1.05, color="grey", alpha=0.15, linewidth=0)
-        axes.set(title=f"{kind} gradients", xlabel="beta2", ylim=(0.4, 2.1))
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("gain of the update, exact Adam = 1")
-    figure.axes[0].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
 
 
 def texts(arranged: dict[str, Formats]) -> dict[str, list[str]]:
@@ -249,22 +235,21 @@ def setup(steps: int, last: int, numel: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measures every arrangement, prints the tables, writes the file and the plot."""
+    """Measures every arrangement, prints the tables and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--last", type=int, default=100, help="steps that gain and error are over")
     parser.add_argument("--numel", type=int, default=2048, help="elements of a kind of gradients")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write")
-    parser.add_argument("--plot", type=Path, default=PLOT, help="plot to write, SVG or PNG")
     parser.add_argument("--markdown", action="store_true", help="print the tables as the docs do")
     args = parser.parse_args()
     size = args.steps, min(args.last, args.steps), args.numel
     result = measure(*size)
-    for lines in (by_kind(result), overall(result), by_kind(result, "matrices")):
+    tables = by_kind(result), overall(result), by_kind(result, "matrices"), summary(result)
+    for lines in tables:
         print(f"\n{markdown(lines)}") if args.markdown else show(lines)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"setup": setup(*size), **result}, indent=1) + "\n")
-    draw(result, args.plot)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from offload_common import (
     reserved,
     unhook,
 )
-from step_time import synchronize
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lowbit_adam import AdamW8bit
+from optstate.bench.timing import synchronize
 from optstate_codecs import offload
 
 

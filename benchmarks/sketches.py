@@ -28,6 +28,16 @@ A spec is "V | M":
         x       u is of the exact root, as above; without it, r was exact
         zNULL   what is below NULL root mean squares counts as zero
 
+A specification for `convergence.py` can have more options after the flush, which tell apart why a
+flush helps, and an exact M may have the last three:
+
+        BN      blocks of N elements; 128
+        g       the residual with random signs: as large, but independent of m
+        kF      F of m itself is the residual, in place of a rounding error
+        eO, oO  only embeddings (e1), or all but embeddings (o1), are rounded
+        hNU     quasi-hyperbolic: (1 - NU) g + NU m in place of m
+        wC      noise of C block root mean squares, taken back at the next step
+
 V is rounded stochastically: from a share f of the way between two levels, up with probability
 f + f (1 - f) / L, which makes up for the mean of 1 / r. What is positive is at least the lowest
 positive level.
@@ -53,7 +63,12 @@ BLOCK = 128
 BASELINE = "AdamW"
 FACTORS = 0x7FEB352D, 0x846CA68B
 RESULT = RESULTS / "costate_sketches.json"
-LLOYD_MAX = {1: (0.7979,), 2: (0.4528, 1.510), 4: (0.2451, 0.7560, 1.344, 2.152)}
+LLOYD_MAX = {
+    1: (0.7979,),
+    2: (0.4528, 1.510),
+    4: (0.2451, 0.7560, 1.344, 2.152),
+    8: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
+}
 
 OCTAVES = "lv0:1:2:4:8:16:32:64"
 HALF_OCTAVES = "lv0:1:1.5:2:3:4:6:8"

@@ -20,8 +20,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from contestants import contestants
-from step_time import RESULTS, copy_bandwidth, surroundings
+
+from optstate.bench.contestants import contestants
+from optstate.bench.timing import copy_bandwidth, surroundings
+
+RESULTS = Path(__file__).parent / "results"
 
 BASE = "torch fused"
 NAMES = ("AdamW8bit", "AdamWFp8", "AdamW4bit", "TurboAdam", "TurboAdam 2 + 3", "TurboAdam 3 + 4")

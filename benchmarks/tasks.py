@@ -1,15 +1,23 @@
-"""The tasks of the convergence study: three small ones on real data, the same for every optimizer.
+"""The tasks of the convergence study, on real data, the same for every optimizer.
 
-`gpt` is a byte GPT of 31.6 million parameters on Shakespeare's plays, for a GPU; `toy-gpt` the same
-with 0.6 million; `digits` a convolution on scikit-learn's handwritten digits. A task's data order
-depends on the seed alone, its initial weights too.
+`bpe`, `bpe-modern` and `bpe-100m` are language models with a vocabulary of 8,192 on text and code,
+whose folder the environment variable CORPUS names (`corpus.py` makes it). `gpt` is a byte GPT of
+31.6 million parameters on Shakespeare's plays; `toy-gpt` the same with 0.6 million; `digits` a
+convolution on scikit-learn's handwritten digits. A task's data order depends on the seed alone,
+its initial weights too.
 """
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from language import Language, Shape, sequences
 from torch import Tensor, nn
 
 from optstate.demo.data import Corpus, cut, load_documents, training_batches, validation_batches
@@ -32,6 +40,7 @@ class Task:
         lrs: the learning rates of the study.
         options: what every Adam is given besides.
         setup: what the result file says about it.
+        evaluations: how often a run validates, at least.
     """
 
     model: Callable[[int], nn.Module]
@@ -42,6 +51,7 @@ class Task:
     lrs: tuple[float, ...]
     options: dict[str, Any]
     setup: dict[str, Any]
+    evaluations: int = 20
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> float:
@@ -61,6 +71,70 @@ def gpt(device: torch.device, steps: int | None = None) -> Task:
         steps=steps or 800, batch=64, context=384, width=512, depth=10, validation_batches=32
     )
     return _text(sizes, device, lrs=(5e-4, 1e-3))
+
+
+def bpe(device: torch.device, steps: int | None = None) -> Task:
+    """GPT-2's block, 29.6 million parameters; 800 steps are 13.1 of 18.8 million tokens."""
+    return _tokens(Shape(512, 8, 256, modern=False), device, steps or 800)
+
+
+def bpe_modern(device: torch.device, steps: int | None = None) -> Task:
+    """Llama's block, as large."""
+    return _tokens(Shape(512, 8, 256, modern=True), device, steps or 800)
+
+
+def bpe_100m(device: torch.device, steps: int | None = None) -> Task:
+    """Llama's block, 92 million parameters."""
+    return _tokens(Shape(768, 12, 256, modern=True), device, steps or 800)
+
+
+def _tokens(shape: Shape, device: torch.device, steps: int, batch: int = 64) -> Task:
+    folder = Path(os.environ["CORPUS"])
+    parts = {name: np.load(folder / f"{name}.npy") for name in ("train", "validation")}
+    on_device = {
+        name: torch.from_numpy(tokens.astype(np.int32)).to(device) for name, tokens in parts.items()
+    }
+    window = torch.arange(shape.context + 1, device=device)
+
+    def cut_at(name: str, starts: Tensor) -> Tensor:
+        return on_device[name][starts.to(device)[:, None] + window].long()
+
+    def batches(seed: int) -> Iterator[Tensor]:
+        # every further epoch has another order
+        orders = (
+            sequences(parts["train"], batch, shape.context, seed + 1000 * epoch)
+            for epoch in range(steps)
+        )
+        for starts in islice(chain.from_iterable(orders), steps):
+            yield cut_at("train", starts)
+
+    def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return model.loss(tokens)
+
+    held_out = [
+        cut_at("validation", starts)
+        for starts in sequences(parts["validation"], batch, shape.context, 0)[:8]
+    ]
+    kind = "Llama's block" if shape.modern else "GPT-2's block"
+    corpus = folder / "corpus.json"
+    return Task(
+        lambda seed: Language(shape, seed).to(device),
+        batches,
+        loss,
+        held_out,
+        steps,
+        (1e-3, 1.5e-3),
+        {"betas": (0.9, 0.99), "weight_decay": 0.1},
+        {
+            "model": f"language model, {kind}, width {shape.width}, depth {shape.depth}",
+            "batch": batch,
+            "context": shape.context,
+            "text": json.loads(corpus.read_text()) if corpus.exists() else "unknown",
+            "unit": "nats a token",
+        },
+        evaluations=8,
+    )
 
 
 def toy_gpt(device: torch.device, steps: int | None = None) -> Task:
@@ -163,4 +237,11 @@ def digits(device: torch.device, steps: int | None = None) -> Task:
     )
 
 
-TASKS = {"gpt": gpt, "toy-gpt": toy_gpt, "digits": digits}
+TASKS = {
+    "bpe": bpe,
+    "bpe-modern": bpe_modern,
+    "bpe-100m": bpe_100m,
+    "gpt": gpt,
+    "toy-gpt": toy_gpt,
+    "digits": digits,
+}

@@ -1,5 +1,7 @@
-"""Where the repository and its packages are; and the counts of torch's optimizer cases."""
+"""Where the repository, its packages and its site are; the counts of torch's optimizer cases."""
 
+import os
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ else:
 ROOT = Path(__file__).parents[1]
 # of modules that the tests share
 sys.path.insert(0, str(Path(__file__).parent))
+# before anything imports transformers: nothing here needs a file from the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,20 @@ def root() -> Path:
 @pytest.fixture
 def packages() -> list[Package]:
     return PACKAGES
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site."""
+    folder = tmp_path_factory.mktemp("site")
+    # not --quiet, under which --strict counts no warnings
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        check=True,
+    )
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

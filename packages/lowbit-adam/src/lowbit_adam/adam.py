@@ -156,7 +156,7 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = Adam8bit(model.parameters(), lr=1e-3)
     """
 
@@ -164,11 +164,14 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
 class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
     """AdamW with 8 bits per moment (16 + 64 / block_size bits per parameter).
 
-    Arguments are those of ``Adam8bit``. Weight decay is decoupled (Loshchilov & Hutter,
-    arXiv:1711.05101), 1e-2 by default: the parameter is multiplied by ``1 - lr * weight_decay``
-    before the step.
+    Weight decay is decoupled (Loshchilov & Hutter, arXiv:1711.05101). Other arguments are those of
+    ``Adam8bit``.
 
-    Example:
+    Args:
+        weight_decay: the parameter is multiplied by ``1 - lr * weight_decay`` before the step; at
+            least 0.
+
+    Examples:
         >>> optimizer = AdamW8bit(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
 
@@ -176,7 +179,7 @@ class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
 class Adam8(Adam8bit):
     """``Adam8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
 
-    Example:
+    Examples:
         >>> optimizer = Adam8(model.parameters(), lr=1e-3)
     """
 
@@ -188,7 +191,7 @@ class AdamW8(AdamW8bit):
     then import bitsandbytes: ``create_loraplus_optimizer`` of PEFT, and the kohya scripts. State
     dicts of the two classes are the same.
 
-    Example:
+    Examples:
         >>> optimizer = create_loraplus_optimizer(
         ...     model, AdamW8, lr=2e-4, loraplus_lr_ratio=16
         ... )
@@ -212,12 +215,17 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
     lengths are within 5 % of exact Adam's, and shorter where second moments in one block differ by
     a factor of more than 1,000.
 
-    Arguments are those of ``Adam8bit``. ``block_size`` is 128 by default, 8.25 bits per
-    parameter; 64 takes 8.5 bits and follows unequal gradients more closely. The second moment as
-    published by Li et al., arXiv:2309.01507, is
-    ``formats={"exp_avg_sq": "linear4(normalization=rank1)"}``.
+    The second moment as published by Li et al., arXiv:2309.01507, is
+    ``formats={"exp_avg_sq": "linear4(normalization=rank1)"}``. Other arguments are those of
+    ``Adam8bit``.
 
-    Example:
+    Args:
+        amsgrad: divide by the largest second moment so far; 4 more bits per parameter.
+        block_size: elements that share a scale, a power of two from 16 to 8192; default 128, 8.25
+            bits per parameter. 64 takes 8.5 bits and follows unequal gradients more closely. Can be
+            set per group.
+
+    Examples:
         >>> optimizer = Adam4bit(model.parameters(), lr=1e-3)
     """
 
@@ -225,9 +233,14 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
 class AdamW4bit(_FourBitMoments, _CodedAdamW):
     """AdamW with 4 bits per moment (8 + 32 / block_size bits per parameter).
 
-    ``Adam4bit`` with the decoupled weight decay of ``AdamW8bit``.
+    ``Adam4bit`` with the decoupled weight decay of ``AdamW8bit``. Other arguments are those of
+    ``Adam4bit``.
 
-    Example:
+    Args:
+        weight_decay: the parameter is multiplied by ``1 - lr * weight_decay`` before the step; at
+            least 0.
+
+    Examples:
         >>> optimizer = AdamW4bit(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
 
@@ -245,7 +258,7 @@ class AdamFp8(_Fp8Moments, _CodedAdam):
     integer arithmetic, so that FP8 hardware is not needed. The second needs finer steps than e4m3
     has and is stored as in ``Adam8bit``. Arguments are those of ``Adam8bit``.
 
-    Example:
+    Examples:
         >>> optimizer = AdamFp8(model.parameters(), lr=1e-3)
     """
 
@@ -253,8 +266,8 @@ class AdamFp8(_Fp8Moments, _CodedAdam):
 class AdamWFp8(_Fp8Moments, _CodedAdamW):
     """AdamW with FP8 state (16 + 64 / block_size bits per parameter), on any device.
 
-    ``AdamFp8`` with the decoupled weight decay of ``AdamW8bit``.
+    ``AdamFp8`` with decoupled weight decay. Arguments are those of ``AdamW8bit``.
 
-    Example:
+    Examples:
         >>> optimizer = AdamWFp8(model.parameters(), lr=3e-4, weight_decay=0.1)
     """

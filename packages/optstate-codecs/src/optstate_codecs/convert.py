@@ -33,7 +33,7 @@ def adam_state_dict(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, 
     Raises:
         KeyError: an entry is missing; the message names it.
 
-    Example:
+    Examples:
         >>> adam_state_dict(theirs, lambda number, stored, group: their_decode(stored))
     """
     group_of = {n: group for group in state_dict["param_groups"] for n in group["params"]}

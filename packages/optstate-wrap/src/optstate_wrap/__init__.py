@@ -1,4 +1,4 @@
-"""Wraps any PyTorch optimizer so that its state lives compressed, or in host memory."""
+"""Wraps any PyTorch optimizer so that its state is stored compressed, or in host memory."""
 
 from optstate_codecs.errors import StepError
 from optstate_wrap.activations import checkpoint_sequential_modules, enable_gradient_checkpointing

@@ -18,7 +18,7 @@ def enable_gradient_checkpointing(model: nn.Module, use_reentrant: bool = False)
 
     Args:
         model: any module.
-        use_reentrant: which of torch's two implementations; torch recommends False.
+        use_reentrant: selects one of torch's two implementations; torch recommends False.
 
     Returns:
         Whether the model has the method.
@@ -44,10 +44,10 @@ def checkpoint_sequential_modules(
     """Run modules one after the other, storing only the inputs of each segment.
 
     Args:
-        modules: in order.
+        modules: modules in the order of their calls.
         segments: number of segments, from 1 to the number of modules.
         x: input of the first module.
-        use_reentrant: which of torch's two implementations.
+        use_reentrant: selects one of torch's two implementations.
 
     Returns:
         The output of the last module.

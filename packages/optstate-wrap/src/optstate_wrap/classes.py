@@ -31,7 +31,7 @@ def wrapped_class(
     Args:
         optimizer_class: any subclass of ``torch.optim.Optimizer`` whose first argument is its
             parameters.
-        policy: of ``OptimizerWrapper``; each optimizer gets a copy.
+        policy: the policy of ``OptimizerWrapper``; each optimizer gets a copy.
         **options: the other arguments of ``OptimizerWrapper``. ``store`` must be a name:
             ``store="host"`` keeps state in host memory.
 
@@ -42,7 +42,7 @@ def wrapped_class(
         TypeError: ``optimizer_class`` is no class of optimizers or one of wrappers, or an option
             is unknown. Values of options are checked when an optimizer is made.
 
-    Example:
+    Examples:
         >>> cls = wrapped_class(torch.optim.AdamW, WarmupPolicy(100), fused=True)
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(cls, {"lr": 2e-5}))
     """

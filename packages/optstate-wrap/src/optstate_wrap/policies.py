@@ -1,4 +1,4 @@
-"""Policies: which codec stores which state key, and from which step on."""
+"""Policies: the codec of each state key, and the step from which it is used."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Policy(ABC):
 
         Args:
             param: the parameter.
-            state: of the parameter, or of a chunk of it, as the optimizer has just left it.
+            state: state of the parameter, or of a chunk of it, after the optimizer's step.
             step: number of steps that the wrapper had taken before this one.
         """
 
@@ -64,11 +64,11 @@ class WarmupPolicy(Policy):
         warmup_steps: number of steps with exact state.
         momentum_key: state key of the first moment, or a tuple of the keys that it may have.
         variance_key: state key of the second moment.
-        variance_codec: of the second moment; None is exact.
+        variance_codec: codec of the second moment; None is exact.
         min_int8_elements: smaller tensors have ``small_tensor_codec`` for both moments.
         small_tensor_codec: None is exact.
         device_resident: False stores state in host memory.
-        momentum_codec: of the first moment; None is ``Int8MomentumCodec()``.
+        momentum_codec: codec of the first moment; None is ``Int8MomentumCodec()``.
 
     Raises:
         ValueError: a codec rounds small second moments to zero, which makes steps of thousands of
@@ -120,7 +120,7 @@ class AdaptiveWarmupPolicy(WarmupPolicy):
         patience: compression begins after this many losses in a row without improvement.
         tol: a loss improves if it is below the best one by more than this.
         warmup_steps: compression begins after this many steps at the latest.
-        **options: of ``WarmupPolicy``.
+        **options: other arguments of ``WarmupPolicy``.
 
     Attributes:
         active: whether a plateau or ``activate_compression`` has begun compression.
@@ -172,10 +172,10 @@ class ConfigurablePolicy(Policy):
 
     Args:
         codecs_map: codecs, formats or their texts; None is exact.
-        default_codec: for keys that are not in the mapping.
+        default_codec: codec of keys that are not in the mapping.
         warmup_steps: number of steps with exact state.
 
-    Example:
+    Examples:
         >>> ConfigurablePolicy({"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"})
     """
 

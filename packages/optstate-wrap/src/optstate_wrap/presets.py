@@ -34,9 +34,9 @@ def wrap(
     profile: bool = False,
     **options: Any,
 ) -> OptimizerWrapper:
-    """Wrap an optimizer; the arguments are those of ``OptimizerWrapper``.
+    """Wrap an optimizer. The arguments are those of ``OptimizerWrapper``.
 
-    Example:
+    Examples:
         >>> optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=3e-4))
     """
     sizes = (chunk_size, chunk_size_on_cuda, initial_chunk_size)
@@ -44,7 +44,15 @@ def wrap(
 
 
 def auto_wrap(optimizer: Optimizer, **options: Any) -> OptimizerWrapper:
-    """Wrap an optimizer with the defaults; ``options`` are those of ``wrap``."""
+    """Wrap an optimizer with the defaults.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
+        **options: those of ``wrap``.
+
+    Returns:
+        The wrapper.
+    """
     return wrap(optimizer, **options)
 
 
@@ -71,7 +79,7 @@ def make_low_memory_policy(
     small_tensor_codec: AnyCodec = None,
     device_resident: bool | None = None,
 ) -> WarmupPolicy:
-    """A policy of int8 first moments and smaller second moments, after some exact steps.
+    """A policy with int8 first moments and smaller second moments, after some exact steps.
 
     Args:
         warmup_steps: number of steps with exact state.
@@ -111,21 +119,21 @@ def wrap_low_memory_adamw(
     arithmetic: ``fused=True`` of ``OptimizerWrapper``.
 
     Args:
-        params: of ``torch.optim.AdamW``.
+        params: parameters or param groups, as for ``torch.optim.AdamW``.
         lr: learning rate.
         weight_decay: decoupled, at least 0.
         warmup_steps: number of steps with exact state.
-        variance_mode: of second moments, see ``make_low_memory_policy``.
+        variance_mode: format of second moments, see ``make_low_memory_policy``.
         chunk_size: number of elements decoded at a time, see ``OptimizerWrapper``.
-        initial_chunk_size: the same for the step that creates the state.
+        initial_chunk_size: ``chunk_size`` of the step that creates the state.
         pin_memory: whether host memory for state is page-locked.
         min_int8_elements: smaller tensors have ``small_tensor_codec``.
         small_tensor_codec: None is exact.
         device_resident: False stores state in host memory.
         chunk_size_on_cuda: replaces ``chunk_size`` on a GPU.
-        **adamw_kwargs: of ``torch.optim.AdamW``.
+        **adamw_kwargs: other arguments of ``torch.optim.AdamW``.
 
-    Example:
+    Examples:
         >>> optimizer = wrap_low_memory_adamw(model.parameters(), lr=2e-5)
     """
     policy = make_low_memory_policy(
@@ -173,17 +181,17 @@ def wrap_max_compression_adamw(
     Parameters with coded state are stepped as in ``wrap_low_memory_adamw``.
 
     Args:
-        params: of ``torch.optim.AdamW``.
+        params: parameters or param groups, as for ``torch.optim.AdamW``.
         lr: learning rate.
         weight_decay: decoupled, at least 0.
         chunk_size: number of elements decoded at a time, see ``OptimizerWrapper``.
         chunk_size_on_cuda: replaces ``chunk_size`` on a GPU.
-        initial_chunk_size: the same for the step that creates the state.
+        initial_chunk_size: ``chunk_size`` of the step that creates the state.
         pin_memory: whether host memory for state is page-locked.
         device_resident: False stores state in host memory.
-        **adamw_kwargs: of ``torch.optim.AdamW``.
+        **adamw_kwargs: other arguments of ``torch.optim.AdamW``.
 
-    Example:
+    Examples:
         >>> optimizer = wrap_max_compression_adamw(model.parameters(), lr=2e-5)
     """
     inner = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, **adamw_kwargs)

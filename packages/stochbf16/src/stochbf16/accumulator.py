@@ -61,7 +61,7 @@ class StochasticAccumulator:
             Where every micro-batch is reduced in bfloat16, which rounds to nearest, they should
             share one.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 2, dtype=torch.bfloat16)
         >>> with StochasticAccumulator(model):
         ...     for _ in range(512):

@@ -65,7 +65,7 @@ class TurboAdam(CodedOptimizer):
         TypeError, ValueError: an argument has a wrong type or value, or conflicts with another;
             the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = TurboAdam(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
 

@@ -40,7 +40,7 @@ def from_turboadam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError: an entry is missing; the message names it.
 
-    Example:
+    Examples:
         >>> optimizer.load_state_dict(from_turboadam(torch.load("optimizer.pt")))
     """
     return adam_state_dict(state_dict, _decoded)

@@ -15,8 +15,8 @@ costate    1, 2, 3, 4 or 6,        first moments
            + 16 / block_size
 oneq       2, 3, 4, 6 or 8,        second moments
            + 16 / block_size
-dynamic4   4 + 32 / block_size     first moments, as published, to compare with
-linear4    4 + 32 / block_size     second moments, as published, to compare with; also with scales
+dynamic4   4 + 32 / block_size     first moments, as published, for comparison
+linear4    4 + 32 / block_size     second moments, as published, for comparison; also with scales
                                    per row and column
 ========== ======================= ==================================================
 """
@@ -30,7 +30,12 @@ from optstate_codecs.formats.fp16 import FP16
 from optstate_codecs.formats.linear import Int4, Int8
 from optstate_codecs.formats.minifloat import Minifloat
 from optstate_codecs.formats.oneq import OneQ
-from optstate_codecs.formats.registry import as_format, format_names, parse_format
+from optstate_codecs.formats.registry import (
+    as_format,
+    format_names,
+    parse_format,
+    register_format,
+)
 from optstate_codecs.formats.table4 import Dynamic4, Linear4
 
 __all__ = [
@@ -51,4 +56,5 @@ __all__ = [
     "as_format",
     "format_names",
     "parse_format",
+    "register_format",
 ]

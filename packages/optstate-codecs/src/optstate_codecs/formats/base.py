@@ -23,7 +23,7 @@ class Component:
 
     Attributes:
         suffix: follows the moment's name in the state key; "" makes the name itself the key.
-        dtype: of the stored tensor.
+        dtype: dtype of the stored tensor.
         span: number of consecutive elements that share entries (1: each has its own).
         shared: number of entries that ``span`` elements share; above 1 where codes cross bytes.
         entries: total number of entries, where they do not follow the order of the elements.
@@ -164,7 +164,7 @@ class Format(PlainFields, ABC):
         """The format for a moment of ``shape``; the format itself unless it depends on the shape.
 
         Args:
-            shape: of the parameter.
+            shape: shape of the parameter.
             order: its dimensions from the slowest to the fastest in storage, which is the order
                 of the elements.
         """

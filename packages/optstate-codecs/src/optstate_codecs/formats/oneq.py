@@ -84,7 +84,7 @@ class OneQ(BlockFormat):
     """Roots of second moments on a logarithmic grid, rounded stochastically.
 
     Args:
-        bits: per code: 2, 3, 4, 6 or 8.
+        bits: bits of a code: 2, 3, 4, 6 or 8.
         block_size: elements that share a scale, a power of two from 16 to 8192.
     """
 

@@ -26,9 +26,9 @@ def offloaded_class(
     ``typed_arguments``.
 
     Args:
-        optimizer_class: of the family.
-        store: of ``offload``.
-        **options: of ``offload``: ``path``, ``resume``, ``sync``, ``chunk_bytes``,
+        optimizer_class: a class of the family.
+        store: "host" or "disk", as in ``offload``.
+        **options: other arguments of ``offload``: ``path``, ``resume``, ``sync``, ``chunk_bytes``,
             ``resident_bytes``. A file belongs to one optimizer, so with a ``path`` call the class
             once.
 
@@ -39,7 +39,7 @@ def offloaded_class(
         TypeError: ``optimizer_class`` is not a class of the family, or an option is unknown. Values
             of options are checked when an optimizer is made.
 
-    Example:
+    Examples:
         >>> cls = offloaded_class(AdamW8bit, chunk_bytes=2**24)
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(cls, {"lr": 2e-5}))
     """

@@ -28,7 +28,7 @@ class Slot:
 
     Attributes:
         memory: uint8; None until it is allocated.
-        loaded: the event after which the content that was loaded last is there.
+        loaded: the event after which the latest load is complete.
         freed: the event after which the memory may be overwritten; None: at any time.
     """
 

@@ -46,7 +46,7 @@ class DiskStateStore(StateStore):
 
     Args:
         path: the file, which is created.
-        resume: go on from a file that exists, with its manifest.
+        resume: continue from an existing file and its manifest.
         sync: flush every step to the disk before its manifest, so that it also survives a loss of
             power; slow.
 

@@ -56,7 +56,7 @@ class Placement:
         slab_of: the slab of each chunk, by number.
         rings: the device memory that chunks pass through.
         pending: whether writes of state or of a manifest may be under way.
-        generation: counts how often the device views were made anew.
+        generation: counts how often the device views were replaced.
         watch: called with each parameter whose state tensors were replaced, or None.
     """
 
@@ -276,7 +276,7 @@ class Placement:
         self.store.protect(slab.memory for slab, *_ in slabs)
 
     def release(self, param_steps: Sequence[ParamStep]) -> None:
-        """Remove the entries of parameters; their state stays where it is shown."""
+        """Remove the entries of parameters; their state tensors do not change."""
         self.synchronize()
         for param_step in param_steps:
             self._remove(_key(param_step))

@@ -178,7 +178,7 @@ class Ring:
 
 
 class Rings(dict[torch.device, Ring]):
-    """The rings of all devices, and what partial steps on their worker streams still read.
+    """The rings of all devices, and objects that partial steps on worker streams still read.
 
     Args:
         store: where chunks are kept.

@@ -1,4 +1,4 @@
-"""Copy-on-write snapshots: a state dict that stays unchanged while training goes on.
+"""Copy-on-write snapshots: a state dict that stays unchanged while training continues.
 
 State in slabs is not copied. A snapshot holds the memory that a slab is in, so that the next step
 stores the slab in another memory; see ``StateStore.target``.
@@ -67,7 +67,7 @@ class Snapshot:
 
 
 def snapshot(optimizer: CodedOptimizer) -> Snapshot:
-    """Take the packed state dict as it is now, to save it while training goes on.
+    """Take the current packed state dict, to save it while training continues.
 
     Offloaded state is not copied: this waits until the last step is stored, and returns. While the
     snapshot is open, steps store their result in other memory, on the host or in the file, which
@@ -90,7 +90,7 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
     Raises:
         TypeError: the optimizer is not of the family, or a parameter is a DTensor.
 
-    Example:
+    Examples:
         >>> with snapshot(optimizer) as taken:
         ...     saving = Thread(target=torch.save, args=(taken.state_dict(), "optimizer.pt"))
         ...     saving.start()

@@ -66,7 +66,7 @@ class StateStore(ABC):
         """Make sure, before the chunk is stepped, that ``sink`` and ``stored`` will succeed.
 
         Raises:
-            OSError: what was in the sink before could not be kept.
+            OSError: the previous content of the sink could not be written.
         """
 
     def sink(self, chunk: Chunk) -> Iterable[tuple[Tensor, Region]]:
@@ -107,7 +107,7 @@ class StateStore(ABC):
         """Discard prepared chunks: the state that is kept has been changed."""
 
     def close(self, remove: bool = False) -> None:  # noqa: B027
-        """Release what outlives the process, or ``remove`` it."""
+        """Release resources that outlive the process, or ``remove`` them."""
 
 
 class HostStateStore(StateStore):

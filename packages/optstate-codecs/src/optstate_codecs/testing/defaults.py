@@ -36,7 +36,7 @@ CASES = (
 def torch_defaults(dtype: torch.dtype, device: str | None = None) -> Iterator[None]:
     """Inside, torch has these defaults, as when a training framework builds a model.
 
-    Example:
+    Examples:
         >>> with torch_defaults(torch.bfloat16):
         ...     torch.ones(1).dtype
         torch.bfloat16

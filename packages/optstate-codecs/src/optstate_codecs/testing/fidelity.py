@@ -186,7 +186,7 @@ def compare(
     Returns:
         ``[name][kind]``.
 
-    Example:
+    Examples:
         >>> (found,) = compare({"8-bit": AdamW8bit}, 0.999, ["dense"], steps=300).values()
         >>> found["dense"].gain
     """

@@ -73,7 +73,7 @@ class HostCopy:
         return self._layout == _layout(self.param)
 
     def take(self, grad: Tensor) -> None:
-        """Copy a gradient to the host, and add it to the one that is there.
+        """Copy a gradient to the host, and add it to an earlier one.
 
         On a GPU it is added there: the sum has the bits of an accumulated gradient, and the host
         does not wait.
@@ -97,7 +97,7 @@ class HostCopy:
         self.host.grad = self._buffer
 
     def fetch(self) -> None:
-        """Copy the parameter to the host as it is now, so that weights loaded since count."""
+        """Copy the current parameter to the host, including weights loaded since."""
         with self.streams.on(self.streams.store, follow=True):
             self.host.detach().copy_(self.param, non_blocking=True)
         self._arrived = record(None, self.streams.store)

@@ -91,7 +91,7 @@ def _on_host(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def packed(states: DecodedStates, per_rank: bool = False) -> StateDict:
-    """The state as it is stored, and about as large.
+    """The state in its stored form, about as large as it is stored.
 
     Args:
         states: of the inner optimizer.

@@ -3,7 +3,7 @@
 Every component of a coded tensor is a ``DTensor`` with the placements of its parameter, so that
 ``torch.distributed.checkpoint`` can save it on some number of workers and load it on another. On
 loading, codes are kept where the parameter's shards consist of whole blocks; otherwise the tensor
-is decoded as a whole, and encoded anew.
+is decoded as a whole, and encoded again.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _has_whole_blocks(key: str, coded: Coded, param: Tensor) -> bool:
 
 
 def shard_of(record: Record, param: Tensor) -> Record | None:
-    """The record of a shard, from that of the whole parameter; None if it has to be encoded anew.
+    """The record of a shard, from that of the whole parameter; None if it has to be encoded again.
 
     Args:
         record: coded tensors of the global shape, with components as ``shards_of`` returns them,

@@ -1,4 +1,4 @@
-"""A context in which an optimizer has other parameters in place of some, with their state."""
+"""A context that replaces some parameters of an optimizer, with their state."""
 
 from __future__ import annotations
 

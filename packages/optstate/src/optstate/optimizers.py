@@ -6,7 +6,7 @@ from importlib import import_module
 
 import torch
 
-from optstate.demo.names import CHOICES, SHORT_NAMES
+from optstate.names import CHOICES, SHORT_NAMES
 from optstate.siblings import EXTRA_OF, require
 
 HINT = f"use one of {CHOICES}, or module.Class"
@@ -61,6 +61,28 @@ def with_arguments(
     if "lr" in arguments:
         raise ValueError("lr: must be given as --lr, the same for all")
     return partial(optimizer_class, **arguments) if arguments else optimizer_class
+
+
+def parse(text: str) -> Callable[..., torch.optim.Optimizer]:
+    """The optimizer that a text ``Name`` or ``Name(argument=value, ...)`` stands for.
+
+    Args:
+        text: the name as `resolve` takes it, and arguments as `with_arguments` does.
+
+    Returns:
+        A callable that takes parameters and ``lr``.
+
+    Raises:
+        ValueError: The class, an argument or a value is not allowed.
+        MissingExtra: The class is in a package of the family that is not installed.
+
+    Example:
+        >>> parse("AdamW8bit(block_size=256)")(model.parameters(), lr=1e-3)
+    """
+    name, bracket, arguments = text.strip().partition("(")
+    if bracket and not arguments.endswith(")"):
+        raise ValueError(f"{text!r}: must be Name or Name(argument=value, ...)")
+    return with_arguments(resolve(name), arguments[:-1])
 
 
 def check_usable(

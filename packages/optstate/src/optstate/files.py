@@ -1,8 +1,8 @@
 """Writes files whole or not at all, even if the command is interrupted."""
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -36,6 +36,23 @@ def write_files(files: Mapping[Path, bytes]) -> None:
         for part in parts.values():
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+        _remove(made)
+        raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path beside a file to write to; it replaces the file when the block has ended well.
+
+    The file's folder is made. After an exception there is nothing new.
+    """
+    made, part = _make(path.parent), _beside(path)
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         _remove(made)
         raise
 

@@ -12,6 +12,8 @@ SHORT_NAMES = {
         "lowbit_adam.AdamW8bit",
         "lowbit_adam.AdamW4bit",
         "lowbit_adam.AdamWFp8",
+        "lowbit_adam.Lion8bit",
+        "lowbit_adam.SGD8bit",
         "turboadam.TurboAdam",
     )
 }

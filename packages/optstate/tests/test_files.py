@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from optstate.demo.output import check_folder, write_files
+from optstate.files import check_folder, write_files
 
 
 def test_a_folder_is_checked_without_a_trace(tmp_path: Path) -> None:

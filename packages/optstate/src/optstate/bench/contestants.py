@@ -32,6 +32,12 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "torchastic": ("torchastic", "torchastic", "AdamW", {}),
     "turboadam-0.2": ("turboadam", "turboadam", "TurboAdam", {}),
     "TurboAdam": ("turboadam", "turboadam", "TurboAdam", {}),
+    "TurboAdam 2 + 3, flush": (
+        "turboadam",
+        "turboadam",
+        "TurboAdam",
+        {"m_bits": 2, "v_bits": 3, "error_feedback": True, "block_size": 64},
+    ),
     "TurboAdam 2 + 3": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}),
     "TurboAdam 3 + 4": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 3, "v_bits": 4}),
     "stochbf16 AdamW": ("stochbf16", "stochbf16", "AdamW", {}),
@@ -44,6 +50,24 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "stochbf16 SGD": ("stochbf16", "stochbf16", "SGD", {"momentum": 0.9}),
     "stochbf16 SGD plain": ("stochbf16", "stochbf16", "SGD", {}),
 }
+
+
+OURS = {"lowbit-adam", "turboadam", "stochbf16", "optstate-codecs"}
+CHOSEN = (
+    "torch fused",
+    "torch foreach",
+    "stochbf16 AdamW",
+    "AdamW8bit",
+    "AdamWFp8",
+    "AdamW4bit",
+    "TurboAdam",
+)
+"""Those that ``optstate bench`` times unless it is told otherwise, and then every peer."""
+
+
+def is_peer(name: str) -> bool:
+    """Whether a contestant is another library's, and not torch's."""
+    return name == "turboadam-0.2" or KNOWN[name][1] not in {"torch", *OURS}
 
 
 def _exact() -> Make:
