@@ -26,11 +26,16 @@ __all__ = [
     "whole_number",
 ]
 
+_LARGE = 1 << 1000
+
 
 def _number(name: str, value: Any) -> float | None:
     """The value as a number, or None for a tensor that the host should not read."""
-    if type(value) is float or type(value) is int:
+    if type(value) is float:
         return value
+    if type(value) is int:
+        # larger ints have no float
+        return value if -_LARGE < value < _LARGE else math.copysign(math.inf, value)
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(

@@ -15,12 +15,14 @@ from math import inf
 import torch
 from torch import Tensor
 
-__all__ = ["END", "OFFSET", "advance", "as_step", "counted", "take_back", "taken"]
+__all__ = ["END", "LAST_STEP", "OFFSET", "advance", "as_step", "counted", "take_back", "taken"]
 
 # the end of plain counting in float32; from there on the bits minus OFFSET are the steps taken
 END = 1 << 24
 OFFSET = 0x4B800000 - END
 LAST = 0x7F7FFFFF - OFFSET
+#: the largest count, float32's largest number
+LAST_STEP = float.fromhex("0x1.fffffep+127")
 # a number from 2^24 on times this is 5/8 to 5/4 of the distance to the next float32 number, so that
 # adding it gives that number. From 2^23 on it is 5/8 to 5/4, and adding it adds 1.
 TO_NEXT = 1.25 * 2.0**-24

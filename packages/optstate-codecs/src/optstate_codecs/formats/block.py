@@ -133,6 +133,10 @@ class BlockFormat(Format):
         return _components(self.code_dtype, self.bits, self.scale_dtype, self.block_size)
 
     @property
+    def marks(self) -> bool:
+        return True
+
+    @property
     def keeps_positive(self) -> bool:
         return not self.signed
 

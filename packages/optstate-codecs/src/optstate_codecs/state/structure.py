@@ -1,0 +1,78 @@
+"""The nesting of state dicts, checked before anything in them is read.
+
+State dicts come from files, which anything may have written. What is nested in another way is
+refused by name here, so that the code that reads state dicts need not ask for types again. Errors
+that it raises nevertheless, such as a tensor operation that cannot take a dtype, become the
+documented ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["check_structure", "malformed"]
+
+
+def check_structure(state_dict: Any) -> None:
+    """Raise unless a state dict is nested as ``torch.optim``'s, and names each parameter once.
+
+    Raises:
+        KeyError: ``state`` or ``param_groups`` is missing.
+        TypeError: something is of another type; the message names it.
+        ValueError: a parameter is in the groups twice.
+    """
+    for key, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+        if key not in state_dict:
+            raise KeyError(f"state_dict: missing key {key!r}")
+        _check(f"state_dict[{key!r}]", state_dict[key], kind)
+    seen: set[Hashable] = set()
+    for index, group in enumerate(state_dict["param_groups"]):
+        where = f"state_dict['param_groups'][{index}]"
+        _check(where, group, Mapping)
+        numbers = group.get("params", ())
+        _check(f"{where}['params']", numbers, (list, tuple))
+        for number in numbers:
+            _check(f"{where}['params']: item", number, (int, str))
+            if number in seen:
+                raise ValueError(f"{where}['params']: parameter {number!r} is there twice")
+            seen.add(number)
+            if state := state_dict["state"].get(number):
+                _check(f"state_dict['state'][{number!r}]", state, Mapping)
+        for key in ("formats", "orders"):
+            if (table := group.get(key)) is not None:
+                _check(f"{where}[{key!r}]", table, Mapping)
+                for name, value in table.items():
+                    kinds = (str, str) if key == "formats" else ((int, str), (list, tuple))
+                    _check(f"{where}[{key!r}]: key", name, kinds[0])
+                    _check(f"{where}[{key!r}][{name!r}]", value, kinds[1])
+
+
+_NAMES = {Mapping: "dict", list: "list", tuple: "tuple", int: "int", str: "str"}
+
+
+def _check(where: str, value: Any, kind: Any) -> None:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds):
+        allowed = " or ".join(_NAMES[each] for each in kinds)
+        raise TypeError(f"{where}={value!r:.80}: must be a {allowed}, got {type(value).__name__}")
+
+
+@contextmanager
+def malformed(where: str) -> Iterator[None]:
+    """Raise errors of malformed input as ``ValueError``, with ``where`` before their message.
+
+    Wrap only code that changes nothing. Errors that say what is wrong already, and those of the
+    machine, are raised as they are.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except RecursionError as error:
+        raise ValueError(f"{where}: nested too deep") from error
+    except (RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"{where}: malformed: {error}") from error
