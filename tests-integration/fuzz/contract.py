@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from optstate_codecs.errors import StepError
+
 DOCUMENTED = (ValueError, TypeError, KeyError, OSError)
 
 
@@ -86,8 +88,14 @@ def refused(load: Callable[[], Any], optimizer: Any, folder: Path | None = None)
     return False
 
 
-def steps(params: list[Parameter], optimizer: Any) -> None:
+def steps(params: list[Parameter], optimizer: Any, whole: bool = True) -> None:
     """Take a step, which must work.
+
+    Args:
+        params: of the optimizer.
+        optimizer: has loaded a state.
+        whole: whether the step must succeed; otherwise it may raise ``StepError``, which names the
+            parameters that it has not stepped.
 
     Raises:
         Violation: the step raises.
@@ -97,6 +105,8 @@ def steps(params: list[Parameter], optimizer: Any) -> None:
         optimizer.step()
         optimizer.state_dict()
     except Exception as error:
+        if isinstance(error, StepError) and not whole:
+            return
         raise Violation(
             f"loaded, and then {type(error).__name__}: {error}\n{traceback.format_exc()}"
         ) from error

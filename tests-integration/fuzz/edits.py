@@ -1,4 +1,4 @@
-"""Edits of nested values that a fuzzer's bytes decide: what a broken or hostile checkpoint holds."""
+"""Edits of nested values that a fuzzer's bytes decide, as broken and hostile checkpoints hold."""
 
 from __future__ import annotations
 
@@ -128,9 +128,11 @@ def tensors(choices: Choices, value: Any) -> Any:
         lambda: value.reshape(-1),
         lambda: value[..., :-1] if value.dim() else value.reshape(1, 1),
         lambda: torch.cat([value.reshape(-1)] * 2),
-        lambda: torch.full_like(value if like is None else like, number)
-        if value.is_floating_point()
-        else value.fill_(choices.below(256) - 128 * value.dtype.is_signed),
+        lambda: (
+            torch.full_like(value if like is None else like, number)
+            if value.is_floating_point()
+            else value.fill_(choices.below(256) - 128 * value.dtype.is_signed)
+        ),
         lambda: _one_element(value, choices, number),
         lambda: value.to(torch.float32).to_sparse(),
         lambda: torch.empty(value.shape, dtype=value.dtype, device="meta"),

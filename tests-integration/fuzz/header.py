@@ -6,7 +6,6 @@ import json
 import struct
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import contract
 import torch
@@ -93,12 +92,11 @@ class Target:
             start = choices.below(len(data))
             new = choices.rest[:16]
             data = data[:start] + new + data[start + len(new) :]
-        changed: Any
         if mode == 1:
-            inner, changed = edited(inner, choices)
+            inner, _ = edited(inner, choices)
         outer["__metadata__"] = {**outer["__metadata__"], "optstate": json.dumps(inner)}
         if mode == 2:
-            outer, changed = edited(outer, choices)
+            outer, _ = edited(outer, choices)
         text = json.dumps(outer).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text + data

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.counts import LAST_STEP, taken
+from optstate_codecs.counts import checked_count, taken
 from optstate_codecs.formats import FP32, Format, parse_format
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rounding import Counter
@@ -34,6 +34,7 @@ from optstate_codecs.state.building import (
 )
 from optstate_codecs.state.components import (
     check_component,
+    check_dense,
     check_scales,
     check_tensor,
     components_of,
@@ -194,7 +195,8 @@ def _converted(
                 else:
                     stored, source = whole_of_shards(where, param, stored, source)
                 _check_state(where, param, stored, source, formats)
-                step = _loaded_step(where, stored["step"])
+                count = checked_count(f"{where}['step']", stored["step"])
+                step = torch.tensor(count, dtype=torch.float32, device="cpu")
                 counter = Counter(
                     group["rounding_seed"], taken(float(step)), keys[index], shard_offset(owner)
                 )
@@ -267,6 +269,11 @@ def _merged_groups(
     formats = []
 
     def check(new: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        for key, value in saved.items():
+            if isinstance(value, Tensor):
+                check_dense(key, value)
+                if value.is_meta and not any(param.is_meta for param in new["params"]):
+                    raise ValueError(f"{key}: is on meta, without a value")
         optimizer.check_group(new)
         formats.append(_saved_formats(optimizer, new, saved))
 
@@ -351,14 +358,6 @@ def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> di
     if CORRECTION in stored:
         kept.copy_(write.convert(stored[CORRECTION]))
     return {CORRECTION: kept}
-
-
-def _loaded_step(where: str, step: Any) -> Tensor:
-    step = plain_value(step)
-    count = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-    if not isinstance(count, (int, float)) or not 0 <= count <= LAST_STEP or (count != int(count)):
-        raise ValueError(f"{where}['step']={step!r:.80}: must be a whole number of at least 0")
-    return torch.tensor(float(count), dtype=torch.float32, device="cpu")
 
 
 def _copied(

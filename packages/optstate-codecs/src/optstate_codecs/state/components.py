@@ -11,12 +11,23 @@ from torch import Tensor
 from optstate_codecs.formats import Component, Format
 from optstate_codecs.state.layout import Declaration
 
-__all__ = ["check_component", "check_scales", "check_tensor", "components_of"]
+__all__ = ["check_component", "check_dense", "check_scales", "check_tensor", "components_of"]
 
 
 def components_of(stored: Mapping[str, Declaration]) -> dict[str, Component]:
     """The components of all moments and of the parameter write, by state key, in order."""
     return {c.key(name): c for name, declared in stored.items() for c in declared.components}
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raise unless a tensor has one number at one place for each element.
+
+    Raises:
+        TypeError: it is sparse, nested or quantized.
+    """
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise TypeError(f"{name}: is {kind}, must be dense")
 
 
 def check_tensor(name: str, value: Any, shape: Sequence[int], advice: str = "") -> Tensor:
@@ -28,9 +39,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int], advice: str = "") 
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}={value!r:.80}: must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested or value.is_quantized:
-        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
-        raise TypeError(f"{name}: is {kind}, must be dense")
+    check_dense(name, value)
     if tuple(value.shape) != tuple(shape):
         raise RuntimeError(
             f"{name}: size mismatch: shape {tuple(value.shape)}, must be {tuple(shape)}{advice}"

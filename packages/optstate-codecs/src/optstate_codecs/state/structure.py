@@ -40,7 +40,7 @@ def check_structure(state_dict: Any) -> None:
             if number in seen:
                 raise ValueError(f"{where}['params']: parameter {number!r} is there twice")
             seen.add(number)
-            if state := state_dict["state"].get(number):
+            if (state := state_dict["state"].get(number)) is not None:
                 _check(f"state_dict['state'][{number!r}]", state, Mapping)
         for key in ("formats", "orders"):
             if (table := group.get(key)) is not None:

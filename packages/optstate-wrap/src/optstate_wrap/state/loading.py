@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate_codecs.counts import checked_count
 from optstate_codecs.sharding import is_distributed, local_of
+from optstate_codecs.state.components import check_dense
 from optstate_codecs.state.groups import merged_groups
 from optstate_codecs.state.structure import check_structure, malformed
 from optstate_wrap.hooks import load_with_hooks
@@ -67,7 +69,8 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
     inner, policy = encoder.inner, encoder.policy
     check_structure(state_dict)
     saved = state_dict["state"]
-    progress = checked_progress(state_dict.get(KEY) or progress_of_states(saved))
+    progress = checked_progress(state_dict.get(KEY, {}))
+    progress = progress or checked_progress(progress_of_states(saved))
     where, saved_groups = "state_dict['param_groups']", state_dict["param_groups"]
     groups = merged_groups(where, inner.param_groups, saved_groups)
     params = params_by_number(state_dict, inner)
@@ -75,11 +78,14 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
     if unknown := [n for n in saved if n not in params and isinstance(n, int)]:
         raise KeyError(f"state_dict['state']: unknown parameter {unknown[0]!r}")
 
+    could = examine().tried
     before = [dict(group) for group in inner.param_groups]
     steps, progressed = encoder.steps, copy.deepcopy(policy.state_dict())
     try:
         _fill(inner.param_groups, groups)
         findings = examine()
+        if could and not findings.tried:
+            raise ValueError(f"{where}: {type(inner).__name__} cannot step with these values")
         with malformed("state_dict"):
             encoder.steps = progress["steps"] if "steps" in progress else steps_of(saved)
             if "policy" in progress:
@@ -254,6 +260,7 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
             if isinstance(value, Mapping) and "format" in value:
                 record[key] = coded_tensor(f"{where}[{key!r}]", value, param, entry.per_rank)
             else:
+                _check_value(f"{where}[{key!r}]", key, value, param, findings)
                 given = value if is_distributed(param) else whole_of(value)
                 record[key] = copy_to(param, given)
                 if entry.per_rank:
@@ -266,9 +273,15 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
     for record, numel in zip(records, lengths, strict=True):
         shapes = entry.shape, tuple(param.shape)
         for key, value in record.items():
-            elementwise = key in findings.elementwise and isinstance(value, Tensor)
+            elementwise = key in findings.elementwise
+            if elementwise and value is None and key in findings.optional:
+                continue
             if not (elementwise or isinstance(value, Coded)):
                 continue
+            if key in findings.keys and not elementwise:
+                raise ValueError(f"{where}[{key!r}]: must not be coded, has no entry per element")
+            if not isinstance(value, (Coded, Tensor)):
+                raise TypeError(f"{where}[{key!r}]={value!r:.80}: must be a tensor")
             shape = (numel,) if len(records) > 1 else shapes[not isinstance(value, Coded)]
             if tuple(value.shape) != shape:
                 raise ValueError(f"{where}[{key!r}]: shape {tuple(value.shape)}, must be {shape}")
@@ -283,6 +296,8 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
 
 def _check(where: str, state: Mapping[str, Any], param: Tensor, findings: Findings) -> None:
     _check_keys(where, state, findings)
+    for key, value in state.items():
+        _check_value(f"{where}[{key!r}]", key, value, param, findings)
     for key in findings.elementwise & state.keys():
         value = state[key]
         if value is None and key in findings.optional:
@@ -290,6 +305,16 @@ def _check(where: str, state: Mapping[str, Any], param: Tensor, findings: Findin
         shape = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
         if shape != tuple(param.shape):
             raise ValueError(f"{where}[{key!r}]: shape {shape}, must be {tuple(param.shape)}")
+
+
+def _check_value(where: str, key: str, value: Any, param: Tensor, findings: Findings) -> None:
+    """Raise if a value is a tensor without numbers, or a step count that is none."""
+    if isinstance(value, Tensor):
+        check_dense(where, local_of(value))
+        if value.is_meta and not param.is_meta:
+            raise ValueError(f"{where}: is on meta, without values")
+    if key == "step" and key in findings.keys:
+        checked_count(where, value)
 
 
 def _check_keys(where: str, state: Mapping[str, Any], findings: Findings) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate_codecs.counts import LAST_STEP
+from optstate_codecs.counts import checked_count
 from optstate_wrap.policies import Policy
 from optstate_wrap.state.checkpoint import KEY
 
@@ -44,12 +44,7 @@ def steps_of(state: Mapping[Any, Any]) -> int:
     """The largest step count in a plain state dict."""
     counts = [0]
     for number, entry in state.items():
-        step = entry.get("step") if isinstance(entry, Mapping) else None
-        if isinstance(step, Tensor) and step.numel() == 1:
-            step = step.item()
-        if isinstance(step, (int, float)):
-            if not (0 <= step <= LAST_STEP):
-                where = f"state_dict['state'][{number!r}]['step']"
-                raise ValueError(f"{where}={step!r:.80}: must be a finite number of at least 0")
-            counts.append(int(step))
+        if isinstance(entry, Mapping) and isinstance(entry.get("step"), (int, float, Tensor)):
+            where = f"state_dict['state'][{number!r}]['step']"
+            counts.append(int(checked_count(where, entry["step"])))
     return max(counts)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optstate_codecs.formats import as_format
 from optstate_codecs.sharding import is_distributed, local_of
-from optstate_codecs.state.components import check_scales
+from optstate_codecs.state.components import check_dense, check_scales
 from optstate_wrap.state.record import CODED_DTYPES, Coded, Record
 from optstate_wrap.state.shards import flat_part
 
@@ -57,6 +57,9 @@ def coded_tensor(where: str, saved: Mapping[str, Any], param: Tensor, per_rank: 
     for part, component in zip(saved["parts"], components, strict=True):
         if not isinstance(part, Tensor):
             raise TypeError(f"{where}['parts']: {part!r:.80}, must be tensors")
+        check_dense(f"{where}['parts']", local_of(part))
+        if part.is_meta and not param.is_meta:
+            raise ValueError(f"{where}['parts']: is on meta, without values")
         if part.dtype != component.dtype or part.numel() != component.length(numel):
             raise ValueError(
                 f"{where}: a component of shape {tuple(part.shape)} and dtype {part.dtype}, must "
