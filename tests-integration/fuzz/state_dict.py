@@ -40,6 +40,7 @@ def wrapped(packed: bool) -> Callable[[Any], Any]:
     return make
 
 
+KNOWN = {"step", "exp_avg", "exp_avg_sq", "parts"}
 KINDS = (
     *(coded(*formats) for formats in zip(SIGNED, UNSIGNED, strict=True)),
     wrapped(False),
@@ -92,14 +93,21 @@ class Target:
         choices = Choices(data)
         kind = choices.below(len(KINDS))
         saved = self.saved[kind]
-        content, changed = edited(saved, choices, tensors)
+        try:
+            content, changed = edited(saved, choices, tensors)
+        except (RuntimeError, TypeError):
+            # there is no such tensor
+            return
         params, optimizer = self.ready.pop(kind, None) or self._made(KINDS[kind])
         if contract.refused(lambda: optimizer.load_state_dict(content), optimizer):
             self.refused += 1
             self.ready[kind] = params, optimizer
             return
-        # a wrapped optimizer has hyper-parameters that only its own step can judge
-        judged = kind >= len(SIGNED) and any(path[0] == "param_groups" for path in changed)
+        # a wrapped optimizer has hyper-parameters that only its own step can judge, and state that
+        # only others know is kept for them
+        others = [s for s in content["state"].values() if not KNOWN & set(s or KNOWN)]
+        groups = any(path[0] == "param_groups" for path in changed)
+        judged = kind >= len(SIGNED) and bool(groups or others)
         contract.steps(params, optimizer, whole=not judged)
         self.loaded += 1
         if all(len(path) > 2 and path[0] == "state" for path in changed):

@@ -26,7 +26,7 @@ __all__ = [
     "whole_number",
 ]
 
-_LARGE = 1 << 1000
+_LARGE = 1 << 63
 
 
 def _number(name: str, value: Any) -> float | None:
@@ -34,7 +34,7 @@ def _number(name: str, value: Any) -> float | None:
     if type(value) is float:
         return value
     if type(value) is int:
-        # larger ints have no float
+        # tensors take no larger ints, and no float is as large as some
         return value if -_LARGE < value < _LARGE else math.copysign(math.inf, value)
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:

@@ -72,7 +72,8 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
     progress = checked_progress(state_dict.get(KEY, {}))
     progress = progress or checked_progress(progress_of_states(saved))
     where, saved_groups = "state_dict['param_groups']", state_dict["param_groups"]
-    groups = merged_groups(where, inner.param_groups, saved_groups)
+    with malformed(where):
+        groups = merged_groups(where, inner.param_groups, saved_groups)
     params = params_by_number(state_dict, inner)
     # keys that are not numbers are the inner optimizer's own entries
     if unknown := [n for n in saved if n not in params and isinstance(n, int)]:
@@ -263,6 +264,8 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
                 _check_value(f"{where}[{key!r}]", key, value, param, findings)
                 given = value if is_distributed(param) else whole_of(value)
                 record[key] = copy_to(param, given)
+                if key == "step" and findings.counts_in_tensors:
+                    record[key] = _step_count(given)
                 if entry.per_rank:
                     record[key] = of_local(record[key], param)
         check_together(where, record)
@@ -328,11 +331,10 @@ def _converted(
     key: str, value: Any, param: Tensor, group: Mapping[str, Any], findings: Findings, packed: bool
 ) -> Any:
     """A copy of a saved value, on the device and in the dtype that the optimizer would use."""
+    if key == "step" and key in findings.keys and findings.counts_in_tensors:
+        value = _step_count(value)
     if not isinstance(value, Tensor):
-        if key == "step" and key in findings.keys and findings.counts_in_tensors:
-            value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
-        else:
-            return copy_to(param, value)
+        return copy_to(param, value)
     if key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return value.to(param.device, torch.float32, copy=True) if on_device else value.clone()
@@ -340,3 +342,10 @@ def _converted(
         return value.detach().to(param.device, copy=True)
     dtype = findings.keys.get(key) or param.dtype
     return value.detach().to(param.device, dtype, copy=True)
+
+
+def _step_count(value: Any) -> Tensor:
+    """A checked step count as an optimizer keeps it: a 0-d tensor of floating dtype; a copy."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().reshape(()).clone()
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
