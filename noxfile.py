@@ -7,6 +7,7 @@
     nox -s tests                         all checks that a pull request has to pass
     nox -s demo -- --steps 100           AdamW and AdamW8bit learn Shakespeare, side by side
     nox -s suite -- -k rounding          some tests of some packages, in the environment of CI
+    nox -s fuzz -- --seconds 200         fuzz the readers of checkpoints, 200 seconds each
     nox -t cpu                           the matrix: package x Python x torch, what can be found
     nox -t cuda                          the CUDA tests, with the Python and torch that run nox
 
@@ -146,6 +147,13 @@ def integration(session: nox.Session) -> None:
     install(session, *EDITABLE, *PYTEST, *TRAINERS, *DOCS, *BUILD)
     install_plays(session)
     pytest(session, "tests-integration", "-m", "not cuda", *WORKERS)
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the readers of manifests, safetensors files and state dicts, guided by coverage."""
+    install(session, *EDITABLE, "safetensors", "atheris")
+    session.run("python", "tests-integration/fuzz/run.py", *session.posargs, env=TEST_ENV)
 
 
 @nox.session(python=PYTHONS, tags=["cpu"])

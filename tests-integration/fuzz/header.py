@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import tempfile
 from pathlib import Path
+from weakref import finalize
 
 import contract
 import torch
@@ -32,6 +34,7 @@ class Target:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fuzz-header-"))
+        finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.path = self.folder / "file"
         params, optimizer = made()
         for seed in range(2):

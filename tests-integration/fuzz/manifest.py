@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from weakref import finalize
 
 import contract
 import torch
@@ -42,6 +43,7 @@ class Target:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fuzz-manifest-"))
+        finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         original = self.folder / "original"
         original.mkdir()
         self.work = self.folder / "work"

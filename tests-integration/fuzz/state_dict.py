@@ -105,7 +105,8 @@ class Target:
             return
         # a wrapped optimizer has hyper-parameters that only its own step can judge, and state that
         # only others know is kept for them
-        others = [s for s in content["state"].values() if not KNOWN & set(s or KNOWN)]
+        states = content.get("state", {}).values()
+        others = [s for s in states if isinstance(s, dict) and s and not KNOWN & set(s)]
         groups = any(path[0] == "param_groups" for path in changed)
         judged = kind >= len(SIGNED) and bool(groups or others)
         contract.steps(params, optimizer, whole=not judged)

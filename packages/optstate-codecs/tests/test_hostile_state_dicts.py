@@ -84,9 +84,10 @@ HOSTILE = {
     ),
     "orders a number": (group("orders", 5), r"\['orders'\]=5: must be a dict"),
     "rate a meta tensor": (group("lr", torch.ones((), device="meta")), "lr: is on meta"),
+    "betas on meta": (group("betas", (torch.ones((), device="meta"), 0.9)), "betas: is on meta"),
     "rate a nested tensor": (
         group("lr", torch.ones(1).to_sparse()),
-        "lr: is torch.sparse_coo, must be dense",
+        r"\['lr'\]: is torch.sparse_coo, must be dense",
     ),
     "rate too large": (group("lr", 10**400), "lr=|too large"),
     "eps an int too large": (group("eps", 10**30), "eps=10+: must be finite"),

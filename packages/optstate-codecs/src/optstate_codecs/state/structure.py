@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["check_structure", "malformed"]
+from optstate_codecs.state.components import check_dense
+
+__all__ = ["check_structure", "malformed", "tensors_of"]
 
 
 def check_structure(state_dict: Any) -> None:
@@ -33,6 +36,8 @@ def check_structure(state_dict: Any) -> None:
     for index, group in enumerate(state_dict["param_groups"]):
         where = f"state_dict['param_groups'][{index}]"
         _check(where, group, Mapping)
+        for key, value in tensors_of(group):
+            check_dense(f"{where}[{key!r}]", value)
         numbers = group.get("params", ())
         _check(f"{where}['params']", numbers, (list, tuple))
         for number in numbers:
@@ -49,6 +54,14 @@ def check_structure(state_dict: Any) -> None:
                     kinds = (str, str) if key == "formats" else ((int, str), (list, tuple))
                     _check(f"{where}[{key!r}]: key", name, kinds[0])
                     _check(f"{where}[{key!r}][{name!r}]", value, kinds[1])
+
+
+def tensors_of(group: Mapping[Any, Any]) -> Iterator[tuple[Any, Tensor]]:
+    """The tensors among a group's values, and in lists and tuples such as betas, by their keys."""
+    for key, value in group.items():
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Tensor):
+                yield key, item
 
 
 _NAMES = {Mapping: "dict", list: "list", tuple: "tuple", int: "int", str: "str"}

@@ -18,7 +18,7 @@ from optstate_codecs.state.components import check_dense
 from optstate_codecs.state.groups import merged_groups
 from optstate_codecs.state.structure import check_structure, malformed
 from optstate_wrap.hooks import load_with_hooks
-from optstate_wrap.probe import Findings, why_not
+from optstate_wrap.probe import Findings, probe, why_not
 from optstate_wrap.state.checkpoint import (
     KEY,
     independent_copy,
@@ -79,14 +79,14 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
     if unknown := [n for n in saved if n not in params and isinstance(n, int)]:
         raise KeyError(f"state_dict['state']: unknown parameter {unknown[0]!r}")
 
-    could = examine().tried
+    could = probe(inner).tried
     before = [dict(group) for group in inner.param_groups]
     steps, progressed = encoder.steps, copy.deepcopy(policy.state_dict())
     try:
         _fill(inner.param_groups, groups)
-        findings = examine()
-        if could and not findings.tried:
+        if could and not probe(inner).tried:
             raise ValueError(f"{where}: {type(inner).__name__} cannot step with these values")
+        findings = examine()
         with malformed("state_dict"):
             encoder.steps = progress["steps"] if "steps" in progress else steps_of(saved)
             if "policy" in progress:
