@@ -84,6 +84,10 @@ HOSTILE = {
     "scale NaN": (coded("parts", scale(lambda t: t * float("nan"))), "must be finite"),
     "scale negative": (coded("parts", scale(lambda t: -1 - t)), "at least 0 in format int8"),
     "format too long": (coded("format", f"int8(block_size={'(' * 999})"), "has 999 characters"),
+    "key a number": (
+        lambda s: record(0, s["state"][6]["parts"][0]["exp_avg"])(s),
+        "key 0: must be",
+    ),
     "moment a dict": (record("exp_avg", {}), "must be a tensor"),
     "step coded": (lambda s: record("step", s["state"][6]["parts"][0]["exp_avg"])(s), "step"),
     "step of two": (record("step", torch.ones(2)), r"\['step'\]=tensor.*whole number"),

@@ -256,6 +256,8 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
         raise TypeError(f"{where}['parts']={entry.own!r:.80}: must be a list of dicts")
     for saved in entry.own:
         _check_keys(where, saved, findings)
+        if other := [key for key in saved if not isinstance(key, str)]:
+            raise TypeError(f"{where}: key {other[0]!r:.80}: must be text")
         record: Record = {}
         for key, value in saved.items():
             if isinstance(value, Mapping) and "format" in value:
