@@ -6,8 +6,10 @@
 
     nox -s tests                         all checks that a pull request has to pass
     nox -s demo -- --steps 100           AdamW and AdamW8bit learn Shakespeare, side by side
-    nox -s suite -- -k rounding          some tests of some packages, in the environment of CI
+    nox -s units -- -k rounding          some tests of some packages, in the environment of CI
+    nox -s suite                         every law for every optimizer; writes the counts to a file
     nox -s fuzz -- --seconds 200         fuzz the readers of checkpoints, 200 seconds each
+    nox -s release_check                 whether the wheels and sdists could be released
     nox -t cpu                           the matrix: package x Python x torch, what can be found
     nox -t cuda                          the CUDA tests, with the Python and torch that run nox
 
@@ -74,6 +76,11 @@ TRAINERS = ("accelerate", "transformers", "lightning", "peft", "trl")
 DOCS = ("mkdocs<2", "mkdocs-material", "mkdocstrings-python", "ruff")
 BUILD = ("build", "hatchling", "packaging")
 NO_TEST_RAN = 5
+LAWS = "tests-integration/suite"
+SEQUENCES = (
+    "tests-integration/test_sequences.py",
+    "packages/optstate-wrap/tests/test_sequences.py",
+)
 
 # One thread a worker: two workers on two cores would otherwise fight over both.
 TEST_ENV = {"OMP_NUM_THREADS": "1"}
@@ -101,7 +108,7 @@ def pytest(session: nox.Session, *args: str) -> None:
 
 @nox.session(
     python=False,
-    requires=["lint", "types", "docs", "build", "isolated", "suite", "integration"],
+    requires=["lint", "types", "docs", "build", "isolated", "units", "integration"],
 )
 def tests(session: nox.Session) -> None:
     """Run every check that CI runs; nox fails if any of them does."""
@@ -110,10 +117,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
-    install(session, "ruff")
+    """Check style and formatting, and the GitHub workflow against its schema."""
+    install(session, "ruff", "check-jsonschema")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    schema = ("--builtin-schema", "vendor.github-workflows")
+    session.run("check-jsonschema", *schema, ".github/workflows/ci.yml")
 
 
 @nox.session
@@ -125,17 +134,31 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
-def suite(session: nox.Session) -> None:
+def units(session: nox.Session) -> None:
     """Run the unit tests of all packages, in one environment."""
     install(session, *EDITABLE, *PYTEST)
     pytest(session, "packages", "-m", "not cuda and not interpret", *WORKERS)
     run_interpreted(session, "packages")
 
 
-def run_interpreted(session: nox.Session, where: str) -> None:
+@nox.session(default=False)
+def suite(session: nox.Session) -> None:
+    """Check every law for every optimizer at every point; `-- --suite-part 1/4` for a quarter.
+
+    It takes up to an hour and writes the counts to benchmarks/results/suite.json. Sequences of
+    random operations follow, a thousand of each kind.
+    """
+    install(session, *EDITABLE, *PYTEST)
+    results = ("--suite-results", "benchmarks/results/suite.json")
+    pytest(session, LAWS, "-m", "not cuda and not interpret", *results, *WORKERS)
+    run_interpreted(session, LAWS, *results)
+    pytest(session, *SEQUENCES, "--hypothesis-profile=thorough", *WORKERS)
+
+
+def run_interpreted(session: nox.Session, *args: str, chosen: str = "interpret") -> None:
     """Runs Triton kernels on the CPU; Triton decides at import, hence a process of their own."""
     session.run(
-        *("python", "-m", "pytest", where, "-m", "interpret", *WORKERS, *session.posargs),
+        *("python", "-m", "pytest", *args, "-m", chosen, *WORKERS, *session.posargs),
         env={**TEST_ENV, "TRITON_INTERPRET": "1"},
         success_codes=[0, NO_TEST_RAN],
     )
@@ -146,7 +169,8 @@ def integration(session: nox.Session) -> None:
     """Run the packages together: trainers, checkpoints, the docs' examples, the wheels."""
     install(session, *EDITABLE, *PYTEST, *TRAINERS, *DOCS, *BUILD)
     install_plays(session)
-    pytest(session, "tests-integration", "-m", "not cuda", *WORKERS)
+    pytest(session, "tests-integration", "-m", "not cuda and not thorough", *WORKERS)
+    run_interpreted(session, LAWS, chosen="interpret and not thorough")
 
 
 @nox.session(default=False)
@@ -157,7 +181,7 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS, tags=["cpu"])
-@nox.parametrize("torch", TORCHES)
+@nox.parametrize("torch", [nox.param(torch, tags=[f"torch-{torch}"]) for torch in TORCHES])
 @nox.parametrize("package", PACKAGES)
 def unit(session: nox.Session, package: str, torch: str) -> None:
     """Run one package's tests with one Python and one torch, where a CPU build is at hand."""
@@ -170,7 +194,9 @@ def unit(session: nox.Session, package: str, torch: str) -> None:
     siblings = PACKAGES[:-1] if extra else SIBLINGS[package]
     paths = [word for sibling in siblings for word in ("-e", f"packages/{sibling}")]
     session.install(f"torch=={torch}.*", *paths, "-e", f"packages/{package}{extra}", *PYTEST)
-    pytest(session, f"packages/{package}", "-m", "not cuda and not interpret", *WORKERS)
+    # the laws are checked where all packages are
+    where = [f"packages/{package}", *([LAWS] if package == "optstate" else [])]
+    pytest(session, *where, "-m", "not cuda and not interpret and not thorough", *WORKERS)
 
 
 def cpu_build_of_torch(torch: str, python: str) -> bool:
@@ -229,18 +255,27 @@ def build(session: nox.Session) -> None:
 @nox.session(requires=["build"])
 @nox.parametrize("package", PACKAGES)
 def isolated(session: nox.Session, package: str) -> None:
-    """Install one wheel with nothing but what it declares, and import it from outside the tree."""
+    """Install one wheel with nothing but what it declares; import it and run its README's code."""
     wheels = [wheel(name) for name in (*SIBLINGS[package], package)]
     # Reinstalled, since a wheel of the same version may lie in this environment from last time.
     install(session, "--force-reinstall", "--no-deps", *wheels)
     install(session, *wheels)
-    script = ROOT / "tests-integration" / "import_all.py"
+    tests = ROOT / "tests-integration"
     session.chdir(session.create_tmp())
-    session.run("python", "-W", "error", str(script), package.replace("-", "_"))
+    session.run("python", "-W", "error", f"{tests}/import_all.py", package.replace("-", "_"))
+    session.run("python", f"{tests}/run_examples.py", f"{ROOT}/packages/{package}/README.md")
     if package == "optstate":
         session.run("optstate", "--version")
-        # Without its extra the demo has to say what to install, not show a traceback.
+        # Without their extras these have to say what to install, not show a traceback.
         session.run("optstate", "demo", success_codes=[1])
+        session.run("optstate", "estimate", "gpt2", success_codes=[1])
+
+
+@nox.session(requires=["isolated"], default=False)
+def release_check(session: nox.Session) -> None:
+    """Check what is in dist/ after `isolated`; `-- --tag turboadam-v1.0.0` for one release."""
+    install(session, "packaging")
+    session.run("python", "tests-integration/release_check.py", *session.posargs)
 
 
 def wheel(package: str) -> str:
@@ -255,6 +290,14 @@ def demo(session: nox.Session) -> None:
     install(session, *EDITABLE)
     install_plays(session)
     session.run("optstate", "demo", *session.posargs)
+
+
+@nox.session(default=False)
+def plots(session: nox.Session) -> None:
+    """Draw the docs' plots from results; `nox -s plots -- --tutorials` runs the tutorials too."""
+    install(session, *EDITABLE)
+    install_plays(session)
+    session.run("python", "benchmarks/plots.py", *session.posargs)
 
 
 @nox.session(default=False)

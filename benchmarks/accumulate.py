@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from layouts import LAYOUTS
-from step_time import RESULTS, copy_bandwidth, milliseconds, surroundings, temporary_bytes
+from step_time import RESULTS
 from torch import Tensor, nn
 
+from optstate.bench.timing import copy_bandwidth, milliseconds, surroundings, temporary_bytes
 from stochbf16 import StochasticAccumulator
 from stochbf16.pending import Addition, Pending
 

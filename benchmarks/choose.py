@@ -1,9 +1,11 @@
-"""Prints the tutorial's table of choices from the results of the other scripts.
+"""Prints the tables of choices in the docs from the results of the other scripts.
 
-Run after those; `tests-integration` compares what it prints with the page.
+Run after those; `tests-integration` compares what it prints with the pages: first the tutorial's,
+then that of the page on choosing.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ ROWS = (
     ("`AdamW8bit`", "AdamW8bit", "8-bit", "AdamW8bit"),
     ("`AdamWFp8`", "AdamWFp8", "FP8", "AdamWFp8"),
     ("`AdamW4bit`", "AdamW4bit", "4-bit", "AdamW4bit"),
+)
+
+# the same for the page on choosing, with the files of the study and of the timings: parameters are
+# bfloat16 where they are timed; and the format in the count of what fits
+FAMILY = (
+    ("`torch.optim.AdamW`", ("gpt_stochbf16", "AdamW bf16"), ("h200", "torch fused"), "bf16"),
+    ("`stochbf16.AdamW`", ("gpt_stochbf16", None), ("h200_stochbf16", None), "bf16"),
+    ("`AdamW8bit`", ("gpt", None), ("h200", None), "8-bit"),
+    ("`AdamWFp8`", ("gpt", None), ("h200", None), "8-bit"),
+    ("`AdamW4bit`", ("gpt", None), ("h200", None), "4-bit"),
+    ("`TurboAdam`", ("gpt_turboadam", None), ("h200", None), "TurboAdam"),
 )
 
 
@@ -44,9 +57,9 @@ def followed(report: dict[str, Any], name: str | None) -> list[str]:
     return [f"{max(r['longest'] for r in rows):.1f} lr", f"{100 * plain['error']:.0f} %"]
 
 
-def timed(report: dict[str, Any], name: str | None) -> list[str]:
-    """The whole step for fp32 parameters."""
-    key = (name, LAYOUT, "float32")
+def timed(report: dict[str, Any], name: str | None, dtype: str = "float32") -> list[str]:
+    """The whole step for parameters of this dtype."""
+    key = (name, LAYOUT, dtype)
     found = [
         r["whole_ms"] for r in report["rows"] if (r["optimizer"], r["layout"], r["dtype"]) == key
     ]
@@ -61,8 +74,28 @@ def table() -> str:
     for title, run, arrangement, timing in ROWS:
         cells = [*learnt(study, run), *followed(lab, arrangement), *timed(times, timing)]
         lines.append([title, *cells])
+    return markdown(lines)
+
+
+def overview() -> str:
+    """Markdown, as the page on choosing has it."""
+    heads = ("", "bits", "8B model, GB", "held-out loss", "step")
+    lines = [heads, ["---"] * len(heads)]
+    fits = load("fits")["rows"]
+    for title, (study, run), (file, timing), format_ in FAMILY:
+        name = title.strip("`").replace(".", " ")
+        bits, gap = learnt(load(f"convergence_{study}"), run or name)
+        key = ("8b", format_, "device")
+        (state,) = (r["state_bytes"] for r in fits if (r["model"], r["format"], r["place"]) == key)
+        (ms,) = timed(load(f"step_time_{file}"), timing or name, "bfloat16")
+        lines.append([title, bits, f"{state / 1e9:.1f}", gap, ms])
+    return markdown(lines)
+
+
+def markdown(lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), overview(), sep="\n\n")

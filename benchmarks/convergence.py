@@ -56,6 +56,12 @@ CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
     "TurboAdam": ("turboadam", "TurboAdam", {}, torch.float32),
     "TurboAdam 2 + 3": ("turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}, torch.float32),
     "TurboAdam 2 + 2": ("turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 2}, torch.float32),
+    "TurboAdam 2 + 3, flush": (
+        "turboadam",
+        "TurboAdam",
+        {"m_bits": 2, "v_bits": 3, "error_feedback": True, "block_size": 64},
+        torch.float32,
+    ),
     "TurboAdam 1 + 3, flush": (
         "turboadam",
         "TurboAdam",

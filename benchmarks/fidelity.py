@@ -1,7 +1,7 @@
 """Compares the updates of every format with those of exact Adam, on the recursion.
 
 All arrangements and an Adam in float64 get the same gradients; ``optstate_codecs.testing.fidelity``
-defines the measures. Prints the tables of the docs, and writes a JSON file and a plot.
+defines the measures. Prints the tables of the docs, and writes a JSON file, which `plots.py` draws.
 
     python benchmarks/fidelity.py --steps 3000 --out benchmarks/results/fidelity.json
 """
@@ -15,7 +15,6 @@ from pathlib import Path
 from platform import machine, python_version
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,15 +33,17 @@ from optstate_codecs.testing import (
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "fidelity.json"
-PLOT = ROOT / "docs" / "concepts" / "fidelity.svg"
 BETA2 = (0.95, 0.99, 0.999, 0.9999)
 QUOTED = 0.999
 # of the matrices in which elements' scales are those of their rows and columns
 MATRIX_ROWS = 32
 BARS = ("dense", "5 % sparse")
+# kinds of gradients that are sparse by rows, as those of a large vocabulary's embedding
+SPARSE_ROWS = ("Zipf rows", "waking rows")
+KINDS = tuple(kind for kind in GRADIENTS if kind not in SPARSE_ROWS)
 SR = "stochastic"
 # arrangements with error feedback
-FED_BACK = ("turbo 5.25, flush", "turbo 4.25, sign")
+FED_BACK = ("turbo 5.25, flush", "turbo 4.25, sign", "turbo 5.5, nearest, flush")
 # rows of the short table
 SUMMARY = ("8-bit", "FP8", "4-bit", "turbo 7.25", "8-bit, roots to nearest", "4-bit, as published")
 
@@ -101,6 +102,18 @@ def in_matrices() -> dict[str, Formats]:
     }
 
 
+def in_rows() -> dict[str, Formats]:
+    """The arrangements that are compared where gradients are sparse by rows."""
+    names = ("8-bit", "4-bit", "turbo 7.25", "turbo 6.25", "turbo 5.25", "turbo 5.25, flush")
+    shared = {name: arrangements()[name] for name in names}
+    nearest = CoState(2, 64, levels="normal"), OneQ(3, 64)
+    return {**shared, "turbo 5.5, nearest, flush": nearest}
+
+
+#: the arrangements of each part of the file
+PARTS = {"rows": arrangements, "sparse rows": in_rows, "matrices": in_matrices}
+
+
 def makers(arranged: dict[str, Formats]) -> dict[str, Callable[..., CodedOptimizer]]:
     """Adam with the formats of each arrangement."""
     names = "exp_avg", "exp_avg_sq"
@@ -127,18 +140,19 @@ def measure(steps: int, last: int, numel: int) -> dict[str, list[dict[str, objec
     """A row for each arrangement, kind of gradients and beta2; and one for each arrangement."""
     makes, by_row = makers(arrangements()), makers(in_matrices())
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    rows, matrices, probes = [], [], []
+    rows, probes = [], []
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("steps of all", total=(len(BETA2) + 1) * steps)
+        bar = progress.add_task("steps of all", total=(len(BETA2) + 2) * steps)
         same = {"steps": steps, "last": last, "numel": numel}
         same["advance"] = partial(progress.advance, bar)
         for beta2 in BETA2:
-            rows += listed(compare(makes, beta2, **same), beta2)
-        matrices += listed(compare(by_row, QUOTED, rows=MATRIX_ROWS, **same), QUOTED)
+            rows += listed(compare(makes, beta2, KINDS, **same), beta2)
+        sparse = listed(compare(makers(in_rows()), QUOTED, SPARSE_ROWS, **same), QUOTED)
+        matrices = listed(compare(by_row, QUOTED, KINDS, rows=MATRIX_ROWS, **same), QUOTED)
         for name, make in progress.track(makes.items(), description="stopped gradients"):
             probe = {key: round(v, 5) for key, v in asdict(stops(make, steps=steps // 3)).items()}
             probes.append({"arrangement": name, **probe, "same_codes": same_codes(name, make)})
-    return {"rows": rows, "matrices": matrices, "probes": probes}
+    return {"rows": rows, "sparse rows": sparse, "matrices": matrices, "probes": probes}
 
 
 def listed(found: dict[str, dict[str, Fidelity]], beta2: float) -> list[dict[str, object]]:
@@ -153,16 +167,17 @@ def listed(found: dict[str, dict[str, Fidelity]], beta2: float) -> list[dict[str
 
 def by_kind(result: dict[str, list], key: str = "rows") -> list[list[str]]:
     """Gain and error at one beta2, a column for each kind of gradients."""
-    rows, names = result[key], arrangements() if key == "rows" else in_matrices()
+    rows, names = result[key], PARTS[key]()
     where = "" if key == "rows" else f"{key}, "
-    lines = [[f"{where}beta2 {QUOTED}: gain, error", *GRADIENTS]]
+    kinds = SPARSE_ROWS if key == "sparse rows" else KINDS
+    lines = [[f"{where}beta2 {QUOTED}: gain, error", *kinds]]
     for name in names:
         cells = {
             row["gradients"]: f"{row['gain']:.3f}, {100 * row['error']:.0f} %"
             for row in rows
             if (row["arrangement"], row["beta2"]) == (name, QUOTED)
         }
-        lines.append([name, *(cells[kind] for kind in GRADIENTS)])
+        lines.append([name, *(cells[kind] for kind in kinds)])
     return lines
 
 
@@ -208,28 +223,6 @@ def show(lines: list[list[str]]) -> None:
     Console(width=160).print(table)
 
 
-def draw(result: dict[str, list], path: Path) -> None:
-    """Gain by beta2 for dense and sparse gradients, for the defaults and what they came from."""
-    shown = ("8-bit", "FP8", "4-bit", "8-bit, roots to nearest", "4-bit, as published")
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), BARS, strict=True):
-        for number, name in enumerate(shown):
-            gains = {
-                row["beta2"]: row["gain"]
-                for row in result["rows"]
-                if (row["arrangement"], row["gradients"]) == (name, kind)
-            }
-            style = {"marker": "osD^v"[number], "linestyle": "--" if "," in name else "-"}
-            axes.plot([str(b) for b in gains], list(gains.values()), label=name, **style)
-        axes.axhspan(0.95, 1.05, color="grey", alpha=0.15, linewidth=0)
-        axes.set(title=f"{kind} gradients", xlabel="beta2", ylim=(0.4, 2.1))
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("gain of the update, exact Adam = 1")
-    figure.axes[0].legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-
-
 def texts(arranged: dict[str, Formats]) -> dict[str, list[str]]:
     """The formats of each arrangement as text."""
     return {
@@ -249,6 +242,7 @@ def setup(steps: int, last: int, numel: int) -> dict[str, object]:
         "seed": 0,
         "formats": texts(arrangements()),
         "error_feedback": list(FED_BACK),
+        "sparse rows": {"formats": texts(in_rows())},
         "matrices": {"rows": MATRIX_ROWS, "formats": texts(in_matrices())},
         "device": f"cpu {machine()}",
         "threads": torch.get_num_threads(),
@@ -259,23 +253,25 @@ def setup(steps: int, last: int, numel: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measures every arrangement, prints the tables, writes the file and the plot."""
+    """Measures every arrangement, prints the tables and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--last", type=int, default=100, help="steps that gain and error are over")
     parser.add_argument("--numel", type=int, default=2048, help="elements of a kind of gradients")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write")
-    parser.add_argument("--plot", type=Path, default=PLOT, help="plot to write, SVG or PNG")
     parser.add_argument("--markdown", action="store_true", help="print the tables as the docs do")
     args = parser.parse_args()
     size = args.steps, min(args.last, args.steps), args.numel
     result = measure(*size)
-    tables = by_kind(result), overall(result), by_kind(result, "matrices"), summary(result)
+    tables = (
+        *(by_kind(result, part) for part in PARTS),
+        overall(result),
+        summary(result),
+    )
     for lines in tables:
         print(f"\n{markdown(lines)}") if args.markdown else show(lines)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"setup": setup(*size), **result}, indent=1) + "\n")
-    draw(result, args.plot)
 
 
 if __name__ == "__main__":

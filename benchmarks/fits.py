@@ -12,16 +12,15 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from llama import CONFIGS, Llama
 from offload_common import FORMATS
-from torch.nn import Parameter
 
-from optstate_codecs import GradientRelease, predicted_state_bytes
+from optstate.estimate.count import BUCKET, STORES, Counted, count, placed
+from optstate.models.families import named_shapes
+from optstate.models.model import Model
 from optstate_codecs.offloading import CHUNK_BYTES
 from optstate_codecs.offloading.copies import SLOTS
 from optstate_codecs.offloading.ring import WAITING
@@ -30,53 +29,45 @@ from turboadam import TurboAdam
 RESULTS = Path(__file__).parent / "results" / "fits.json"
 PAGE = Path(__file__).parents[1] / "docs" / "what-fits.md"
 MARKERS = ("<!-- written by benchmarks/fits.py -->", "<!-- end -->")
-MODELS = ("1b", "7b", "13b", "70b")
+# the shapes of each, and its name in the tables
+MODELS = {
+    "1b": ("tinyllama-1.1b", "TinyLlama 1.1B"),
+    "7b": ("llama-2-7b", "Llama 2 7B"),
+    "8b": ("llama-3-8b", "Llama 3 8B"),
+    "13b": ("llama-2-13b", "Llama 2 13B"),
+    "70b": ("llama-2-70b", "Llama 2 70B"),
+}
 CARDS = (8, 16, 24, 32, 80)
 # of a card, for activations and all else that is not counted
 LEFT = 1_500_000_000
-# gradients that are released while the backward pass goes on; a larger tensor's is one by itself
-BUCKET: int = signature(GradientRelease).parameters["bucket_bytes"].default
-# what is read and what is written pass through as much again on the host
-DISK_BUFFERS = 2 * SLOTS * CHUNK_BYTES
 OURS = {**FORMATS, "TurboAdam": TurboAdam}
 NAMES = {"int8": "8-bit"}
 
 
-def params_of(model: str) -> list[Parameter]:
-    """Bfloat16 parameters without memory."""
-    return list(Llama(CONFIGS[model], "meta").parameters())
-
-
-def count(model: str) -> Iterator[dict[str, Any]]:
+def rows_of(model: str) -> Iterator[dict[str, Any]]:
     """The rows of a model."""
-    params = params_of(model)
-    numel, held = sum(p.numel() for p in params), sum(p.nbytes for p in params)
-    released = max(BUCKET, *(p.nbytes for p in params))
-    key = {"model": model, "parameters": numel}
-    # all in float32, which is how torch's has float32 state; it keeps a count for each tensor
-    yield {**key, "format": "torch AdamW, all fp32", "place": "device"} | stored(
-        2 * held, 2 * held, 2 * released, 8 * numel + 4 * len(params), "device"
-    )
+    bf16 = Model.of_shapes(model, named_shapes(MODELS[model][0]), torch.bfloat16)
+    key = {"model": model, "parameters": bf16.parameters}
+    # all in float32, which is how torch's has float32 state
+    exact = count(bf16.in_dtype(torch.float32), torch.optim.AdamW)
+    yield {**key, "format": "torch AdamW, all fp32", "place": "device"} | stored(exact, "device")
     for name, make in OURS.items():
-        state = predicted_state_bytes(make(params, lr=1e-3))
-        for store in ("device", "host", "disk"):
-            row = stored(held, held, released, state, store)
+        counted = count(bf16, make)
+        for store in STORES:
+            row = stored(counted, store)
             yield {**key, "format": NAMES.get(name, name), "place": store} | row
 
 
-def stored(params: int, grads: int, released: int, state: int, store: str) -> dict[str, Any]:
+def stored(counted: Counted, store: str) -> dict[str, Any]:
     """Bytes on the device with all gradients and with few, on the host and in a file."""
-    here = state if store == "device" else SLOTS * CHUNK_BYTES
-    # some gradients wait for state that is being loaded
-    few = released if store == "device" else min(grads, released + WAITING)
-    device = {"all": params + grads + here, "released": params + few + here}
+    kept, released = placed(counted, store, False), placed(counted, store, True)
+    device = {"all": kept.device, "released": released.device}
     return {
-        "state_bytes": state,
-        "device_bytes": device["all"],
-        "device_bytes_released": device["released"],
-        "host_bytes": {"device": 0, "host": state, "disk": DISK_BUFFERS}[store],
-        # a step does not overwrite the state of the step before
-        "file_bytes": 2 * state if store == "disk" else 0,
+        "state_bytes": counted.stored,
+        "device_bytes": kept.device,
+        "device_bytes_released": released.device,
+        "host_bytes": kept.host,
+        "file_bytes": kept.file,
         "cards": {str(card): verdict(card, device) for card in CARDS},
     }
 
@@ -104,7 +95,7 @@ def gb(nbytes: int) -> str:
 
 def section(model: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A model's table; disk and host are the same to the device."""
-    yield f"## {model.upper()}: {rows[0]['parameters'] / 1e9:.2f} billion parameters\n"
+    yield f"## {MODELS[model][1]}: {rows[0]['parameters'] / 1e9:.2f} billion parameters\n"
     cards = " | ".join(f"{card} GB" for card in CARDS)
     yield f"| state | where | device GB | released | {cards} | RAM GB | or file GB |"
     yield "|---|---|" + "---|" * (len(CARDS) + 4)
@@ -138,7 +129,7 @@ def main() -> None:
         "bucket_bytes": BUCKET,
         "waiting_bytes": WAITING,
         "ring_bytes": SLOTS * CHUNK_BYTES,
-        "rows": [row for model in MODELS for row in count(model)],
+        "rows": [row for model in MODELS for row in rows_of(model)],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from llama import CONFIGS, Llama
-from step_time import copy_bandwidth, surroundings, synchronize
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -35,6 +34,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lowbit_adam import AdamW4bit, AdamW8bit
+from optstate.bench.timing import copy_bandwidth, surroundings, synchronize
 from optstate_codecs.memory import state_bytes
 from turboadam import TurboAdam
 

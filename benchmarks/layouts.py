@@ -1,20 +1,18 @@
 """Parameter shapes of the models that step times are measured on."""
 
+from optstate.models.families import named_shapes
+
 Shapes = list[tuple[int, ...]]
 
 
 def llama1b() -> Shapes:
     """TinyLlama 1.1B: 201 tensors, 1.10e9 parameters."""
-    layer: Shapes = [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048)]
-    layer += [(5632, 2048), (5632, 2048), (2048, 5632), (2048,), (2048,)]
-    return [(32000, 2048), *layer * 22, (2048,), (32000, 2048)]
+    return named_shapes("tinyllama-1.1b")
 
 
 def gpt2() -> Shapes:
     """GPT-2 small: 148 tensors, 124e6 parameters."""
-    layer: Shapes = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)]
-    layer += [(768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
-    return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
+    return named_shapes("gpt2")
 
 
 def many() -> Shapes:

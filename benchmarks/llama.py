@@ -22,12 +22,15 @@ class Config:
     vocabulary: int = 32_000
 
 
+IGNORED = -100
 CONFIGS = {
     "tiny": Config(32, 64, 2, 4, 2, 64),
     "1b": Config(2048, 5632, 22, 32, 4),
     "7b": Config(4096, 11008, 32, 32, 32),
     "13b": Config(5120, 13824, 40, 40, 40),
     "70b": Config(8192, 28672, 80, 64, 8),
+    # Llama 3: a vocabulary four times as large, whose embedding and head are a billion parameters
+    "8b": Config(4096, 14336, 32, 32, 8, 128_256),
 }
 
 
@@ -78,6 +81,8 @@ class Llama(nn.Module):
     Args:
         config: its sizes.
         checkpointed: compute each layer again in the backward pass.
+        loss_tokens: compute the logits of so many tokens at a time, and again in the backward pass;
+            None: all at once.
     """
 
     def __init__(
@@ -86,10 +91,11 @@ class Llama(nn.Module):
         device: torch.device | str,
         dtype: torch.dtype = torch.bfloat16,
         checkpointed: bool = False,
+        loss_tokens: int | None = None,
     ) -> None:
         super().__init__()
         where = {"device": device, "dtype": dtype}
-        self.checkpointed = checkpointed
+        self.checkpointed, self.loss_tokens = checkpointed, loss_tokens
         self.embed = nn.Embedding(config.vocabulary, config.width, **where)  # type: ignore[arg-type]
         self.layers = nn.ModuleList([Layer(config, **where) for _ in range(config.layers)])
         self.norm = nn.RMSNorm(config.width, eps=1e-5, **where)  # type: ignore[arg-type]
@@ -105,5 +111,17 @@ class Llama(nn.Module):
                 x = checkpoint(layer, x, angles, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, angles)
-        logits = self.head(self.norm(x))[:, :-1].flatten(0, 1)
-        return F.cross_entropy(logits.float(), tokens[:, 1:].flatten())
+        # nothing follows the last token
+        after = F.pad(tokens[:, 1:], (0, 1), value=IGNORED).flatten()
+        x = self.norm(x).flatten(0, 1)
+        count = tokens[:, 1:].numel()
+        if self.loss_tokens is None:
+            return self.loss(x, after) / count
+        parts = zip(x.split(self.loss_tokens), after.split(self.loss_tokens), strict=True)
+        losses = [checkpoint(self.loss, *part, use_reentrant=False) for part in parts]
+        return torch.stack(losses).sum() / count
+
+    def loss(self, x: Tensor, after: Tensor) -> Tensor:
+        """The sum of the losses of predicting ``after`` from ``x``, [tokens, width]."""
+        logits = self.head(x).float()
+        return F.cross_entropy(logits, after, ignore_index=IGNORED, reduction="sum")

@@ -29,8 +29,8 @@ import torch
 from offload_common import FORMATS, Sizes, bus, contestants
 from offload_step import run_disk, run_step
 from offload_train import run_finetune, run_train
-from step_time import surroundings
 
+from optstate.bench.timing import surroundings
 from optstate_codecs import __version__
 from optstate_codecs.offloading import CHUNK_BYTES
 

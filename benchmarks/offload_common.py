@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from step_time import resident, synchronize
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
 from lowbit_adam import AdamW4bit, AdamW8bit
+from optstate.bench.timing import synchronize
+from optstate.process import resident_bytes
 from optstate_codecs import Adam, CodedOptimizer, offload, state_bytes
 from optstate_codecs.offloading.pinned import empty_pinned
 from optstate_wrap import OffloadOptimizer, OptimizerWrapper
@@ -199,16 +199,7 @@ def forget_peak(device: torch.device) -> None:
 
 def process_bytes(peak: bool = False) -> int:
     """Resident bytes of this process, now or at their peak; 0 where they are not known."""
-    try:
-        return resident("VmHWM" if peak else "VmRSS")
-    except OSError:
-        return 0
-
-
-def forget_process_peak() -> None:
-    """Reset the peak of resident bytes, where the system allows it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes(peak) or 0
 
 
 def moved_bytes(optimizer: Optimizer) -> int:

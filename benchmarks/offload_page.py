@@ -2,7 +2,8 @@
 
     python benchmarks/offload_page.py
 
-Writes `docs/benchmarks.md` and `docs/concepts/offload.md` between their markers, and nothing else.
+Writes `docs/benchmarks-raw.md` and `docs/concepts/offload.md` between their markers, and nothing
+else.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def concepts(report: Report) -> str:
 
 
 PAGES: dict[str, Callable[[Report], str]] = {
-    "docs/benchmarks.md": benchmarks,
+    "docs/benchmarks-raw.md": benchmarks,
     "docs/concepts/offload.md": concepts,
 }
 

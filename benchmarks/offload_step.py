@@ -18,18 +18,18 @@ from offload_common import (
     clean,
     contestants,
     forget_peak,
-    forget_process_peak,
     host_bytes,
     moved_bytes,
     process_bytes,
     reserved,
     unhook,
 )
-from step_time import synchronize
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lowbit_adam import AdamW8bit
+from optstate.bench.timing import synchronize
+from optstate.process import forget_resident_peak
 from optstate_codecs import offload
 
 
@@ -102,7 +102,7 @@ def measure(
     held, room, process = allocated(device), reserved(device), process_bytes()
     numel = sum(param.numel() for param in params)
     forget_peak(device)
-    forget_process_peak()
+    forget_resident_peak()
     begin = perf_counter()
     optimizer = one.make(params, sizes)
     step = stepper(optimizer, params)

@@ -24,10 +24,10 @@ from offload_common import (
     streamed,
     unhook,
 )
-from step_time import synchronize
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optstate.bench.timing import synchronize
 from optstate_codecs import GradientRelease
 
 

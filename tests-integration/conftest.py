@@ -1,11 +1,14 @@
-"""Where the repository and its packages are; and the counts of torch's optimizer cases."""
+"""Where the repository, its packages and its site are; the counts of torch's optimizer cases."""
 
+import os
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -15,6 +18,10 @@ else:
 ROOT = Path(__file__).parents[1]
 # of modules that the tests share
 sys.path.insert(0, str(Path(__file__).parent))
+# before anything imports transformers: nothing here needs a file from the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# `pytest --hypothesis-profile=thorough` runs a thousand random sequences
+settings.register_profile("thorough", max_examples=1000)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,24 @@ def root() -> Path:
 @pytest.fixture
 def packages() -> list[Package]:
     return PACKAGES
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site."""
+
+    def build(folder: Path) -> None:
+        # not --quiet, under which --strict counts no warnings
+        subprocess.run(
+            [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+            cwd=ROOT,
+            env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+            check=True,
+        )
+
+    from once import made_once
+
+    return made_once(tmp_path_factory, "site", build)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

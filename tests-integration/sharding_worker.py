@@ -62,6 +62,7 @@ FAMILY: dict[str, Make] = {
     "SGD8bit": partial(SGD8bit, lr=1e-2, momentum=0.9),
     "TurboAdam": partial(TurboAdam, lr=1e-2),
     "TurboAdam-3-4": partial(TurboAdam, lr=1e-2, m_bits=3, v_bits=4),
+    "TurboAdam-flush": partial(TurboAdam, lr=1e-2, m_bits=2, block_size=64, error_feedback=True),
     "stochbf16.AdamW": partial(stochbf16.AdamW, lr=1e-2),
     "split24": partial(AdamW8bit, lr=1e-2, master_weight_bits=24),
 }
@@ -72,7 +73,10 @@ WRAPPED: dict[str, Any] = {
     "from the third step": None,
     "exact": {},
 }
-SAVED = {name: FAMILY[name] for name in ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "split24")}
+SAVED = {
+    name: FAMILY[name]
+    for name in ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "TurboAdam-flush", "split24")
+}
 HALF = ("stochbf16.AdamW", "split24")
 DEVICE = "cpu"
 

@@ -25,14 +25,21 @@ SHARED = {
 LOWBIT = {"block_size", "bf16_stochastic_round"}
 ADAM = {"betas", "eps", "amsgrad"}
 OWN = {
-    "lowbit_adam.adam": {*LOWBIT, *ADAM, "formats"},
+    **{
+        f"lowbit_adam.adam.{name}": {*LOWBIT, *ADAM, "formats"}
+        for name in ("Adam8", "Adam8bit", "AdamFp8", "AdamW8", "AdamW8bit", "AdamWFp8")
+    },
+    **{
+        f"lowbit_adam.adam.{name}": {*LOWBIT, *ADAM, "formats", "error_feedback"}
+        for name in ("Adam4bit", "AdamW4bit")
+    },
     "lowbit_adam.momentum.Lion8bit": {*LOWBIT, "betas"},
     "lowbit_adam.momentum.Lion8": {*LOWBIT, "betas"},
     "lowbit_adam.momentum.SGD8": {*LOWBIT, "momentum", "dampening", "nesterov"},
     "lowbit_adam.momentum.SGD8bit": {*LOWBIT, "momentum", "dampening", "nesterov"},
     "turboadam.adam": {
         *(*LOWBIT, *ADAM, "m_bits", "v_bits", "compress_m", "compress_v", "null_pct", "amp_pct"),
-        *("error_feedback", "min_m_compress_elements", "min_v_compress_elements"),
+        *("error_feedback", "min_m_compress_elements", "min_v_compress_elements", "m_rounding"),
     },
     "stochbf16.optimizers.AdamW": {*ADAM, "weight_decay_mode"},
     "stochbf16.optimizers.Adam": ADAM,
@@ -64,6 +71,7 @@ AS_TEXT: dict[str, tuple[str, Any]] = {
     "min_m_compress_elements": ("0", 0),
     "min_v_compress_elements": ("16", 16),
     "master_weight_bits": ("24", 24),
+    "m_rounding": ("stochastic", "stochastic"),
     "backend": ("eager", "eager"),
     "weight_decay_mode": ("bias_corrected", "bias_corrected"),
     "formats": ("{exp_avg: bf16}", {"exp_avg": "bf16"}),

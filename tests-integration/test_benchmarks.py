@@ -28,6 +28,20 @@ def test_step_time_writes_times_and_bytes(root: Path, tmp_path: Path) -> None:
     assert 16 <= rows["AdamW8bit"]["state_bits_per_parameter"] < 16.4
 
 
+def test_host_time_writes_times_beside_torchs(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "host_time.json"
+    command = [sys.executable, root / "benchmarks" / "host_time.py", "--out", out]
+    sizes = ["--layout", "tiny", "--repeats", "3", "--device", "cpu", "--only", "AdamW8bit"]
+    subprocess.run([*command, *sizes], check=True, capture_output=True)
+    rows = json.loads(out.read_text())["rows"]
+    found = {(row["gradients"], row["optimizer"]): row for row in rows}
+    assert len(found) == len(rows) == 4
+    for (gradients, _), row in found.items():
+        base = found[gradients, "torch fused"]["median_us"]
+        assert row["ratio"] == row["median_us"] / base
+        assert 0 < row["fastest_us"] <= row["median_us"]
+
+
 def test_accumulate_writes_times_and_errors(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "results" / "accumulate.json"
     command = [sys.executable, root / "benchmarks" / "accumulate.py", "--out", out]
@@ -52,21 +66,21 @@ def test_docs_quote_the_sums_that_were_made(root: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "accumulate.py"))
     report = json.loads((script["RESULTS"] / "accumulate_h200.json").read_text())
-    assert script["table"](report) in (root / "docs" / "benchmarks.md").read_text()
+    assert script["table"](report) in (root / "docs" / "benchmarks-raw.md").read_text()
 
 
-def test_fidelity_writes_rows_setup_and_plot(root: Path, tmp_path: Path) -> None:
-    out, plot = tmp_path / "results" / "fidelity.json", tmp_path / "fidelity.svg"
-    command = [sys.executable, root / "benchmarks" / "fidelity.py", "--out", out, "--plot", plot]
+def test_fidelity_writes_rows_and_setup(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "fidelity.json"
+    command = [sys.executable, root / "benchmarks" / "fidelity.py", "--out", out]
     sizes = ["--steps", "6", "--last", "2", "--numel", "256"]
     subprocess.run([*command, *sizes], check=True, capture_output=True)
     result = json.loads(out.read_text())
     arrangements = result["setup"]["formats"]
     assert result["setup"]["steps"] == 6
     assert len(result["rows"]) == 4 * 6 * len(arrangements)
+    assert len(result["sparse rows"]) == 2 * len(result["setup"]["sparse rows"]["formats"])
     assert len(result["matrices"]) == 6 * len(result["setup"]["matrices"]["formats"])
     assert [probe["arrangement"] for probe in result["probes"]] == list(arrangements)
-    assert plot.read_text().startswith("<?xml")
     for row in result["rows"]:
         assert row["longest"] > 0.5
         # what delivers errors does so at once
@@ -83,10 +97,11 @@ def test_docs_quote_the_fidelity_that_was_measured(root: Path) -> None:
     page = (concepts / "fidelity-lab.md").read_text()
     for table in (script["by_kind"], script["overall"]):
         assert script["markdown"](table(result)) in page
-    assert script["markdown"](script["by_kind"](result, "matrices")) in page
+    for part in ("sparse rows", "matrices"):
+        assert script["markdown"](script["by_kind"](result, part)) in page
+        assert result["setup"][part]["formats"] == script["texts"](script["PARTS"][part]())
     assert script["markdown"](script["summary"](result)) in (concepts / "rounding.md").read_text()
     assert result["setup"]["formats"] == script["texts"](script["arrangements"]())
-    assert result["setup"]["matrices"]["formats"] == script["texts"](script["in_matrices"]())
 
 
 def test_convergence_compares_runs_of_one_start(root: Path, tmp_path: Path) -> None:
@@ -141,7 +156,7 @@ def test_compiled_loss_is_compiled_once_for_all_models(
 def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "convergence.py"))
-    page = (root / "docs" / "benchmarks.md").read_text()
+    page = (root / "docs" / "benchmarks-raw.md").read_text()
     files = list(script["RESULTS"].glob("convergence_*.json"))
     assert len(files) >= 5
     for file in files:
@@ -162,9 +177,22 @@ def test_docs_quote_the_sketches_that_were_tried(
     assert {row["name"]: row["spec"] for row in again} == script["SKETCHES"]
 
 
+def test_summary_has_the_tables_of_the_results(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "summary_page.py"))
+    text = script["PAGE"].read_text()
+    assert script["written"](text) == text, "run benchmarks/summary_page.py"
+    # whatever was there before
+    first = script["steps"]()
+    assert script["written"](text.replace(first, "nothing")) == text
+
+
 def test_tutorial_chooses_by_what_was_measured(root: Path) -> None:
     script = run_path(str(root / "benchmarks" / "choose.py"))
     assert script["table"]() in (root / "docs" / "tutorials" / "lowbit-adam.md").read_text()
+    assert script["overview"]() in (root / "docs" / "choosing.md").read_text()
 
 
 def test_docs_quote_the_bytes_that_were_counted(
@@ -173,7 +201,7 @@ def test_docs_quote_the_bytes_that_were_counted(
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script = run_path(str(root / "benchmarks" / "state_bytes.py"))
     report = json.loads(script["RESULTS"].read_text())
-    assert script["table"](report) in (root / "docs" / "benchmarks.md").read_text()
+    assert script["table"](report) in (root / "docs" / "benchmarks-raw.md").read_text()
     # bytes are the same on every machine
     out = tmp_path / "bytes.json"
     command = [sys.executable, root / "benchmarks" / "state_bytes.py", "--out", out]
@@ -251,6 +279,48 @@ def test_docs_quote_the_offload_that_was_measured(root: Path, tmp_path: Path) ->
         text = (tmp_path / page).read_text()
         assert "| 98765.4 |" in text
         assert "| failed |" in text
+
+
+def test_docs_quote_the_memory_that_was_counted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "fine_tune.py"))
+    report = json.loads(script["COUNTED"].read_text())
+    # Llama 3 8B, of which embedding and head have 128,256 times 4,096 each
+    assert report["parameters"] == 8_030_261_248
+    assert report["largest_gradient_bytes"] == 2 * 128_256 * 4096
+    page = (root / "docs" / "how-to" / "fine-tune-8b.md").read_text()
+    assert script["table"](report) in page
+    if script["MEASURED"].exists():
+        assert script["measured"](json.loads(script["MEASURED"].read_text())) in page
+
+
+def test_fine_tuning_is_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "fine_tune.py"))
+    case, cpu = script["Case"]("AdamW4bit"), torch.device("cpu")
+    row = script["run"](case, "tiny", cpu, tokens=32, steps=1)
+    assert row["ms"] > 0
+    assert row["host_bytes"] > 0
+    rows = [{"optimizer": "AdamW4bit", "store": "host", "resident_bytes": 0, **row}]
+    assert "| `AdamW4bit` | host | 0.0 |" in script["measured"]({"rows": rows})
+
+
+def test_most_bytes_at_once_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "fine_tune.py"))
+    known = torch.zeros(1000)
+    with script["PeakBytes"]([known]) as peak:
+        first = known + 1
+        second = first + 1  # two of 4,000 bytes at once
+        del first
+        del second
+        (known[:500] + 1).view(5, 100)  # and a view adds nothing
+    assert (peak.now, peak.peak) == (0, 8000)
+    fewer, more = (script["peak_of"]("tiny", tokens, None) for tokens in (64, 512))
+    # at least the logits of 64 tokens that might come next, in bfloat16 and float32
+    assert more - fewer > (512 - 64) * 64 * (2 + 4)
 
 
 def test_page_of_what_fits_is_what_was_counted(

@@ -1,17 +1,16 @@
 """The docs: their examples run, and they leave out no public name, option or variable."""
 
-import os
 import re
-import subprocess
-import sys
 import zlib
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import typer
 
 ROOT = Path(__file__).parents[1]
+run = run_path(str(ROOT / "tests-integration" / "run_examples.py"))["run"]
 PAGES = sorted(
     path
     for pattern in ("docs/**/*.md", "*.md", "packages/*/README.md")
@@ -42,29 +41,12 @@ def test_there_are_examples() -> None:
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page are one program, which runs from top to bottom."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(examples(page.read_text()), str(page), "exec"), {"__name__": "__main__"})
-
-
-def examples(text: str) -> str:
-    """The Python of a page, each line where it is in the page, so that tracebacks point there."""
-    program, inside = [], False
-    for line in text.splitlines():
-        fence = line.startswith("```")
-        program.append(line if inside and not fence else "")
-        inside = line == "```python" if fence else inside
-    return "\n".join(program)
+    run(page)
 
 
 @pytest.fixture(scope="session")
-def inventory(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def inventory(site: Path) -> set[str]:
     """Every name that the built site documents."""
-    site = tmp_path_factory.mktemp("site")
-    subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        check=True,
-    )
     header, _, body = (site / "objects.inv").read_bytes().partition(b"zlib.\n")
     assert header.startswith(b"# Sphinx inventory version 2")
     return {line.split(" ", 1)[0] for line in zlib.decompress(body).decode().splitlines()}
@@ -85,11 +67,12 @@ def test_every_option_of_the_command_is_in_the_reference() -> None:
         assert f"## optstate {name}" in page
         for parameter in command.params:
             for option in parameter.opts:
-                assert f"`{option}`" in page
+                shown = option if option.startswith("-") else option.upper()
+                assert f"`{shown}`" in page.partition(f"## optstate {name}")[2].split("\n## ")[0]
 
 
 def test_every_short_name_of_an_optimizer_is_in_the_reference() -> None:
-    from optstate.demo.names import SHORT_NAMES
+    from optstate.names import SHORT_NAMES
 
     page = (ROOT / "docs" / "reference" / "optstate.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| `--optimizer` |"))
@@ -132,3 +115,17 @@ def test_every_environment_variable_is_in_the_table() -> None:
     }
     assert "PIP_FIND_LINKS" in used
     assert {name for name in used if f"| `{name}` |" not in table} == set()
+
+
+def test_errors_in_the_faq_are_those_of_the_code() -> None:
+    """Each message of ours is in a source, values aside, so that a search for it ends there."""
+    page = (ROOT / "docs" / "faq.md").read_text().partition("## Errors by message")[2]
+    sources = "".join(path.read_text() for path in ROOT.glob("packages/*/src/**/*.py"))
+    # adjacent literals are one text
+    sources = re.sub(r"\"\s*f?\"", "", sources)
+    sources = re.sub(r"{[^{}]*}", "...", sources)
+    messages = re.findall(r"^`([^`]+)`$", page, re.MULTILINE)
+    ours = [message for message in messages if not message.startswith("No module named")]
+    assert len(ours) > 35
+    fragments = {part.strip(" :;,=") for message in ours for part in re.split(r"\.\.\.", message)}
+    assert {part for part in fragments if len(part) > 12 and part not in sources} == set()

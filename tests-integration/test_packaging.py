@@ -91,9 +91,12 @@ def test_umbrella_installs_every_sibling_that_an_extra_needs(packages) -> None:
 
     by_name = {p.name: p for p in packages}
     extras = by_name["optstate"].project["optional-dependencies"]
-    assert set(SIBLINGS_OF) == set(extras) - {"all"}
+    assert set(SIBLINGS_OF) == set(extras)
     for extra, siblings in SIBLINGS_OF.items():
-        needed = {Requirement(line).name for line in extras[extra]} & set(by_name)
+        lines = [Requirement(line) for line in extras[extra]]
+        parts = [part for line in lines if line.name == "optstate" for part in line.extras]
+        lines += [Requirement(line) for part in parts for line in extras[part]]
+        needed = {line.name for line in lines} & set(by_name) - {"optstate"}
         needed |= {r.name for n in needed for r in requirements(by_name[n])} & set(by_name)
         assert set(siblings) == needed
         assert all((by_name[name].folder / "pyproject.toml").exists() for name in siblings)
@@ -193,3 +196,23 @@ def test_wheel_has_the_entry_points_of_its_optimizers(package, wheels) -> None:
                 parser.read_string(wheel.read(name).decode())
     found = dict(parser[GROUP]) if GROUP in parser else {}
     assert found == optimizers(package)
+
+
+def test_the_repository_has_one_address(packages, root: Path) -> None:
+    """One string to replace, see docs/maintainers.md."""
+    declared = {package.project["urls"]["Repository"] for package in packages}
+    (address,) = declared
+    for package in packages:
+        urls = package.project["urls"]
+        assert urls["Changelog"] == f"{address}/blob/main/packages/{package.name}/CHANGELOG.md"
+    assert f"repo_url: {address}\n" in (root / "mkdocs.yml").read_text()
+    for page in ("README.md", "docs/index.md", "docs/getting-started.md"):
+        assert f"git clone {address} && cd optstate\n" in (root / page).read_text()
+
+
+def test_the_readme_opens_with_the_two_commands(root: Path) -> None:
+    """CI runs the second, and both stay one line."""
+    opening = (root / "README.md").read_text().partition("\n## ")[0]
+    demo, tests = (f'pip install "nox[uv]" && nox -s {name}' for name in ("demo", "tests"))
+    assert f"```\n{demo}\n```\n\n```\n{tests}\n```\n" in opening
+    assert (root / ".ci" / "run").read_text().endswith(f"\n{tests}\n")

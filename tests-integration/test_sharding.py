@@ -9,7 +9,7 @@ from processes import run_workers
 
 WORKER = Path(__file__).parent / "sharding_worker.py"
 SECONDS = 600
-SAVED = ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "split24")
+SAVED = ("AdamW8bit", "AdamW4bit", "TurboAdam-3-4", "TurboAdam-flush", "split24")
 COUNTS = {"cpu": (1, 2, 4), "cuda": (1, 2)}
 #: whose stochastic writes draw by shard where rows are no multiples of 16 elements
 ROUNDED = ("stochbf16.AdamW", "split24", "16 bits", "from the third step")
@@ -126,11 +126,13 @@ def test_checkpoints_of_two_workers_go_on_with_other_numbers(tmp_path: Path, dev
         for name in SAVED:
             pairs = [(loaded[name, "single"], saved[name, "saved"])]
             pairs.append((loaded[name, "of single"], loaded[name, "single's"]))
+            # decoded and encoded anew, with blocks of other lengths; levels of second moments are a
+            # factor of four apart with 3 bits
+            limit = 0.8 if name == "TurboAdam-flush" else 0.4
             for ours, theirs in pairs:
                 for mine, other in zip(ours, theirs, strict=True):
-                    # decoded and encoded anew, with blocks of other lengths
                     for a, b in zip(mine[2:], other[2:], strict=True):
-                        assert (a - b).norm() <= 0.4 * b.norm(), name
+                        assert (a - b).norm() <= limit * b.norm(), name
 
 
 def test_wrapped_optimizers_compute_the_same_bits_on_any_number_of_workers(

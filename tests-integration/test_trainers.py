@@ -1,11 +1,6 @@
 """Hugging Face's Trainer, PEFT and TRL drive these optimizers as they drive torch's AdamW."""
 
-import os
 import sys
-
-# before transformers is imported: nothing here needs a file from the network
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,7 @@ from torch.optim import Optimizer
 import lowbit_adam
 import stochbf16
 import turboadam
-from optstate_codecs import CodedOptimizer, offload, offloaded_class
+from optstate_codecs import CodedOptimizer, GradientRelease, offload, offloaded_class
 from optstate_wrap import (
     ConfigurablePolicy,
     CPUOffloadOptimizer,
@@ -169,6 +164,31 @@ exact_classes = pytest.mark.parametrize(
 coded_classes = pytest.mark.parametrize(
     ("cls", "arguments"), CODED_CLASSES.values(), ids=CODED_CLASSES
 )
+
+
+class Released(transformers.TrainerCallback):
+    """Steps during backward, as the how-to on the 8B model does it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.release = GradientRelease(given["optimizer"].optimizer, bucket_bytes=1000)
+        self.release.attach()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.release.detach()
+
+
+def test_gradients_are_released_in_the_trainer(reference: Any, tmp_path: Path) -> None:
+    given = {"optimizer_cls_and_kwargs": (lowbit_adam.AdamW8bit, {**LR, **EXACT})}
+    trainer = trainer_of(tmp_path, gpt2(), given=given, max_grad_norm=0)
+    trainer.add_callback(Released())
+    with pytest.raises(RuntimeError, match=r"trainer\.accelerator\.clip_grad_norm_ = lambda"):
+        trainer.train()  # it computes the norm for its log
+
+    trainer = trainer_of(tmp_path, gpt2(), given=given, max_grad_norm=0)
+    trainer.add_callback(Released())
+    trainer.accelerator.clip_grad_norm_ = lambda *args, **options: None
+    trainer.train()
+    assert_equal_weights(trainer.model, reference(max_grad_norm=0).model)
 
 
 @pytest.mark.parametrize("model", [gpt2, llama])

@@ -50,7 +50,13 @@ FAMILY = {
     "SGD8bit": partial(lowbit.SGD8bit, block_size=64, momentum=0.9),
     "TurboAdam": TurboAdam,
     "TurboAdam, 2 + 4 bits": partial(
-        TurboAdam, m_bits=2, v_bits=4, error_feedback=True, block_size=64, **small
+        TurboAdam,
+        m_bits=2,
+        v_bits=4,
+        error_feedback=True,
+        m_rounding="stochastic",
+        block_size=64,
+        **small,
     ),
     "stochbf16.AdamW": partial(stochbf16.AdamW, weight_decay=0.1, centralization=1.0),
     "stochbf16.AdamW, 32-bit weights": partial(stochbf16.AdamW, master_weight_bits=32),

@@ -138,7 +138,7 @@ RMSPROP = {"oracle": _without_first_moment}
 
 turbo = partial(TurboAdam, min_m_compress_elements=0, min_v_compress_elements=0)
 
-#: as test_laws.py of each package states what three steps may be off
+#: as suite/bounds.py states what three steps may be off
 CODED = [
     Subject("Adam8bit", "Adam", lowbit_adam.Adam8bit, error=0.1),
     Subject("AdamW8bit", "AdamW", lowbit_adam.AdamW8bit, error=0.1),

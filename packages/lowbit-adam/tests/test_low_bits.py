@@ -113,3 +113,40 @@ def test_four_bits_learn_what_adam_learns() -> None:
     assert losses[torch.optim.Adam] < 0.01 * start
     assert losses[AdamFp8] < 0.01 * start
     assert losses[Adam4bit] < 0.01 * start
+
+
+@pytest.mark.parametrize("ours", [Adam4bit, AdamW4bit])
+def test_impulses_add_up_to_exact_adams(ours) -> None:
+    """100 gradients, and 100 steps without, which deliver the rest of what is stored."""
+    grads = [*torch.randn(100, 4096, generator=torch.Generator().manual_seed(0))]
+    grads += 100 * [torch.zeros(4096)]
+
+    def moved(optimizer_class, dtype, **options) -> torch.Tensor:
+        param = Parameter(torch.zeros(4096, dtype=dtype))
+        optimizer = optimizer_class([param], lr=1e-3, weight_decay=0.0, **options)
+        for grad in grads:
+            param.grad = grad.to(dtype)
+            optimizer.step()
+        return param.detach().double()
+
+    # the second moment exact, so that nothing but the first is rounded
+    options = {"formats": {"exp_avg_sq": "fp32"}}
+    exact = moved(torch.optim.Adam, torch.float64)
+    apart = [
+        (moved(ours, torch.float32, error_feedback=flag, **options) - exact).norm() / exact.norm()
+        for flag in (False, True)
+    ]
+    # what is delivered early is divided by an earlier root
+    assert apart[1] < 0.03
+    assert apart[0] > 5 * apart[1]
+
+
+def test_error_feedback_rounds_to_nearest() -> None:
+    _, optimizer = stepped(AdamW4bit, (256,), error_feedback=True)
+    formats = optimizer.group_formats(optimizer.param_groups[0])
+    assert formats["exp_avg"].spec == "costate(bits=4, levels=normal)"
+    assert memory_report(optimizer).state_bytes == 2 * (128 + 2 * 2) + 4
+    _, other = stepped(AdamW4bit, (256,), error_feedback=True, formats={"exp_avg": "bf16"})
+    assert other.group_formats(other.param_groups[0])["exp_avg"].spec == "bf16"
+    with pytest.raises(TypeError, match="error_feedback=1: must be True or False"):
+        stepped(AdamW4bit, (3,), error_feedback=1)

@@ -1,4 +1,4 @@
-"""The optimizers of this package that must keep every law."""
+"""Optimizers of this package, of every rule, format and write."""
 
 from functools import partial
 
@@ -32,6 +32,8 @@ NEAREST = {"drift": 15.0, "error": 0.4, "gain": 0.2}
 FOUR_THREE = {"drift": 7.0, "error": 0.1, "gain": 0.06, "max_step": 2.0}
 TWO_THREE = {"drift": 8.0, "error": 0.3, "gain": 0.4, "max_step": 2.0}
 ONE_FOUR = {"drift": 9.0, "error": 0.4, "gain": 0.65, "max_step": 7.0}
+# what error feedback delivers at once is a part of the step
+FLUSH = ONE_FOUR
 
 SGD_VARIANTS = (
     {"momentum": 0.0},
@@ -60,6 +62,15 @@ SUBJECTS = [
         "adam-costate-1-4",
         adam("costate(bits=1)", "oneq(bits=4)", error_feedback=True),
         **ONE_FOUR,
+    ),
+    Subject(
+        "adam-flush-2-3",
+        adam(
+            "costate(bits=2, block_size=64, levels=normal)",
+            "oneq(bits=3, block_size=64)",
+            error_feedback=True,
+        ),
+        **FLUSH,
     ),
     Subject("adam-split24", adam("fp32", "bf16", write="split24")),
     Subject("adam-split32", adam("fp32", "fp32", write="split32"), exact=torch.optim.Adam),

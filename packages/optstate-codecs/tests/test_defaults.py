@@ -32,9 +32,7 @@ from optstate_codecs.rules.base import host_scalar
 from optstate_codecs.tables import forget_tables
 from optstate_codecs.testing import (
     DEFAULTS,
-    Subject,
     Trainer,
-    independence,
     tensors_in,
     torch_defaults,
 )
@@ -100,11 +98,6 @@ def life(backend: str = "eager", pairs=PAIRS) -> dict[str, torch.Tensor]:
         found |= tensors_in(name, trainer.tensors())
         found |= tensors_in(f"{name} full", trainer.optimizer.full_state_dict())
     return found
-
-
-@pytest.mark.parametrize("formats", PAIRS.values(), ids=PAIRS)
-def test_every_format(formats) -> None:
-    independence(Subject("formats", adam(*formats)), SHAPES)
 
 
 def test_every_format_is_among_them() -> None:

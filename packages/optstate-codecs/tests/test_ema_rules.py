@@ -1,49 +1,17 @@
-"""RMSProp, Compass and LPFAdamW against their formulas in float64, and the laws that apply."""
-
-from functools import partial
+"""RMSProp, Compass and LPFAdamW against their formulas in float64."""
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from optstate_codecs import CodedOptimizer, decode_state, testing
+from optstate_codecs import CodedOptimizer, decode_state
 from optstate_codecs.rules import Compass, LPFAdamW, RMSProp
-from optstate_codecs.testing import Subject, assert_close
+from optstate_codecs.testing import assert_close
 
 EXACT = {"ema": "fp32", "ema_squared": "fp32", "smoothing": "fp32"}
 BF16 = dict.fromkeys(EXACT, "bf16")
 RULES = [RMSProp(), Compass(), LPFAdamW()]
 NAMES = [rule.name for rule in RULES]
-LAWS = (
-    testing.positive_stays_positive,
-    testing.scale_equivariance,
-    testing.locality,
-    testing.resume,
-    testing.bytes_are_said,
-)
-# the longest step by Cauchy and Schwarz over 200 steps, 14 without a mean; Compass's first one is
-# lr / (1 - b1) along a direction of length 1
-LONGEST = {"rmsprop": 15.0, "compass": 101.0, "lpf_adamw": 8.0}
-STORED = {"": (EXACT, "nearest"), "-bf16": (BF16, "stochastic")}
-SUBJECTS = [
-    Subject(
-        rule.name + suffix,
-        partial(CodedOptimizer, rule=rule, formats=formats, write=write),
-        max_step=LONGEST[rule.name],
-    )
-    for rule in RULES
-    for suffix, (formats, write) in STORED.items()
-]
-CASES = [
-    pytest.param(law, subject, id=f"{subject.name}-{law.__name__}")
-    for subject in SUBJECTS
-    for law in LAWS
-]
-
-
-@pytest.mark.parametrize(("law", "subject"), CASES)
-def test_law(law, subject) -> None:
-    law(subject)
 
 
 def mean(values, beta):

@@ -8,12 +8,14 @@ from torch.nn import Parameter
 
 from optstate_codecs import Adam, CodedOptimizer, decode_state
 from optstate_codecs.engine.cpu import compiled
+from optstate_codecs.rules import SGD
 
 FORMATS = {
     "eight bits, values": "int8(block_size=64)",
     "four bits": "costate(bits=4)",
     "two bits": "costate(bits=2)",
     "one bit": "costate(bits=1)",
+    "two bits, normal levels": "costate(bits=2, block_size=64, levels=normal)",
 }
 
 
@@ -96,6 +98,68 @@ def test_a_moment_that_is_not_carried_owes_nothing(name: str) -> None:
         stepped(f, FORMATS[name], gradients(20), **options)[0] for f in (True, False)
     )
     assert torch.equal(with_it, without)
+
+
+SGD_FORMATS = {
+    "eight bits": "int8(block_size=64)",
+    "four bits": "int4(block_size=64)",
+    "four bits, stochastic": "int4(block_size=64, rounding=stochastic)",
+}
+
+
+def sgd_moved(feedback: bool, first: str, grads, **options) -> tuple[torch.Tensor, CodedOptimizer]:
+    """The parameter after steps of SGD, and the optimizer."""
+    param = Parameter(torch.zeros_like(grads[0]))
+    rule, options = SGD(error_feedback=feedback), {"lr": 0.1, "momentum": 0.9, **options}
+    optimizer = CodedOptimizer([param], rule, {"momentum_buffer": first}, **options)
+    for grad in grads:
+        param.grad = grad.clone()
+        optimizer.step()
+    return param.detach().double(), optimizer
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["polyak", "nesterov"])
+@pytest.mark.parametrize("name", SGD_FORMATS)
+def test_impulses_of_sgd_add_up_to_exact_momentums(name: str, nesterov: bool) -> None:
+    """After 200 steps without gradients: lr / (1 - mu) times the sum of the 40 before.
+
+    That is the geometric series of exact momentum, whatever was stored in between.
+    """
+    grads = gradients(40) + 200 * [torch.zeros(512)]
+    due = -0.1 / (1 - 0.9) * torch.stack(grads).double().sum(0)
+    exact = Parameter(torch.zeros(512, dtype=torch.float64))
+    reference = torch.optim.SGD([exact], lr=0.1, momentum=0.9, nesterov=nesterov)
+    for grad in grads:
+        exact.grad = grad.double()
+        reference.step()
+    torch.testing.assert_close(exact.detach(), due, rtol=1e-7, atol=1e-7)
+    found = {
+        flag: (sgd_moved(flag, SGD_FORMATS[name], grads, nesterov=nesterov)[0] - due).norm()
+        for flag in (False, True)
+    }
+    assert found[True] < 1e-4 * due.norm()
+    assert found[False] > 10 * found[True]
+
+
+def test_sgd_without_momentum_and_in_float32_steps_as_without_it() -> None:
+    for first, options in (("int4(block_size=64)", {"momentum": 0.0}), ("fp32", {})):
+        with_it, without = (sgd_moved(f, first, gradients(5), **options)[0] for f in (True, False))
+        assert torch.equal(with_it, without)
+
+
+def test_sgd_needs_a_momentum_below_one() -> None:
+    with pytest.raises(ValueError, match=r"momentum=1\.0: must be below 1 with error_feedback"):
+        sgd_moved(True, "int8", gradients(1), momentum=1.0)
+    sgd_moved(False, "int8", gradients(1), momentum=1.0)
+
+
+@pytest.mark.parametrize("first", [f for name, f in FORMATS.items() if "values" not in name])
+def test_a_parameter_without_gradients_stays_exactly_zero(first: str) -> None:
+    """A code without a level for zero has an error in update units, but not in the moment."""
+    grads = [grad.index_fill(0, torch.arange(0, 512, 3), 0.0) for grad in gradients(5)]
+    moved, _ = stepped(True, first, grads, "oneq(bits=3, block_size=64)")
+    assert not moved[:, ::3].any()
+    assert moved[:, 1::3].all()
 
 
 @pytest.mark.parametrize("first", ["costate(bits=4)", "costate(bits=1)"])

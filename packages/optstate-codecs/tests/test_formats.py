@@ -1,17 +1,23 @@
 """Formats: round trips, error bounds, symmetry, zero, NaN; and their texts."""
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
 from optstate_codecs import (
     BF16,
     FP8,
     FP32,
+    Adam,
+    CodedOptimizer,
     CoState,
     Dynamic8,
     Int4,
@@ -20,7 +26,15 @@ from optstate_codecs import (
     OneQ,
     parse_format,
 )
-from optstate_codecs.formats import FP16, Format, Linear4, as_format, format_names
+from optstate_codecs.formats import (
+    FP16,
+    Format,
+    Linear4,
+    as_format,
+    format_names,
+    register_format,
+    registry,
+)
 from optstate_codecs.formats.dynamic import value_table
 from optstate_codecs.rounding import Draw
 
@@ -45,6 +59,10 @@ SIGNED = [
     CoState(4, 32),
     CoState(6, 16),
     CoState(3, 64, 0.8, 0.1),
+    CoState(1, 16, levels="normal"),
+    CoState(2, 64, levels="normal"),
+    CoState(3, 32, levels="normal"),
+    CoState(4, 16, levels="normal"),
 ]
 UNSIGNED = [
     Dynamic8(16, signed=False),
@@ -88,7 +106,7 @@ def sample(format: Format, numel: int = 1000, scale: float = 1.0) -> torch.Tenso
 
 def has_zero(format: Format) -> bool:
     """Whether zeros and what is not finite have codes; with one and two bits signs take all."""
-    return not (isinstance(format, CoState) and format.bits < 3)
+    return not (isinstance(format, CoState) and (format.bits < 3 or format.levels == "normal"))
 
 
 def means_its_input(format: Format) -> bool:
@@ -146,7 +164,12 @@ def test_nothing_grows_beyond_a_step_of_the_grid(format: Format, values: list[fl
     assert ((x - y).abs() <= coarsest_step(format) * power + 1e-6 * top + 1e-30).all()
 
 
-@pytest.mark.parametrize("format", [f for f in BOTH if not f.uses_random], ids=ids)
+@pytest.mark.parametrize(
+    # levels that follow the root mean square of the block change with what is stored
+    "format",
+    [f for f in BOTH if not (f.uses_random or getattr(f, "levels", "even") == "normal")],
+    ids=ids,
+)
 @given(values=st.lists(finite, min_size=1, max_size=15))
 @settings(max_examples=40, deadline=None)
 def test_encoding_again_changes_nothing(format: Format, values: list[float]) -> None:
@@ -296,6 +319,47 @@ def test_text_round_trip(format: Format) -> None:
 def test_bad_texts(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         parse_format(text)
+
+
+@dataclass(frozen=True)
+class Doubled(FP32):
+    """A format of a script: twice the moment."""
+
+    name: ClassVar[str] = "doubled"
+
+    def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        parts[0].copy_(x * 2)
+
+    def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0] / 2
+
+
+def test_registered_formats_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = dict(registry._classes())
+    monkeypatch.setattr(registry, "_classes", lambda: known)
+    weight = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match=r"format='doubled': must be one of .*register_format"):
+        CodedOptimizer([weight], Adam(), {"exp_avg": Doubled(), "exp_avg_sq": "fp32"})
+
+    assert register_format(Doubled) is Doubled
+    assert "doubled" in format_names()
+    assert parse_format("doubled(min_elements=2)") == Doubled(min_elements=2)
+    optimizer = CodedOptimizer([weight], Adam(), {"exp_avg": Doubled(), "exp_avg_sq": "fp32"})
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(optimizer.state[weight]["exp_avg"], torch.full((4,), 0.2))
+
+    # defined anew, as in a notebook
+    again = dataclass(frozen=True)(type("Doubled", (Doubled,), {"__module__": __name__}))
+    assert type(parse_format(register_format(again).name)) is again
+
+    with pytest.raises(ValueError, match=r"Other.name='int8': is the name of Int8"):
+        register_format(type("Other", (Doubled,), {"name": "int8"}))
+    with pytest.raises(ValueError, match=r"Other.name='a b': must be letters"):
+        register_format(type("Other", (Doubled,), {"name": "a b"}))
+    with pytest.raises(TypeError, match="must be a subclass of Format"):
+        register_format(Doubled())  # type: ignore[type-var]
+    assert type(parse_format("int8")) is Int8
 
 
 def test_bad_types() -> None:

@@ -91,6 +91,10 @@ HOSTILE = {
     ),
     "rate too large": (group("lr", 10**400), "lr=|too large"),
     "eps an int too large": (group("eps", 10**30), "eps=10+: must be finite"),
+    "decay without a float32": (
+        group("weight_decay", 1e300),
+        r"weight_decay=1e\+300: must be finite and at least 0 and at most 2\*\*60",
+    ),
     "betas cyclic": (_cyclic, "nested too deep"),
     "values nested deeply": (_deep, "nested too deep"),
     "order a fraction": (state("dim_order", torch.tensor(0.5)), "must be from 0 to 1"),

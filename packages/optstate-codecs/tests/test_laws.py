@@ -1,26 +1,15 @@
-"""Every law, for every rule, format and write of this package; and that the laws can fail."""
+"""The laws can fail; ``tests-integration/suite`` checks every optimizer with them."""
 
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from subjects import EXACT, SUBJECTS, adam
+from subjects import EXACT, adam
 from torch.nn import Parameter
 
 from optstate_codecs import Adam, CodedOptimizer, testing
 from optstate_codecs.testing import Subject
-
-CASES = [
-    pytest.param(law, subject, id=f"{subject.name}-{law.__name__}")
-    for subject in SUBJECTS
-    for law in testing.laws_for(subject)
-]
-
-
-@pytest.mark.parametrize(("law", "subject"), CASES)
-def test_law(law: Callable[[Subject], None], subject: Subject) -> None:
-    law(subject)
 
 
 class Drifts(CodedOptimizer):

@@ -1,5 +1,7 @@
 """Byte accounting against sums written by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -78,3 +80,22 @@ def test_subclasses_count_as_what_they_hold() -> None:
     optimizer = torch.optim.SGD([param], lr=0.1)
     optimizer.state[param] = {"both": TwoTensor(torch.zeros(100), torch.zeros(100))}
     assert state_bytes(optimizer) == 800
+
+
+def test_tensors_inside_objects_count() -> None:
+    class Quantized:
+        def __init__(self, numel: int) -> None:
+            self.codes = torch.zeros(numel, dtype=torch.uint8)
+            self.scales = {"fp16": torch.zeros(numel // 32, dtype=torch.float16)}
+            self.owner = self
+
+    optimizer = torch.optim.SGD([Parameter(torch.ones(64))], lr=0.1)
+    (param,) = optimizer.param_groups[0]["params"]
+    optimizer.state[param] = {"exp_avg": Quantized(64), "step": torch.zeros(()), "kind": Quantized}
+    assert state_bytes(optimizer) == 64 + 2 * 2 + 4
+
+
+def test_only_the_family_is_predicted() -> None:
+    optimizer: Any = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(TypeError, match=r"optimizer: SGD, must be .* of the family"):
+        predicted_state_bytes(optimizer)

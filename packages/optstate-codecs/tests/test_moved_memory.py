@@ -3,6 +3,8 @@
 Beside each case ``torch.optim.AdamW`` does the same.
 """
 
+from weakref import ref
+
 import pytest
 import torch
 from subjects import EXACT, SECOND
@@ -121,6 +123,49 @@ def test_a_stale_gradient_is_refused(offloaded: bool) -> None:
         optimizer.step()
     assert torch.equal(param, before)
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("shape", [(20, 16), (40, 16, 1)], ids=str)
+def test_a_gradient_of_another_shape_elsewhere_is_refused(shape) -> None:
+    """With the dtype and, in the dimensions that both have, the strides of the step before."""
+    param = Parameter(torch.ones(40, 16))
+    optimizer = ours([param], CODED)
+    for seed in range(2):
+        step(param, optimizer, seed)
+    assert param.grad is not None
+    param.grad.data = torch.ones(shape)
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=r"gradient of parameter 0: shape .*, must be"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+def test_gradients_are_freed_between_steps() -> None:
+    param = Parameter(torch.ones(40, 16))
+    optimizer = ours([param], CODED)
+    for seed in range(3):
+        step(param, optimizer, seed)
+        grad = ref(param.grad)
+        optimizer.zero_grad()
+        assert grad() is None
+
+
+def test_parameters_exchanged_within_their_group_keep_their_state() -> None:
+    """The list stays the same object, and so do all addresses."""
+    params = [Parameter(torch.ones(40, 16)) for _ in range(2)]
+    optimizer = ours(params)
+    for seed in range(2):
+        params[0].grad, params[1].grad = gradient((40, 16), seed), gradient((40, 16), 9)
+        optimizer.step()
+    first, second = (optimizer.state[param]["exp_avg"] for param in params)
+    members = optimizer.param_groups[0]["params"]
+    members.reverse()
+    members[0].grad, members[1].grad = torch.zeros(40, 16), torch.zeros(40, 16)
+    before = first.clone(), second.clone()
+    optimizer.step()
+    for param, mean, old in zip(params, (first, second), before, strict=True):
+        assert optimizer.state[param]["exp_avg"] is mean
+        alike(mean, old * 0.9)
 
 
 def test_growing_an_offloaded_parameter_leaves_all_as_it_was() -> None:

@@ -44,6 +44,10 @@ FORMATS = {
     "turbo-sign": (CoState(1).spec, OneQ(2).spec),
     "turbo-wide": (CoState(6).spec, OneQ(6).spec),
     "turbo-cut": (CoState(3, 64, 0.8, 0.1).spec, OneQ(4, 64).spec),
+    "flush-1": (CoState(1, 64, levels="normal").spec, OneQ(3, 64).spec),
+    "flush-2": (CoState(2, 64, levels="normal").spec, OneQ(3, 64).spec),
+    "flush-3": (CoState(3, 128, levels="normal").spec, OneQ(4).spec),
+    "flush-4": (CoState(4, 32, levels="normal").spec, OneQ(3, 32).spec),
     "turbo-8": (CoState(3).spec, OneQ(8).spec),
     "4bit-plain": (
         "minifloat(exponent_bits=1, block_size=64, signed=True)",
@@ -107,7 +111,7 @@ def test_same_codes_for_every_format(formats, device) -> None:
 
 
 @pytest.mark.parametrize("device", devices())
-@pytest.mark.parametrize("name", ["turbo", "turbo-sign", "bf16", "fp32"])
+@pytest.mark.parametrize("name", ["turbo", "turbo-sign", "flush-2", "bf16", "fp32"])
 def test_what_rounding_leaves_out_is_delivered_alike(name, device) -> None:
     rule = Adam(decoupled=True, error_feedback=True)
     reference, kernel = pair(FORMATS[name], device, FEW, rule=rule)
@@ -173,6 +177,15 @@ def test_same_codes_for_one_moment_and_none(rule, options, formats, device) -> N
         run(reference, kernel)
         # by the kernel, every one of them
         assert all(not plan.fallback for plan in kernel.optimizer.executor._plans.values())
+
+
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("options", [{"momentum": 0.9, "nesterov": True}, {}], ids=["sgd", "none"])
+def test_what_rounding_leaves_out_of_sgd_is_delivered_alike(options, device) -> None:
+    rule = SGD(error_feedback=True)
+    reference, kernel = pair(("int4(block_size=64)", "fp32"), device, FEW, rule=rule, **options)
+    run(reference, kernel)
+    assert all(not plan.fallback for plan in kernel.optimizer.executor._plans.values())
 
 
 @pytest.mark.parametrize("device", devices())

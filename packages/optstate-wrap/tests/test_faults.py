@@ -15,7 +15,7 @@ SHAPES = ((20, 33), (7,), (900,), (3, 3))
 
 #: what fails, by phase: where it is, and its name
 PHASES = {
-    "keep": (transaction.Transaction, "save"),
+    "keep": (transaction.Transaction, "keep"),
     "load": (store.DeviceStore, "load"),
     "decode": (chunked, "decode_state"),
     "step": (chunked, "unhooked_step"),

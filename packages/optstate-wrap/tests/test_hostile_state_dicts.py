@@ -70,6 +70,7 @@ HOSTILE = {
     "order twice": (coded("order", [0, 0]), r"\['order'\]=\[0, 0\]: must have each dimension"),
     "order outside": (coded("order", [0, 7]), r"\['order'\]=\[0, 7\]: must have each dimension"),
     "order differs": (coded("order", [1, 0]), "differ in shape or order"),
+    "root a dict": (coded("root", {}), r"\['root'\]=\{\}: must be text"),
     "root unknown": (coded("root", "gone"), r"\['root'\]='gone': is no coded moment"),
     "root itself": (coded("root", "exp_avg"), r"\['root'\]='exp_avg': must be the key"),
     "root missing": (coded("root", ""), r"\['root'\]='': must be the key of a second moment"),

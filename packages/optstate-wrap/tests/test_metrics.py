@@ -67,6 +67,8 @@ def test_picture(tmp_path) -> None:
     path = tmp_path / "memory.png"
     plot_memory({"AdamW": 8e6, "int8": [1e6, 5e6]}, path, "state")
     assert path.read_bytes().startswith(b"\x89PNG")
+    plot_memory({"AdamW": 8e6}, path.with_suffix(".svg"))
+    assert "<svg" in path.with_suffix(".svg").read_text()
 
 
 def test_gradient_checkpointing_is_enabled_where_a_model_has_it() -> None:

@@ -1,5 +1,6 @@
 """What several test files need: a small text, small settings, one small finished comparison."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from rich.console import Console
 from optstate.demo.compare import Comparison, compare
 from optstate.demo.data import Corpus
 from optstate.demo.settings import Settings
+
+# a plain module of tests, which importlib mode does not put on the path
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The text: where it comes from, how it is split, and that the seed alone orders it."""
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,3 +76,12 @@ def test_every_start_leaves_room(settings: Settings) -> None:
 def test_cut_takes_consecutive_bytes() -> None:
     text = torch.arange(10, dtype=torch.uint8)
     assert cut(text, torch.tensor([0, 5]), 3).tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
+
+
+def test_without_plays_the_text_is_pythons_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "PLAYS", "no-such-distribution")
+    documents = load_documents(None)
+    assert documents == load_documents(None)
+    assert Path(argparse.__file__).read_bytes() in documents
+    assert sum(map(len, documents)) > 10**6
+    assert "standard library" in data.source_of_text(None)

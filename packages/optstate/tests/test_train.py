@@ -9,10 +9,10 @@ from rich.console import Console
 from lowbit_adam import AdamW8bit
 from optstate.demo.compare import compare
 from optstate.demo.data import Corpus
-from optstate.demo.optimizers import check_usable, with_arguments
 from optstate.demo.record import Run
 from optstate.demo.settings import Settings
 from optstate.demo.train import FLOOR, build_model, evaluation_steps, schedule, train
+from optstate.optimizers import check_usable, with_arguments
 from optstate_codecs.testing import DEFAULTS, torch_defaults
 
 

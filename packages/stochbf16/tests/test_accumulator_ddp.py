@@ -35,6 +35,13 @@ def test_workers_average_their_sums(results: list[dict], view, sync, to_none) ->
         ours = result[f"{view} {sync} {to_none} True"]
         nearest = result[f"{view} {sync} {to_none} False"]
         assert ours["same"]
+        # of each round: 31 or 32 additions, the first gradients being stored where there is no sum;
+        # all three sums at once, but one by one in backwards that reduce
+        first = 0 if to_none else 1
+        reducing = 31 if sync == "every" else 1
+        more = 3 if sync == "every" else 1
+        expected = 3 * reducing + 31 - reducing
+        assert ours["launches"] == [expected, expected + first * more]
         assert len(ours["found"]) == 6
         for vector in ours["found"]:
             assert abs(vector["bias"]) < 0.02

@@ -14,6 +14,7 @@ SHAPES = ((12, 16), (131,), (90,), (33,), ())
 SETTINGS = {
     "default": {},
     "flushed": {"error_feedback": True},
+    "flushed-2-and-3": {"error_feedback": True, "m_bits": 2, "block_size": 64},
     "smallest": {"m_bits": 1, "v_bits": 2, "error_feedback": True},
     "first-only": {"compress_v": False, "m_bits": 2},
     "second-only": {"compress_m": False, "v_bits": 6},

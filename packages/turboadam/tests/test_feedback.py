@@ -37,7 +37,8 @@ def apart(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
 def test_all_that_is_lost_is_delivered(m_bits: int, exact: torch.Tensor) -> None:
     options = {"m_bits": m_bits, "compress_v": False}
     shorter, far = apart(moved(TurboAdam, error_feedback=True, **options), exact)
-    assert abs(shorter) < (0.02 if m_bits == 1 else 0.005)
+    # the moment that is stored in the end is larger with coarser levels, and has steps to go
+    assert abs(shorter) < {1: 0.02, 2: 0.01}.get(m_bits, 0.005)
     assert far < 0.03
     _, without = apart(moved(TurboAdam, **options), exact)
     assert without > 10 * far

@@ -5,6 +5,11 @@ import inspect
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import Parameter
 
 from optstate_codecs import decode_state, memory_report, predicted_state_bytes, state_bytes
@@ -67,7 +72,12 @@ def test_bits_per_parameter(m_bits: int, v_bits: int, switches) -> None:
 
 @pytest.mark.parametrize(
     ("options", "bits"),
-    [({}, 7.25), ({"m_bits": 1}, 4.25), ({"m_bits": 2}, 5.25)],
+    [
+        ({}, 7.25),
+        ({"m_bits": 1}, 4.25),
+        ({"m_bits": 2}, 5.25),
+        ({"m_bits": 2, "error_feedback": True, "block_size": 64}, 5.5),
+    ],
 )
 def test_default_and_smallest_are_stored_in_what_is_said(options, bits: float) -> None:
     _, optimizer = stepped((4096, 4096), **options)
@@ -136,6 +146,59 @@ def test_settings_of_groups() -> None:
         assert sum(v.numel() * v.element_size() for v in stored) == expected * 5120 / 8
     chosen = optimizer.group_formats(optimizer.param_groups[2])["exp_avg"]
     assert (chosen.amp_pct, chosen.null_pct) == (0.7, 0.2)
+
+
+FED_BACK = {"error_feedback": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "levels"),
+    [
+        ({}, "even"),
+        ({"m_rounding": "nearest"}, "normal"),
+        *((({**FED_BACK, "m_bits": bits}), "normal") for bits in (1, 2, 3, 4)),
+        # settings that only even levels have
+        ({**FED_BACK, "m_bits": 6}, "even"),
+        ({**FED_BACK, "amp_pct": 0.8}, "even"),
+        ({**FED_BACK, "null_pct": 0.1}, "even"),
+        ({**FED_BACK, "m_rounding": "stochastic"}, "even"),
+    ],
+)
+def test_error_feedback_selects_the_levels(options: dict, levels: str) -> None:
+    _, optimizer = stepped((5000,), **options)
+    assert optimizer.group_formats(optimizer.param_groups[0])["exp_avg"].levels == levels
+
+
+def test_checkpoints_of_other_levels_are_encoded_anew() -> None:
+    """Those of error feedback with stochastic rounding, too: the default was another once."""
+    param, optimizer = stepped((5000,), 5, error_feedback=True, m_rounding="stochastic")
+    other = TurboAdam([param], error_feedback=True)
+    other.load_state_dict(optimizer.state_dict())
+    assert "m_rounding" not in optimizer.param_groups[0]
+    assert other.param_groups[0]["m_rounding"] is None
+    expected, found = (decode_state(o, param)["exp_avg"] for o in (optimizer, other))
+    assert not torch.equal(expected, found)
+    assert_close("first moment", expected, found, 0.12)
+    param.grad = torch.ones(5000)
+    other.step()
+
+
+def test_flattened_checkpoints_of_other_levels_are_refused() -> None:
+    """Flattening drops the formats, and codes have the same size."""
+    module = torch.nn.Linear(80, 80, bias=False)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+
+    def optimizer(**given) -> TurboAdam:
+        optimizer = TurboAdam(module.parameters(), **given)
+        module.weight.grad = torch.ones(80, 80)
+        optimizer.step()
+        return optimizer
+
+    nearest, stochastic = optimizer(error_feedback=True), optimizer()
+    for ours, theirs in ((nearest, stochastic), (stochastic, nearest)):
+        saved = get_optimizer_state_dict(module, theirs, options=options)
+        with pytest.raises((KeyError, ValueError), match=r"m_rounding|exp_avg_codes"):
+            set_optimizer_state_dict(module, ours, saved, options=options)
 
 
 def test_null_is_zero_and_a_share_of_what_there_is() -> None:
@@ -234,6 +297,17 @@ BAD = [
     ({"amp_pct": 0.0}, ValueError, "amp_pct=0.0: must be"),
     ({"amp_pct": 1.5, "compress_m": False}, ValueError, "amp_pct=1.5: must be"),
     ({"amp_pct": 0.9, "m_bits": 1}, ValueError, "amp_pct=0.9: must be None with m_bits=1"),
+    ({"m_rounding": "up"}, ValueError, "m_rounding='up': must be one of 'stochastic', 'nearest'"),
+    (
+        {"m_rounding": "nearest", "m_bits": 6},
+        ValueError,
+        "m_rounding='nearest': must be None or 'stochastic' with m_bits=6",
+    ),
+    (
+        {"m_rounding": "nearest", "amp_pct": 0.7},
+        ValueError,
+        "m_rounding='nearest': must be None or 'stochastic' with amp_pct=0.7",
+    ),
     ({"min_m_compress_elements": -1}, ValueError, "min_m_compress_elements=-1: must be from 0"),
     ({"min_v_compress_elements": 0.5}, TypeError, "min_v_compress_elements=0.5: must be an int"),
     ({"master_weight_bits": 16}, ValueError, "master_weight_bits=16: must be None, 24 or 32"),
@@ -258,7 +332,7 @@ def test_bad_arguments(options, error, words) -> None:
         TurboAdam([Parameter(torch.ones(3))], **options)
 
 
-@pytest.mark.parametrize(("options", "error", "words"), BAD[:14])
+@pytest.mark.parametrize(("options", "error", "words"), BAD[:17])
 def test_bad_groups_change_nothing(options, error, words) -> None:
     optimizer = TurboAdam([Parameter(torch.ones(3))])
     with pytest.raises(error, match=words):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from optstate_codecs import FP8, Adam, CodedOptimizer, Dynamic8, Format, Int4, Minifloat, checks
-from optstate_codecs.formats import as_format
+from optstate_codecs.formats import CoState, as_format
 from optstate_codecs.writes import write_named
 
 __all__ = [
@@ -54,6 +54,7 @@ class _CodedAdam(CodedOptimizer):
     storage_options = ("block_size", "formats")
     decoupled: ClassVar[bool] = False
     default_block_size: ClassVar[int] = 2048
+    error_feedback: bool = False
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class _CodedAdam(CodedOptimizer):
     ) -> None:
         super().__init__(
             params,
-            Adam(decoupled=self.decoupled),
+            Adam(decoupled=self.decoupled, error_feedback=self.error_feedback),
             _checked({} if formats is None else formats),
             lr=lr,
             betas=betas,
@@ -156,7 +157,7 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = Adam8bit(model.parameters(), lr=1e-3)
     """
 
@@ -164,11 +165,14 @@ class Adam8bit(_Dynamic8Moments, _CodedAdam):
 class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
     """AdamW with 8 bits per moment (16 + 64 / block_size bits per parameter).
 
-    Arguments are those of ``Adam8bit``. Weight decay is decoupled (Loshchilov & Hutter,
-    arXiv:1711.05101), 1e-2 by default: the parameter is multiplied by ``1 - lr * weight_decay``
-    before the step.
+    Weight decay is decoupled (Loshchilov & Hutter, arXiv:1711.05101). Other arguments are those of
+    ``Adam8bit``.
 
-    Example:
+    Args:
+        weight_decay: the parameter is multiplied by ``1 - lr * weight_decay`` before the step; at
+            least 0.
+
+    Examples:
         >>> optimizer = AdamW8bit(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
 
@@ -176,7 +180,7 @@ class AdamW8bit(_Dynamic8Moments, _CodedAdamW):
 class Adam8(Adam8bit):
     """``Adam8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
 
-    Example:
+    Examples:
         >>> optimizer = Adam8(model.parameters(), lr=1e-3)
     """
 
@@ -188,7 +192,7 @@ class AdamW8(AdamW8bit):
     then import bitsandbytes: ``create_loraplus_optimizer`` of PEFT, and the kohya scripts. State
     dicts of the two classes are the same.
 
-    Example:
+    Examples:
         >>> optimizer = create_loraplus_optimizer(
         ...     model, AdamW8, lr=2e-4, loraplus_lr_ratio=16
         ... )
@@ -197,6 +201,12 @@ class AdamW8(AdamW8bit):
 
 class _FourBitMoments(CodedOptimizer):
     default_block_size: ClassVar[int] = 128
+
+    def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
+        formats = super().group_formats(group)
+        if self.rule.has_error_feedback and "exp_avg" not in group["formats"]:
+            formats["exp_avg"] = CoState(4, group["block_size"], levels="normal")
+        return formats
 
     @classmethod
     def moment_formats(cls, block_size: int) -> tuple[Format, Format]:
@@ -212,24 +222,72 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
     lengths are within 5 % of exact Adam's, and shorter where second moments in one block differ by
     a factor of more than 1,000.
 
-    Arguments are those of ``Adam8bit``. ``block_size`` is 128 by default, 8.25 bits per
-    parameter; 64 takes 8.5 bits and follows unequal gradients more closely. The second moment as
-    published by Li et al., arXiv:2309.01507, is
-    ``formats={"exp_avg_sq": "linear4(normalization=rank1)"}``.
+    The second moment as published by Li et al., arXiv:2309.01507, is
+    ``formats={"exp_avg_sq": "linear4(normalization=rank1)"}``. Other arguments are those of
+    ``Adam8bit``.
 
-    Example:
+    ``error_feedback=True`` applies the rounding error of the first moment to the parameter in the
+    same step, so that the sum of all steps stays Adam's; nothing is stored for it. The error is
+    multiplied by beta1 / (1 - beta1), so the first moment is then rounded to the nearest of the
+    levels with the smallest squared error, ``costate(bits=4, levels=normal)``, unless ``formats``
+    names another.
+
+    Args:
+        amsgrad: divide by the largest second moment so far; 4 more bits per parameter.
+        block_size: elements that share a scale, a power of two from 16 to 8192; default 128, 8.25
+            bits per parameter. 64 takes 8.5 bits and follows unequal gradients more closely. Can be
+            set per group.
+
+    Examples:
         >>> optimizer = Adam4bit(model.parameters(), lr=1e-3)
     """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        error_feedback: bool = False,
+        **options: Any,
+    ) -> None:
+        # ``_CodedAdam`` reads it when it creates the rule
+        self.error_feedback = checks.flag("error_feedback", error_feedback)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
 class AdamW4bit(_FourBitMoments, _CodedAdamW):
     """AdamW with 4 bits per moment (8 + 32 / block_size bits per parameter).
 
-    ``Adam4bit`` with the decoupled weight decay of ``AdamW8bit``.
+    ``Adam4bit`` with the decoupled weight decay of ``AdamW8bit``. Other arguments are those of
+    ``Adam4bit``.
 
-    Example:
+    Args:
+        weight_decay: the parameter is multiplied by ``1 - lr * weight_decay`` before the step; at
+            least 0.
+
+    Examples:
         >>> optimizer = AdamW4bit(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        error_feedback: bool = False,
+        **options: Any,
+    ) -> None:
+        # ``_CodedAdam`` reads it when it creates the rule
+        self.error_feedback = checks.flag("error_feedback", error_feedback)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
 class _Fp8Moments(CodedOptimizer):
@@ -245,7 +303,7 @@ class AdamFp8(_Fp8Moments, _CodedAdam):
     integer arithmetic, so that FP8 hardware is not needed. The second needs finer steps than e4m3
     has and is stored as in ``Adam8bit``. Arguments are those of ``Adam8bit``.
 
-    Example:
+    Examples:
         >>> optimizer = AdamFp8(model.parameters(), lr=1e-3)
     """
 
@@ -253,8 +311,8 @@ class AdamFp8(_Fp8Moments, _CodedAdam):
 class AdamWFp8(_Fp8Moments, _CodedAdamW):
     """AdamW with FP8 state (16 + 64 / block_size bits per parameter), on any device.
 
-    ``AdamFp8`` with the decoupled weight decay of ``AdamW8bit``.
+    ``AdamFp8`` with decoupled weight decay. Arguments are those of ``AdamW8bit``.
 
-    Example:
+    Examples:
         >>> optimizer = AdamWFp8(model.parameters(), lr=3e-4, weight_decay=0.1)
     """

@@ -45,10 +45,15 @@ class Lion8bit(_Momentum8):
     """Lion with 8 bits of momentum (8 + 32 / block_size bits per parameter).
 
     Lion is by Chen et al., arXiv:2302.06675; weight decay is decoupled. The momentum is stored in
-    the dynamic exponent map of Dettmers et al., arXiv:2110.02861, rounded stochastically. The
-    keyword-only arguments are those of ``Adam8bit`` except ``formats``.
+    the dynamic exponent map of Dettmers et al., arXiv:2110.02861, rounded stochastically.
+    Other arguments are those of ``Adam8bit``, except ``eps``, ``amsgrad`` and ``formats``.
 
-    Example:
+    Args:
+        betas: weights of the momentum in the step and in its running mean, each in [0, 1).
+        weight_decay: the parameter is multiplied by ``1 - lr * weight_decay`` before the step; at
+            least 0.
+
+    Examples:
         >>> optimizer = Lion8bit(model.parameters(), lr=1e-4, weight_decay=0.1)
     """
 
@@ -68,10 +73,16 @@ class Lion8bit(_Momentum8):
 class SGD8bit(_Momentum8):
     """SGD with 8 bits of momentum (8 + 32 / block_size bits per parameter; 0 without momentum).
 
-    Arguments and steps are those of ``torch.optim.SGD``, with coupled weight decay. The momentum
-    is stored as in ``Lion8bit``, which has the same keyword-only arguments.
+    Steps are those of ``torch.optim.SGD``, with coupled weight decay. The momentum is stored as in
+    ``Lion8bit``. Other arguments are those of ``Lion8bit``, except ``betas``.
 
-    Example:
+    Args:
+        momentum: factor of the momentum buffer, at least 0; 0 stores none.
+        dampening: the gradient enters the buffer times ``1 - dampening``.
+        weight_decay: added to the gradient times the parameter (coupled), at least 0.
+        nesterov: Nesterov momentum; needs ``momentum`` above 0 and no ``dampening``.
+
+    Examples:
         >>> optimizer = SGD8bit(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     """
 
@@ -101,7 +112,7 @@ class SGD8bit(_Momentum8):
 class Lion8(Lion8bit):
     """``Lion8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
 
-    Example:
+    Examples:
         >>> optimizer = Lion8(model.parameters(), lr=1e-4, weight_decay=0.1)
     """
 
@@ -109,6 +120,6 @@ class Lion8(Lion8bit):
 class SGD8(SGD8bit):
     """``SGD8bit`` under a name that other libraries do not take for bitsandbytes', see ``AdamW8``.
 
-    Example:
+    Examples:
         >>> optimizer = SGD8(model.parameters(), lr=0.1, momentum=0.9)
     """

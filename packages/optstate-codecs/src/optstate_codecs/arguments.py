@@ -24,7 +24,7 @@ def arguments_of(cls: type, rule_type: type | None = None) -> dict[str, Any]:
         cls: of the family, or any optimizer whose constructor has annotations or defaults.
         rule_type: the rule's class, if ``cls`` has no ``rule_type``.
 
-    Example:
+    Examples:
         >>> arguments_of(torch.optim.SGD)["nesterov"]
         <class 'bool'>
     """

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _LARGE = 1 << 63
+_LARGEST = 2.0**60
 
 
 def _number(name: str, value: Any) -> float | None:
@@ -52,10 +53,14 @@ def _number(name: str, value: Any) -> float | None:
 
 
 def nonnegative(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number or one-element tensor of at least zero."""
+    """Raise unless ``value`` is a finite number or one-element tensor from 0 to 2^60.
+
+    The product of two such numbers is still a float32 number.
+    """
     number = _number(name, value)
-    if number is not None and not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"{name}={value!r}: must be finite and at least 0")
+    if number is not None and not 0.0 <= number <= _LARGEST:
+        most = " and at most 2**60" if _LARGEST < number < math.inf else ""
+        raise ValueError(f"{name}={value!r}: must be finite and at least 0{most}")
 
 
 def positive(name: str, value: Any) -> float:

@@ -35,7 +35,7 @@ def adam_state_dict(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, 
         KeyError: an entry is missing; the message names it.
         TypeError, ValueError: an entry is of another type, or wrong.
 
-    Example:
+    Examples:
         >>> adam_state_dict(theirs, lambda number, stored, group: their_decode(stored))
     """
     check_structure(state_dict)

@@ -44,7 +44,7 @@ TO_NEXT = 1.25 * 2.0**-24
 def taken(step: float) -> int:
     """The number of steps that the count ``step``, from ``state["step"]``, stands for.
 
-    Example:
+    Examples:
         >>> taken(2.0**24 + 4)
         16777218
     """

@@ -23,26 +23,32 @@ STEP_BYTES = 4
 ORDER_BYTES = 8
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor in a value; ``seen`` has the objects that were looked into."""
     if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
         # a subclass without storage of its own; some libraries keep state in these
         for name in value.__tensor_flatten__()[0]:
-            yield from _tensors(getattr(value, name))
+            yield from _tensors(getattr(value, name), seen)
     elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+            yield from _tensors(item, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type) and id(value) not in seen:
+        # other libraries keep state in objects of their own
+        seen.add(id(value))
+        yield from _tensors(vars(value), seen)
 
 
 def storage_bytes(values: Any) -> int:
     """Bytes of the storages of tensors, each counted once and whole.
 
     Args:
-        values: tensors, in lists, tuples and dicts; of a ``DTensor`` its shard counts.
+        values: tensors, in lists, tuples, dicts and attributes of objects; of a ``DTensor`` its
+            shard counts.
     """
     storages = {}
-    for tensor in _tensors(values):
+    for tensor in _tensors(values, set()):
         storage = tensor.untyped_storage()
         if storage.nbytes():
             storages[(tensor.device, storage.data_ptr() or id(tensor))] = storage.nbytes()
@@ -52,7 +58,8 @@ def storage_bytes(values: Any) -> int:
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of every tensor in ``optimizer.state``, each storage counted once and whole.
 
-    Works for any ``torch.optim.Optimizer``.
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
     """
     return storage_bytes(dict(optimizer.state))
 
@@ -64,9 +71,19 @@ def predicted_state_bytes(optimizer: StateOwner) -> int:
     parameter, and 8 for the order of dimensions (``dim_order``) if blocks follow one of several.
     Of a ``DTensor`` the shard of this process counts.
 
+    Args:
+        optimizer: an optimizer of the family, before or after its first step.
+
     Raises:
-        TypeError: a parameter is of a class that the optimizer does not step.
+        TypeError: the optimizer is not of the family, or a parameter is of a class that it does
+            not step.
     """
+    given: object = optimizer
+    if not hasattr(given, "group_formats"):
+        raise TypeError(
+            f"optimizer: {type(given).__name__}, must be an optimizer of the family; of any other, "
+            "state_bytes(optimizer) counts the state after a step"
+        )
     check_params(optimizer)
     total = 0
     for group in optimizer.param_groups:
@@ -104,7 +121,11 @@ class MemoryReport:
 
 
 def memory_report(optimizer: Optimizer) -> MemoryReport:
-    """Count the present bytes of any optimizer's parameters, gradients and state."""
+    """Count the present bytes of parameters, gradients and state.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
+    """
     params = list(dict.fromkeys(p for group in optimizer.param_groups for p in group["params"]))
     return MemoryReport(
         parameters=sum(local_of(param).numel() for param in params),

@@ -75,7 +75,7 @@ class CodedOptimizer(torch.optim.Optimizer):
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
 
-    Example:
+    Examples:
         >>> formats = {"exp_avg": "bf16", "exp_avg_sq": "fp32"}
         >>> optimizer = CodedOptimizer(model.parameters(), Adam(), formats, lr=3e-4)
     """

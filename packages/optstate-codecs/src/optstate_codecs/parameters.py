@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -35,84 +34,12 @@ from optstate_codecs.sharding import (
 from optstate_codecs.state.building import counts_on_device, share_steps
 from optstate_codecs.state.conform import StateForm, conformed, has_state, own_keys
 from optstate_codecs.state.owner import StateOwner
+from optstate_codecs.step_columns import CachedSteps, Gradients, GroupColumns, Row, StepCache
 from optstate_codecs.writes import parameter_write
 
-__all__ = ["Gradients", "GroupSpec", "ParameterTable", "StateSpec"]
+__all__ = ["GroupSpec", "ParameterTable", "StateSpec", "check_grad"]
 
 Groups = Sequence[Mapping[str, Any]]
-# a parameter's index counted over all groups, its group's number, itself, and its gradient if any
-Row = tuple[int, int, Tensor, Tensor | None]
-# cached sets of parameters; a GradientRelease steps one set per span of parameters
-MAX_CACHED = 256
-
-
-@dataclass(eq=False)
-class Gradients:
-    """The parameters that a step takes and their gradients, by column.
-
-    Attributes:
-        indices: of the parameters, counted over all groups.
-        groups: the number of each parameter's group.
-        params: the parameters, as in the groups.
-        grads: their gradients; of DTensors the local shards.
-        addresses: of the gradients' first elements.
-        layouts: the dtype and strides of each gradient.
-    """
-
-    indices: list[int]
-    groups: list[int]
-    params: list[Tensor]
-    grads: list[Tensor]
-    addresses: list[int] = field(default_factory=list)
-    layouts: list[Any] = field(default_factory=list)
-
-    @property
-    def rows(self) -> list[Row]:
-        """The first four columns, one row per parameter."""
-        return list(zip(self.indices, self.groups, self.params, self.grads, strict=True))
-
-
-class _CachedSteps:
-    """The parameter steps of a set of parameters, by column, to be compared at the next step.
-
-    The host limits a step of many small tensors, and a list comprehension over one column takes a
-    fraction of the time of a loop over rows with calls in it.
-    """
-
-    def __init__(self, given: Gradients, spec: StateSpec, param_steps: list[ParamStep]) -> None:
-        self.addresses, self.layouts = given.addresses, given.layouts
-        self.param_steps = param_steps
-        self._params, self._specs = given.params, spec.specs
-        self._states = [param_step.state for param_step in param_steps]
-        self._used = [
-            (param_step.state, itemgetter(*param_step.keys, "step")) for param_step in param_steps
-        ]
-        self._sharded = any_distributed(given.params)
-        self._memory = self._memory_now()
-
-    def valid(self, given: Gradients, spec: StateSpec) -> bool:
-        """Whether parameters, state and formats are the same, with the same memory and strides."""
-        if not (
-            len(spec.specs) == len(self._specs)
-            and all(map(is_, spec.specs, self._specs))
-            and all(map(is_, given.params, self._params))
-            and all(map(is_, map(spec.states.get, given.params), self._states))
-        ):
-            return False
-        try:
-            return self._memory == self._memory_now()
-        except (KeyError, AttributeError):
-            return False
-
-    def _memory_now(self) -> tuple[list[Any], ...]:
-        params = list(map(local_of, self._params)) if self._sharded else self._params
-        return (
-            [len(state) for state, _ in self._used],
-            [param.data_ptr() for param in params],
-            [param.shape for param in params],
-            [param.stride() for param in params],
-            [value.data_ptr() for state, get in self._used for value in get(state)[:-1]],
-        )
 
 
 class GroupSpec(NamedTuple):
@@ -152,8 +79,8 @@ class ParameterTable:
         # indices of parameters with state on another device, which may be read but not stepped
         self._not_steppable: set[int] = set()
         self._specs: dict[int, GroupSpec] = {}
-        # by the indices of the parameters that had gradients
-        self._cached: dict[tuple[int, ...], _CachedSteps] = {}
+        self._columns: GroupColumns | None = None
+        self._cached = StepCache()
         # each parameter's group, position in the group, and index
         self._positions: dict[Tensor, tuple[int, int, int]] = {}
         # of DTensors, by index: the group's formats, and those of the parameter
@@ -211,47 +138,39 @@ class ParameterTable:
         Raises:
             TypeError, ValueError: a gradient is unusable; the message names it.
         """
-        if given is None:
-            every = [(n, p) for n, group in enumerate(groups) for p in group["params"]]
-            grads = [param.grad for _, param in every]
-            indices = [index for index, grad in enumerate(grads) if grad is not None]
-            chosen = [grad for grad in grads if grad is not None]
-            numbers = [every[index][0] for index in indices]
-            params = [every[index][1] for index in indices]
-        else:
-            # not all parameters are listed: steps of parts take few of them each
-            indices = sorted(given)
-            chosen = [given[index] for index in indices]
-            starts = list(accumulate((len(group["params"]) for group in groups), initial=0))
-            numbers = [bisect_right(starts, index) - 1 for index in indices]
-            places = zip(numbers, indices, strict=True)
-            params = [groups[n]["params"][index - starts[n]] for n, index in places]
-        found = Gradients(indices, numbers, params, chosen)
-        sharded = any_distributed(chosen)
-        if sharded:
-            columns = zip(indices, found.params, chosen, strict=True)
-            found.grads = chosen = [local_grad(*row) for row in columns]
-        if any(grad.layout is not torch.strided for grad in chosen):
-            self._check(found, sharded)
-        addresses = [grad.data_ptr() for grad in chosen]
-        layouts = [(grad.dtype, grad.stride()) for grad in chosen]
-        last = self._cached.get(tuple(indices))
+        found = self._present(groups) if given is None else _of_parts(groups, given)
+        found.localize()
+        try:
+            found.read()
+        except RuntimeError:
+            if any(grad.layout is not torch.strided for grad in found.grads):
+                self._check(found)
+            raise
+        last = self._cached.find(found)
         # gradients with the addresses and layouts of valid ones are valid; where a parameter has
         # changed, its ParamStep is made again, which checks its gradient
-        if last is None or last.addresses != addresses or last.layouts != layouts:
-            self._check(found, sharded)
-        if last is not None and last.layouts == layouts:
-            layouts = last.layouts
+        if last is not None and last.same_layouts(found):
+            found.layouts = last.layouts
+            if last.addresses != found.addresses and not last.fit(found):
+                self._check(found)
+        else:
+            self._check(found)
+            found.layouts = list(zip(found.dtypes, found.strides, strict=True))
         if last is not None:
-            last.addresses, last.layouts = addresses, layouts
-        found.addresses, found.layouts = addresses, layouts
+            last.note(found)
         return found
 
+    def _present(self, groups: Groups) -> Gradients:
+        """The parameters that have a gradient in ``param.grad``."""
+        if self._columns is None or not self._columns.valid(groups):
+            self._columns = GroupColumns(groups)
+        return self._columns.gradients()
+
     @staticmethod
-    def _check(found: Gradients, sharded: bool) -> None:
+    def _check(found: Gradients) -> None:
         params, grads = found.params, found.grads
         if any_distributed(params):
-            if not sharded:
+            if not found.sharded:
                 grads = list(map(local_grad, found.indices, params, grads))
             params = list(map(local_of, params))
         for index, param, grad in zip(found.indices, params, grads, strict=True):
@@ -279,15 +198,11 @@ class ParameterTable:
 
     def cached_param_steps(self, given: Gradients, spec: StateSpec) -> list[ParamStep]:
         """``param_steps`` for the parameters of a step; the same list where nothing has changed."""
-        key = tuple(given.indices)
-        last = self._cached.get(key)
-        if last is not None and last.valid(given, spec):
+        last = self._cached.find(given)
+        if last is not None and last.valid(given, spec.specs, spec.states):
             return last.param_steps
         param_steps = self.param_steps(given.rows, spec)
-        if len(self._cached) >= MAX_CACHED:
-            # models that route have ever new sets of parameters with gradients
-            self._cached.clear()
-        self._cached[key] = _CachedSteps(given, spec, param_steps)
+        self._cached.put(given, CachedSteps(given, spec.specs, param_steps))
         return param_steps
 
     def param_steps(self, rows: Sequence[Row], spec: StateSpec) -> list[ParamStep]:
@@ -366,6 +281,16 @@ class ParameterTable:
             allowed = (device or form.param.device, form.param.device)
             steppable = all(param_step.state[k].device in allowed for k in param_step.keys[1:])
             (self._not_steppable.discard if steppable else self._not_steppable.add)(form.index)
+
+
+def _of_parts(groups: Groups, given: Mapping[int, Tensor]) -> Gradients:
+    """The parameters with the gradients ``given`` by index, without listing all parameters."""
+    indices = sorted(given)
+    starts = list(accumulate((len(group["params"]) for group in groups), initial=0))
+    numbers = [bisect_right(starts, index) - 1 for index in indices]
+    places = zip(numbers, indices, strict=True)
+    params = [groups[n]["params"][index - starts[n]] for n, index in places]
+    return Gradients(indices, numbers, params, [given[index] for index in indices])
 
 
 def check_grad(index: int, param: Tensor, grad: Tensor) -> None:

@@ -32,7 +32,7 @@ def plain_value(value: Any) -> Any:
     ints, floats and bools; a sequence that is neither tuple nor list becomes a tuple; dicts, lists
     and tuples are converted inside. Tensors and everything else are returned as they are.
 
-    Example:
+    Examples:
         >>> plain_value({"lr": numpy.float64(0.5), "betas": [numpy.float32(0.5), 0.75]})
         {'lr': 0.5, 'betas': [0.5, 0.75]}
     """

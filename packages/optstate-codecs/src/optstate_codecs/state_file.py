@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from optstate_codecs.json_values import JsonReader, JsonWriter, is_pair
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.sharding import is_distributed
 
-__all__ = ["load_safetensors", "save_safetensors"]
+__all__ = ["SavedState", "load_safetensors", "read_safetensors", "save_safetensors"]
 
 #: of the entry in the header; a file of another version is refused
 FORMAT_VERSION = 1
@@ -36,6 +37,23 @@ FIELDS: dict[str, type] = {
     "shapes": list,
 }
 PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The content of a file of ``save_safetensors``.
+
+    Attributes:
+        optimizer: the name of the class that was saved.
+        package: the name and version of the package that wrote it.
+        shapes: of the parameters, in order.
+        state_dict: the packed state dict.
+    """
+
+    optimizer: str
+    package: str
+    shapes: list[list[int]]
+    state_dict: dict[str, Any]
 
 
 def save_safetensors(optimizer: CodedOptimizer, path: PathLike) -> None:
@@ -54,7 +72,7 @@ def save_safetensors(optimizer: CodedOptimizer, path: PathLike) -> None:
             state cannot be written as JSON; the message names it.
         OSError: the file cannot be written.
 
-    Example:
+    Examples:
         >>> save_safetensors(optimizer, "optimizer.safetensors")
     """
     library = _library()
@@ -99,11 +117,39 @@ def load_safetensors(optimizer: CodedOptimizer, path: PathLike) -> None:
         ValueError, KeyError: the file is truncated, of another program or version, or does not fit
             the optimizer; the message says where, and nothing has changed.
 
-    Example:
+    Examples:
         >>> load_safetensors(optimizer, "optimizer.safetensors")
     """
-    library = _library()
+    _library()
     _check(optimizer, "loaded")
+    saved = read_safetensors(path)
+    where, groups = os.fspath(path), saved.state_dict["param_groups"]
+    _check_params(where, optimizer, groups, saved.shapes)
+    try:
+        optimizer.load_state_dict(saved.state_dict)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        text = error.args[0] if error.args else error
+        kind = KeyError if isinstance(error, KeyError) else ValueError
+        raise kind(f"{where}: {text}") from error
+
+
+def read_safetensors(path: PathLike) -> SavedState:
+    """What ``save_safetensors`` has saved, with its tensors on the CPU.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError, KeyError: the file is truncated, or of another program or version; the message
+            says where.
+
+    Example:
+        >>> read_safetensors("optimizer.safetensors").optimizer
+        'AdamW8bit'
+    """
+    library = _library()
     where = os.fspath(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{where}: no such file")
@@ -122,13 +168,12 @@ def load_safetensors(optimizer: CodedOptimizer, path: PathLike) -> None:
     except RecursionError as error:
         raise ValueError(f"{where}: header: nested too deep") from error
     _check_groups(where, groups)
-    _check_params(where, optimizer, groups, header["shapes"])
-    try:
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        text = error.args[0] if error.args else error
-        kind = KeyError if isinstance(error, KeyError) else ValueError
-        raise kind(f"{where}: {text}") from error
+    return SavedState(
+        header["optimizer"],
+        str(header.get("package", "")),
+        header["shapes"],
+        {"state": state, "param_groups": groups},
+    )
 
 
 def _library() -> Any:

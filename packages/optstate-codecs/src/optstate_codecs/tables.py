@@ -40,7 +40,7 @@ def cached_table(
     Args:
         maxsize: how many tensors are cached; None: all.
 
-    Example:
+    Examples:
         >>> @cached_table()
         ... def levels(device: torch.device) -> Tensor:
         ...     return torch.tensor([0.5, 1.5], dtype=torch.float32, device=device)

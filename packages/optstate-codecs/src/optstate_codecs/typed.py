@@ -39,7 +39,7 @@ def typed_arguments(cls: type, given: Mapping[str, Any] | str) -> dict[str, Any]
         TypeError: ``cls`` does not take an argument, or text cannot express it.
         ValueError: a text is not of the argument's type.
 
-    Example:
+    Examples:
         >>> typed_arguments(torch.optim.AdamW, "lr=3e-4,betas=(0.9,0.95),fused=none")
         {'lr': 0.0003, 'betas': (0.9, 0.95), 'fused': None}
     """

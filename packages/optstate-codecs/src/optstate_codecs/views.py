@@ -30,7 +30,7 @@ def decode_state(optimizer: CodedOptimizer, param: Tensor) -> dict[str, Tensor]:
     Raises:
         KeyError: the parameter is not the optimizer's.
 
-    Example:
+    Examples:
         >>> decode_state(optimizer, model.weight)["exp_avg"].norm()
     """
     optimizer.group_of(param)
@@ -52,7 +52,7 @@ def master_weights(optimizer: CodedOptimizer, param: Tensor) -> Tensor:
     Raises:
         KeyError: the parameter is not the optimizer's.
 
-    Example:
+    Examples:
         >>> fp32_weights = master_weights(optimizer, model.weight)
     """
     optimizer.group_of(param)
@@ -92,7 +92,7 @@ def master_state_dict(
     Raises:
         ValueError: the model has no parameter of the optimizer.
 
-    Example:
+    Examples:
         >>> save_file(master_state_dict(optimizer, model, device="cpu"), "model.safetensors")
     """
     own = {param for group in optimizer.param_groups for param in group["params"]}

@@ -42,7 +42,7 @@ def wrapped_class(
         TypeError: ``optimizer_class`` is no class of optimizers or one of wrappers, or an option
             is unknown. Values of options are checked when an optimizer is made.
 
-    Example:
+    Examples:
         >>> cls = wrapped_class(torch.optim.AdamW, WarmupPolicy(100), fused=True)
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(cls, {"lr": 2e-5}))
     """

@@ -32,7 +32,7 @@ class Codec:
     Args:
         format: a format or its text; None stores each tensor as the optimizer made it.
 
-    Example:
+    Examples:
         >>> Codec("int8(block_size=64)").nbytes(4096)
         4352
     """
@@ -79,21 +79,33 @@ class FP32Codec(Codec):
 
 
 class FP16Codec(Codec):
-    """Float16 with a scale per block, for first moments; see ``optstate_codecs.formats.FP16``."""
+    """Float16 with a scale per block, for first moments; see ``optstate_codecs.formats.FP16``.
+
+    Args:
+        block_size: elements that share a scale, a power of two from 16 to 8192.
+    """
 
     def __init__(self, block_size: int = 2048) -> None:
         super().__init__(FP16(block_size))
 
 
 class BF16Codec(Codec):
-    """Bfloat16 for any moment, by default with stochastic rounding."""
+    """Bfloat16 for any moment.
+
+    Args:
+        rounding: "stochastic" or "nearest".
+    """
 
     def __init__(self, rounding: str = "stochastic") -> None:
         super().__init__(BF16(rounding))
 
 
 class Int8MomentumCodec(Codec):
-    """Linear int8 with a scale per block, for first moments."""
+    """Linear int8 with a scale per block, for first moments.
+
+    Args:
+        block_size: elements that share a scale, a power of two from 16 to 8192.
+    """
 
     def __init__(self, block_size: int = 256) -> None:
         super().__init__(Int8(block_size))

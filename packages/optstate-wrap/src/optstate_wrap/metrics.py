@@ -44,7 +44,7 @@ class MetricsWriter:
         path: the file; overwritten unless it has these columns already.
         run: the name of the run, written in each row.
 
-    Example:
+    Examples:
         >>> with MetricsWriter("run.csv", "int8") as metrics:
         ...     metrics.write(optimizer, step, loss=loss)
     """
@@ -110,11 +110,11 @@ def _resident_mb() -> float | str:
 def plot_memory(
     state_bytes: Mapping[str, Sequence[float] | float], path: str | Path, title: str = ""
 ) -> None:
-    """Plot the memory of optimizers' states as bars in a PNG; needs matplotlib.
+    """Plot the memory of optimizers' states as bars; needs matplotlib, and follows its style.
 
     Args:
         state_bytes: bytes by name, or a sequence of bytes, of which the largest is drawn.
-        path: of the PNG.
+        path: of the picture; its suffix says the kind, such as ``.png`` or ``.svg``.
         title: of the plot.
 
     Raises:
@@ -126,11 +126,11 @@ def plot_memory(
         raise RuntimeError("plot_memory: needs matplotlib; pip install matplotlib") from error
     names = list(state_bytes)
     sizes = [max(v) if isinstance(v, Sequence) else v for v in state_bytes.values()]
-    figure = Figure(figsize=(6.4, 0.6 + 0.5 * len(names)), layout="constrained")
+    figure = Figure(figsize=(5, 0.9 + 0.4 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    bars = axes.barh(names[::-1], [size / MB for size in sizes[::-1]], color="#546e7a")
+    bars = axes.barh(names[::-1], [size / MB for size in sizes[::-1]])
     axes.bar_label(bars, fmt="%.3g", padding=3)
     axes.set_xlabel("optimizer state, MB")
     axes.margins(x=0.12)
     axes.set_title(title)
-    figure.savefig(path, format="png", dpi=120)
+    figure.savefig(path, dpi=120)

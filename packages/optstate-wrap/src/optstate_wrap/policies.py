@@ -175,7 +175,7 @@ class ConfigurablePolicy(Policy):
         default_codec: codec of keys that are not in the mapping.
         warmup_steps: number of steps with exact state.
 
-    Example:
+    Examples:
         >>> ConfigurablePolicy({"exp_avg": "int8", "exp_avg_sq": "oneq(bits=8)"})
     """
 
@@ -190,6 +190,8 @@ class ConfigurablePolicy(Policy):
         for key, codec in self._codecs.items():
             checked(key, codec)
         self._default = as_codec(default_codec)
+        codecs = (self._default, *self._codecs.values())
+        self._exact = all(codec.stored is None for codec in codecs)
 
     def compressing(self, step: int) -> bool:
         return step >= self.warmup_steps
@@ -197,7 +199,7 @@ class ConfigurablePolicy(Policy):
     def get_codecs(
         self, param: Tensor, state: Mapping[str, Any], step: int
     ) -> Mapping[str, AnyCodec]:
-        if not self.compressing(step):
+        if self._exact or not self.compressing(step):
             return {}
         default = {key: self._default_of(key) for key in state if key not in self._codecs}
         return {**self._codecs, **default}

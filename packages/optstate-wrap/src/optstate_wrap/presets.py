@@ -34,9 +34,9 @@ def wrap(
     profile: bool = False,
     **options: Any,
 ) -> OptimizerWrapper:
-    """Wrap an optimizer; the arguments are those of ``OptimizerWrapper``.
+    """Wrap an optimizer. The arguments are those of ``OptimizerWrapper``.
 
-    Example:
+    Examples:
         >>> optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=3e-4))
     """
     sizes = (chunk_size, chunk_size_on_cuda, initial_chunk_size)
@@ -44,7 +44,15 @@ def wrap(
 
 
 def auto_wrap(optimizer: Optimizer, **options: Any) -> OptimizerWrapper:
-    """Wrap an optimizer with the defaults; ``options`` are those of ``wrap``."""
+    """Wrap an optimizer with the defaults.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``.
+        **options: those of ``wrap``.
+
+    Returns:
+        The wrapper.
+    """
     return wrap(optimizer, **options)
 
 
@@ -125,7 +133,7 @@ def wrap_low_memory_adamw(
         chunk_size_on_cuda: replaces ``chunk_size`` on a GPU.
         **adamw_kwargs: other arguments of ``torch.optim.AdamW``.
 
-    Example:
+    Examples:
         >>> optimizer = wrap_low_memory_adamw(model.parameters(), lr=2e-5)
     """
     policy = make_low_memory_policy(
@@ -183,7 +191,7 @@ def wrap_max_compression_adamw(
         device_resident: False stores state in host memory.
         **adamw_kwargs: other arguments of ``torch.optim.AdamW``.
 
-    Example:
+    Examples:
         >>> optimizer = wrap_max_compression_adamw(model.parameters(), lr=2e-5)
     """
     inner = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, **adamw_kwargs)

@@ -17,6 +17,10 @@ class WrapperMemoryReport(MemoryReport):
     """Bytes that training holds between steps.
 
     Attributes:
+        parameters: elements in all parameters; of a ``DTensor``, those of its shard here.
+        parameter_bytes: their storage.
+        gradient_bytes: storage of the gradients that exist now.
+        state_bytes: storage of the wrapped optimizer's state, as it is stored.
         plain_state_bytes: bytes of the state without the wrapper.
         host_bytes: the part of ``state_bytes`` in host memory; 0 if all parameters
             are there as well.

@@ -42,7 +42,7 @@ class OptimizerWrapper(Delegate):
             any of the usual keys.
         chunk_size: number of elements decoded at a time, at least 256; larger tensors are split if
             the optimizer allows it. None: 16 Mi on a GPU, or 8 Mi if its state is in host memory,
-            and 2 Mi on a CPU.
+            and 512 Ki on a CPU.
         chunk_size_on_cuda: replaces ``chunk_size`` if the first parameter is on a GPU.
         initial_chunk_size: ``chunk_size`` of the step that creates the state; 1 decodes one tensor
             at a time.
@@ -65,7 +65,7 @@ class OptimizerWrapper(Delegate):
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = OptimizerWrapper(torch.optim.AdamW(model.parameters(), lr=3e-4))
     """
 
@@ -349,7 +349,7 @@ class OptimizerWrapper(Delegate):
     def unwrap(self) -> Optimizer:
         """Return the inner optimizer with its state decoded; this wrapper then has no state.
 
-        Example:
+        Examples:
             >>> optimizer = optimizer.unwrap()
         """
         states, state = self.engine.states, type(self.inner.state)(dict)

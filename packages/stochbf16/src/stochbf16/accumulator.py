@@ -13,16 +13,16 @@ from functools import partial
 from threading import RLock
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from optstate_codecs import checks
 from optstate_codecs.custom_op import untraced
 from optstate_codecs.engine.capture import capturing
-from optstate_codecs.gradients.hooks import weakly
 from optstate_codecs.param_checks import check_kind
 from optstate_codecs.sharding import is_distributed
 from optstate_codecs.stochastic import SOURCES
@@ -47,6 +47,8 @@ class StochasticAccumulator:
     stored unchanged. Autograd itself accumulates gradients of other dtypes, sparse ones, subclasses
     of ``Tensor`` and those of ``create_graph=True``. Where ``torch.distributed`` is initialised, or
     a parameter has other hooks that see its sum, each gradient is added at once, in its own launch.
+    With a ``DistributedDataParallel`` module as ``params``, that is so only for backwards that
+    reduce gradients: those whose forward or backward runs outside of ``no_sync()``.
 
     The n-th addition to a parameter draws from (``rounding_seed``, n, the parameter's index), so
     that only counts are stored.
@@ -61,7 +63,7 @@ class StochasticAccumulator:
             Where every micro-batch is reduced in bfloat16, which rounds to nearest, they should
             share one.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 2, dtype=torch.bfloat16)
         >>> with StochasticAccumulator(model):
         ...     for _ in range(512):
@@ -80,6 +82,7 @@ class StochasticAccumulator:
         bucket_bytes = checks.whole_number("bucket_bytes", bucket_bytes)
         rounding_seed = checks.whole_number("rounding_seed", rounding_seed)
         self._params = _parameters(params)
+        self._reducers = _reducers(params, self._params)
         self._limit = bucket_bytes
         self._seed = rounding_seed
         self._counts = [0] * len(self._params)
@@ -109,8 +112,16 @@ class StochasticAccumulator:
         return self
 
     def _add_hooks(self, param: Any, number: int) -> tuple[RemovableHandle, RemovableHandle]:
-        before = param.register_hook(partial(untraced(self._before), number))
-        after = param.register_post_accumulate_grad_hook(partial(weakly(self._after), number))
+        accumulator = ref(self)
+
+        def put_back(param: Tensor) -> None:
+            alive = accumulator()
+            if alive is not None:
+                alive._after(number, param)
+
+        before = param.register_hook(untraced(partial(self._before, number)))
+        # the garbage collector does not see through this one: a strong reference would be a leak
+        after = param.register_post_accumulate_grad_hook(untraced(put_back))
         # first, so that other hooks find the sum in ``p.grad``
         hooks = _hooks_after(param)
         others = [(key, hooks.pop(key)) for key in list(hooks) if key != after.id]
@@ -201,7 +212,10 @@ class StochasticAccumulator:
                 total.add_(new)
                 return
             self._counts[number] += 1
-            pending = self._pending.setdefault(total.device, Pending(total.device))
+            device = total.device
+            pending = self._pending.get(device)
+            if pending is None:
+                pending = self._pending[device] = Pending(device)
             count, version = self._counts[number], total._version
             pending.append(Addition(param, number, count, total, new, version), self._seed)
             del new
@@ -221,10 +235,23 @@ class StochasticAccumulator:
         self._add_stale()
         self._task = task
         self._accumulates = _accumulates(param)
-        self._at_once = torch.distributed.is_available() and torch.distributed.is_initialized()
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._at_once = distributed and self._may_reduce()
         if self._accumulates:
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(untraced(self._finish))
+
+    def _may_reduce(self) -> bool:
+        """Whether gradients may be reduced during the backward, as soon as each has arrived."""
+        # without weak references, a hook would keep a module with its process group alive
+        modules: list[Any] = [reference() for reference in self._reducers]
+        return not modules or any(
+            module is None
+            or module.require_backward_grad_sync
+            # of the last forward, which decides whether the next backward reduces
+            or module.require_forward_param_sync
+            for module in modules
+        )
 
     def _finish(self) -> None:
         """Add all queued gradients at the end of a backward."""
@@ -271,6 +298,16 @@ def _parameters(params: nn.Module | Iterable[Tensor]) -> list[Tensor]:
         if not param.is_leaf:
             raise ValueError(f"params[{number}]: must be a leaf, got the result of an operation")
     return found
+
+
+def _reducers(
+    params: nn.Module | Iterable[Tensor], found: Iterable[Tensor]
+) -> list[ref[nn.Module]]:
+    """The ``DistributedDataParallel`` modules, if they hold all parameters; else none."""
+    modules = list(params.modules()) if isinstance(params, nn.Module) else []
+    modules = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    held = {param for module in modules for param in module.parameters()}
+    return list(map(ref, modules)) if held.issuperset(found) else []
 
 
 def _hooks_after(param: Any) -> Any:

@@ -65,7 +65,7 @@ class AdamW(_PureBF16):
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = AdamW(model.to(torch.bfloat16).parameters(), lr=3e-4, weight_decay=0.1)
     """
 
@@ -100,10 +100,12 @@ class AdamW(_PureBF16):
 class Adam(_PureBF16):
     """Adam (Kingma & Ba, arXiv:1412.6980) with bfloat16 state: 4 bytes a parameter.
 
-    As ``AdamW``, with ``weight_decay`` times the parameter added to the gradient, and without
-    ``weight_decay_mode``.
+    Other arguments are those of ``AdamW``, except ``weight_decay_mode``.
 
-    Example:
+    Args:
+        weight_decay: added to the gradient times the parameter (coupled), at least 0.
+
+    Examples:
         >>> optimizer = Adam(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
@@ -136,16 +138,17 @@ class Compass(_PureBF16):
 
     The gradient plus ``amp_fac`` times its running mean, over the root of that sum's second
     moment; see ``optstate_codecs.rules.Compass``. The first steps are ``lr / (1 - beta1)`` long,
-    a hundred times ``lr`` by default, so warm the rate up. Other arguments are ``AdamW``'s, but for
-    ``amsgrad``.
+    a hundred times ``lr`` by default, so warm the rate up. Other arguments are those of
+    ``AdamW``.
 
     Args:
-        params: parameters or param groups, as for ``AdamW``.
-        lr: learning rate, at least 0.
         betas: decay rates of the mean and of the second moment, each in [0, 1).
         amp_fac: how much of the mean is added to the gradient, at least 0.
+        **options: ``maximize``, ``rounding_seed``, ``backend``, ``skip_nonfinite``,
+            ``max_grad_norm`` (see ``CodedOptimizer``), and the flags ``foreach``, ``fused``,
+            ``capturable``, ``differentiable``.
 
-    Example:
+    Examples:
         >>> optimizer = Compass(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
@@ -181,15 +184,13 @@ class LPFAdamW(_PureBF16):
     """LPFAdamW with bfloat16 state: 6 bytes a parameter.
 
     AdamW on the gradient plus ``amp_fac`` times its running mean ``smoothing``; see
-    ``optstate_codecs.rules.LPFAdamW``. Other arguments are ``AdamW``'s, but for ``amsgrad``.
+    ``optstate_codecs.rules.LPFAdamW``. Other arguments are those of ``Compass``.
 
     Args:
-        params: parameters or param groups, as for ``AdamW``.
-        lr: learning rate, at least 0.
         betas: decay rates of ``smoothing`` and of the two moments, each in [0, 1).
         amp_fac: how much of ``smoothing`` is added to the gradient, at least 0.
 
-    Example:
+    Examples:
         >>> optimizer = LPFAdamW(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
@@ -225,14 +226,12 @@ class RMSProp(_PureBF16):
     """RMSProp with bias correction and bfloat16 state: 2 bytes a parameter.
 
     Adam without a first moment; see ``optstate_codecs.rules.RMSProp``. Other arguments are
-    ``AdamW``'s, but for ``amsgrad`` and ``weight_decay_mode``.
+    those of ``Compass``, except ``betas``, ``amp_fac`` and ``weight_decay_mode``.
 
     Args:
-        params: parameters or param groups, as for ``AdamW``.
-        lr: learning rate, at least 0.
         beta: decay rate of the second moment, ``ema_squared``, in [0, 1).
 
-    Example:
+    Examples:
         >>> optimizer = RMSProp(model.to(torch.bfloat16).parameters(), lr=3e-4)
     """
 
@@ -263,10 +262,16 @@ class RMSProp(_PureBF16):
 class SGD(_PureBF16):
     """SGD with momentum in bfloat16: 2 bytes a parameter, none without momentum.
 
-    Arguments and steps are ``torch.optim.SGD``'s, weight decay coupled; the keyword-only ones are
-    ``AdamW``'s, but for ``amsgrad`` and ``weight_decay_mode``.
+    Steps are those of ``torch.optim.SGD``, with coupled weight decay. Other arguments are those of
+    ``RMSProp``, except ``beta`` and ``eps``.
 
-    Example:
+    Args:
+        momentum: factor of the momentum buffer, at least 0; 0 stores none.
+        dampening: the gradient enters the buffer times ``1 - dampening``.
+        weight_decay: added to the gradient times the parameter (coupled), at least 0.
+        nesterov: Nesterov momentum; needs ``momentum`` above 0 and no ``dampening``.
+
+    Examples:
         >>> optimizer = SGD(model.to(torch.bfloat16).parameters(), lr=0.1, momentum=0.9)
     """
 
@@ -300,10 +305,13 @@ class SGD(_PureBF16):
 class Lion(_PureBF16):
     """Lion (Chen et al., arXiv:2302.06675) with momentum in bfloat16: 2 bytes a parameter.
 
-    Weight decay is decoupled. The keyword-only arguments are ``AdamW``'s, but for ``amsgrad`` and
-    ``weight_decay_mode``.
+    Other arguments are those of ``RMSProp``, except ``beta`` and ``eps``.
 
-    Example:
+    Args:
+        betas: weights of the momentum in the step and in its running mean, each in [0, 1).
+        weight_decay: the parameter is multiplied by ``1 - lr * weight_decay``; at least 0.
+
+    Examples:
         >>> optimizer = Lion(model.to(torch.bfloat16).parameters(), lr=1e-4, weight_decay=0.1)
     """
 

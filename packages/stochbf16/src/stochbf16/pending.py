@@ -12,7 +12,7 @@ from optstate_codecs.stochastic import round_
 __all__ = ["Addition", "Pending"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Addition:
     """A queued addition of a new gradient to a sum.
 
@@ -33,14 +33,9 @@ class Addition:
     version: int
 
     @property
-    def is_current(self) -> bool:
-        """Whether the sum is still the parameter's gradient."""
-        return self.param.grad is self.total
-
-    @property
     def untouched(self) -> bool:
         """Whether the sum has not been zeroed, scaled or replaced since then."""
-        return self.is_current and self.total._version == self.version
+        return self.param.grad is self.total and self.total._version == self.version
 
 
 class Pending:
@@ -75,7 +70,7 @@ class Pending:
                 left unchanged.
         """
         waiting, self._additions, self.bytes = self._additions.values(), {}, 0
-        additions = [a for a in waiting if (a.untouched if stale else a.is_current)]
+        additions = [a for a in waiting if (a.untouched if stale else a.param.grad is a.total)]
         if not additions:
             return
         stream = self._stream

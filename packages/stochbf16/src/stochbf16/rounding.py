@@ -38,7 +38,7 @@ def stochastic_round_(
     Raises:
         RuntimeError: a CUDA graph is being captured; replays would repeat the random bits.
 
-    Example:
+    Examples:
         >>> weight = torch.ones(3, dtype=torch.bfloat16)
         >>> weight = stochastic_round_(weight, weight.float() - 1e-3)  # 0.99609375 or 1.0
     """
@@ -67,9 +67,14 @@ def _round(target: Tensor, source: Tensor, generator: torch.Generator | None) ->
 
 
 def stochastic_round(source: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Round ``source`` to a new bfloat16 tensor; otherwise as ``stochastic_round_``.
+    """Round ``source`` to a new bfloat16 tensor.
 
-    Example:
+    Arguments are those of ``stochastic_round_``, except ``target``.
+
+    Returns:
+        The bfloat16 tensor.
+
+    Examples:
         >>> stochastic_round(torch.full((2,), 0.5)).tolist()
         [0.5, 0.5]
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optstate_codecs import FP32, Adam, CodedOptimizer, Format, checks
+from optstate_codecs import FP32, Adam, CodedOptimizer, Format, Rule, checks
 from optstate_codecs.formats import CoState, OneQ
 from optstate_codecs.writes import write_named
 
@@ -45,14 +45,18 @@ class TurboAdam(CodedOptimizer):
             clipped. None means 0.8 with ``m_bits=2``; with more bits the largest magnitude becomes
             the highest level. Must be None with ``m_bits=1``.
         error_feedback: apply the rounding error of the first moment to the parameter at once, so
-            that the sum of all steps stays AdamW's. It needs no memory. It improves results with
-            ``m_bits`` of 1 or 2; with 3 it made them worse.
+            that the sum of all steps stays AdamW's. It needs no memory. It selects
+            ``m_rounding="nearest"``; a ``block_size`` of 64 is recommended with it.
         capturable: allow a CUDA graph to record steps.
         min_m_compress_elements: tensors with fewer elements keep the first moment in float32.
         m_bits: bits per element of the first moment: 1, 2, 3, 4 or 6. With 2 bits and large
             vocabularies the loss ends higher, since rows of an embedding get gradients rarely; use
             4 for the embedding's group.
         min_v_compress_elements: tensors with fewer elements keep the second moment in float32.
+        m_rounding: "stochastic": evenly spaced levels, unbiased rounding. "nearest": levels of the
+            smallest squared error and a least-squares scale, for ``m_bits`` of 1 to 4 without
+            ``null_pct`` and ``amp_pct``; it is biased, so it needs ``error_feedback``. None:
+            "nearest" with ``error_feedback`` where these allow it, else "stochastic".
         bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
             their precision are kept in the mean.
         master_weight_bits: 24 or 32 keeps the rounding error of bfloat16 and float16 parameters,
@@ -65,7 +69,7 @@ class TurboAdam(CodedOptimizer):
         TypeError, ValueError: an argument has a wrong type or value, or conflicts with another;
             the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = TurboAdam(model.parameters(), lr=3e-4, weight_decay=0.1)
     """
 
@@ -80,6 +84,7 @@ class TurboAdam(CodedOptimizer):
         "min_m_compress_elements",
         "m_bits",
         "min_v_compress_elements",
+        "m_rounding",
     )
 
     def __init__(
@@ -101,6 +106,7 @@ class TurboAdam(CodedOptimizer):
         *,
         m_bits: int = 4,
         min_v_compress_elements: int = 4096,
+        m_rounding: str | None = None,
         bf16_stochastic_round: bool = False,
         master_weight_bits: int | None = None,
         **options: Any,
@@ -130,17 +136,18 @@ class TurboAdam(CodedOptimizer):
             min_m_compress_elements=min_m_compress_elements,
             m_bits=m_bits,
             min_v_compress_elements=min_v_compress_elements,
+            **_rounding_option(m_rounding, error_feedback),
             **options,
         )
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
-        formats = {"exp_avg": _first_moment(group), "exp_avg_sq": _second_moment(group)}
+        formats = {"exp_avg": _first_moment(group, self.rule), "exp_avg_sq": _second_moment(group)}
         if group["amsgrad"]:
             formats["max_exp_avg_sq"] = formats["exp_avg_sq"]
         return formats
 
 
-def _first_moment(group: Mapping[str, Any]) -> Format:
+def _first_moment(group: Mapping[str, Any], rule: Rule) -> Format:
     bits, amp_pct, null_pct = group["m_bits"], group["amp_pct"], group["null_pct"]
     _check_storage(group, "m", M_BITS)
     if bits == 1 and amp_pct is not None:
@@ -154,9 +161,40 @@ def _first_moment(group: Mapping[str, Any]) -> Format:
         block_size=group["block_size"],
         amp_pct=amp_pct,
         null_pct=null_pct,
+        levels="normal" if _rounds_to_nearest(group, rule) else "even",
         min_elements=group["min_m_compress_elements"],
     )
     return coded if group["compress_m"] else FP32()
+
+
+def _rounding_option(rounding: str | None, error_feedback: bool) -> dict[str, Any]:
+    """The group option ``m_rounding``, or none, which means "stochastic".
+
+    Groups without it are those of versions before it, whose flattened checkpoints load with exactly
+    their keys.
+    """
+    if rounding == "stochastic" or (rounding is None and not error_feedback):
+        return {}
+    return {"m_rounding": rounding}
+
+
+def _rounds_to_nearest(group: Mapping[str, Any], rule: Rule) -> bool:
+    """Whether the first moment is rounded to the nearest of levels for a normal distribution."""
+    rounding = group.get("m_rounding", "stochastic")
+    excluded = {
+        "m_bits": group["m_bits"] > 4,
+        "amp_pct": group["amp_pct"] is not None,
+        "null_pct": group["null_pct"] != 0,
+    }
+    if rounding is None:
+        return rule.has_error_feedback and not any(excluded.values())
+    checks.one_of("m_rounding", rounding, ("stochastic", "nearest"))
+    if rounding == "nearest" and any(excluded.values()):
+        name = next(name for name, excludes in excluded.items() if excludes)
+        raise ValueError(
+            f"m_rounding='nearest': must be None or 'stochastic' with {name}={group[name]!r}"
+        )
+    return bool(rounding == "nearest")
 
 
 def _second_moment(group: Mapping[str, Any]) -> Format:

@@ -41,7 +41,7 @@ def from_turboadam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         KeyError: an entry is missing; the message names it.
         TypeError, ValueError: an entry is of another type, or wrong.
 
-    Example:
+    Examples:
         >>> optimizer.load_state_dict(from_turboadam(torch.load("optimizer.pt")))
     """
     return adam_state_dict(state_dict, _decoded)

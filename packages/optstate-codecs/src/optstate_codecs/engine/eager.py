@@ -132,7 +132,7 @@ def step_slice(
     decoded = decode_slice(spec.moments, spec.formats, parts, compute, grad.numel())
     spec.rule.apply(value, grad, decoded, scalars, spec.variant, spec.square_root)
     encode_slice(spec.moments, spec.formats, decoded, parts, counter, start)
-    if spec.rule.has_error_feedback:
+    if spec.rule.has_error_feedback and spec.moments:
         residual = quantization_residual(spec.moments[0], spec.formats, decoded, parts)
         spec.rule.apply_error_feedback(
             value, residual, decoded, scalars, spec.variant, spec.square_root

@@ -36,7 +36,7 @@ class LaunchPlan:
         aligned: which gradients begin at a multiple of 16 bytes.
         functions: the rule's device function for each group.
         fallback: positions of the parameters that the reference steps.
-        constants: each bucket's compile-time arguments, by the bucket's id.
+        launchers: each bucket's, by the bucket's id.
         mean_starts: ``GradMeans.starts``, empty without means.
     """
 
@@ -48,12 +48,17 @@ class LaunchPlan:
     buckets: list[Bucket]
     fallback: list[int]
     tables: list[StepTable]
-    constants: dict[int, dict[str, Any]]
+    launchers: dict[int, Any]
     mean_starts: Sequence[int]
+
+    def steps_same(self, request: StepRequest) -> bool:
+        """Whether the request steps the plan's parameters, in the same order."""
+        mine, given = self.param_steps, request.param_steps
+        return len(mine) == len(given) and all(map(is_, mine, given))
 
     def is_valid(self, request: StepRequest, functions: list[Any]) -> bool:
         """Whether the plan's tables fit this request too."""
-        if self.functions != functions or not all(map(is_, self.param_steps, request.param_steps)):
+        if self.functions != functions or not self.steps_same(request):
             return False
         if self.mean_starts != (request.grad_means.starts if request.grad_means else ()):
             return False
@@ -120,6 +125,8 @@ class ResidentExecutor:
             self._with_compiler(compiler)
         self.backend = backend
         self._plans: OrderedDict[tuple[int, ...], LaunchPlan] = OrderedDict()
+        # of the latest launch; most steps take the same parameters again
+        self._latest: LaunchPlan | None = None
         # kept alive, since replays of a graph read the tables of its plan
         self._captured: list[LaunchPlan] = []
 
@@ -146,7 +153,8 @@ class ResidentExecutor:
         """Do nothing: resident state is always where ``optimizer.state`` shows it."""
 
     def _run(self, request: StepRequest) -> None:
-        if self._uses_triton(request):
+        latest = self._latest
+        if (latest is not None and latest.steps_same(request)) or self._uses_triton(request):
             self._launch(self._plan(request), request)
             return
         if self._skipped(request):
@@ -199,14 +207,16 @@ class ResidentExecutor:
             ) from error
 
     def _plan(self, request: StepRequest) -> LaunchPlan:
-        key = tuple([param_step.index for param_step in request.param_steps])
         functions = [request.rule.device_function(hyper) for hyper in request.hypers]
+        if self._latest is not None and self._latest.is_valid(request, functions):
+            return self._latest
+        key = tuple([param_step.index for param_step in request.param_steps])
         plan = self._plans.get(key)
         if plan is None or not plan.is_valid(request, functions):
             if capturing():
                 raise needs_warm_up("no step yet had exactly these gradients in these layouts")
             # imported with the first plan, so that CPU users never import the kernels
-            from optstate_codecs.engine.triton.launch import kernel_constants
+            from optstate_codecs.engine.triton.launch import make_launcher
 
             buckets, fallback = build_buckets(request)
             plan = self._plans[key] = LaunchPlan(
@@ -218,7 +228,7 @@ class ResidentExecutor:
                 buckets=buckets,
                 fallback=fallback,
                 tables=_tables(buckets),
-                constants={id(bucket): kernel_constants(bucket) for bucket in buckets},
+                launchers={id(bucket): make_launcher(bucket) for bucket in buckets},
                 mean_starts=request.grad_means.starts if request.grad_means else (),
             )
             self._plans.move_to_end(key)
@@ -226,6 +236,7 @@ class ResidentExecutor:
             while len(self._plans) > PLANS and sum(map(len, self._plans)) > most:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
+        self._latest = plan
         return plan
 
     def _launch(self, plan: LaunchPlan, request: StepRequest) -> None:
@@ -255,7 +266,7 @@ class ResidentExecutor:
                 if stage in fallback:
                     eager.step(fallback[stage])
                 for bucket, args in launches.get(stage, ()):
-                    launch(bucket, plan.constants[id(bucket)], *args)
+                    launch(plan.launchers[id(bucket)], bucket, *args)
                     request.done += bucket.param_steps
 
 

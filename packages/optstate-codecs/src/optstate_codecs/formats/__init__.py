@@ -30,7 +30,12 @@ from optstate_codecs.formats.fp16 import FP16
 from optstate_codecs.formats.linear import Int4, Int8
 from optstate_codecs.formats.minifloat import Minifloat
 from optstate_codecs.formats.oneq import OneQ
-from optstate_codecs.formats.registry import as_format, format_names, parse_format
+from optstate_codecs.formats.registry import (
+    as_format,
+    format_names,
+    parse_format,
+    register_format,
+)
 from optstate_codecs.formats.table4 import Dynamic4, Linear4
 
 __all__ = [
@@ -51,4 +56,5 @@ __all__ = [
     "as_format",
     "format_names",
     "parse_format",
+    "register_format",
 ]

@@ -41,6 +41,7 @@ __all__ = [
     "BlockFormat",
     "all_on_host",
     "block_amax",
+    "block_counts",
     "block_size",
     "blocked",
     "clamped_scale",
@@ -129,8 +130,14 @@ class BlockFormat(Format):
                 raise ValueError("units='update': needs signed=True")
 
     @property
+    def codes_suffix(self) -> str:
+        """Suffix of the codes' component."""
+        return "codes"
+
+    @property
     def components(self) -> tuple[Component, ...]:
-        return _components(self.code_dtype, self.bits, self.scale_dtype, self.block_size)
+        codes = self.codes_suffix, self.code_dtype, self.bits
+        return _components(*codes, self.scale_dtype, self.block_size)
 
     @property
     def marks(self) -> bool:
@@ -177,10 +184,10 @@ class BlockFormat(Format):
 
 @lru_cache(maxsize=256)
 def _components(
-    code_dtype: torch.dtype, bits: int, scale_dtype: torch.dtype, block_size: int
+    codes: str, code_dtype: torch.dtype, bits: int, scale_dtype: torch.dtype, block_size: int
 ) -> tuple[Component, ...]:
     scale = Component("scale", scale_dtype, block_size)
-    return Component("codes", code_dtype, *group(bits)), scale
+    return Component(codes, code_dtype, *group(bits)), scale
 
 
 def blocked(x: Tensor, block_size: int) -> Tensor:
@@ -197,6 +204,14 @@ def block_amax(x: Tensor, block_size: int) -> Tensor:
     """Each block's largest finite magnitude, [blocks, 1]; 0 if no element is finite."""
     finite = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
     return blocked(finite.abs_(), block_size).amax(dim=1, keepdim=True)
+
+
+def block_counts(x: Tensor, block_size: int) -> Tensor:
+    """Each block's number of elements as float32, [blocks, 1]; of flat ``x``."""
+    counts = torch.full_like(blocked(x, block_size)[:, :1], min(block_size, x.numel()))
+    if tail := x.numel() % block_size:
+        counts[-1] = tail
+    return counts
 
 
 def scaled(x: Tensor, factor: Tensor, block_size: int) -> Tensor:

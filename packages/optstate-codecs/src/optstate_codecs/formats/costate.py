@@ -24,6 +24,10 @@ Rounding is stochastic and unbiased, with random numbers mirrored every other st
 that errors cancel in the running mean. With 1 bit it is to nearest. ``null_pct`` encodes a share of
 the smallest magnitudes as zero, without random numbers.
 
+With ``levels="normal"``, 1 to 4 bits are the Lloyd-Max quantizer of a normal distribution instead:
+rounding is to nearest, and the scale is the least-squares fit (``formats.normal_levels``). Its
+error is the smallest, but not zero in the mean, so it needs a rule with error feedback.
+
 Decoding uses stored state only, that is codes, scales and the second moment, and not the gradient.
 A first moment that is not finite has a second moment that is not finite. With 3 bits and more,
 blocks with such elements are marked by a negative scale, and the lowest code is NaN in them.
@@ -41,12 +45,14 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import checks, exact
+from optstate_codecs.formats import normal_levels
 from optstate_codecs.formats.base import DeviceFunctions
 from optstate_codecs.formats.block import (
     SCALE_MAX,
     SCALE_MIN,
     BlockFormat,
     block_amax,
+    block_counts,
     block_size,
     blocked,
     clamped_scale,
@@ -93,6 +99,9 @@ class CoState(BlockFormat):
             highest level. Must be None with 1 bit.
         null_pct: the share of a normal block's magnitudes that is encoded as zero, from 0 to
             below 1. Must be 0 with 1 and 2 bits, which have no null costate.
+        levels: "even": evenly spaced, with stochastic rounding. "normal": the levels of smallest
+            squared error for a normal distribution, with rounding to nearest; 1 to 4 bits, and
+            without ``amp_pct`` and ``null_pct``.
     """
 
     name: ClassVar[str] = "costate"
@@ -103,10 +112,14 @@ class CoState(BlockFormat):
     block_size: int = 128
     amp_pct: float | None = None
     null_pct: float = 0.0
+    levels: str = "even"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.one_of("bits", self.bits, (1, 2, 3, 4, 6))
+        checks.one_of("levels", self.levels, ("even", "normal"))
+        if self.levels == "normal":
+            self._check_normal()
         if self.amp_pct is not None:
             checks.unit_interval("amp_pct", self.amp_pct)
             if not 0 < self.amp_pct < 1:
@@ -122,12 +135,33 @@ class CoState(BlockFormat):
                 "for the null costate"
             )
 
+    def _check_normal(self) -> None:
+        if self.bits not in normal_levels.LEVELS:
+            raise ValueError(f"levels='normal': must be 'even' with bits={self.bits}")
+        for name, value, neutral in (
+            ("amp_pct", self.amp_pct, None),
+            ("null_pct", self.null_pct, 0.0),
+        ):
+            if value != neutral:
+                raise ValueError(
+                    f"{name}={value!r}: must be {neutral!r} with levels='normal', whose levels are "
+                    "fixed"
+                )
+
     @property
     def rounding(self) -> str:
-        return "nearest" if self.bits == 1 else "paired"
+        return "nearest" if self.bits == 1 or self.levels == "normal" else "paired"
+
+    @property
+    def codes_suffix(self) -> str:
+        # another name, so that state stored without its format is not read as other levels
+        return "normal_codes" if self.levels == "normal" else "codes"
 
     @property
     def device_functions(self) -> DeviceFunctions:
+        if self.levels == "normal":
+            options = normal_levels.device_options(self.bits)
+            return DeviceFunctions(normal_levels.load, normal_levels.store, options, returns=True)
         if self == CoState(4, self.block_size):
             return Int4.first_moment(self.block_size).device_functions
         options = self.bits + (self._scale_per_mean << 4) + (self._null_below << 24)
@@ -167,6 +201,9 @@ class CoState(BlockFormat):
         return round(_quantile(self.null_pct) * math.sqrt(math.pi / 2) * FRACTION)
 
     def encode(self, x: Tensor, parts: Sequence[Tensor], draw: Draw | None = None) -> None:
+        if self.levels == "normal":
+            normal_levels.encode(x, parts, self.bits, self.block_size)
+            return
         codes, scale = parts
         amax, mean = block_amax(x, self.block_size), self._mean(x)
         if share := self._scale_per_mean:
@@ -194,12 +231,11 @@ class CoState(BlockFormat):
     def _mean(self, x: Tensor) -> Tensor:
         """Each block's mean magnitude, [blocks, 1]; elements that are not finite count as 0."""
         finite = blocked(torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0), self.block_size)
-        counts = torch.full_like(finite[:, :1], min(self.block_size, x.numel()))
-        if tail := x.numel() % self.block_size:
-            counts[-1] = tail
-        return exact.row_sums(finite.abs()) / counts
+        return exact.row_sums(finite.abs()) / block_counts(x, self.block_size)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.levels == "normal":
+            return normal_levels.decode(parts, self.bits, self.block_size)
         codes, scale = parts
         code = unpack(codes, self.bits)
         sign = 1 << self.bits - 1

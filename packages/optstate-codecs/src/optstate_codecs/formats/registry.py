@@ -6,6 +6,7 @@ import ast
 import re
 from functools import cache, lru_cache
 from importlib.metadata import entry_points
+from typing import TypeVar
 
 from optstate_codecs.formats.base import Format
 from optstate_codecs.formats.cast import BF16, FP32
@@ -18,7 +19,7 @@ from optstate_codecs.formats.minifloat import Minifloat
 from optstate_codecs.formats.oneq import OneQ
 from optstate_codecs.formats.table4 import Dynamic4, Linear4
 
-__all__ = ["as_format", "format_names", "parse_format"]
+__all__ = ["as_format", "format_names", "parse_format", "register_format"]
 
 _BUILT_IN: tuple[type[Format], ...] = (
     FP32,
@@ -37,6 +38,7 @@ _BUILT_IN: tuple[type[Format], ...] = (
 # of an option's text: a longer one can be nested so deeply that parsing it ends the process
 LONGEST = 64
 _SPEC = re.compile(r"(\w+)(?:\((.*)\))?")
+AnyFormat = TypeVar("AnyFormat", bound=type[Format])
 
 
 @cache
@@ -53,6 +55,41 @@ def format_names() -> tuple[str, ...]:
     return tuple(sorted(_classes()))
 
 
+def register_format(cls: AnyFormat) -> AnyFormat:
+    """Make a format known under its ``name``, as optimizers need it to keep and save its text.
+
+    An installed package may name its formats under the entry point group ``optstate.formats``
+    instead. A class that is defined anew, as in a notebook, replaces the earlier one.
+
+    Args:
+        cls: a frozen dataclass, with a ``name`` of letters, digits and underscores.
+
+    Returns:
+        The class, so that this works as a decorator.
+
+    Raises:
+        TypeError: it is not a class of formats.
+        ValueError: its name is no word, or another format's.
+
+    Examples:
+        >>> @register_format
+        ... @dataclass(frozen=True)
+        ... class Log8(Format):
+        ...     name = "log8"
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Format)):
+        raise TypeError(f"cls={cls!r}: must be a subclass of Format")
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
+        raise ValueError(f"{cls.__name__}.name={name!r}: must be letters, digits and underscores")
+    other = _classes().get(name, cls)
+    if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"{cls.__name__}.name={name!r}: is the name of {other.__qualname__}")
+    _classes()[name] = cls
+    parse_format.cache_clear()
+    return cls
+
+
 @lru_cache(maxsize=1024)
 def parse_format(spec: str) -> Format:
     """Build a format from its text, the inverse of ``Format.spec``.
@@ -66,14 +103,16 @@ def parse_format(spec: str) -> Format:
     Raises:
         ValueError: the name or an option is unknown, or the format rejects a value.
 
-    Example:
+    Examples:
         >>> parse_format("dynamic8(block_size=256)").nbytes(4096)
         4160
     """
     match = _SPEC.fullmatch(spec.strip())
     cls = _classes().get(match.group(1)) if match else None
     if match is None or cls is None:
-        raise ValueError(f"format={spec!r}: must be one of {', '.join(format_names())}")
+        raise ValueError(
+            f"format={spec!r}: must be one of {', '.join(format_names())}; register_format adds one"
+        )
     known = [option.name for option in cls.options()]
     options = {}
     for item in filter(None, (match.group(2) or "").split(",")):
@@ -90,7 +129,11 @@ def parse_format(spec: str) -> Format:
 
 
 def as_format(value: Format | str) -> Format:
-    """``value`` itself if it is a format, or the format that the text describes."""
+    """The format that a text describes.
+
+    Args:
+        value: such a text, or a format, which is returned itself.
+    """
     if isinstance(value, Format):
         return value
     if isinstance(value, str):

@@ -111,7 +111,7 @@ class Linear4(BlockFormat):
             along its row, its column and so on, and 32 bits are stored for each index of each
             dimension. Tensors with fewer than two dimensions longer than one have blocks.
 
-    Example:
+    Examples:
         >>> Linear4(normalization="rank1").for_shape((256, 64), (0, 1)).nbytes(256 * 64)
         9472
     """

@@ -70,7 +70,7 @@ class GradientRelease:
         TypeError, ValueError, RuntimeError: an argument is invalid, or something cannot be combined
             with this; the message names it. Also raised by ``backward`` and ``step``.
 
-    Example:
+    Examples:
         >>> with GradientRelease(optimizer):
         ...     for batch in batches:
         ...         loss_of(model, batch).backward()
@@ -280,7 +280,11 @@ class GradientRelease:
             how = "to clip, use GradientRelease(optimizer, max_grad_norm=...) with measure()"
         else:
             how = f"max_grad_norm={self.max_grad_norm} has clipped it, see grad_norm"
-        return f"{how}, and no other clipping (max_grad_norm=0 for transformers.Trainer)"
+        return (
+            f"{how}, and no other clipping (max_grad_norm=0 for transformers.Trainer, and "
+            "trainer.accelerator.clip_grad_norm_ = lambda *args, **options: None, since it logs "
+            "the norm)"
+        )
 
     def _join_at_the_end(self) -> None:
         """At the end of this backward, have the current stream wait for the steps in it."""

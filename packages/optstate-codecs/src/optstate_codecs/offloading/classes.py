@@ -39,7 +39,7 @@ def offloaded_class(
         TypeError: ``optimizer_class`` is not a class of the family, or an option is unknown. Values
             of options are checked when an optimizer is made.
 
-    Example:
+    Examples:
         >>> cls = offloaded_class(AdamW8bit, chunk_bytes=2**24)
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(cls, {"lr": 2e-5}))
     """

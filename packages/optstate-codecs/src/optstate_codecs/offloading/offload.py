@@ -78,7 +78,7 @@ def offload(
         TypeError, ValueError, OSError: an argument is wrong, or the file is not usable; the
             optimizer is unchanged.
 
-    Example:
+    Examples:
         >>> optimizer = offload(AdamW8bit(model.parameters(), lr=2e-5))
     """
     given: Any = optimizer
@@ -147,7 +147,7 @@ def synchronize(optimizer: CodedOptimizer) -> None:
         TypeError: the optimizer is not of the family.
         OSError: something could not be written.
 
-    Example:
+    Examples:
         >>> torch.save([model.state_dict(), scheduler.state_dict()], "last.pt")
         >>> synchronize(optimizer)
     """

@@ -90,7 +90,7 @@ def snapshot(optimizer: CodedOptimizer) -> Snapshot:
     Raises:
         TypeError: the optimizer is not of the family, or a parameter is a DTensor.
 
-    Example:
+    Examples:
         >>> with snapshot(optimizer) as taken:
         ...     saving = Thread(target=torch.save, args=(taken.state_dict(), "optimizer.pt"))
         ...     saving.start()

@@ -250,8 +250,8 @@ def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: igno
 
 
 @jit
-def error_feedback_tile(p, residual, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``Adam.apply_error_feedback`` on a tile."""
+def error_feedback_tile(m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The factor of ``Adam.apply_error_feedback`` on a tile."""
     eps, step_size = tl.load(scalars + 5), tl.load(scalars + 6)
     exp_avg_sq = m2 if OPTIONS & _AMSGRAD else m1
-    return fma(residual * -step_size, reciprocal(sqrt(exp_avg_sq) + eps), p)
+    return -step_size * reciprocal(sqrt(exp_avg_sq) + eps)

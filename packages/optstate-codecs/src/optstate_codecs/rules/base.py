@@ -53,7 +53,7 @@ class Rule(ABC):
 
     @property
     def has_error_feedback(self) -> bool:
-        """Whether ``apply_error_feedback`` is called after the moments are encoded."""
+        """Whether ``apply_error_feedback`` is called after the moments, if any, are encoded."""
         return False
 
     @abstractmethod
@@ -83,10 +83,11 @@ class Rule(ABC):
         return None
 
     def device_error_feedback(self) -> Any:
-        """``apply_error_feedback`` as a device function, or None if there is none.
+        """The factor of ``apply_error_feedback`` as a device function, or None if there is none.
 
-        ``function(p, residual, m1, m2, scalars, OPTIONS)`` returns the new p. Its arguments are
-        those of the update's device function.
+        ``function(m1, m2, scalars, OPTIONS)`` returns the number by which the kernel multiplies
+        the residual and adds it to p, a tile or a scalar. Its arguments are those of the update's
+        device function, after the update.
         """
         return None
 

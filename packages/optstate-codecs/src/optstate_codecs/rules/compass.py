@@ -8,6 +8,8 @@
 The formula is that of the public optimizer of this name (2024; there is no paper); f is
 ``amp_fac``. Since a is not a mean, the correction 1 - b1^t makes the first steps lr / (1 - b1)
 long, which is 100 lr by default, so that a warm-up is advisable. Weight decay is decoupled.
+
+There is no error feedback: m enters the second moment too, so steps are not linear in its errors.
 """
 
 from __future__ import annotations

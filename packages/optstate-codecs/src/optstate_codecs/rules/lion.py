@@ -6,6 +6,10 @@
 
 Every element moves by lr, or not at all where u is 0. Weight decay is decoupled. Where the argument
 of the sign is infinite or NaN, the parameter becomes NaN, so that a bad gradient is not hidden.
+
+There is no error feedback. Adam's steps are linear in m, so what an error of m takes from the later
+steps is known when it is made. Here only the sign of m acts: whether an error changes a later step,
+and by 2 lr or not at all, depends on gradients that are not known yet.
 """
 
 from __future__ import annotations

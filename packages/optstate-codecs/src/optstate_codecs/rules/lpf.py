@@ -7,7 +7,8 @@
     p = (1 - lr wd) p - lr / (1 - b2^t) * m / (sqrt(v / (1 - b3^t)) + eps)
 
 The formula is that of the public optimizer of this name (2024; there is no paper): Compass's
-filter, followed by AdamW. f is ``amp_fac``. Weight decay is decoupled.
+filter, followed by AdamW. f is ``amp_fac``. Weight decay is decoupled. There is no error feedback:
+s enters the second moment too, so steps are not linear in its errors.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 The lecture does not correct for v = 0 at the start, which makes the first steps 1 / sqrt(1 - b)
 times too long. Here v is divided by 1 - b^t as in Adam, so that this is Adam with b1 = 0. Weight
-decay is decoupled.
+decay is decoupled. There is no momentum, and so no first moment whose error could be compensated.
 """
 
 from __future__ import annotations

@@ -11,6 +11,15 @@ algorithm 1.
 Decoupled decay multiplies p by (1 - lr wd) before the step; coupled decay adds wd p to g. Without
 momentum nothing is stored, and p = p - lr g. The operations and their order are those of
 ``torch.optim``'s single-tensor path, so that a float32 buffer gives its bits.
+
+``error_feedback`` compensates the error of storing b, e = b - stored b, as in ``rules.adam``.
+Stored exactly, e would enter the next steps with weights mu + mu^2 + ... = mu / (1 - mu), and once
+more mu with ``nesterov``. Their sum is applied at once:
+
+    p = p - lr mu / (1 - mu) e   or, with ``nesterov``,  p - lr mu^2 / (1 - mu) e
+
+The format of b needs a level for zero. Without one, parameters that have no gradients would move,
+since there is no second moment that could decode b to zero.
 """
 
 from __future__ import annotations
@@ -76,6 +85,8 @@ class SGD(Rule):
 
     Args:
         decoupled: whether weight decay is decoupled.
+        error_feedback: whether each step compensates the error of storing the buffer; ``momentum``
+            must be below 1 then.
     """
 
     name: ClassVar[str] = "sgd"
@@ -83,6 +94,18 @@ class SGD(Rule):
     in_torch: ClassVar[bool] = True
     counted: ClassVar[bool] = False
     decoupled: bool = False
+    error_feedback: bool = False
+
+    @property
+    def has_error_feedback(self) -> bool:
+        return self.error_feedback
+
+    def hyper(self, group: Mapping[str, Any]) -> Any:
+        hyper = super().hyper(group)
+        momentum = host_scalar(hyper.momentum)
+        if self.error_feedback and not isinstance(momentum, Tensor) and momentum >= 1:
+            raise ValueError(f"momentum={momentum}: must be below 1 with error_feedback=True")
+        return hyper
 
     def defaults(self) -> dict[str, Any]:
         return {
@@ -101,6 +124,9 @@ class SGD(Rule):
         options = self.decoupled * DECOUPLED + hyper.nesterov * NESTEROV + hyper.maximize * MAXIMIZE
         return update_tile, options + hyper.has_momentum * BUFFER
 
+    def device_error_feedback(self) -> Any:
+        return error_feedback_tile
+
     def variant(self, hyper: SGDHyper) -> tuple[bool, bool]:
         return hyper.nesterov, hyper.maximize
 
@@ -108,12 +134,17 @@ class SGD(Rule):
         lr, decay = host_scalar(hyper.lr), host_scalar(hyper.weight_decay)
         # a bool tensor times a number would have torch's default dtype
         after_first = (step > 1).to(step.dtype) if isinstance(step, Tensor) else step > 1
-        return [
-            host_scalar(hyper.momentum),
+        momentum = host_scalar(hyper.momentum)
+        scalars = [
+            momentum,
             1 - host_scalar(hyper.dampening) * after_first,
             1 - lr * decay if self.decoupled else decay,
             -lr,
         ]
+        if self.has_error_feedback:
+            later = momentum / (1 - momentum)
+            scalars.append(-lr * (later * momentum if hyper.nesterov else later))
+        return scalars
 
     def apply(
         self,
@@ -124,7 +155,7 @@ class SGD(Rule):
         variant: tuple[bool, bool],
         square_root: SquareRoot = torch.sqrt,
     ) -> None:
-        momentum, one_minus_dampening, decay, step_size = scalars
+        momentum, one_minus_dampening, decay, step_size = scalars[:4]
         nesterov, maximize = variant
         if maximize:
             grad = -grad
@@ -135,6 +166,17 @@ class SGD(Rule):
             add_scaled_(buffer, grad, one_minus_dampening)
             grad = add_scaled(grad, buffer, momentum) if nesterov else buffer
         add_scaled_(param, grad, step_size)
+
+    def apply_error_feedback(
+        self,
+        param: Tensor,
+        residual: Tensor,
+        moments: Mapping[str, Tensor],
+        scalars: Sequence[Scalar],
+        variant: tuple[bool, bool],
+        square_root: SquareRoot = torch.sqrt,
+    ) -> None:
+        add_scaled_(param, residual, scalars[4])
 
 
 DECOUPLED, NESTEROV, MAXIMIZE, BUFFER = 1, 2, 4, 8
@@ -160,3 +202,9 @@ def update_tile(p, g, m0, m1, m2, scalars, OPTIONS: tl.constexpr):  # type: igno
     if OPTIONS & _NESTEROV:
         update = fma(m0, momentum, g)
     return fma(update, step_size, p), m0, m1, m2
+
+
+@jit
+def error_feedback_tile(m1, m2, scalars, OPTIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The factor of ``SGD.apply_error_feedback``."""
+    return tl.load(scalars + 4)

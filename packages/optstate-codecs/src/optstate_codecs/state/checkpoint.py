@@ -295,7 +295,7 @@ def _saved_formats(
     """
     if specs := saved.get("formats"):
         return {moment: parse_format(text) for moment, text in specs.items()}
-    options = optimizer.storage_options
+    options = [key for key in optimizer.storage_options if key in group]
     if not options or not all(key in saved for key in options):
         return None
     return optimizer.group_formats({**group, **{key: saved[key] for key in options}})

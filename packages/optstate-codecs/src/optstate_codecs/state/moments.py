@@ -118,10 +118,13 @@ def quantization_residual(
     """The difference between a moment and its stored value after ``encode_slice``.
 
     In update units the stored value is the stored number times the root before that was rounded.
+    It is zero where the second moment is, as decoding makes it.
     """
     value, format = decoded[moment.name], formats[moment.name]
     stored = format.decode(parts[moment.name])[: value.numel()].to(value.dtype)
-    return value - (stored * _root(moment, decoded) if format.in_update_units else stored)
+    if format.in_update_units:
+        stored = stored * exact.sqrt(decoded[_divisor(moment)])
+    return value - stored
 
 
 def _root(moment: Moment, decoded: Mapping[str, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from optstate_codecs.testing.numerics import (
     exactness,
     locality,
     positive_stays_positive,
+    same_bits,
     scale_equivariance,
     unbiased_length,
     zero_stays,
@@ -45,6 +46,7 @@ __all__ = [
     "no_surprises",
     "positive_stays_positive",
     "resume",
+    "same_bits",
     "scale_equivariance",
     "stops",
     "tensors_in",
@@ -55,7 +57,8 @@ __all__ = [
 
 Law = Callable[[Subject], None]
 
-#: the laws for any optimizer; ``exactness`` is added where formats are exact
+#: the laws for any optimizer; ``exactness`` is added where formats are exact, and ``same_bits``
+#: where there is a reference
 LAWS: tuple[Law, ...] = (
     zero_stays,
     positive_stays_positive,
@@ -71,4 +74,5 @@ LAWS: tuple[Law, ...] = (
 
 def laws_for(subject: Subject) -> tuple[Law, ...]:
     """The laws that apply to ``subject``."""
-    return (exactness, *LAWS) if subject.exact is not None else LAWS
+    first: tuple[Law, ...] = (exactness,) if subject.exact is not None else ()
+    return (*first, *LAWS, *((same_bits,) if subject.reference is not None else ()))

@@ -10,20 +10,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optstate_codecs.optimizer import CodedOptimizer
-from optstate_codecs.testing.subject import normal
-from optstate_codecs.views import decode_state
+from optstate_codecs.testing.subject import moments_of, normal, second_moments
 
 __all__ = ["GRADIENTS", "Fidelity", "Stops", "compare", "gradients", "stops"]
 
 BETA1, EPS = 0.9, 1e-8
+# elements of a row of the kinds that are sparse by rows, as embeddings are, and the step at which
+# sleeping rows wake
+ROW, WAKES = 64, 1000
 
-Make = Callable[..., CodedOptimizer]
+Make = Callable[..., Any]
+
+
+def _zipf_rows(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    """Row n gets a gradient with probability 1 / n, as the rows of an embedding do."""
+    row = torch.arange(noise.numel(), dtype=torch.int64, device="cpu") // ROW
+    return noise * (chance[row * ROW] * (row + 1) < 1)
+
+
+def _waking_rows(noise: Tensor, own: Tensor, chance: Tensor, step: int) -> Tensor:
+    """Every other row gets its first gradient after ``WAKES`` steps."""
+    row = torch.arange(noise.numel(), dtype=torch.int64, device="cpu") // ROW
+    return noise * ((row % 2 == 0) | (step >= WAKES))
 
 
 # of normal noise, a normal number of each element's own, a uniform number, and the step
@@ -36,6 +50,8 @@ GRADIENTS: dict[str, Gradient] = {
     "bursty": lambda noise, own, chance, step: noise * (10 if step // 20 % 10 == 0 else 1),
     "log-normal 1": lambda noise, own, chance, step: noise * own.exp(),
     "log-normal 2": lambda noise, own, chance, step: noise * (2 * own).exp(),
+    "Zipf rows": _zipf_rows,
+    "waking rows": _waking_rows,
 }
 
 
@@ -137,9 +153,8 @@ class _Coded:
 
     def results(self, exact: Tensor, path: Tensor) -> Iterator[Fidelity]:
         """One for each kind; ``exact`` is the second moment, ``path`` the sum of exact updates."""
-        states = [decode_state(self.optimizer, param) for param in self.params]
-        rule, group = self.optimizer.rule, self.optimizer.param_groups[0]
-        second = next(m.name for m in rule.moments(rule.hyper(group)) if not m.signed)
+        states = [moments_of(self.optimizer, param) for param in self.params]
+        second = second_moments(self.optimizer)[0]
         stored = self._joined([state[second] for state in states])
         logs = (stored / exact).log().view(self.shape) / 2
         for i, (along, squared, apart, own) in enumerate(self.sums.T.tolist()):
@@ -186,7 +201,7 @@ def compare(
     Returns:
         ``[name][kind]``.
 
-    Example:
+    Examples:
         >>> (found,) = compare({"8-bit": AdamW8bit}, 0.999, ["dense"], steps=300).values()
         >>> found["dense"].gain
     """

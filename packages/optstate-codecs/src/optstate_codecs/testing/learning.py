@@ -38,7 +38,7 @@ def loss_apart(
         their_lr: of the other optimizer; None: ``lr``.
         dtype: of the student that ``ours`` trains; the other student is float32.
 
-    Example:
+    Examples:
         >>> assert abs(loss_apart(AdamW8bit, torch.optim.AdamW, lr=2e-3)) < 0.01
     """
     other = lr if their_lr is None else their_lr

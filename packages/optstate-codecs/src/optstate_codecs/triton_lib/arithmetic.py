@@ -15,9 +15,11 @@ __all__ = [
     "as_bits",
     "as_float",
     "at_least_if_positive",
+    "exceeds",
     "fma",
     "from_bf16_bits",
     "lerp",
+    "minus_product",
     "reciprocal",
     "sqrt",
     "to_bf16_bits",
@@ -30,6 +32,8 @@ ROUNDER = constant(12582912.0)
 
 SQRT = constant("sqrt.approx.ftz.f32 $0, $1;")
 RECIPROCAL = constant("rcp.approx.ftz.f32 $0, $1;")
+EXCEEDS = constant("{ .reg .f32 a; abs.f32 a, $1; set.gt.f32.f32 $0, a, $2; }")
+MINUS_PRODUCT = constant("{ .reg .f32 b; neg.f32 b, $2; fma.rn.f32 $0, $1, b, $3; }")
 FROM_BF16 = constant("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 RAISE_F32, RAISE_S32 = (
     constant(f"""{{
@@ -49,6 +53,25 @@ def fma(a, b, c):  # type: ignore[no-untyped-def]
         return (a.to(tl.float64) * b + c).to(tl.float32)
     else:
         return tl.fma(a, b, c)
+
+
+@jit
+def minus_product(c, a, b):  # type: ignore[no-untyped-def]
+    """c - a * b, rounded once."""
+    if INTERPRET:
+        return fma(a, -b, c)
+    else:
+        # Triton subtracts from zero to change a sign, which no instruction takes in
+        return tl.inline_asm_elementwise(MINUS_PRODUCT, "=f,f,f,f", [a, b, c], tl.float32, True, 1)
+
+
+@jit
+def exceeds(x, threshold):  # type: ignore[no-untyped-def]
+    """1.0 where the magnitude of x is above the threshold, else 0.0, without a predicate."""
+    if INTERPRET:
+        return (tl.abs(x) > threshold).to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(EXCEEDS, "=f,f,f", [x, threshold], tl.float32, True, 1)
 
 
 @jit

@@ -25,6 +25,16 @@ def mix32(x):  # type: ignore[no-untyped-def]
 
 
 @jit
+def columns(offsets):  # type: ignore[no-untyped-def]
+    """The places of elements in their piece, [elements].
+
+    Pieces begin at even offsets. The compiler does not know that of ``offsets``, but it knows the
+    last bits of these, so that it computes at compile time what depends on them.
+    """
+    return tl.arange(0, offsets.shape[len(offsets.shape) - 1])
+
+
+@jit
 def partial_hash(key, step, start, offsets):  # type: ignore[no-untyped-def]
     """``rounding.hash_words`` for a tile, before the last multiplication; uint32.
 
@@ -36,8 +46,10 @@ def partial_hash(key, step, start, offsets):  # type: ignore[no-untyped-def]
     k0 = mix32((key & 0xFFFFFFFF).to(tl.uint32) + turn)
     k1 = mix32(((key >> 32) & 0xFFFFFFFF).to(tl.uint32) ^ (turn * GOLDEN))
     k1 = k1 + ((start >> 33) & 0xFFFFFFFF).to(tl.uint32) * GOLDEN
-    # the compiler sees that neighbours halve to the same number, and hashes it once
-    x = (offsets >> 1).to(tl.uint32) + (((start >> 1) & 0xFFFFFFFF).to(tl.uint32) + k0)
+    # neighbours halve to the same number, and the compiler hashes it once
+    column = columns(offsets)
+    pairs = ((offsets - column) >> 1) + (column >> 1)
+    x = pairs.to(tl.uint32) + (((start >> 1) & 0xFFFFFFFF).to(tl.uint32) + k0)
     x = (x ^ (x >> 16)) * M1
     return (x ^ (x >> 15)) + k1
 
@@ -61,7 +73,7 @@ def half(word, offsets, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
     """The 16 random bits that an element's ``word`` holds for a stream, int32."""
     # the last shift of the hash changes only the low half
     low, high = ((word ^ (word >> 16)) & 0xFFFF).to(tl.int32), (word >> 16).to(tl.int32)
-    return tl.where((offsets & 1) == STREAM % 2, low, high)
+    return tl.where((columns(offsets) & 1) == STREAM % 2, low, high)
 
 
 @jit

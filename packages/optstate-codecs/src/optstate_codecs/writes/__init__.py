@@ -35,7 +35,7 @@ def parameter_write(name: str, dtype: torch.dtype) -> Write:
             float16. Parameters of other dtypes are rounded to nearest.
         dtype: the parameter's dtype.
 
-    Example:
+    Examples:
         >>> parameter_write("split24", torch.bfloat16).components[0].dtype
         torch.int8
     """
@@ -57,7 +57,7 @@ def write_named(bf16_stochastic_round: bool, master_weight_bits: int | None) -> 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value, or both are set.
 
-    Example:
+    Examples:
         >>> write_named(bf16_stochastic_round=False, master_weight_bits=24)
         'split24'
     """

@@ -54,7 +54,7 @@ class CPUOffloadOptimizer(Delegate):
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
 
-    Example:
+    Examples:
         >>> optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-4)
     """
 

@@ -30,7 +30,7 @@ class OffloadOptimizer(OptimizerWrapper):
         resident_bytes: bytes that stay on the device of the state that the codecs' engine steps.
         **options: ``chunk_size`` and the other options of ``OptimizerWrapper``.
 
-    Example:
+    Examples:
         >>> optimizer = OffloadOptimizer(torch.optim.AdamW(model.parameters()))
     """
 

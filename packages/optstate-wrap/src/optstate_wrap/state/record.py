@@ -250,8 +250,7 @@ def decode_state(
     Args:
         record: of one chunk.
         like: the parameter; if it is a ``DTensor``, decoded tensors are too.
-        on_alias: called with each uncoded tensor that has dimensions, which is then returned
-            itself instead of a copy.
+        on_alias: called with each uncoded tensor, which is then returned itself instead of a copy.
     """
     coded = {key: value for key, value in record.items() if isinstance(value, Coded)}
     decoded = _decode(coded) if coded else {}
@@ -263,7 +262,7 @@ def decode_state(
 
 def _copied(value: Any, on_alias: Callable[[Tensor], None] | None) -> Any:
     if isinstance(value, Tensor):
-        if on_alias is not None and value.dim():
+        if on_alias is not None:
             on_alias(value)
             return value
         # state has no autograd graph

@@ -45,6 +45,8 @@ def coded_tensor(where: str, saved: Mapping[str, Any], param: Tensor, per_rank: 
         raise ValueError(
             f"{where}['dtype']={saved['dtype']!r:.80}: must be one of {', '.join(DTYPES)}"
         )
+    if not isinstance(saved["root"], str):
+        raise TypeError(f"{where}['root']={saved['root']!r:.80}: must be text")
     if not isinstance(saved["parts"], (list, tuple)):
         raise TypeError(f"{where}['parts']={saved['parts']!r:.80}: must be a list of tensors")
     format = as_format(saved["format"])

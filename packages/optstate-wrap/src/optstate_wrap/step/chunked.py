@@ -175,6 +175,9 @@ class Engine:
         records = self.store.latest_records(param)
         if param.grad is None or not records:
             return []
+        if not self.fused.may_take(records):
+            self.fused.release(param)
+            return []
         try:
             formats = self.encoder.formats(param, KeysOnly(records[0]))
         except ValueAccess:
@@ -185,23 +188,19 @@ class Engine:
         self, batch: Sequence[ParamChunk], transaction: Transaction, phase: list[str], closure: Any
     ) -> Any:
         inner, timer, store = self.inner, self.timer, self.store
-
-        def save_unstaged(value: Tensor) -> None:
-            if not store.is_staged(value):
-                transaction.save(value)
-
+        aliases: list[Tensor] = []
         phase[0] = "load"
         with timer.part("materialize_ms"):
-            transaction.save_params(batch)
             records = store.load(batch)
             phase[0] = "decode"
             stand_ins = [chunk.stand_in() for chunk in batch]
             state: defaultdict[Any, Any] = defaultdict(dict, self.states.extra)
             for chunk, stand_in, record in zip(batch, stand_ins, records, strict=True):
                 if record:
-                    state[stand_in] = decode_state(record, chunk.param, save_unstaged)
+                    state[stand_in] = decode_state(record, chunk.param, aliases.append)
                 if self.states.foreign and (foreign := self.states.foreign_entries(chunk)):
                     state[stand_in] = {**state.get(stand_in, {}), **foreign}
+            transaction.keep(batch, [value for value in aliases if not store.is_staged(value)])
         if self.encoder.chunked:
             members: list[list[Tensor]] = [[] for _ in inner.param_groups]
             for chunk, stand_in in zip(batch, stand_ins, strict=True):

@@ -25,7 +25,7 @@ from optstate_codecs.gradients.grad_norm import gradient_factor
 from optstate_codecs.offloading import StreamingExecutor
 from optstate_codecs.rules import Adam, Moment, Rule
 from optstate_wrap.state.param_chunks import ParamChunk
-from optstate_wrap.state.record import Record
+from optstate_wrap.state.record import Coded, Record
 from optstate_wrap.state.store import Store
 from optstate_wrap.step.param_steps import (
     make_param_step,
@@ -148,6 +148,12 @@ class FusedStep:
         for param in list(self._prepared):
             self.release(param)
         return False
+
+    def may_take(self, records: Sequence[Record]) -> bool:
+        """Whether the engine steps state like that in ``records`` at all."""
+        return self._exact or any(
+            isinstance(value, Coded) for record in records for value in record.values()
+        )
 
     def param_steps_for(
         self, chunks: Sequence[ParamChunk], records: Sequence[Record], formats: Mapping[str, Format]

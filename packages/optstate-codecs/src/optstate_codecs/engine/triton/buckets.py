@@ -41,7 +41,7 @@ class Bucket:
         positions: the position of each in the request.
         formats: one a moment, in the rule's order.
         function: the rule's device function and its options.
-        apply_error_feedback: the rule's device function for the quantization residual, or None.
+        error_feedback: the rule's device function for the residual's factor, or None.
         grad_dtype: of every gradient.
         rows: blocks a tile.
         block: elements a block.
@@ -58,7 +58,7 @@ class Bucket:
     positions: list[int]
     formats: tuple[Format, ...]
     function: tuple[Any, int]
-    apply_error_feedback: Any
+    error_feedback: Any
     grad_dtype: torch.dtype
     rows: int
     block: int
@@ -117,7 +117,8 @@ def build_buckets(request: StepRequest) -> tuple[list[Bucket], list[int]]:
         if centralized and request.grad_means:
             starts = [request.grad_means.starts[p] for p in positions]
         tables = _tables(param_steps, formats, rows * block, devices[0], starts)
-        contents = param_steps, positions, formats, function, feedback, dtypes[1], rows, block
+        functions = function, feedback if formats else None
+        contents = param_steps, positions, formats, *functions, dtypes[1], rows, block
         buckets.append(Bucket(*contents, aligned, full, centralized, stage, *tables))
     return buckets, fallback
 
@@ -132,7 +133,7 @@ def takes(param_step: ParamStep, grad: Tensor, has_error_feedback: bool = False)
         and all(function is not None for function in functions)
         and not any(f.in_update_units for f in formats[1:])
         and block_shape(formats) is not None
-        and (not has_error_feedback or (functions[0] is not None and functions[0].returns))
+        and (not has_error_feedback or all(f is not None and f.returns for f in functions[:1]))
         and param.dtype in PARAM_DTYPES
         and grad.dtype in PARAM_DTYPES
         and param_step.in_one_order(grad)

@@ -27,9 +27,11 @@ from optstate_codecs.state.moments import SMALLEST_ROOT
 from optstate_codecs.triton_lib import (
     as_bits,
     constant,
+    fma,
     half,
     hash_tile,
     jit,
+    minus_product,
     paired_tile,
     piece_starts,
     reciprocal,
@@ -71,6 +73,33 @@ def _write(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _random(  # type: ignore[no-untyped-def]
+    entry,
+    step,
+    origin,
+    offsets,
+    WORD0: tl.constexpr,
+    WORD1: tl.constexpr,
+    EVEN0: tl.constexpr,
+    EVEN1: tl.constexpr,
+):
+    """The words of random bits that formats and write need, and those of the even step before."""
+    word0 = offsets
+    word1 = offsets
+    even0 = offsets
+    even1 = offsets
+    if WORD0:
+        word0 = hash_tile(tl.load(entry + 8), step, origin, offsets)
+    if WORD1:
+        word1 = hash_tile(tl.load(entry + 9), step, origin, offsets)
+    if EVEN0:
+        even0 = paired_tile(tl.load(entry + 8), step, origin, offsets)
+    if EVEN1:
+        even1 = paired_tile(tl.load(entry + 9), step, origin, offsets)
+    return word0, word1, even0, even1
+
+
+@jit
 def step_kernel(  # type: ignore[no-untyped-def]
     work,
     tensors,
@@ -95,6 +124,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     SQRT0: tl.constexpr,
     UPDATE_UNITS0: tl.constexpr,
     STREAM0: tl.constexpr,
+    RANDOM0: tl.constexpr,
     PAIRED0: tl.constexpr,
     SPAN0: tl.constexpr,
     SHARED0: tl.constexpr,
@@ -136,7 +166,9 @@ def step_kernel(  # type: ignore[no-untyped-def]
     WRITE_OPTIONS: tl.constexpr,
     C_TYPE: tl.constexpr,
     C_DIVISIBLE: tl.constexpr,
-    MARKS: tl.constexpr,
+    MARKS0: tl.constexpr,
+    MARKS1: tl.constexpr,
+    MARKS2: tl.constexpr,
     CENTRALIZED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
@@ -201,8 +233,6 @@ def step_kernel(  # type: ignore[no-untyped-def]
     m0 = p
     if MOMENTS >= 1:
         m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, False, OPTIONS0)
-    m1 = m0
-    m2 = m0
     if MOMENTS >= 2:
         first1 = pointer_at(entry + 4, FIRST1, DIVISIBLE1) + start // SPAN1 * SHARED1
         second1 = pointer_at(entry + 5, SECOND1, 1) + first_row
@@ -213,19 +243,20 @@ def step_kernel(  # type: ignore[no-untyped-def]
         second2 = pointer_at(entry + 7, SECOND2, 1) + first_row
         m2, signs2 = LOAD2(first2, second2, offsets, row_offsets, left, False, OPTIONS2)
         signs = signs | signs2
-    if MARKS:
+    if MARKS0 or MARKS1 or MARKS2:
         # once for all moments, since the minimum over a tile takes exchanges between threads
         marked = tl.min(signs, axis=0) < 0
         if marked:
-            m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, True, OPTIONS0)
-            if MOMENTS >= 2:
+            if MARKS0:
+                m0, signs = LOAD0(first0, second0, offsets, row_offsets, left, True, OPTIONS0)
+            if MARKS1:
                 m1, signs1 = LOAD1(first1, second1, offsets, row_offsets, left, True, OPTIONS1)
-            else:
-                m1 = m0
-            if MOMENTS >= 3:
+            if MARKS2:
                 m2, signs2 = LOAD2(first2, second2, offsets, row_offsets, left, True, OPTIONS2)
-            else:
-                m2 = m0
+    if MOMENTS < 2:
+        m1 = m0
+    if MOMENTS < 3:
+        m2 = m0
     if SQRT2:
         m2 = m2 * m2
     if UPDATE_UNITS0:
@@ -236,20 +267,15 @@ def step_kernel(  # type: ignore[no-untyped-def]
         m1 = m1 * m1
 
     p, m0, m1, m2 = UPDATE(p, g, m0, m1, m2, scalars + 1, UPDATE_OPTIONS)
+    if HAS_FEEDBACK:
+        # here and not after stores, so that the compiler uses the update's loads and quotients
+        feedback = FEEDBACK(m1, m2, scalars + 1, UPDATE_OPTIONS)
 
     origin = start + tl.multiple_of(tl.load(entry + 14), 16)
-    word0 = offsets
-    word1 = offsets
-    even0 = offsets
-    even1 = offsets
-    if WORD0:
-        word0 = hash_tile(tl.load(entry + 8), step, origin, offsets)
-    if WORD1:
-        word1 = hash_tile(tl.load(entry + 9), step, origin, offsets)
-    if EVEN0:
-        even0 = paired_tile(tl.load(entry + 8), step, origin, offsets)
-    if EVEN1:
-        even1 = paired_tile(tl.load(entry + 9), step, origin, offsets)
+    if RANDOM0 or not HAS_FEEDBACK:
+        word0, word1, even0, even1 = _random(
+            entry, step, origin, offsets, WORD0, WORD1, EVEN0, EVEN1
+        )
     if not HAS_FEEDBACK:
         # before encoding, so that its registers are free
         _write(
@@ -261,16 +287,26 @@ def step_kernel(  # type: ignore[no-untyped-def]
         x0 = m0 * reciprocal(tl.maximum(sqrt(m1), _SMALLEST_ROOT))
     if SQRT0:
         x0 = sqrt(m0)
-    if PAIRED0:
-        random0 = half(even1 if STREAM0 >= 2 else even0, offsets, STREAM0)
-    else:
-        random0 = half(word1 if STREAM0 >= 2 else word0, offsets, STREAM0)
+    random0 = offsets
+    if RANDOM0:
+        if PAIRED0:
+            random0 = half(even1 if STREAM0 >= 2 else even0, offsets, STREAM0)
+        else:
+            random0 = half(word1 if STREAM0 >= 2 else word0, offsets, STREAM0)
     if HAS_FEEDBACK:
-        kept = STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
-        residual = x0 - kept
         if UPDATE_UNITS0:
-            residual = residual * tl.maximum(sqrt(m1), _SMALLEST_ROOT)
-        p = FEEDBACK(p, residual, m1, m2, scalars + 1, UPDATE_OPTIONS)
+            # the residual's two terms apart, so that m0 needs no registers during the encoding
+            p = fma(m0, feedback, p)
+            feedback = feedback * sqrt(m1)
+        kept = STORE0(first0, second0, x0, random0, offsets, row_offsets, left, OPTIONS0)
+        if UPDATE_UNITS0:
+            p = minus_product(p, kept, feedback)
+        else:
+            p = fma(m0 - kept, feedback, p)
+        if not RANDOM0:
+            word0, word1, even0, even1 = _random(
+                entry, step, origin, offsets, WORD0, WORD1, EVEN0, EVEN1
+            )
         _write(
             p_pointer, c_pointer, p, word0, offsets, mask, P_BF16, STOCHASTIC, WRITE, WRITE_OPTIONS
         )

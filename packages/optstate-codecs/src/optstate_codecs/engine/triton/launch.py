@@ -10,11 +10,11 @@ from torch import Tensor
 from optstate_codecs.engine.triton.buckets import COLUMNS, MOMENT_SLOTS, Bucket
 from optstate_codecs.engine.triton.dtypes import triton_type
 from optstate_codecs.engine.triton.kernel import step_kernel
-from optstate_codecs.engine.triton.work_tables import on
+from optstate_codecs.engine.triton.launcher import Launcher
 from optstate_codecs.formats import FP32, Format
 from optstate_codecs.formats.base import DeviceFunctions
 
-__all__ = ["kernel_constants", "launch"]
+__all__ = ["launch", "make_launcher"]
 
 # measured on an H200: more elements spill registers, fewer make warps wait at reductions
 ELEMENTS_PER_WARP = 512
@@ -22,6 +22,8 @@ ELEMENTS_PER_WARP = 512
 # hide the memory's latency. Tiles of one block in 16 bits need the fewest, tiles of several blocks
 # the most.
 REGISTERS, REGISTERS_NARROW, REGISTERS_ROWS = 80, 72, 96
+# with error feedback the parameter and the factor of the residual are held during the encoding
+REGISTERS_FEEDBACK = 128
 
 
 def kernel_constants(bucket: Bucket) -> dict[str, Any]:
@@ -31,8 +33,8 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "UPDATE": bucket.function[0],
         "UPDATE_OPTIONS": bucket.function[1],
-        "FEEDBACK": bucket.apply_error_feedback,
-        "HAS_FEEDBACK": bucket.apply_error_feedback is not None,
+        "FEEDBACK": bucket.error_feedback,
+        "HAS_FEEDBACK": bucket.error_feedback is not None,
         "MOMENTS": len(moments),
     }
     words, even = [param_step.write.uses_random, False], [False, False]
@@ -50,6 +52,7 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
             f"LOAD{slot}": functions.load,
             f"STORE{slot}": functions.store,
             f"OPTIONS{slot}": functions.options,
+            f"MARKS{slot}": used and functions.marks,
             f"FIRST{slot}": triton_type(first),
             f"SECOND{slot}": triton_type(second),
             f"SQRT{slot}": getattr(format, "domain", "linear") == "sqrt",
@@ -66,6 +69,7 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
     kept = param_step.write.components
     write = param_step.write.device_functions or DeviceFunctions(None, None)
     return chosen | {
+        "RANDOM0": bool(moments) and bucket.formats[0].uses_random,
         "UPDATE_UNITS0": any(f.in_update_units for f in bucket.formats),
         "WORD0": words[0],
         "WORD1": words[1],
@@ -88,8 +92,8 @@ def kernel_constants(bucket: Bucket) -> dict[str, Any]:
         "BLOCK": bucket.block,
         "FOLD": fold(bucket),
         "FULL": bucket.full,
-        "MARKS": any(f.device_functions.marks for f in bucket.formats if f.device_functions),
         "COLUMNS": COLUMNS,
+        "CENTRALIZED": bucket.centralized,
         **tuning(bucket),
     }
 
@@ -112,14 +116,20 @@ def tuning(bucket: Bucket) -> dict[str, int]:
         if bucket.rows > 1:
             # for packed codes with wider parameters the compiler's own choice is fastest
             packed = any(format.components[0].span > 1 for format in bucket.formats)
-            return chosen if packed and not narrow else {**chosen, "maxnreg": REGISTERS_ROWS}
+            limit = REGISTERS_ROWS if bucket.error_feedback is None else REGISTERS_FEEDBACK
+            return chosen if packed and not narrow else {**chosen, "maxnreg": limit}
         chosen["maxnreg"] = REGISTERS_NARROW if narrow else REGISTERS
     return chosen
 
 
+def make_launcher(bucket: Bucket) -> Launcher:
+    """The launcher of the step kernel for a bucket."""
+    return Launcher(step_kernel, {**kernel_constants(bucket), "enable_fp_fusion": False})
+
+
 def launch(
+    launcher: Launcher,
     bucket: Bucket,
-    constants: dict[str, Any],
     grads: Tensor,
     scalar_set: Tensor,
     scalars: Tensor,
@@ -129,25 +139,18 @@ def launch(
 ) -> None:
     """Step every tile of the bucket in one launch.
 
-    ``constants`` are ``kernel_constants(bucket)``, and ``means`` the device's ``GradMeans.values``.
+    ``launcher`` is ``make_launcher(bucket)``, and ``means`` the device's ``GradMeans.values``.
     ``factor`` is the kernel's ``grad_scale``; ``kernel`` describes the other tables.
     """
-    if not bucket.work.shape[0]:
+    programs = bucket.work.shape[0]
+    if not programs:
         return  # tensors without elements
-    with on(bucket.work.device):
-        step_kernel[(bucket.work.shape[0],)](
-            bucket.work,
-            bucket.tensors,
-            grads,
-            scalar_set,
-            scalars,
-            means if bucket.centralized else None,
-            factor,
-            found_inf,
-            SCALARS=scalars.shape[1],
-            CENTRALIZED=bucket.centralized,
-            HAS_SCALE=factor is not None,
-            HAS_FOUND_INF=found_inf is not None,
-            enable_fp_fusion=False,
-            **constants,
-        )
+    means = means if bucket.centralized else None
+    tables = bucket.work, bucket.tensors, grads, scalar_set, scalars
+    launcher(
+        programs,
+        [*tables, means, factor, found_inf],
+        SCALARS=scalars.shape[1],
+        HAS_SCALE=factor is not None,
+        HAS_FOUND_INF=found_inf is not None,
+    )

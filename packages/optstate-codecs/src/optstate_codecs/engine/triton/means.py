@@ -8,13 +8,15 @@ multiplies them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from optstate_codecs.engine.capture import capturing, constant_table
 from optstate_codecs.engine.triton.dtypes import load_float, triton_type
-from optstate_codecs.engine.triton.work_tables import kept_work_table, on, uploaded
+from optstate_codecs.engine.triton.launcher import Launcher
+from optstate_codecs.engine.triton.work_tables import kept_work_table, uploaded
 from optstate_codecs.formats.base import float32_bits
 from optstate_codecs.triton_lib import as_float, jit, tl
 
@@ -71,14 +73,17 @@ def launch(
         table = constant_table(entries, device)
     else:
         table = uploaded(torch.tensor(entries, dtype=torch.int64, device="cpu"), device)
-    with on(device):
-        means_kernel[(work.shape[0],)](
-            work,
-            table,
-            means,
-            COLUMNS=COLUMNS,
-            TYPE=triton_type(dtype),
-            BF16=dtype == torch.bfloat16,
-            CHUNK=CHUNK,
-            num_warps=2,
-        )
+    _launcher(device, dtype)(work.shape[0], [work, table, means])
+
+
+@lru_cache(maxsize=64)
+def _launcher(device: torch.device, dtype: torch.dtype) -> Launcher:
+    """The launcher of the kernel for gradients of ``dtype`` on ``device``."""
+    constants = {
+        "COLUMNS": COLUMNS,
+        "TYPE": triton_type(dtype),
+        "BF16": dtype == torch.bfloat16,
+        "CHUNK": CHUNK,
+        "num_warps": 2,
+    }
+    return Launcher(means_kernel, constants)

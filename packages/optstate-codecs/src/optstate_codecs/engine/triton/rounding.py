@@ -8,13 +8,15 @@ bytes at once, from the addresses and the elements left, so that tensors of any 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from optstate_codecs.engine.triton.dtypes import load_float, pointer_at, triton_type
 from optstate_codecs.engine.triton.launch import ELEMENTS_PER_WARP
-from optstate_codecs.engine.triton.work_tables import kept_work_table, on, uploaded
+from optstate_codecs.engine.triton.launcher import Launcher
+from optstate_codecs.engine.triton.work_tables import kept_work_table, uploaded
 from optstate_codecs.rounding import packed_key
 from optstate_codecs.triton_lib import half, hash_tile, jit, tl, to_bf16_bits_stochastic
 
@@ -98,15 +100,19 @@ def launch(
     if not work.shape[0]:
         return  # tensors without elements
     table = uploaded(torch.tensor(entries, dtype=torch.int64, device="cpu"), device)
-    with on(device):
-        round_kernel[(work.shape[0],)](
-            work,
-            table,
-            COLUMNS=COLUMNS,
-            ADD=add,
-            SOURCE_TYPE=triton_type(dtype),
-            SOURCE_BF16=dtype == torch.bfloat16,
-            TILE=TILE,
-            num_warps=TILE // ELEMENTS_PER_WARP,
-            enable_fp_fusion=False,
-        )
+    _launcher(device, dtype, add)(work.shape[0], [work, table])
+
+
+@lru_cache(maxsize=64)
+def _launcher(device: torch.device, dtype: torch.dtype, add: bool) -> Launcher:
+    """The launcher of the kernel for sources of ``dtype`` on ``device``."""
+    constants = {
+        "COLUMNS": COLUMNS,
+        "ADD": add,
+        "SOURCE_TYPE": triton_type(dtype),
+        "SOURCE_BF16": dtype == torch.bfloat16,
+        "TILE": TILE,
+        "num_warps": TILE // ELEMENTS_PER_WARP,
+        "enable_fp_fusion": False,
+    }
+    return Launcher(round_kernel, constants)

@@ -1,0 +1,1 @@
+"""``optstate convert``: checkpoints of optimizers from one library to another."""
