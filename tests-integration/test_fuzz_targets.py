@@ -26,6 +26,10 @@ FOUND = {
         b"\x06\x00\x05\x03DE",
         b"\x06\x00\xc5\x02\xff\xffEbetasE",
         b"\x81\x00\x18\x01J\x18",
+        b"\x05\x00E\x06:\x00G'E'",
+        b"\x03\x01\x00\x1e" + 5 * b"\x99" + b"betas" + 14 * b"\x99",
+        b"\x03\x01\x00\x1e" + 26 * b"\x99",
+        8 * b"\x13" + b"\x04\x00'\x06\x00" + 3 * b"'",
     ],
 }
 

@@ -95,6 +95,7 @@ HOSTILE = {
         group("weight_decay", 1e300),
         r"weight_decay=1e\+300: must be finite and at least 0 and at most 2\*\*60",
     ),
+    "flag a tensor": (group("capturable", torch.ones(3)), "capturable=tensor.*must be True, False"),
     "betas cyclic": (_cyclic, "nested too deep"),
     "values nested deeply": (_deep, "nested too deep"),
     "order a fraction": (state("dim_order", torch.tensor(0.5)), "must be from 0 to 1"),

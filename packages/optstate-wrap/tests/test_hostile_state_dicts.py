@@ -98,6 +98,7 @@ HOSTILE = {
         group("lr", torch.ones(1).to_sparse()),
         r"\['lr'\]: is torch.sparse_coo, must be dense",
     ),
+    "eps on meta": (group("eps", torch.ones((), device="meta")), "eps: is on meta"),
     "betas one number": (group("betas", 0.5), "AdamW cannot step with these values"),
 }
 
@@ -115,7 +116,15 @@ def test_hostile_packed_state_dicts(name, problem, same) -> None:
     assert run.optimizer.engine.encoder.steps == 2
 
 
-@pytest.mark.parametrize("step", [3, torch.tensor(3, dtype=torch.int16), torch.tensor([3.0])])
+@pytest.mark.parametrize(
+    "step",
+    [
+        3,
+        torch.tensor(3, dtype=torch.int16),
+        torch.tensor([3.0]),
+        torch.tensor(3.0).to(torch.float8_e4m3fn),
+    ],
+)
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_step_counts_of_any_kind_are_those_of_the_optimizer(kind, step, problem, same) -> None:
     """Counts in another dtype or shape loaded, and the next step failed."""

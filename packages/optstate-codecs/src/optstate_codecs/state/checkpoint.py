@@ -44,7 +44,7 @@ from optstate_codecs.state.groups import merged_groups
 from optstate_codecs.state.layout import bound, empty_state, storage_order
 from optstate_codecs.state.owner import StateOwner
 from optstate_codecs.state.shards import as_owner, as_shards, shard_of, whole_of_shards
-from optstate_codecs.state.structure import check_structure, malformed, tensors_of
+from optstate_codecs.state.structure import check_structure, check_values, malformed
 from optstate_codecs.writes import CORRECTION, MASTER, SplitMaster, Write, parameter_write
 
 __all__ = ["StepCopy", "adopt_copies", "full", "load", "packed"]
@@ -268,9 +268,7 @@ def _merged_groups(
     formats = []
 
     def check(new: dict[str, Any], saved: Mapping[str, Any]) -> None:
-        for key, value in tensors_of(saved):
-            if value.is_meta and not any(param.is_meta for param in new["params"]):
-                raise ValueError(f"{key}: is on meta, without a value")
+        check_values(saved, new["params"])
         optimizer.check_group(new)
         formats.append(_saved_formats(optimizer, new, saved))
 

@@ -8,7 +8,7 @@ documented ones.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,10 @@ from torch import Tensor
 
 from optstate_codecs.state.components import check_dense
 
-__all__ = ["check_structure", "malformed", "tensors_of"]
+__all__ = ["check_structure", "check_values", "malformed"]
+
+# of torch's optimizers; a rule checks its own
+FLAGS = ("capturable", "differentiable", "foreach", "fused")
 
 
 def check_structure(state_dict: Any) -> None:
@@ -36,7 +39,7 @@ def check_structure(state_dict: Any) -> None:
     for index, group in enumerate(state_dict["param_groups"]):
         where = f"state_dict['param_groups'][{index}]"
         _check(where, group, Mapping)
-        for key, value in tensors_of(group):
+        for key, value in _tensors_of(group):
             check_dense(f"{where}[{key!r}]", value)
         numbers = group.get("params", ())
         _check(f"{where}['params']", numbers, (list, tuple))
@@ -56,7 +59,22 @@ def check_structure(state_dict: Any) -> None:
                     _check(f"{where}[{key!r}][{name!r}]", value, kinds[1])
 
 
-def tensors_of(group: Mapping[Any, Any]) -> Iterator[tuple[Any, Tensor]]:
+def check_values(saved: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+    """Raise unless a saved group's tensors have values, and its flags are no tensors.
+
+    Raises:
+        ValueError: a tensor is on meta, and the parameters are not.
+        TypeError: a flag is of another type.
+    """
+    for key, value in _tensors_of(saved):
+        if value.is_meta and not any(param.is_meta for param in params):
+            raise ValueError(f"{key}: is on meta, without a value")
+    for key in FLAGS:
+        if not isinstance(flag := saved.get(key), (bool, int, type(None))):
+            raise TypeError(f"{key}={flag!r:.80}: must be True, False or None")
+
+
+def _tensors_of(group: Mapping[Any, Any]) -> Iterator[tuple[Any, Tensor]]:
     """The tensors among a group's values, and in lists and tuples such as betas, by their keys."""
     for key, value in group.items():
         for item in value if isinstance(value, (list, tuple)) else (value,):

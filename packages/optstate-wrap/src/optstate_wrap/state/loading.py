@@ -16,7 +16,7 @@ from optstate_codecs.counts import checked_count
 from optstate_codecs.sharding import is_distributed, local_of
 from optstate_codecs.state.components import check_dense
 from optstate_codecs.state.groups import merged_groups
-from optstate_codecs.state.structure import check_structure, malformed
+from optstate_codecs.state.structure import check_structure, check_values, malformed
 from optstate_wrap.hooks import load_with_hooks
 from optstate_wrap.probe import Findings, probe, why_not
 from optstate_wrap.state.checkpoint import (
@@ -73,7 +73,8 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
     progress = progress or checked_progress(progress_of_states(saved))
     where, saved_groups = "state_dict['param_groups']", state_dict["param_groups"]
     with malformed(where):
-        groups = merged_groups(where, inner.param_groups, saved_groups)
+        check = lambda new, saved: check_values(saved, new["params"])  # noqa: E731
+        groups = merged_groups(where, inner.param_groups, saved_groups, check=check)
     params = params_by_number(state_dict, inner)
     # keys that are not numbers are the inner optimizer's own entries
     if unknown := [n for n in saved if n not in params and isinstance(n, int)]:
@@ -348,6 +349,6 @@ def _converted(
 
 def _step_count(value: Any) -> Tensor:
     """A checked step count as an optimizer keeps it: a 0-d tensor of floating dtype; a copy."""
-    if isinstance(value, Tensor) and value.is_floating_point():
+    if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):
         return value.detach().reshape(()).clone()
     return torch.tensor(float(value), dtype=torch.float32, device="cpu")
