@@ -9,6 +9,7 @@ from subjects import EXACT, SUBJECTS
 from torch import nn
 
 from optstate_codecs import GradientRelease
+from optstate_codecs.engine.cpu.choice import choice_of
 from optstate_codecs.testing import SHAPES, Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")
@@ -115,15 +116,15 @@ def test_parameters_that_are_used_twice(size, checkpointed) -> None:
 def test_a_part_is_stepped_by_the_backend_that_steps_the_whole(monkeypatch) -> None:
     """Loops are worth building for all parameters: a small bucket must not take another way."""
     taken = []
-    monkeypatch.setattr("optstate_codecs.engine.executor.WORTH_BUILDING", 1000)
+    choice_of.cache_clear()
     monkeypatch.setattr(
-        "optstate_codecs.engine.executor.compiled.try_step",
-        lambda request: taken.append(len(request.param_steps)),
+        "optstate_codecs.engine.cpu.choice.KernelChoice.decide",
+        lambda self, elements, total, scalars: taken.append((elements, total)),
     )
     trainer = Trainer(make, ((30, 30), (20,), (10, 10)))
     with GradientRelease(trainer.optimizer, bucket_bytes=0):
         run(trainer, 1)
-    assert taken == [1, 1, 1]
+    assert sorted(taken) == [(20, 1020), (100, 1020), (900, 1020)]
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1])

@@ -1,8 +1,12 @@
 """Lists of tensors rounded, or added and rounded: against draws taken one by one, on every path."""
 
+import shutil
+
 import pytest
 import torch
 
+from optstate_codecs.engine.cpu.choice import choice_of
+from optstate_codecs.engine.cpu.rounding import rounding_choice
 from optstate_codecs.rounding import Draw, stochastic_round_bf16
 from optstate_codecs.stochastic import SOURCES, STREAM, round_
 from optstate_codecs.triton_lib import core
@@ -16,6 +20,33 @@ def paths() -> list:
     interpreter = pytest.param("cpu", marks=pytest.mark.interpret, id="interpreter")
     cuda = pytest.param("cuda", marks=pytest.mark.cuda, id="cuda")
     return [pytest.param("cpu", id="torch"), interpreter, cuda]
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path_factory):
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
+    monkeypatch.setenv("OPTSTATE_BACKEND", "compile")
+    choice_of.cache_clear()
+    yield
+    choice_of.cache_clear()
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["round", "add"])
+@pytest.mark.parametrize("dtype", SOURCES, ids=str)
+def test_compiled_kernels_draw_the_same(dtype: torch.dtype, add: bool, compiled) -> None:
+    targets, sources = lists(dtype)
+    sources[1][7, 7] = float("nan")
+    numbers, counts = [3, 1, 4, 2**33, 5, 9, 2, 6], [0, 1, 2, 3, 2**31 - 1, 5, 6, 7]
+    want = [expected(*items, add) for items in zip(targets, sources, numbers, counts, strict=True)]
+    versions = [target._version for target in targets]
+    round_(targets, sources, SEED, numbers, counts, add=add)
+    for ours, theirs in zip(targets, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert all(t._version > v for t, v in zip(targets, versions, strict=True) if t.numel())
+    choice = rounding_choice(dtype, add)
+    assert dtype == torch.float16 or choice.kernel is not None
 
 
 def lists(source: torch.dtype, shapes=SHAPES) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -6,6 +6,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from optstate_codecs import GradientRelease
+from optstate_codecs.engine.cpu.choice import choice_of
 from optstate_wrap import ConfigurablePolicy, OptimizerWrapper, WarmupPolicy, wrap
 from optstate_wrap.state import encoder
 from optstate_wrap.step import chunked
@@ -81,18 +82,17 @@ def assert_alike(ours, theirs) -> None:
 
 def test_compiled_loops_step_a_part_where_they_step_the_whole(problem, monkeypatch) -> None:
     taken = []
-    monkeypatch.setattr("optstate_codecs.engine.executor.WORTH_BUILDING", 1000)
+    choice_of.cache_clear()
     monkeypatch.setattr(
-        "optstate_codecs.engine.executor.compiled.try_step",
-        lambda request: bool(taken.append(len(request.param_steps))),
+        "optstate_codecs.engine.cpu.choice.KernelChoice.decide",
+        lambda self, elements, total, scalars: taken.append((elements, total)),
     )
     ours = problem(
         lambda g: wrap(torch.optim.AdamW(g), ConfigurablePolicy(CODED)), shapes=[(700,)] * 3
     )
     with GradientRelease(ours.optimizer, bucket_bytes=0):
         run(ours, 3)
-    assert taken
-    assert set(taken) == {1}
+    assert set(taken) == {(700, 2100)}
 
 
 class Counting(torch.optim.SGD):

@@ -9,8 +9,10 @@ compiled kernels find out here which that is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import cache
+from types import MappingProxyType
 
 import numpy
 import torch
@@ -19,16 +21,18 @@ from torch import Tensor
 __all__ = [
     "TAIL",
     "WHOLE",
+    "count_name",
     "multiply_add",
     "recorded",
     "rounds_once",
+    "row_counts",
     "row_sums",
     "sqrt",
     "sqrt_is_exact",
 ]
 
-#: whether operations are being traced for a compiled kernel
-recorded: ContextVar[bool] = ContextVar("recorded", default=False)
+#: the inputs by name while operations are traced for a compiled kernel; else empty
+recorded: ContextVar[Mapping[str, Tensor]] = ContextVar("recorded", default=MappingProxyType({}))
 
 # element counts that torch computes in whole vectors, and one by one
 WHOLE, TAIL = 1024, 7
@@ -81,11 +85,28 @@ def _in_double(x: Tensor, factor: float, start: Tensor, out: Tensor | None) -> T
 
 def row_sums(x: Tensor) -> Tensor:
     """The sum of each row of a matrix, [rows, 1], in the same order on every device."""
+    if recorded.get():
+        return x.sum(1, keepdim=True)  # kernels add in the order below
     while (columns := x.shape[1]) > 1:
         half = columns // 2
         # add the second half to the first; the middle one of an odd number stays
         x = torch.cat([x[:, :half] + x[:, columns - half :], x[:, half : columns - half]], 1)
     return x
+
+
+def row_counts(x: Tensor, size: int) -> Tensor:
+    """How many elements of flat ``x`` each row of ``size`` has, [rows, 1]; the last has fewer."""
+    if given := recorded.get():
+        return given[count_name(size)]
+    counts = torch.full((-(-x.numel() // size), 1), size, dtype=x.dtype, device=x.device)
+    if tail := x.numel() % size:
+        counts[-1] = tail
+    return counts
+
+
+def count_name(size: int) -> str:
+    """The input of a kernel that has ``row_counts`` for rows of ``size``."""
+    return f"count{size}"
 
 
 @cache

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from optstate_codecs.engine import eager
 from optstate_codecs.engine.capture import capturing, needs_warm_up
-from optstate_codecs.engine.cpu import compiled
 from optstate_codecs.engine.cpu.build import CannotBuild, compiler
+from optstate_codecs.engine.cpu.compiled import CompiledSteps
 from optstate_codecs.engine.request import ParamStep, StepRequest, layout_of
 from optstate_codecs.engine.triton.buckets import Bucket, build_buckets
 from optstate_codecs.engine.triton.step_tables import StepTable
@@ -24,8 +24,6 @@ BACKENDS = ("auto", "eager", "compile", "triton")
 # launch plans that are kept, one for each set of parameters that had gradients; of steps in parts,
 # as many as cover this many whole steps
 PLANS = 8
-# building a kernel takes a second or two, which 2^20 elements win back in about a hundred steps
-WORTH_BUILDING = 1 << 20
 
 
 @dataclass
@@ -105,8 +103,9 @@ class ResidentExecutor:
 
     Args:
         backend: "auto" takes Triton on CUDA devices where it is installed; compiled kernels on a
-            CPU, from 2^20 elements on and where there is a C++ compiler; and the reference
-            elsewhere. The environment variable OPTSTATE_BACKEND replaces "auto".
+            CPU, once they are built or worth it (see ``engine.cpu.choice``), where there is a C++
+            compiler; and the reference elsewhere. The environment variable OPTSTATE_BACKEND
+            replaces "auto".
 
     Raises:
         ValueError: OPTSTATE_BACKEND is no backend.
@@ -124,6 +123,7 @@ class ResidentExecutor:
         if backend == "compile":
             self._with_compiler(compiler)
         self.backend = backend
+        self.compiled = CompiledSteps(required=backend == "compile")
         self._plans: OrderedDict[tuple[int, ...], LaunchPlan] = OrderedDict()
         # of the latest launch; most steps take the same parameters again
         self._latest: LaunchPlan | None = None
@@ -159,12 +159,13 @@ class ResidentExecutor:
             return
         if self._skipped(request):
             return
-        # elements of the whole step, so that stages and parts do not change the backend or the bits
-        total = request.total or sum(param_step.param.numel() for param_step in request.param_steps)
+        if not request.total:
+            # so that no stage chooses otherwise than the whole step
+            request.total = sum(param_step.param.numel() for param_step in request.param_steps)
+        run = self._run_compiled if self._uses_compiled(request) else eager.step
         for stage, part in request.stages():
             with request.around(stage):
-                if not self._run_compiled(part, total >= WORTH_BUILDING):
-                    eager.step(part)
+                run(part)
 
     @staticmethod
     def _skipped(request: StepRequest) -> bool:
@@ -180,21 +181,19 @@ class ResidentExecutor:
             )
         return self.backend == "triton" or (self.backend == "auto" and cuda and HAS_TRITON)
 
-    def _run_compiled(self, request: StepRequest, large: bool) -> bool:
-        """Step the request with compiled kernels where requested, or possible and worth it."""
+    def _uses_compiled(self, request: StepRequest) -> bool:
+        """Whether compiled kernels may take the step."""
         if self.backend not in ("auto", "compile"):
             return False
         on_cpu = all(param_step.param.device.type == "cpu" for param_step in request.param_steps)
-        if self.backend == "compile":
-            if not on_cpu:
-                raise RuntimeError(
-                    "backend='compile': parameters must be on the CPU; use backend='auto'"
-                )
-            self._with_compiler(lambda: compiled.step(request))
-            return True
-        if not (on_cpu and large):
-            return False
-        return compiled.try_step(request)
+        if self.backend == "compile" and not on_cpu:
+            raise RuntimeError(
+                "backend='compile': parameters must be on the CPU; use backend='auto'"
+            )
+        return on_cpu
+
+    def _run_compiled(self, request: StepRequest) -> None:
+        self._with_compiler(lambda: self.compiled.step(request))
 
     @staticmethod
     def _with_compiler(action: Callable[[], Any]) -> None:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optstate_codecs import checks
+from optstate_codecs import checks, exact
 from optstate_codecs.formats.base import Component, Format
 from optstate_codecs.formats.packing import group, store_codes
 from optstate_codecs.rounding import Draw
@@ -41,8 +41,8 @@ __all__ = [
     "BlockFormat",
     "all_on_host",
     "block_amax",
-    "block_counts",
     "block_size",
+    "block_sums",
     "blocked",
     "clamped_scale",
     "fill_marked",
@@ -206,12 +206,12 @@ def block_amax(x: Tensor, block_size: int) -> Tensor:
     return blocked(finite.abs_(), block_size).amax(dim=1, keepdim=True)
 
 
-def block_counts(x: Tensor, block_size: int) -> Tensor:
-    """Each block's number of elements as float32, [blocks, 1]; of flat ``x``."""
-    counts = torch.full_like(blocked(x, block_size)[:, :1], min(block_size, x.numel()))
-    if tail := x.numel() % block_size:
-        counts[-1] = tail
-    return counts
+def block_sums(x: Tensor, block_size: int) -> Tensor:
+    """Each block's sum, [blocks, 1]; of flat ``x``."""
+    if tail := -x.numel() % block_size:
+        # a short block too, so that sums are in the same order wherever a slice ends
+        x = torch.nn.functional.pad(x, (0, tail))
+    return exact.row_sums(x.view(-1, block_size))
 
 
 def scaled(x: Tensor, factor: Tensor, block_size: int) -> Tensor:

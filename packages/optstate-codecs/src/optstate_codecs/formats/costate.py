@@ -52,9 +52,8 @@ from optstate_codecs.formats.block import (
     SCALE_MIN,
     BlockFormat,
     block_amax,
-    block_counts,
     block_size,
-    blocked,
+    block_sums,
     clamped_scale,
     fill_marked,
     finite_amax,
@@ -230,8 +229,8 @@ class CoState(BlockFormat):
 
     def _mean(self, x: Tensor) -> Tensor:
         """Each block's mean magnitude, [blocks, 1]; elements that are not finite count as 0."""
-        finite = blocked(torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0), self.block_size)
-        return exact.row_sums(finite.abs()) / block_counts(x, self.block_size)
+        finite = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+        return block_sums(finite.abs_(), self.block_size) / exact.row_counts(x, self.block_size)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         if self.levels == "normal":

@@ -50,6 +50,7 @@ from optstate_codecs.formats.block import (
     SCALE_MIN,
     BlockFormat,
     block_amax,
+    blocked,
     fill_marked,
     finite_amax,
     load_scale,
@@ -148,8 +149,17 @@ class Dynamic8(BlockFormat):
         block_scale, inverse = power_of_two_scale(
             block_amax(x, self.block_size), LARGEST, SCALE_MAX
         )
-        magnitude = scaled(x, inverse * float(self.base) ** RANGES, self.block_size).abs_().add_(1)
-        position = position_of(magnitude, self.base).clamp_(max=128)
+        unit = inverse * float(self.base) ** RANGES
+        if self._is_recorded:
+            # the unit is a power of two, so that the product is exact
+            magnitude = torch.addcmul(
+                torch.ones_like(unit), blocked(x.abs(), self.block_size), unit
+            )
+            position = computed_position(magnitude.view(-1)[: x.numel()])
+        else:
+            magnitude = scaled(x, unit, self.block_size).abs_().add_(1)
+            position = position_of(magnitude, self.base)
+        position = position.clamp_(max=128)
         bits = self.rounding_bits(x, draw)
         # after this addition, the low bits of the float are t in units of 2^-16 (2^-15)
         if self.signed:
@@ -165,12 +175,19 @@ class Dynamic8(BlockFormat):
         scale.copy_(block_scale.view(-1))
 
     @property
+    def _is_recorded(self) -> bool:
+        """Whether operations are traced for a kernel that computes this map from short tables."""
+        return (
+            self.base == 8 and bool(exact.recorded.get()) and exact.rounds_once("addcmul") is True
+        )
+
+    @property
     def _nan_code(self) -> int:
         return SIGNED_NAN if self.signed else UNSIGNED_NAN
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         codes, scale = parts
-        if self.base == 8 and exact.recorded.get():
+        if self._is_recorded:
             x = values_of(codes.to(torch.int32), self.signed)
         else:
             values = value_table(self.signed, self.base, codes.device)
@@ -187,13 +204,6 @@ def lines(base: int) -> list[tuple[float, float]]:
 
 def position_of(magnitude: Tensor, base: int) -> Tensor:
     """The signed map's position t for ``magnitude`` = b^7 z + 1; a new tensor."""
-    if base == 8 and exact.recorded.get():
-        # as in ``store``: each range is three binades
-        bits = magnitude.view(torch.int32)
-        ranges = ((bits >> 23) * 43 - 127 * 43) >> 7
-        inside = (bits - ranges * (3 << 23)).view(torch.float32)
-        line = exact.multiply_add(inside, 1 / 7, 6 / 7)
-        return (line.view(torch.int32) + ranges * (1 << 23)).view(torch.float32)
     (slope, offset), *rest = lines(base)
     # rounded once, as the kernels' fused multiply-add is
     position = exact.multiply_add(magnitude, slope, offset)
@@ -220,17 +230,41 @@ def value_table(signed: bool, base: int, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+def computed_position(magnitude: Tensor) -> Tensor:
+    """``position_of`` for base 8, in the form that is cheapest in compiled loops.
+
+    A range is three binades, so that a float's exponent selects its line.
+    """
+    # by the low five bits of the exponent field: 31 is 2^0, 0 is 2^1, and so on
+    exponents = [(field + 1) % 32 // 3 for field in range(32)]
+    chosen = [lines(8)[min(d, RANGES - 1)] for d in exponents]
+    field = magnitude.view(torch.int32) >> 23 & 31
+    slope, offset = (_chosen(column, field) for column in zip(*chosen, strict=True))
+    return torch.addcmul(offset, magnitude, slope)
+
+
 def values_of(codes: Tensor, signed: bool) -> Tensor:
-    """Compute the values of ``value_table`` for base 8, which is cheaper in compiled loops."""
-    # a range is three binades; the exponents of floats from 2 on end in the number of the range
-    t = codes.bitwise_and(127).to(torch.float32) * 2 if signed else codes.to(torch.float32)
-    bits = (t + 2).view(torch.int32)
-    ranges = bits & 0x03800000
-    whole = ((bits - ranges).view(torch.float32) * 3.5 - 6).view(torch.int32) + ranges * 3
-    x = (whole.view(torch.float32) - 1) * 8.0**-RANGES
+    """Compute the values of ``value_table`` for base 8, in the form cheapest in compiled loops.
+
+    All numbers here have at most 24 bits, so that nothing is rounded.
+    """
+    t = (codes.bitwise_and(127) + 1 if signed else codes + 2).to(torch.float32)
+    # by the low bits of the exponent field of t, which is 128 or 256 at most
+    first = 127 if signed else 128
+    ranges = [min((field - first) % 16, RANGES - 1) for field in range(16)]
+    steps = [(0.5 ** (not signed) * 7 * 4.0**d, -6 * 8.0**d - 1) for d in ranges]
+    unit = 8.0**-RANGES
+    field = t.view(torch.int32) >> 23 & 15
+    factor, offset = (_chosen([unit * x for x in c], field) for c in zip(*steps, strict=True))
+    x = torch.addcmul(offset, t, factor)
     if signed:
         x = (x.view(torch.int32) | (codes >> 7 << 31)).view(torch.float32)
     return x
+
+
+def _chosen(numbers: Sequence[float], index: Tensor) -> Tensor:
+    table = torch.tensor(numbers, dtype=torch.float32, device=index.device)
+    return table.index_select(0, index)
 
 
 # The same on a tile, base 8 only: a range is three binades, so that its number and its two powers

@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 
 from optstate_codecs import exact
-from optstate_codecs.formats.block import block_counts, blocked, load_scale, scaled, store_scale
 from optstate_codecs.formats.block import block_size as tile_block_size
+from optstate_codecs.formats.block import block_sums, load_scale, scaled, store_scale
 from optstate_codecs.formats.packing import load_codes, pack, store_codes, unpack
 from optstate_codecs.triton_lib import (
     INF_BITS,
@@ -89,8 +89,8 @@ def encode(x: Tensor, parts: Sequence[Tensor], bits: int, block_size: int) -> No
     first, *_ = levels = LEVELS[bits]
     x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
     magnitude = x.abs()
-    counts = block_counts(x, block_size)
-    total = _sums(magnitude, block_size)
+    counts = exact.row_counts(x, block_size)
+    total = block_sums(magnitude, block_size)
     mean = total * counts.reciprocal()
     product, squares = total * first, counts * (first * first)
     code = torch.signbit(x).to(torch.int32) << (bits - 1)
@@ -98,8 +98,8 @@ def encode(x: Tensor, parts: Sequence[Tensor], bits: int, block_size: int) -> No
         threshold = mean * ((lower + upper) * HALF_SIGMA)
         above = magnitude > scaled(torch.ones_like(x), threshold, block_size)
         larger = magnitude.masked_fill(~above, 0.0)
-        product = product + _sums(larger, block_size) * (upper - lower)
-        count = _sums(above.to(x.dtype), block_size)
+        product = product + block_sums(larger, block_size) * (upper - lower)
+        count = block_sums(above.to(x.dtype), block_size)
         squares = squares + count * (upper * upper - lower * lower)
         code = code + above.to(torch.int32)
     fit = product * squares.reciprocal()
@@ -108,10 +108,6 @@ def encode(x: Tensor, parts: Sequence[Tensor], bits: int, block_size: int) -> No
     fit = (fit.view(torch.int32) & ~0xFFFF).view(torch.float32)
     codes.copy_(pack(code, bits))
     scale.copy_(fit.view(-1))
-
-
-def _sums(x: Tensor, block_size: int) -> Tensor:
-    return exact.row_sums(blocked(x, block_size))
 
 
 def decode(parts: Sequence[Tensor], bits: int, block_size: int) -> Tensor:

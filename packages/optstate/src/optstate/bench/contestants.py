@@ -19,6 +19,8 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "AdamW8bit-256": ("lowbit_adam", "lowbit-adam", "AdamW8bit", {"block_size": 256}),
     "AdamWFp8": ("lowbit_adam", "lowbit-adam", "AdamWFp8", {}),
     "AdamW4bit": ("lowbit_adam", "lowbit-adam", "AdamW4bit", {}),
+    "Lion8bit": ("lowbit_adam", "lowbit-adam", "Lion8bit", {}),
+    "SGD8bit": ("lowbit_adam", "lowbit-adam", "SGD8bit", {"momentum": 0.9}),
     "AdamW8bit + 24": ("lowbit_adam", "lowbit-adam", "AdamW8bit", {"master_weight_bits": 24}),
     "bitsandbytes": ("bitsandbytes.optim", "bitsandbytes", "AdamW8bit", {}),
     "torchao": ("torchao.optim", "torchao", "AdamW8bit", {}),

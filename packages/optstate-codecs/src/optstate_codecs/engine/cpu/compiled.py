@@ -1,4 +1,4 @@
-"""Steps requests with compiled kernels: the fast path on a CPU.
+"""Steps requests on a CPU: with compiled kernels where they exist, else with the reference.
 
 A kernel is built once for each set of formats, rule, dtypes and write (see ``engine.cpu``).
 Hyper-parameters, step counts and sizes are its arguments, so that they cause no other build. A step
@@ -7,119 +7,186 @@ takes no memory but one block of decoded values on each thread's stack.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from operator import is_
+from time import perf_counter
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from optstate_codecs.counts import counted, taken
 from optstate_codecs.engine import eager
 from optstate_codecs.engine.cpu.build import CannotBuild
-from optstate_codecs.engine.cpu.kernels import CompiledKernel, KernelSpec, compiled_kernel
+from optstate_codecs.engine.cpu.calls import KernelCall
+from optstate_codecs.engine.cpu.choice import KernelChoice, choice_of, warn_without_compiler
+from optstate_codecs.engine.cpu.kernels import KernelSpec
 from optstate_codecs.engine.request import ParamStep, StepRequest
-from optstate_codecs.rounding import stream_key
 
-__all__ = ["step", "try_step"]
+__all__ = ["CompiledSteps"]
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-_warned: set[str] = set()
-
-
-def try_step(request: StepRequest) -> bool:
-    """``step`` and return True; without a working compiler, warn once and return False."""
-    if _warned:
-        return False
-    try:
-        step(request)
-    except CannotBuild as error:
-        _warned.add(str(error))
-        warnings.warn(
-            f"no working C++ compiler ({error}), so optimizers on the CPU step several times "
-            "slower; install g++ or clang++ or set CXX, or choose backend='eager'",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+# plans that are kept, one for each set of parameters that had gradients
+PLANS = 256
 
 
-def step(request: StepRequest) -> None:
-    """Step every parameter that a kernel exists for, and the others with the reference.
+class CompiledSteps:
+    """The steps of one optimizer on a CPU, and what stays the same between them.
 
-    Raises:
-        CannotBuild: there is no working compiler; nothing has changed.
+    Args:
+        required: whether kernels must be built at once; otherwise ``choice`` decides.
     """
-    variants = [request.rule.variant(hyper) for hyper in request.hypers]
-    members: dict[CompiledKernel, list[tuple[int, _Prepared]]] = {}
-    fallback = []
-    pairs = zip(request.param_steps, request.grads, strict=True)
-    for position, (param_step, grad) in enumerate(pairs):
-        prepared, variant = _prepared.get(param_step), variants[param_step.group]
-        if request.grad_means is not None and request.grad_means.starts[position] >= 0:
-            fallback.append(position)
-            continue
-        if prepared is None or not prepared.is_valid(grad, variant):
-            prepared = _prepared[param_step] = _prepare(request, param_step, grad, variant)
-        if prepared.kernel is None:
-            fallback.append(position)
-        else:
-            members.setdefault(prepared.kernel, []).append((position, prepared))
-    if request.found_inf is not None and bool(request.found_inf):
-        return
-    for kernel, stepped in members.items():
-        _run(request, kernel, stepped)
-    if fallback:
-        eager.step(request.part(fallback))
+
+    def __init__(self, required: bool) -> None:
+        self._required = required
+        self._plans: OrderedDict[tuple[int, ...], _Plan] = OrderedDict()
+
+    def step(self, request: StepRequest) -> None:
+        """Step every parameter that a kernel is chosen for, and the others with the reference.
+
+        Raises:
+            CannotBuild: kernels are required and there is no working compiler; nothing has changed.
+        """
+        key = tuple([param_step.index for param_step in request.param_steps])
+        variants = [request.rule.variant(hyper) for hyper in request.hypers]
+        plan = self._plans.get(key)
+        if plan is None or not plan.is_valid(request, variants):
+            plan = self._plans[key] = _Plan(request, variants)
+            if len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        for group in plan.undecided:
+            self._decide(request, group)
+        plan.undecided = [group for group in plan.undecided if not group.is_final]
+        if request.found_inf is not None and bool(request.found_inf):
+            return
+        for group in plan.groups:
+            group.step(request)
+
+    def stepped_by_kernels(self, param_steps: Sequence[ParamStep]) -> list[bool]:
+        """Whether a kernel took the last step of each parameter."""
+        taken = {
+            id(param_step): group.call is not None
+            for plan in self._plans.values()
+            for group in plan.groups
+            for param_step in group.param_steps
+        }
+        return [taken[id(param_step)] for param_step in param_steps]
+
+    def _decide(self, request: StepRequest, group: _Group) -> None:
+        choice = group.choice
+        if choice is None:
+            return
+        if self._required:
+            choice.require()
+        elif not choice.final:
+            total = request.total or sum(p.param.numel() for p in request.param_steps)
+            hyper = request.hypers[group.param_steps[0].group]
+            scalars = [request.rule.scalars(hyper, count) for count in (1.0, 2.0, 3.0, 4.0)]
+            try:
+                choice.decide(group.elements, total, scalars)
+            except CannotBuild as error:
+                warn_without_compiler(error)
+        if choice.kernel is not None:
+            group.call = KernelCall(request, choice.kernel, group.positions)
 
 
-@dataclass(eq=False)
-class _Prepared:
-    """The kernel of a parameter, and those of its arguments that stay the same between steps.
+class _Group:
+    """The parameters of a request that one kernel, or the reference, steps.
 
     Attributes:
-        kernel: None where the reference steps the parameter.
-        variant, grad: the rule's variant, and the gradient's dtype and strides, chosen for.
-        addresses: of the parameter and of the components in ``kernel.keys``.
-        keys: of the random numbers.
+        choice: None where no kernel can take them.
+        positions: in the request.
+        call: of the kernel, once there is one.
     """
 
-    kernel: CompiledKernel | None
-    variant: Hashable
-    grad: tuple[torch.dtype, tuple[int, ...]]
-    addresses: list[int]
-    keys: list[int]
+    def __init__(self, choice: KernelChoice | None) -> None:
+        self.choice = choice
+        self.positions: list[int] = []
+        self.param_steps: list[ParamStep] = []
+        self.elements = 0
+        self.call: KernelCall | None = None
 
-    def is_valid(self, grad: Tensor, variant: Hashable) -> bool:
-        """Whether it fits this gradient, if parameter and state have not moved."""
-        return self.variant == variant and self.grad == (grad.dtype, grad.stride())
+    @property
+    def is_final(self) -> bool:
+        """Whether the kernel, or the reference, will take all other steps too."""
+        return self.choice is None or (
+            self.choice.final and (self.call is not None) == (self.choice.kernel is not None)
+        )
+
+    def append(self, position: int, param_step: ParamStep) -> None:
+        """Add a parameter."""
+        self.positions.append(position)
+        self.param_steps.append(param_step)
+        self.elements += param_step.param.numel()
+
+    def step(self, request: StepRequest) -> None:
+        """Step these parameters."""
+        if self.call is not None:
+            self.call.run(request)
+            return
+        begin = perf_counter()
+        eager.step(request.part(self.positions))
+        if self.choice is not None:
+            self.choice.spent(perf_counter() - begin, self.elements)
 
 
-_prepared: WeakKeyDictionary[ParamStep, _Prepared] = WeakKeyDictionary()
+class _Plan:
+    """The groups that step one set of parameters, and what they depend on."""
+
+    def __init__(self, request: StepRequest, variants: list[Hashable]) -> None:
+        self._param_steps, self._variants = request.param_steps, variants
+        self._layouts, self._centered = _layouts(request), _centered(request)
+        groups: dict[KernelChoice | None, _Group] = {}
+        for position, param_step in enumerate(request.param_steps):
+            variant = variants[param_step.group]
+            choice = _choice(request, position, variant, self._centered[position])
+            if choice not in groups:
+                groups[choice] = _Group(choice)
+            groups[choice].append(position, param_step)
+        self.groups = list(groups.values())
+        self.undecided = list(self.groups)
+
+    def is_valid(self, request: StepRequest, variants: list[Hashable]) -> bool:
+        """Whether it fits this request, if parameters and state have not moved."""
+        same = self._param_steps is request.param_steps or (
+            len(self._param_steps) == len(request.param_steps)
+            and all(map(is_, self._param_steps, request.param_steps))
+        )
+        if not (same and self._variants == variants and self._centered == _centered(request)):
+            return False
+        if self._layouts is request.layouts:
+            return True
+        if self._layouts != _layouts(request):
+            return False
+        self._layouts = _layouts(request)
+        return True
 
 
-def _prepare(
-    request: StepRequest, param_step: ParamStep, grad: Tensor, variant: Hashable
-) -> _Prepared:
-    kernel = None
-    if _fits(param_step, grad):
-        stored = param_step.bound
-        formats = tuple(stored[moment.name] for moment in param_step.moments)
-        scalars = len(request.rule.scalars(request.hypers[param_step.group], 1.0))
-        stored_as = param_step.moments, formats, param_step.write, param_step.plain
-        spec = KernelSpec(request.rule, variant, *stored_as, grad.dtype, scalars)
-        kernel = compiled_kernel(spec)
-    addresses, keys = [param_step.param.data_ptr()], list[int]()
-    if kernel is not None:
-        addresses += [param_step.state[key].data_ptr() for key in kernel.keys]
-        keys = [
-            k for s in kernel.streams for k in stream_key(param_step.seed, param_step.key, s // 2)
-        ]
-    return _Prepared(kernel, variant, (grad.dtype, grad.stride()), addresses, keys)
+def _layouts(request: StepRequest) -> Sequence[Any]:
+    """Dtype and strides of each gradient."""
+    return request.layouts or [(grad.dtype, grad.stride()) for grad in request.grads]
+
+
+def _centered(request: StepRequest) -> list[bool]:
+    """Whether a mean is subtracted from each gradient."""
+    if request.grad_means is None:
+        return [False] * len(request.param_steps)
+    return [start >= 0 for start in request.grad_means.starts]
+
+
+def _choice(
+    request: StepRequest, position: int, variant: Hashable, centered: bool
+) -> KernelChoice | None:
+    param_step, grad = request.param_steps[position], request.grads[position]
+    if not _fits(param_step, grad):
+        return None
+    stored = param_step.bound
+    formats = tuple(stored[moment.name] for moment in param_step.moments)
+    scalars = len(request.rule.scalars(request.hypers[param_step.group], 1.0))
+    stored_as = param_step.moments, formats, param_step.write, param_step.plain
+    spec = KernelSpec(request.rule, variant, *stored_as, grad.dtype, scalars, centered)
+    return choice_of(spec)
 
 
 def _fits(param_step: ParamStep, grad: Tensor) -> bool:
@@ -132,40 +199,3 @@ def _fits(param_step: ParamStep, grad: Tensor) -> bool:
         and not any(format.whole for format in param_step.bound.values())
         and param_step.in_one_order(grad)
     )
-
-
-def _run(
-    request: StepRequest, kernel: CompiledKernel, members: list[tuple[int, _Prepared]]
-) -> None:
-    """Step the parameters of one kernel in one call."""
-    param_steps = [request.param_steps[position] for position, _ in members]
-    counts = counted(
-        [param_step.state["step"] for param_step in param_steps], request.draw is not None
-    )
-    request.counted += param_steps
-    factor = 1.0 if request.factor is None else float(request.factor)
-    table: list[int] = []
-    scalars: list[Any] = []
-    keys: list[int] = []
-    folded: dict[tuple[int, float], list[Any]] = {}
-    blocks = 0
-    for param_step, count, (position, prepared) in zip(param_steps, counts, members, strict=True):
-        numel = param_step.param.numel()
-        param, *parts = prepared.addresses
-        draw = taken(count) if request.draw is None else request.draw
-        table += [numel, blocks, draw, param_step.offset]
-        table += [param, request.grads[position].data_ptr(), *parts]
-        key = (param_step.group, count)
-        if key not in folded:
-            folded[key] = [*request.rule.scalars(request.hypers[param_step.group], count), factor]
-        scalars += folded[key]
-        keys += prepared.keys
-        blocks += -(-numel // kernel.block_size)
-    tables = (
-        torch.tensor(table, dtype=torch.int64, device="cpu"),
-        torch.tensor(scalars, dtype=torch.float32, device="cpu"),
-        torch.tensor(keys, dtype=torch.int64, device="cpu").to(torch.int32),
-    )
-    addresses = [tensor.data_ptr() for tensor in tables]
-    kernel.run(len(param_steps), blocks, *addresses, torch.get_num_threads())
-    request.done += param_steps

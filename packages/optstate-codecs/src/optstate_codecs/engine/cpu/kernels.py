@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -12,18 +13,20 @@ from torch import Tensor
 
 from optstate_codecs import exact
 from optstate_codecs.engine.cpu.build import build
-from optstate_codecs.engine.cpu.emit import emit
+from optstate_codecs.engine.cpu.emit import MEANS, emit, width
+from optstate_codecs.engine.cpu.loop import KernelInputs
 from optstate_codecs.engine.cpu.lower import lower
 from optstate_codecs.engine.cpu.record import Unrecordable, record
-from optstate_codecs.engine.cpu.schedule import KernelInputs
-from optstate_codecs.engine.cpu.value import Lowered
+from optstate_codecs.engine.cpu.torch_root import set_torch_root, torch_root
+from optstate_codecs.engine.cpu.value import ELEMENT, SHORTEST_ROW, Lowered
 from optstate_codecs.engine.eager import StepSpec, step_slice
+from optstate_codecs.exact import count_name
 from optstate_codecs.formats import Component, Format
 from optstate_codecs.rounding import Counter, Draw
 from optstate_codecs.rules import Moment, Rule
 from optstate_codecs.writes import MASTER, Write
 
-__all__ = ["CompiledKernel", "KernelSpec", "compiled_kernel", "source"]
+__all__ = ["CompiledKernel", "KernelSpec", "compiled_kernel", "kernel_of", "source"]
 
 # elements a block where no format has blocks
 UNBLOCKED = 1024
@@ -41,6 +44,7 @@ class KernelSpec:
         formats: one a moment.
         grad_dtype: the gradient's dtype.
         scalars: how many ``Rule.scalars`` returns.
+        centered: whether means are subtracted from the gradient.
     """
 
     rule: Rule
@@ -51,6 +55,7 @@ class KernelSpec:
     plain: bool
     grad_dtype: torch.dtype
     scalars: int
+    centered: bool = False
 
     @property
     def step_spec(self) -> StepSpec:
@@ -58,6 +63,11 @@ class KernelSpec:
         names = [moment.name for moment in self.moments]
         formats = dict(zip(names, self.formats, strict=True))
         return StepSpec(self.rule, self.variant, self.moments, formats, self.write, self.plain)
+
+    @property
+    def has_torch_roots(self) -> bool:
+        """Whether roots are torch's own, with the errors that they have on some processors."""
+        return self.step_spec.square_root is torch.sqrt and not exact.sqrt_is_exact()
 
     @property
     def components(self) -> dict[str, list[tuple[str, Component]]]:
@@ -68,31 +78,39 @@ class KernelSpec:
 
     @property
     def block_size(self) -> int:
-        """Elements a block.
+        """Elements a block: whole rows of every format."""
+        return max([UNBLOCKED, *self._rows])
 
-        Raises:
-            Unrecordable: blocks have different sizes, more than two codes share a byte, or the rule
-                has error feedback.
-        """
-        if self.rule.has_error_feedback:
-            raise Unrecordable("moments are decoded again after they are encoded")
-        if any(f.components[0].span not in (1, 2) for f in self.formats):
-            raise Unrecordable("more than two codes in a byte, or codes across bytes")
-        spans = {format.span for format in self.formats} - {1, 2}
-        if len(spans) > 1:
-            raise Unrecordable("blocks of different sizes")
-        return spans.pop() if spans else UNBLOCKED
+    @property
+    def _rows(self) -> list[int]:
+        """The lengths of rows that share a scale."""
+        return sorted(
+            {c.span for f in self.formats for c in f.components if c.span >= SHORTEST_ROW}
+        )
 
     @property
     def inputs(self) -> KernelInputs:
         """The kernel's inputs."""
-        tensors = {"param": (self.write.dtype, 1), "grad": (self.grad_dtype, 1)}
+        tensors = {"param": (self.write.dtype, ELEMENT), "grad": (self.grad_dtype, ELEMENT)}
+        if self.centered:
+            tensors[MEANS] = (torch.float32, ELEMENT)
         for parts in self.components.values():
-            tensors |= {key: (c.dtype, c.span) for key, c in parts}
+            tensors |= {key: (c.dtype, Fraction(c.shared, c.span)) for key, c in parts}
         draws = {f"draw{stream}": (stream, False) for stream in range(STREAMS)}
         draws |= {f"mirrored{stream}": (stream, True) for stream in range(STREAMS)}
         scalars = [*(f"scalar{number}" for number in range(self.scalars)), "factor"]
-        return KernelInputs(tensors, scalars, draws, self.block_size)
+        counts = {count_name(size): size for size in self._rows}
+        masked = any(map(_pads_with_numbers, self.formats))
+        return KernelInputs(tensors, scalars, draws, counts, self.block_size, masked)
+
+
+@cache
+def _pads_with_numbers(format: Format) -> bool:
+    """Whether bytes of zeros under a scale of 1 are numbers other than 0."""
+    codes, *scales = format.components
+    parts = [torch.zeros(codes.length(format.span), dtype=codes.dtype, device="cpu")]
+    parts += [torch.ones(1, dtype=c.dtype, device="cpu") for c in scales]
+    return bool(scales) and bool(format.decode(parts).any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +122,18 @@ class CompiledKernel:
         block_size: elements a block.
         keys: state keys of the tensors that follow parameter and gradient.
         streams: of the random numbers, in the order of their keys.
+        width: columns of the table.
+        scalars: how many there are for each tensor.
+        centered: whether means are subtracted from gradients.
     """
 
     run: Any
     block_size: int
     keys: tuple[str, ...]
     streams: tuple[int, ...]
+    width: int
+    scalars: int
+    centered: bool
 
 
 @dataclass(frozen=True)
@@ -147,7 +171,10 @@ def source(spec: KernelSpec) -> str:
 
     def step(tensors: Mapping[str, Tensor]) -> None:
         old = tensors["param"]
-        grad = tensors["grad"].to(torch.float32) * tensors["factor"]
+        grad = tensors["grad"].to(torch.float32)
+        if spec.centered:
+            grad = grad - tensors[MEANS]
+        grad = grad * tensors["factor"]
         parts = {name: [tensors[key] for key, _ in owned] for name, owned in components.items()}
         scalars = [tensors[name] for name in inputs.scalars[:-1]]
         counter = _InputCounter(0, 0, 0, inputs=tensors)
@@ -158,8 +185,12 @@ def source(spec: KernelSpec) -> str:
     def lowered(fast: bool) -> Lowered:
         count = BLOCKS * inputs.block_size
         tensors = {
-            name: torch.zeros(count // span, dtype=dtype, device="cpu")
-            for name, (dtype, span) in inputs.tensors.items()
+            name: torch.zeros(int(count * space), dtype=dtype, device="cpu")
+            for name, (dtype, space) in inputs.tensors.items()
+        }
+        tensors |= {
+            name: torch.ones((count // size, 1), dtype=torch.float32, device="cpu")
+            for name, size in inputs.counts.items()
         }
         tensors |= {
             name: torch.ones((), dtype=torch.float32, device="cpu") for name in inputs.scalars
@@ -168,11 +199,10 @@ def source(spec: KernelSpec) -> str:
             name: torch.zeros(count, dtype=torch.int32, device="cpu") for name in inputs.draws
         }
         found = record(step, tensors, assume=fast)
-        exactly = spec.step_spec.square_root is exact.sqrt or exact.sqrt_is_exact()
-        if not exactly and any(call.name == "sqrt" for call in found.calls):
-            raise Unrecordable("torch.sqrt, which is not rounded correctly here")
-        return lower(found, BLOCKS, inputs.block_size, fast=fast)
+        return lower(found, count, fast=fast, torch_root=spec.has_torch_roots)
 
+    if spec.has_torch_roots and torch_root() is None:
+        raise Unrecordable("torch.sqrt, which is not rounded correctly here")
     return emit(lowered(True), lowered(False), inputs)
 
 
@@ -187,6 +217,15 @@ def compiled_kernel(spec: KernelSpec) -> CompiledKernel | None:
         text = source(spec)
     except Unrecordable:
         return None
+    return kernel_of(spec, build(text))
+
+
+def kernel_of(spec: KernelSpec, run: Any) -> CompiledKernel:
+    """The kernel whose function ``run`` was built from ``source(spec)``."""
+    inputs = spec.inputs
+    if spec.has_torch_roots:
+        set_torch_root(run)
     keys = [key for parts in spec.components.values() for key, _ in parts]
-    streams = [stream for stream, _ in spec.inputs.draws.values()]
-    return CompiledKernel(build(text), spec.block_size, tuple(keys), tuple(streams))
+    streams = [stream for stream, _ in inputs.draws.values()]
+    shape = width(inputs), len(inputs.scalars), spec.centered
+    return CompiledKernel(run, spec.block_size, tuple(keys), tuple(streams), *shape)

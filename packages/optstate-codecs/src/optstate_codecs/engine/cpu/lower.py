@@ -1,7 +1,7 @@
 """Lowers a record of torch operations to a data-flow graph of scalar values.
 
 The record is of a tensor of a few blocks. The generated function steps one block, so a tensor of
-the record becomes a value for each element, pair, block or tensor. A view shares the value of its
+the record becomes a value for each element, group, row or tensor. A view shares the value of its
 base, and an operation in place replaces it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import reduce
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from optstate_codecs.engine.cpu.operations import OPERATIONS, bits_type, convert, literal
 from optstate_codecs.engine.cpu.peephole import Peephole, finite_flag
 from optstate_codecs.engine.cpu.record import Call, Node, Record, Unrecordable
-from optstate_codecs.engine.cpu.value import BLOCK, ELEMENT, PAIR, SCALAR, Lowered, Value
+from optstate_codecs.engine.cpu.value import ELEMENT, SCALAR, Lowered, Value, is_row
 
 __all__ = ["lower"]
 
 VIEWS = ("view", "slice", "detach", "alias", "unsqueeze", "expand", "_unsafe_view", "squeeze")
+INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(eq=False)
@@ -38,22 +40,31 @@ class _Storage:
     aliases: list[_Storage] = field(default_factory=list)
 
 
-def lower(record: Record, blocks: int, block_size: int, *, fast: bool) -> Lowered:
-    """Lower a record of ``blocks`` blocks of ``block_size`` elements.
+def lower(record: Record, numel: int, *, fast: bool, torch_root: bool = False) -> Lowered:
+    """Lower a record of a tensor of ``numel`` elements.
 
-    With ``fast``, peephole rewrites add assumptions to those of the record.
+    With ``fast``, peephole rewrites add assumptions to those of the record. With ``torch_root``,
+    roots are torch's, which are not rounded correctly.
 
     Raises:
         Unrecordable: an operation of the record has no form in C.
     """
-    return _Lowering(record, blocks, block_size, fast).run()
+    return _Lowering(record, numel, fast, torch_root).run()
+
+
+def _low_bits(value: Value) -> Value:
+    """The integer whose low 8 bits ``value``, a uint8 to store, has."""
+    while value.text == "({0} & 255)" or (
+        value.text == "({0} & {1})" and value.needs[1].text == "(255)"
+    ):
+        value = value.needs[0]
+    return value
 
 
 class _Lowering:
-    def __init__(self, record: Record, blocks: int, block_size: int, fast: bool) -> None:
-        self._record = record
+    def __init__(self, record: Record, numel: int, fast: bool, torch_root: bool) -> None:
+        self._record, self._numel, self._torch_root = record, numel, torch_root
         self._peephole = Peephole(self._make) if fast else None
-        self._blocks, self._block_size = blocks, block_size
         self._storages: dict[Node, _Storage] = {}
         self._tables: dict[str, list[float]] = {}
         self._known: dict[Any, Value] = {}
@@ -63,19 +74,17 @@ class _Lowering:
             storage = self._storages[node] = _Storage(value)
             self._inputs[name] = (storage, value)
 
-    def _space(self, node: Node) -> int:
-        blocks, size = self._blocks, self._block_size
-        whole = blocks * size
-        spaces = {1: SCALAR, blocks: BLOCK, whole // 2: PAIR, whole: ELEMENT}
-        if node.numel not in spaces:
-            raise Unrecordable(f"{node.numel} elements in {blocks} blocks of {size}")
-        return spaces[node.numel]
+    def _space(self, node: Node) -> Fraction:
+        space = Fraction(node.numel, self._numel) if node.numel != 1 else SCALAR
+        if space > ELEMENT:
+            raise Unrecordable(f"{node.numel} elements for {self._numel}")
+        return space
 
     def run(self) -> Lowered:
         for call in self._record.calls:
             self._call(call)
         stores = {
-            name: storage.value
+            name: _low_bits(storage.value) if value.dtype == torch.uint8 else storage.value
             for name, (storage, value) in self._inputs.items()
             if storage.value is not value
         }
@@ -96,12 +105,19 @@ class _Lowering:
         return storage.value
 
     def _make(
-        self, space: int, dtype: torch.dtype, text: str, needs: list[Value], kind: str = "value"
+        self,
+        space: Fraction,
+        dtype: torch.dtype,
+        text: str,
+        needs: list[Value],
+        kind: str = "value",
+        lane: int = 0,
+        lanes: int = 1,
     ) -> Value:
         """A new value, or the existing one of the same expression."""
-        key = (space, dtype, text, tuple(map(id, needs)), kind)
+        key = (space, dtype, text, tuple(map(id, needs)), kind, lane, lanes)
         if key not in self._known:
-            self._known[key] = Value(space, dtype, text, needs, kind)
+            self._known[key] = Value(space, dtype, text, needs, kind, lane, lanes)
         return self._known[key]
 
     def _call(self, call: Call) -> None:
@@ -119,7 +135,7 @@ class _Lowering:
         elif name == "copy_":
             self._store(first, self._convert(self._value(call.args[1]), first.dtype))
         elif name in ("unbind", "stack"):
-            self._pairs(call)
+            self._lanes(call)
         else:
             value = self._compute(name, call)
             target = call.kwargs.get("out", first if in_place or name[:3] == "__i" else None)
@@ -150,21 +166,25 @@ class _Lowering:
             return value
         return self._make(value.space, dtype, convert("{0}", value.dtype, dtype), [value])
 
-    def _pairs(self, call: Call) -> None:
-        """``stack`` and ``unbind`` of two elements, which pack and unpack the codes of a byte."""
+    def _lanes(self, call: Call) -> None:
+        """``stack`` and ``unbind`` of neighbours, which pack and unpack the codes of a byte."""
         if call.args[1:] not in ((1,), (-1,)):
             raise Unrecordable(call.name)
         if call.name == "unbind":
-            value = self._value(call.args[0])
-            if len(call.results) != 2 or value.space != ELEMENT:
+            value, lanes = self._value(call.args[0]), len(call.results)
+            if value.dtype not in INTEGERS or is_row(value.space / lanes):
                 raise Unrecordable("unbind")
-            for kind, node in zip(("low", "high"), call.results, strict=True):
-                self._storages[node] = _Storage(self._make(PAIR, value.dtype, "{0}", [value], kind))
+            for lane, node in enumerate(call.results):
+                made = ("{0}", [value], "lane", lane, lanes)
+                self._storages[node] = _Storage(self._make(value.space / lanes, value.dtype, *made))
             return
         values = [self._value(node) for node in call.args[0]]
-        if len(values) != 2 or any(value.space != PAIR for value in values):
+        first = values[0]
+        if any((v.space, v.dtype) != (first.space, first.dtype) or is_row(v.space) for v in values):
             raise Unrecordable("stack")
-        value = self._make(ELEMENT, values[0].dtype, "", values, "pair")
+        if first.dtype not in INTEGERS:
+            raise Unrecordable("stack")
+        value = self._make(first.space * len(values), first.dtype, "", values, "join")
         self._storages[call.results[0]] = _Storage(value)
 
     def _compute(self, name: str, call: Call) -> Value:
@@ -173,14 +193,20 @@ class _Lowering:
             return self._make(SCALAR, dtype, literal(int(name == "ones_like"), dtype), [])
         if name in ("_to_copy", "clone"):
             return self._convert(self._value(call.args[0]), dtype)
-        if name == "amax":
-            value = self._value(call.args[0])
-            whole = value.space == ELEMENT and self._space(call.results[0]) == BLOCK
-            if not whole or dtype != torch.float32:
-                raise Unrecordable("amax")
-            return self._make(BLOCK, dtype, "{0}", [value], "reduce")
+        if name in ("full_like", "full"):
+            return self._make(SCALAR, dtype, literal(call.args[1], dtype), [])
+        if name in ("amax", "sum"):
+            value, space = self._value(call.args[0]), self._space(call.results[0])
+            if value.space != ELEMENT or not is_row(space) or space == 0 or dtype != torch.float32:
+                raise Unrecordable(name)
+            return self._make(space, dtype, "{0}", [value], "largest" if name == "amax" else "sum")
         if name == "index_select":
             return self._look_up(call)
+        if name == "sqrt" and self._torch_root:
+            value = self._value(call.args[0])
+            return self._make(value.space, dtype, "{0}", [value], "root")
+        if name == "bucketize":
+            return self._bucket(call)
         if name in ("where", "masked_fill"):
             return self._select(name, call)
         if name not in OPERATIONS:
@@ -195,7 +221,18 @@ class _Lowering:
         name = f"table_{zlib.crc32(repr(values).encode()):x}"
         self._tables[name] = values
         value = self._value(index)
-        return self._make(value.space, torch.float32, name + "[{0}]", [value])
+        return self._make(value.space, torch.float32, f"look_up({name}, {{0}})", [value])
+
+    def _bucket(self, call: Call) -> Value:
+        """How many of the ascending boundaries are below a value; all for NaN."""
+        value, boundaries = self._value(call.args[0]), call.args[1].value
+        if boundaries is None or call.args[2:] or call.kwargs.get("right"):
+            raise Unrecordable("bucketize")
+        terms = [
+            f"select_i({{0}} <= {literal(boundary, torch.float32)}, 0, 1)"
+            for boundary in boundaries.tolist()
+        ]
+        return self._make(value.space, torch.int32, f"({' + '.join(terms)})", [value])
 
     def _select(self, name: str, call: Call) -> Value:
         dtype = call.results[0].dtype
@@ -205,7 +242,8 @@ class _Lowering:
             no, flag, yes = call.args
         values = [self._value(flag), *(self._operand(x, dtype) for x in (yes, no))]
         space = max(value.space for value in values)
-        return self._make(space, dtype, "({0} ? {1} : {2})", values)
+        select = "select_f" if dtype == torch.float32 else "select_i"
+        return self._make(space, dtype, f"{select}({{0}}, {{1}}, {{2}})", values)
 
     def _operand(self, arg: Any, dtype: torch.dtype) -> Value:
         if isinstance(arg, Node):
@@ -232,8 +270,8 @@ class _Lowering:
             return flag
         if self._peephole and space == ELEMENT and (cheaper := self._peephole.rewrite(name, needs)):
             return cheaper
-        if space == ELEMENT and any(value.space == PAIR for value in needs):
-            raise Unrecordable("elements and pairs of them together")
+        if any(value.space != space and not is_row(value.space) for value in needs):
+            raise Unrecordable("elements and groups of them together")
         if name == "addcmul" and any(need.space == SCALAR for need in needs[1:]):
             name = "add_scaled"
         text = OPERATIONS[name](texts, call.kwargs, computed)

@@ -1,7 +1,8 @@
-"""The C form of each torch operation on one element, and the C functions that they call.
+"""The C++ form of each torch operation; ``prelude`` has the functions that they call.
 
-Values are float or int32_t: integers of every width are int32_t, a uint8 within 0 to 255, and a
-bfloat16 is an int32_t with its 16 bits. Products and sums round as torch's vectorised loops do on
+An expression stands for one value or for a vector of them. Values are floats or 32-bit integers:
+integers of every width are int32_t, a uint8 within 0 to 255, and a bfloat16 is an int32_t with its
+16 bits. Products and sums round as torch's vectorised loops do on
 this processor: once, by a fused multiply-add, or twice.
 """
 
@@ -16,7 +17,7 @@ import torch
 from optstate_codecs.engine.cpu.record import Unrecordable
 from optstate_codecs.exact import rounds_once
 
-__all__ = ["C_TYPES", "OPERATIONS", "PRELUDE", "STORED", "bits_type", "convert", "literal"]
+__all__ = ["C_TYPES", "OPERATIONS", "STORED", "VECTORS", "bits_type", "convert", "literal"]
 
 C_TYPES = {
     torch.float32: "float",
@@ -28,6 +29,9 @@ C_TYPES = {
     torch.bool: "bool",
 }
 
+# the vectors of the same in ``prelude``
+VECTORS = {"float": "F", "int32_t": "I", "bool": "M"}
+
 # in memory
 STORED = {
     torch.float32: "float",
@@ -37,53 +41,6 @@ STORED = {
     torch.int8: "int8_t",
     torch.uint8: "uint8_t",
 }
-
-PRELUDE = """
-#include <stdint.h>
-#include <string.h>
-#define INLINE static inline __attribute__((always_inline))
-INLINE int32_t as_int(float x) { int32_t y; memcpy(&y, &x, 4); return y; }
-INLINE float as_float(int32_t x) { float y; memcpy(&y, &x, 4); return y; }
-INLINE float to_float(int32_t bf16) { return as_float((int32_t)((uint32_t)bf16 << 16)); }
-INLINE int32_t to_bf16(float x) {
-    int32_t i = as_int(x), rounded = (i + 0x7fff + ((i >> 16) & 1)) >> 16;
-    return (x != x ? 0x7fc0 : rounded) & 0xffff;
-}
-INLINE float least(float a, float b) { float c = b < a ? b : a; return b != b ? b : c; }
-INLINE float most(float a, float b) { float c = b > a ? b : a; return b != b ? b : c; }
-INLINE int32_t least_int(int32_t a, int32_t b) { return b < a ? b : a; }
-INLINE int32_t most_int(int32_t a, int32_t b) { return b > a ? b : a; }
-INLINE float at_least(float x, float low) { return low > x ? low : x; }
-INLINE float at_most(float x, float high) { return high < x ? high : x; }
-INLINE float lerp_once(float a, float b, float w) {
-    bool near = __builtin_fabsf(w) < 0.5f;
-    return __builtin_fmaf(near ? w : w - 1.0f, b - a, near ? a : b);
-}
-INLINE float lerp_twice(float a, float b, float w) {
-    bool near = __builtin_fabsf(w) < 0.5f;
-    return (near ? a : b) + (near ? w : w - 1.0f) * (b - a);
-}
-INLINE float finite_or(float x, float nan, float high, float low) {
-    if (nan == high && nan == low)
-        return __builtin_fabsf(x) <= 3.402823466e38f ? x : nan;
-    return x != x ? nan : x > 3.402823466e38f ? high : x < -3.402823466e38f ? low : x;
-}
-/* x / y rounded once, from the reciprocal of y rounded once; x a root, y from 2^-60 to 1 */
-INLINE float divide(float x, float y, float inverse) {
-    float q = x * inverse;
-    return __builtin_fmaf(__builtin_fmaf(-q, y, x), inverse, q);
-}
-INLINE uint32_t mix32(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return x ^ (x >> 16);
-}
-INLINE uint32_t word(uint32_t x, uint32_t key, uint32_t factor) {
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = ((x ^ (x >> 15)) + key) * factor;
-    return x ^ (x >> 16);
-}
-"""
 
 
 def literal(value: Any, dtype: torch.dtype) -> str:
@@ -108,18 +65,20 @@ def convert(text: str, source: torch.dtype | None, target: torch.dtype) -> str:
         if target == torch.float32:
             return text
     if target == torch.bfloat16:
-        return f"to_bf16((float)({text}))"
+        return f"to_bf16({convert(text, source, torch.float32)})"
     if target == torch.bool:
         return f"(({text}) != 0)"
-    if source == torch.bool:  # compilers vectorise this form
-        return f"({text} ? {literal(1, target)} : {literal(0, target)})"
+    if source == torch.bool:
+        select = "select_f" if target == torch.float32 else "select_i"
+        return f"{select}({text}, {literal(1, target)}, {literal(0, target)})"
     if target == torch.float32:
-        return f"((float)({text}))"
-    text = f"((int32_t)({text}))"
+        return f"to_f({text})"
+    if source == torch.float32:
+        text = f"to_i({text})"
     return {
         torch.uint8: f"({text} & 255)",
-        torch.int8: f"((int32_t)((uint32_t){text} << 24) >> 24)",
-        torch.int16: f"((int32_t)((uint32_t){text} << 16) >> 16)",
+        torch.int8: f"(shl({text}, 24) >> 24)",
+        torch.int16: f"(shl({text}, 16) >> 16)",
     }.get(target, text)
 
 
@@ -146,7 +105,7 @@ def _add(args: Sequence[str], kwargs: dict[str, Any], dtype: torch.dtype) -> str
         return f"({args[0]} + {args[1]})"
     if dtype == torch.float32:
         # from exact.multiply_add; a rule's is an addcmul here, since its scalar is a tensor
-        return f"__builtin_fmaf({args[1]}, {literal(alpha, dtype)}, {args[0]})"
+        return f"fma_({args[1]}, {literal(alpha, dtype)}, {args[0]})"
     return f"({args[0]} + {args[1]} * {literal(alpha, dtype)})"
 
 
@@ -206,7 +165,7 @@ def _addcmul(operation: str) -> Callable[..., str]:
         if kwargs.get("value", 1) != 1:
             first = f"({first} * {literal(kwargs['value'], dtype)})"
         if _once(operation):
-            return f"__builtin_fmaf({first}, {args[2]}, {args[0]})"
+            return f"fma_({first}, {args[2]}, {args[0]})"
         return f"({args[0]} + {first} * {args[2]})"
 
     return text
@@ -245,19 +204,21 @@ OPERATIONS: dict[str, Callable[..., str]] = {
     "logical_or": _infix("|"),
     "__rshift__": _infix(">>"),
     "__irshift__": _infix(">>"),
-    "__lshift__": _plain(lambda a, b: f"((int32_t)((uint32_t){a} << {b}))"),
-    "__ilshift__": _plain(lambda a, b: f"((int32_t)((uint32_t){a} << {b}))"),
+    "__lshift__": _plain(lambda a, b: f"shl({a}, {b})"),
+    "__ilshift__": _plain(lambda a, b: f"shl({a}, {b})"),
     "bitwise_not": lambda args, kwargs, dtype: (
         f"(!{args[0]})" if dtype == torch.bool else f"(~{args[0]})"
     ),
     "logical_not": _plain(lambda a: f"(!{a})"),
     "neg": _plain(lambda a: f"(-{a})"),
-    "abs": _either("__builtin_fabsf", "__builtin_abs"),
-    "sign": _plain(lambda a: f"((float)(({a} > 0.0f) - ({a} < 0.0f)))"),
-    "sqrt": _plain(lambda a: f"__builtin_sqrtf({a})"),
+    "abs": _either("magnitude", "magnitude_int"),
+    "sign": _plain(
+        lambda a: f"(select_f({a} > 0.0f, 1.0f, 0.0f) - select_f({a} < 0.0f, 1.0f, 0.0f))"
+    ),
+    "sqrt": _plain(lambda a: f"sqrt_({a})"),
     "reciprocal": _plain(lambda a: f"(1.0f / {a})"),
-    "round": _plain(lambda a: f"__builtin_rintf({a})"),
-    "floor": _plain(lambda a: f"__builtin_floorf({a})"),
+    "round": _plain(lambda a: f"rint_({a})"),
+    "floor": _plain(lambda a: f"floor_({a})"),
     "signbit": lambda args, kwargs, dtype: f"(as_int({args[0]}) < 0)",
     "minimum": _either("least", "least_int"),
     "maximum": _either("most", "most_int"),

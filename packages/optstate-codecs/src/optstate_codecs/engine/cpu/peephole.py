@@ -12,22 +12,23 @@ operations, so:
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 
 from optstate_codecs.engine.cpu.value import ELEMENT, SCALAR, Value
 
-__all__ = ["FINITE", "Peephole", "finite_flag"]
+__all__ = ["FINITE", "SQUARE_IN_RANGE", "Peephole", "finite_flag"]
 
-FINITE = "(__builtin_fabsf({0}) <= 3.402823466e38f)"
+FINITE = "(magnitude({0}) <= 3.402823466e38f)"
 SQUARE_IN_RANGE = "(({0} == 0.0f) | (({0} >= 0x1p-63f) & ({0} <= 0x1p63f)))"
 # the result is one of the operands, or its magnitude
-TAKES_ONE = ("__builtin_fabsf(", "at_least(", "at_most(", "({1} < {0} ?", "({1} > {0} ?", "({0} ? ")
+TAKES_ONE = ("magnitude(", "at_least(", "at_most(", "lesser(", "greater(", "select_f(")
 # of one operand that is not NaN and non-zero constants, or of finite operands, the result is not
 # NaN
-ARITHMETIC = ("({0} + ", "({0} - ", "({1} - ", "({0} * ", "__builtin_fmaf(")
+ARITHMETIC = ("({0} + ", "({0} - ", "({1} - ", "({0} * ", "fma_(")
 
-Make = Callable[[int, torch.dtype, str, list[Value]], Value]
+Make = Callable[[Fraction, torch.dtype, str, list[Value]], Value]
 
 
 class Peephole:
@@ -46,10 +47,10 @@ class Peephole:
         """A cheaper form of the operation ``name`` on elements, or None where there is none."""
         first = needs[0]
         if name == "sqrt" and first.text == "({0} * {1})" and first.needs[0] is first.needs[1]:
-            root = self._make(ELEMENT, torch.float32, "__builtin_fabsf({0})", first.needs[:1])
+            root = self._make(ELEMENT, torch.float32, "magnitude({0})", first.needs[:1])
             self._assume(SQUARE_IN_RANGE, root)
             return root
-        if name == "div" and first.text.startswith("__builtin_sqrtf") and needs[1].space == SCALAR:
+        if name == "div" and first.text.startswith("sqrt_") and needs[1].space == SCALAR:
             inverse = self._make(SCALAR, torch.float32, "(1.0f / {0})", needs[1:])
             self._assume(FINITE, first)
             return self._make(ELEMENT, torch.float32, "divide({0}, {1}, {2})", [*needs, inverse])
@@ -57,16 +58,16 @@ class Peephole:
             self._assume(FINITE, first)
             return first
         if name in ("minimum", "maximum") and first.dtype == torch.float32:
-            for value in needs:
-                self._assume_not_nan(value)
-            sign = "<" if name == "minimum" else ">"
-            text = f"({{1}} {sign} {{0}} ? {{1}} : {{0}})"
+            # the first of these is the result where one of them is NaN
+            needs = sorted(needs, key=_is_number)
+            self._assume_not_nan(needs[1])
+            text = "lesser({0}, {1})" if name == "minimum" else "greater({0}, {1})"
             return self._make(ELEMENT, torch.float32, text, needs)
         return None
 
     def _assume_not_nan(self, value: Value) -> None:
         """Assume that ``value`` is not NaN, by flags on the earliest operands that decide it."""
-        if value in self._not_nan or value.dtype != torch.float32:
+        if value in self._not_nan or value.dtype != torch.float32 or _is_number(value):
             return
         self._not_nan.add(value)
         others = [need for need in value.needs if not _is_constant(need)]
@@ -93,6 +94,18 @@ def _is_constant(value: Value) -> bool:
     return value.kind == "value" and not value.needs and value.text.startswith("(0x")
 
 
+def _is_number(value: Value) -> bool:
+    """Whether ``value`` is never NaN: made of constants and integers."""
+    if value.text.startswith("to_f({0}") and value.needs[0].dtype != torch.bfloat16:
+        return True
+    if not value.needs:
+        return _is_constant(value) or value.text.startswith("(-0x")
+    if not value.text.startswith(("select_f(", "({0} + ", "({0} - ", "({0} * ", "magnitude(")):
+        return False
+    # sums and products of few small numbers
+    return all(_is_number(need) for need in value.needs if need.dtype == torch.float32)
+
+
 def finite_flag(needs: list[Value], make: Make) -> Value | None:
     """Torch's ``isfinite``, ``x == x`` and ``abs(x) != inf``, as one comparison; else None."""
     same, other = needs
@@ -100,7 +113,7 @@ def finite_flag(needs: list[Value], make: Make) -> Value | None:
         same.text == "({0} == {1})"
         and same.needs[0] is same.needs[1]
         and other.text == "({0} != {1})"
-        and other.needs[0].text == "__builtin_fabsf({0})"
+        and other.needs[0].text == "magnitude({0})"
         and other.needs[0].needs[0] is same.needs[0]
         and other.needs[1].text == "__builtin_inff()"
     ):

@@ -149,7 +149,7 @@ def record(function: Callable[..., Any], inputs: Mapping[str, Tensor], *, assume
         Unrecordable: the function reads any other value on the host.
     """
     recorder = _Recorder(inputs, assume)
-    token = recorded.set(True)
+    token = recorded.set(inputs)
     try:
         with torch.no_grad(), recorder:
             function(inputs)
