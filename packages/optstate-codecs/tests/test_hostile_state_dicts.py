@@ -158,20 +158,16 @@ def test_another_optimizers_orders_are_permutations():
             optimizer.load_state_dict(saved)
 
 
+EAGER = ("dynamic8", "fp8", "int8", "int4", "fp16", "costate(bits=3)", "costate(bits=1)")
+EAGER += ("minifloat(mantissa_bits=1, signed=True)",)
+# building a kernel takes seconds
+COMPILED = ("dynamic8", "int4", "costate(bits=3)")
+
+
 @pytest.mark.parametrize(
-    "spec",
-    [
-        "dynamic8",
-        "fp8",
-        "int8",
-        "int4",
-        "costate(bits=3)",
-        "costate(bits=1)",
-        "minifloat(mantissa_bits=1, signed=True)",
-        "fp16",
-    ],
+    ("spec", "backend"),
+    [*((spec, "eager") for spec in EAGER), *((spec, "compile") for spec in COMPILED)],
 )
-@pytest.mark.parametrize("backend", ["eager", "compile"])
 def test_every_code_is_a_number_or_nan(spec, backend):
     """All bytes in place of codes: no read outside of a table, and nothing leaves its parameter."""
     second = {"fp8": "oneq(bits=3)", "int8": "minifloat(signed=False)", "fp16": "linear4"}
