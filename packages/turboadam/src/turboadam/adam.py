@@ -137,10 +137,11 @@ class TurboAdam(CodedOptimizer):
         checks.one_of("mode", mode, tuple(MODES))
         storage = {"block_size": block_size, "v_bits": v_bits, "m_bits": m_bits}
         storage = {k: MODES[mode][k] if given is None else given for k, given in storage.items()}
-        checks.flag("compress_m", compress_m)
+        compress_m = checks.flag("compress_m", compress_m)
         if error_feedback is None:
             error_feedback = compress_m and MODES[mode]["error_feedback"]
-        if checks.flag("error_feedback", error_feedback) and not compress_m:
+        error_feedback = checks.flag("error_feedback", error_feedback)
+        if error_feedback and not compress_m:
             raise ValueError(
                 "error_feedback=True: must be False with compress_m=False, since nothing is "
                 "rounded off"
