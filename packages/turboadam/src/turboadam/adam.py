@@ -135,8 +135,8 @@ class TurboAdam(CodedOptimizer):
         **options: Any,
     ) -> None:
         checks.one_of("mode", mode, tuple(MODES))
-        storage = {"block_size": block_size, "v_bits": v_bits, "m_bits": m_bits}
-        storage = {k: MODES[mode][k] if given is None else given for k, given in storage.items()}
+        given = {"block_size": block_size, "v_bits": v_bits, "m_bits": m_bits}
+        storage: dict[str, Any] = {k: MODES[mode][k] if n is None else n for k, n in given.items()}
         compress_m = checks.flag("compress_m", compress_m)
         if error_feedback is None:
             error_feedback = compress_m and MODES[mode]["error_feedback"]
