@@ -8,6 +8,7 @@
     nox -s demo -- --steps 100           AdamW and AdamW8bit learn Shakespeare, side by side
     nox -s units -- -k rounding          some tests of some packages, in the environment of CI
     nox -s suite                         every law for every optimizer; writes the counts to a file
+    nox -s fuzz -- --seconds 200         fuzz the readers of checkpoints, 200 seconds each
     nox -s release_check                 whether the wheels and sdists could be released
     nox -t cpu                           the matrix: package x Python x torch, what can be found
     nox -t cuda                          the CUDA tests, with the Python and torch that run nox
@@ -170,6 +171,13 @@ def integration(session: nox.Session) -> None:
     install_plays(session)
     pytest(session, "tests-integration", "-m", "not cuda and not thorough", *WORKERS)
     run_interpreted(session, LAWS, chosen="interpret and not thorough")
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the readers of manifests, safetensors files and state dicts, guided by coverage."""
+    install(session, *EDITABLE, "safetensors", "atheris")
+    session.run("python", "tests-integration/fuzz/run.py", *session.posargs, env=TEST_ENV)
 
 
 @nox.session(python=PYTHONS, tags=["cpu"])
