@@ -31,7 +31,13 @@ FAMILY = (
     ("`AdamW8bit`", ("gpt", None), ("h200", None), "8-bit"),
     ("`AdamWFp8`", ("gpt", None), ("h200", None), "8-bit"),
     ("`AdamW4bit`", ("gpt", None), ("h200", None), "4-bit"),
-    ("`TurboAdam`", ("gpt_turboadam", None), ("h200", None), "TurboAdam"),
+    (
+        '`TurboAdam(mode="adamw")`',
+        ("gpt_turboadam", "TurboAdam"),
+        ("h200", "TurboAdam"),
+        "TurboAdam, mode adamw",
+    ),
+    ("`TurboAdam`", None, ("h200", "TurboAdam 2 + 3, flush"), "TurboAdam"),
 )
 
 
@@ -82,11 +88,15 @@ def overview() -> str:
     heads = ("", "bits", "8B model, GB", "held-out loss", "step")
     lines = [heads, ["---"] * len(heads)]
     fits = load("fits")["rows"]
-    for title, (study, run), (file, timing), format_ in FAMILY:
+    for title, study, (file, timing), format_ in FAMILY:
         name = title.strip("`").replace(".", " ")
-        bits, gap = learnt(load(f"convergence_{study}"), run or name)
         key = ("8b", format_, "device")
-        (state,) = (r["state_bytes"] for r in fits if (r["model"], r["format"], r["place"]) == key)
+        (found,) = (r for r in fits if (r["model"], r["format"], r["place"]) == key)
+        state = found["state_bytes"]
+        # what this study has not trained: the bits of the model beside it
+        bits, gap = f"{8 * state / found['parameters']:.2f}", ""
+        if study is not None:
+            bits, gap = learnt(load(f"convergence_{study[0]}"), study[1] or name)
         (ms,) = timed(load(f"step_time_{file}"), timing or name, "bfloat16")
         lines.append([title, bits, f"{state / 1e9:.1f}", gap, ms])
     return markdown(lines)

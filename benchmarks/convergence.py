@@ -30,6 +30,7 @@ from optstate_codecs.memory import state_bytes
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "AdamW"
 
+ADAMW = {"mode": "adamw"}
 # module, class, further arguments, dtype of the parameters
 CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
     BASELINE: ("torch.optim", "AdamW", {"fused": True}, torch.float32),
@@ -53,19 +54,20 @@ CONTESTANTS: dict[str, tuple[str, str, dict[str, Any], torch.dtype]] = {
     ),
     "AdamWFp8": ("lowbit_adam", "AdamWFp8", {}, torch.float32),
     "AdamW4bit": ("lowbit_adam", "AdamW4bit", {}, torch.float32),
-    "TurboAdam": ("turboadam", "TurboAdam", {}, torch.float32),
-    "TurboAdam 2 + 3": ("turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}, torch.float32),
-    "TurboAdam 2 + 2": ("turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 2}, torch.float32),
-    "TurboAdam 2 + 3, flush": (
+    # result files have the names that these had when mode "adamw" was the default
+    "TurboAdam": ("turboadam", "TurboAdam", ADAMW, torch.float32),
+    "TurboAdam 2 + 3": ("turboadam", "TurboAdam", {**ADAMW, "m_bits": 2}, torch.float32),
+    "TurboAdam 2 + 2": (
         "turboadam",
         "TurboAdam",
-        {"m_bits": 2, "v_bits": 3, "error_feedback": True, "block_size": 64},
+        {**ADAMW, "m_bits": 2, "v_bits": 2},
         torch.float32,
     ),
+    "TurboAdam 2 + 3, flush": ("turboadam", "TurboAdam", {}, torch.float32),
     "TurboAdam 1 + 3, flush": (
         "turboadam",
         "TurboAdam",
-        {"m_bits": 1, "v_bits": 3, "error_feedback": True},
+        {"m_bits": 1, "block_size": 128},
         torch.float32,
     ),
 }

@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ MODELS = {
 CARDS = (8, 16, 24, 32, 80)
 # of a card, for activations and all else that is not counted
 LEFT = 1_500_000_000
-OURS = {**FORMATS, "TurboAdam": TurboAdam}
+ADAMW = "TurboAdam, mode adamw"
+OURS = {**FORMATS, ADAMW: partial(TurboAdam, mode="adamw"), "TurboAdam": TurboAdam}
 NAMES = {"int8": "8-bit"}
 
 

@@ -49,6 +49,7 @@ def contestants(device: torch.device) -> dict[str, Make]:
         "torch AdamW" + ", fused" * fused: partial(torch.optim.AdamW, lr=1e-4, fused=fused or None),
         "AdamW8bit": partial(AdamW8bit, lr=1e-4),
         "AdamW4bit": partial(AdamW4bit, lr=1e-4),
+        'TurboAdam(mode="adamw")': partial(TurboAdam, lr=1e-4, mode="adamw"),
         "TurboAdam": partial(TurboAdam, lr=1e-4),
     }
 

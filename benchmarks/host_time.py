@@ -18,12 +18,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from contestants import Make, contestants
 from layouts import LAYOUTS
-from step_time import RESULTS, surroundings, synchronize
+from step_time import RESULTS
+
+from optstate.bench.contestants import Make, contestants
+from optstate.bench.timing import surroundings, synchronize
 
 BASE = "torch fused"
-OURS = ("AdamW8bit", "AdamW4bit", "TurboAdam", "stochbf16 AdamW")
+OURS = ("AdamW8bit", "AdamW4bit", "TurboAdam", "TurboAdam 2 + 3, flush", "stochbf16 AdamW")
 # sets of gradients that take turns
 SETS = {"same": 1, "moved": 2}
 

@@ -31,8 +31,8 @@ Row = dict[str, Any]
 STEPS = (
     ("AdamW8bit", "lowbit_adam AdamW8bit", True),
     ("AdamW4bit", "lowbit_adam AdamW4bit", True),
-    ("TurboAdam", "turboadam TurboAdam", True),
-    ("TurboAdam 2 + 3, flush", "turboadam TurboAdam, 2 + 3 bits", True),
+    ("TurboAdam", "turboadam TurboAdam, mode adamw", True),
+    ("TurboAdam 2 + 3, flush", "turboadam TurboAdam", True),
     ("torch fused", "torch AdamW, fused", False),
     ("flashoptim", "FlashOptim FlashAdamW", False),
     ("torchao", "torchao AdamW8bit", False),
@@ -49,8 +49,8 @@ LEARNT = (
     ("convergence_gpt.json", "AdamW8bit", "AdamW8bit", True),
     ("convergence_gpt.json", "AdamWFp8", "AdamWFp8", True),
     ("convergence_gpt.json", "AdamW4bit", "AdamW4bit", True),
-    ("convergence_gpt_turboadam.json", "TurboAdam", "TurboAdam", True),
-    ("convergence_gpt_turboadam.json", "TurboAdam 2 + 3", "TurboAdam, 2 + 3 bits", True),
+    ("convergence_gpt_turboadam.json", "TurboAdam", "TurboAdam, mode adamw", True),
+    ("convergence_gpt_turboadam.json", "TurboAdam 2 + 3", "TurboAdam, mode adamw, 2 + 3", True),
     ("convergence_gpt_stochbf16.json", "stochbf16 AdamW", "stochbf16 AdamW", True),
     ("convergence_gpt_stochbf16.json", "AdamW bf16", "torch, all bf16", False),
 )

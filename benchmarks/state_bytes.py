@@ -30,10 +30,10 @@ COUNTED: list[tuple[str, str, dict[str, Any]]] = [
     ("turboadam", "TurboAdam", {"compress_m": False}),
     ("turboadam", "TurboAdam", {"compress_v": False}),
     ("turboadam", "TurboAdam", {"m_bits": 6, "v_bits": 8}),
+    ("turboadam", "TurboAdam", {"mode": "adamw"}),
+    ("turboadam", "TurboAdam", {"m_bits": 3}),
     ("turboadam", "TurboAdam", {"v_bits": 4}),
     ("turboadam", "TurboAdam", {}),
-    ("turboadam", "TurboAdam", {"m_bits": 3}),
-    ("turboadam", "TurboAdam", {"m_bits": 2}),
     ("turboadam", "TurboAdam", {"m_bits": 1}),
     ("turboadam", "TurboAdam", {"m_bits": 1, "v_bits": 2}),
 ]
@@ -51,7 +51,7 @@ def count(module: str, name: str, arguments: dict[str, Any], layout: str) -> dic
             param.grad = torch.empty_like(param)
         optimizer.step()
         size = state_bytes(optimizer)
-    given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return {
         "optimizer": f"{name}({given})" if given else name,
         "state_bytes": size,

@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 BASE = "torch fused"
 NAMES = ("AdamW8bit", "AdamWFp8", "AdamW4bit", "TurboAdam", "TurboAdam 2 + 3", "TurboAdam 3 + 4")
 NAMES += ("Lion8bit", "SGD8bit", "stochbf16 AdamW", "stochbf16 centred", "stochbf16 Lion")
-NAMES += ("codecs fp32",)
+NAMES += ("codecs fp32", "TurboAdam 2 + 3, flush")
 SIZES = (1e4, 1e5, 1e6, 1e7, 1e8)
 
 

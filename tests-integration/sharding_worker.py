@@ -60,9 +60,9 @@ FAMILY: dict[str, Make] = {
     "AdamWFp8": partial(AdamWFp8, lr=1e-2),
     "Lion8bit": partial(Lion8bit, lr=1e-3),
     "SGD8bit": partial(SGD8bit, lr=1e-2, momentum=0.9),
-    "TurboAdam": partial(TurboAdam, lr=1e-2),
-    "TurboAdam-3-4": partial(TurboAdam, lr=1e-2, m_bits=3, v_bits=4),
-    "TurboAdam-flush": partial(TurboAdam, lr=1e-2, m_bits=2, block_size=64, error_feedback=True),
+    "TurboAdam": partial(TurboAdam, lr=1e-2, mode="adamw"),
+    "TurboAdam-3-4": partial(TurboAdam, lr=1e-2, mode="adamw", m_bits=3, v_bits=4),
+    "TurboAdam-flush": partial(TurboAdam, lr=1e-2),
     "stochbf16.AdamW": partial(stochbf16.AdamW, lr=1e-2),
     "split24": partial(AdamW8bit, lr=1e-2, master_weight_bits=24),
 }

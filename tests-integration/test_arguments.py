@@ -40,6 +40,7 @@ OWN = {
     "turboadam.adam": {
         *(*LOWBIT, *ADAM, "m_bits", "v_bits", "compress_m", "compress_v", "null_pct", "amp_pct"),
         *("error_feedback", "min_m_compress_elements", "min_v_compress_elements", "m_rounding"),
+        "mode",
     },
     "stochbf16.optimizers.AdamW": {*ADAM, "weight_decay_mode"},
     "stochbf16.optimizers.Adam": ADAM,
@@ -72,6 +73,7 @@ AS_TEXT: dict[str, tuple[str, Any]] = {
     "min_v_compress_elements": ("16", 16),
     "master_weight_bits": ("24", 24),
     "m_rounding": ("stochastic", "stochastic"),
+    "mode": ("adamw", "adamw"),
     "backend": ("eager", "eager"),
     "weight_decay_mode": ("bias_corrected", "bias_corrected"),
     "formats": ("{exp_avg: bf16}", {"exp_avg": "bf16"}),

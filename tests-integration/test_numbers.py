@@ -52,7 +52,7 @@ FLAGS = (
     *("foreach", "fused", "capturable", "differentiable"),
 )
 GIVEN |= {flag: numpy.bool_(flag.startswith("compress")) for flag in FLAGS}
-TEXT = {"backend", "formats", "weight_decay_mode", "rounding_key", "m_rounding"}
+TEXT = {"backend", "formats", "weight_decay_mode", "rounding_key", "m_rounding", "mode"}
 
 
 @pytest.fixture(params=FAMILY, ids=lambda cls: f"{cls.__module__.split('.')[0]}-{cls.__name__}")

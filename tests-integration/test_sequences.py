@@ -49,7 +49,12 @@ eight_wrapped = wrapped(torch_adamw, ConfigurablePolicy(CODES))
 eight = partial(lowbit_adam.AdamW8bit, lr=1e-2, block_size=64)
 four = partial(lowbit_adam.AdamW4bit, lr=1e-2, block_size=32)
 turbo = partial(
-    TurboAdam, lr=1e-2, min_m_compress_elements=100, min_v_compress_elements=200, block_size=32
+    TurboAdam,
+    lr=1e-2,
+    mode="adamw",
+    min_m_compress_elements=100,
+    min_v_compress_elements=200,
+    block_size=32,
 )
 SUBJECTS = {
     "exact-adamw": exact(Adam(decoupled=True), torch_adamw, lr=1e-2, weight_decay=0.01),

@@ -48,9 +48,10 @@ FAMILY = {
     ),
     "Lion8bit": partial(lowbit.Lion8bit, block_size=64),
     "SGD8bit": partial(lowbit.SGD8bit, block_size=64, momentum=0.9),
-    "TurboAdam": TurboAdam,
+    "TurboAdam": partial(TurboAdam, mode="adamw"),
     "TurboAdam, 2 + 4 bits": partial(
         TurboAdam,
+        mode="adamw",
         m_bits=2,
         v_bits=4,
         error_feedback=True,

@@ -23,9 +23,10 @@ GENERIC: dict[str, dict[str, Any]] = {
 }
 MASTER32 = {"master32": {"master_weight_bits": 32}}
 AMSGRAD = {"amsgrad": {"amsgrad": True}}
-FLUSHED = {"min_m_compress_elements": 0, "min_v_compress_elements": 0, "error_feedback": True}
 CODED = {"min_m_compress_elements": 0, "min_v_compress_elements": 0}
 LARGE = {"min_m_compress_elements": 10**9, "min_v_compress_elements": 10**9}
+CONSERVATIVE = {**CODED, "mode": "adamw"}
+FLUSHED = {**CONSERVATIVE, "error_feedback": True}
 EIGHT_BITS = {"exp_avg": "int8(rounding=stochastic, units=update)", "exp_avg_sq": "oneq(bits=8)"}
 #: by the name of a public optimizer
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -48,14 +49,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         **MASTER32,
         **AMSGRAD,
         "switched-off": {"compress_m": False, "compress_v": False},
-        "all-small": {**LARGE, "error_feedback": True},
-        "all-coded": CODED,
-        "first-only": {**CODED, "compress_v": False},
-        "second-only": {**CODED, "compress_m": False},
-        "3-and-4": {**CODED, "m_bits": 3, "v_bits": 4},
-        "6-and-8": {**CODED, "m_bits": 6, "v_bits": 8},
+        "all-small": LARGE,
+        "adamw": {"mode": "adamw"},
+        "all-coded": CONSERVATIVE,
+        "first-only": {**CONSERVATIVE, "compress_v": False},
+        "second-only": {**CONSERVATIVE, "compress_m": False},
+        "3-and-4": {**CONSERVATIVE, "m_bits": 3, "v_bits": 4},
+        "6-and-8": {**CONSERVATIVE, "m_bits": 6, "v_bits": 8},
         "flushed": FLUSHED,
-        "flushed-2-and-3": {**FLUSHED, "m_bits": 2, "block_size": 64},
+        "flushed-2-and-3": CODED,
         "flushed-even": {**FLUSHED, "m_bits": 2, "m_rounding": "stochastic"},
         "flushed-1-and-3": {**FLUSHED, "m_bits": 1},
         "flushed-1-and-2": {**FLUSHED, "m_bits": 1, "v_bits": 2},
@@ -109,6 +111,8 @@ BOUNDS: dict[str, dict[str, Any]] = {
     # what is compared with has no centralization
     "*+centred": {"near": None},
     "lowbit_adam.AdamW4bit+rank1": {**NEAREST, "rows": 8},
+    # what nearest rounding takes from a step has been applied before gradients stop
+    "lowbit_adam.AdamW4bit+flushed": {**FOUR_BITS, "drift": 6.0},
     "lowbit_adam.*4bit*": FOUR_BITS,
     "lowbit_adam.*Fp8*": {"drift": 2.0},
     # momentum carries an element on by its sum, up to 100 lr here
@@ -118,8 +122,11 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "turboadam.TurboAdam+second-only": {**TURBO, "drift": 13.0},
     "turboadam.TurboAdam+3-and-4": {**TURBO, "gain": 0.05},
     "turboadam.TurboAdam+6-and-8": {"drift": 1.0, "error": 0.02, "gain": 0.005},
-    "turboadam.TurboAdam+flushed-*": LOW,
-    "turboadam.TurboAdam*": TURBO,
+    "turboadam.TurboAdam+adamw": TURBO,
+    "turboadam.TurboAdam+all-coded": TURBO,
+    "turboadam.TurboAdam+first-only": TURBO,
+    "turboadam.TurboAdam+flushed": TURBO,
+    "turboadam.TurboAdam*": LOW,
     # a first step of lr / (1 - b1); see the rule
     "stochbf16.Compass*": {"max_step": 101.0},
     # the longest step by Cauchy and Schwarz over 200 steps, 14, without a mean

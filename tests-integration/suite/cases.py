@@ -37,6 +37,7 @@ LONG_LAWS = (
     "optstate_codecs.CodedOptimizer+Adam+fp32",
     "optstate_wrap.wrap_max_compression_adamw",
     "stochbf16.Adam",
+    "turboadam.TurboAdam",
     "turboadam.TurboAdam+3-and-4",
     "turboadam.TurboAdam+6-and-8",
 )

@@ -42,6 +42,7 @@ class Configuration:
         coded: whether it is a ``CodedOptimizer``.
         rule: the name of its rule's class, "Adam" for wrapped ones.
         write: the name of its parameter write, "" for wrapped ones.
+        error_feedback: whether its rule compensates the rounding of a moment.
         fields: of ``Subject``: bounds and oracles.
     """
 
@@ -51,6 +52,7 @@ class Configuration:
     coded: bool = False
     rule: str = "Adam"
     write: str = ""
+    error_feedback: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,8 +78,15 @@ def _completed(given: Configuration) -> Configuration:
     if not isinstance(optimizer, CodedOptimizer):
         return replace(given, fields=bounds)
     fields = {**_oracles(optimizer), **bounds}
-    rule = type(optimizer.rule).__name__
-    return replace(given, coded=True, rule=rule, write=optimizer.write, fields=fields)
+    rule = optimizer.rule
+    return replace(
+        given,
+        coded=True,
+        rule=type(rule).__name__,
+        write=optimizer.write,
+        error_feedback=rule.has_error_feedback,
+        fields=fields,
+    )
 
 
 def _oracles(optimizer: CodedOptimizer) -> dict[str, Any]:

@@ -148,7 +148,8 @@ CODED = [
     Subject("AdamW4bit", "AdamW", lowbit_adam.AdamW4bit, error=0.4),
     Subject("SGD8bit", "SGD", lowbit_adam.SGD8bit, error=0.1),
     Subject("Lion8bit", "AdamW", lowbit_adam.Lion8bit, error=0.1, **LION),
-    Subject("TurboAdam", "AdamW", turbo, _no_decay, error=0.2),
+    Subject("TurboAdam", "AdamW", turbo, _no_decay, error=0.5),
+    Subject("TurboAdam-adamw", "AdamW", partial(turbo, mode="adamw"), _no_decay, error=0.2),
     Subject("TurboAdam-small", "AdamW", TurboAdam, _no_decay),
     Subject("stochbf16.AdamW", "AdamW", stochbf16.AdamW, _no_decay, error=0.02),
     Subject("stochbf16.Adam", "Adam", stochbf16.Adam, error=0.02),
@@ -188,7 +189,7 @@ def on_disk(make: Make) -> Make:
 OFFLOADED = [
     Subject("offload-AdamW8bit", "AdamW", offloaded(lowbit_adam.AdamW8bit), error=0.1),
     Subject("offload-SGD8bit", "SGD", offloaded(lowbit_adam.SGD8bit), error=0.1),
-    Subject("offload-TurboAdam", "AdamW", offloaded(turbo), _no_decay, error=0.2),
+    Subject("offload-TurboAdam", "AdamW", offloaded(turbo), _no_decay, error=0.5),
     Subject("offload-stochbf16.Adam", "Adam", offloaded(stochbf16.Adam), error=0.02),
     Subject("offload-fp32-Adam", "Adam", offloaded(_fp32(rules.Adam()))),
     Subject("disk-fp32-AdamW", "AdamW", on_disk(_fp32(rules.Adam(decoupled=True)))),

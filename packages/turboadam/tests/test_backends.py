@@ -12,11 +12,11 @@ from turboadam import TurboAdam
 # coded, coded with a tail, the first moment alone coded, both in float32
 SHAPES = ((12, 16), (131,), (90,), (33,), ())
 SETTINGS = {
-    "default": {},
-    "flushed": {"error_feedback": True},
-    "flushed-2-and-3": {"error_feedback": True, "m_bits": 2, "block_size": 64},
-    "smallest": {"m_bits": 1, "v_bits": 2, "error_feedback": True},
-    "first-only": {"compress_v": False, "m_bits": 2},
+    "feedback": {},
+    "adamw": {"mode": "adamw"},
+    "flushed": {"mode": "adamw", "error_feedback": True},
+    "smallest": {"m_bits": 1, "v_bits": 2},
+    "first-only": {"compress_v": False, "mode": "adamw", "m_bits": 2},
     "second-only": {"compress_m": False, "v_bits": 6},
 }
 make = partial(TurboAdam, lr=1e-2, min_m_compress_elements=64, min_v_compress_elements=100)

@@ -12,8 +12,9 @@ from optstate_codecs.testing.subject import assert_same
 from turboadam import TurboAdam, from_turboadam
 
 MAKES = {
-    "default": TurboAdam,
-    "3 and 4": partial(TurboAdam, m_bits=3, v_bits=4),
+    "feedback": TurboAdam,
+    "adamw": partial(TurboAdam, mode="adamw"),
+    "3 and 4": partial(TurboAdam, mode="adamw", m_bits=3, v_bits=4),
     "6 and 8": partial(TurboAdam, m_bits=6, v_bits=8, error_feedback=True),
 }
 EACH = pytest.mark.parametrize(
@@ -43,8 +44,10 @@ def test_moments_are_those_of_exact_adam(name, dtype, device) -> None:
     inverse = found["exp_avg_sq"].double().rsqrt().mean(), theirs["exp_avg_sq"].rsqrt().mean()
     means = found["exp_avg"].double().mean(), theirs["exp_avg"].mean()
     moved = param.detach().double().sum(), exact.detach().sum()
-    for ours, right in (inverse, means, moved):
-        assert float(ours / right) == pytest.approx(1, abs=0.07)
+    # what nearest rounding takes from a stored mean has moved the parameter already
+    bounds = 0.07, 0.35 if name == "feedback" else 0.07, 0.07
+    for (ours, right), bound in zip((inverse, means, moved), bounds, strict=True):
+        assert float(ours / right) == pytest.approx(1, abs=bound)
     assert float(found["step"]) == 300
 
 

@@ -12,10 +12,10 @@ coded = partial(TurboAdam, min_m_compress_elements=0, min_v_compress_elements=0)
 LR = 2e-3
 # how much larger or smaller the logarithm of the held-out loss may be
 PAIRS = {
-    "default": (coded, 0.05),
-    "flushed": (partial(coded, error_feedback=True), 0.05),
-    "flushed-2-and-3": (partial(coded, m_bits=2, error_feedback=True), 0.05),
-    "flushed-1-and-3": (partial(coded, m_bits=1, error_feedback=True), 0.05),
+    "feedback": (coded, 0.05),
+    "adamw": (partial(coded, mode="adamw"), 0.05),
+    "flushed": (partial(coded, mode="adamw", error_feedback=True), 0.05),
+    "flushed-1-and-3": (partial(coded, m_bits=1), 0.05),
 }
 
 

@@ -40,7 +40,7 @@ def cosine(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_first_moment_is_a_running_mean(m_bits: int) -> None:
     """Of gradients that say nothing of each other, so that no new one stands for an old one."""
     param = Parameter(torch.zeros(NUMEL))
-    optimizer = TurboAdam([param], betas=(B1, B2), m_bits=m_bits, compress_v=False)
+    optimizer = TurboAdam([param], betas=(B1, B2), m_bits=m_bits, mode="adamw", compress_v=False)
     for grad in gradients(100):
         param.grad = grad
         optimizer.step()

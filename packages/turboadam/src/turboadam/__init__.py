@@ -1,4 +1,4 @@
-"""TurboAdam: AdamW with both moments in 7.25 bits per parameter."""
+"""TurboAdam: AdamW with both moments in 5.5 bits per parameter, or 7.25."""
 
 from turboadam.adam import TurboAdam
 from turboadam.convert import from_turboadam

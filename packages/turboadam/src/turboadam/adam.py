@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -14,18 +15,36 @@ from optstate_codecs.writes import write_named
 __all__ = ["TurboAdam"]
 
 M_BITS, V_BITS = (1, 2, 3, 4, 6), (2, 3, 4, 6, 8)
+#: what each mode sets where an argument is None
+MODES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "feedback": {"m_bits": 2, "v_bits": 3, "block_size": 64, "error_feedback": True},
+        "adamw": {"m_bits": 4, "v_bits": 3, "block_size": 128, "error_feedback": False},
+    }
+)
 
 
 class TurboAdam(CodedOptimizer):
-    """AdamW with ``m_bits + v_bits + 32 / block_size`` bits of state per parameter; default 7.25.
+    """AdamW with ``m_bits + v_bits + 32 / block_size`` bits of state per parameter; default 5.5.
 
     The first moment is stored in update units as *CoState*, a sign and a costate (null, phase or
     amplitude); the second as *1Q*, its root on a logarithmic grid. Decoding uses stored state only,
     and the step on decoded moments is exact AdamW. Weight decay is decoupled.
 
+    ``mode`` sets ``m_bits``, ``v_bits``, ``block_size`` and ``error_feedback`` where these are
+    None:
+
+    - "feedback", the default: 2, 3, 64 and True, which is 5.5 bits. The sum of all steps is
+      AdamW's, and the timing differs: a step includes what rounding took from the next ones. Small
+      corrections are lost in bfloat16 and float16 parameters that are rounded to nearest, so use
+      ``bf16_stochastic_round`` or ``master_weight_bits`` with these.
+    - "adamw": 4, 3, 128 and False, which is 7.25 bits. Each step is AdamW's within rounding that
+      is unbiased.
+
     Arguments up to ``min_m_compress_elements`` can be positional. Those from ``block_size`` on,
-    except ``error_feedback`` and ``capturable``, define how moments are stored. They can be set per
-    group, and a checkpoint with other settings is encoded again when it is loaded.
+    except ``error_feedback``, ``capturable`` and ``mode``, define how moments are stored. They can
+    be set per group. A checkpoint with other settings, such as those of the other mode, is encoded
+    again when it is loaded; the optimizer keeps its own settings.
 
     Args:
         params: tensors, ``named_parameters()``, or dicts of param groups; float16, bfloat16,
@@ -34,8 +53,9 @@ class TurboAdam(CodedOptimizer):
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the root of the second moment, at least 0.
         weight_decay: the parameter is multiplied by ``1 - lr * weight_decay``; at least 0.
-        block_size: elements that share a scale, a power of two from 16 to 8192.
-        v_bits: bits per element of the second moment: 2, 3, 4, 6 or 8.
+        block_size: elements that share a scale, a power of two from 16 to 8192. None: 64 in mode
+            "feedback", 128 in mode "adamw".
+        v_bits: bits per element of the second moment: 2, 3, 4, 6 or 8. None: 3.
         compress_m: False keeps the first moment in float32.
         compress_v: False keeps the second moment in float32.
         null_pct: share of a normal block's smallest first moments that is encoded as null, that
@@ -46,17 +66,19 @@ class TurboAdam(CodedOptimizer):
             the highest level. Must be None with ``m_bits=1``.
         error_feedback: apply the rounding error of the first moment to the parameter at once, so
             that the sum of all steps stays AdamW's. It needs no memory. It selects
-            ``m_rounding="nearest"``; a ``block_size`` of 64 is recommended with it.
+            ``m_rounding="nearest"``; a ``block_size`` of 64 is recommended with it. None: the
+            mode's, and False with ``compress_m=False``.
         capturable: allow a CUDA graph to record steps.
         min_m_compress_elements: tensors with fewer elements keep the first moment in float32.
-        m_bits: bits per element of the first moment: 1, 2, 3, 4 or 6. With 2 bits and large
-            vocabularies the loss ends higher, since rows of an embedding get gradients rarely; use
-            4 for the embedding's group.
+        m_bits: bits per element of the first moment: 1, 2, 3, 4 or 6. None: 2 in mode "feedback",
+            4 in mode "adamw". With 2 bits, no ``error_feedback`` and a large vocabulary the loss
+            ends higher, since rows of an embedding get gradients rarely.
         min_v_compress_elements: tensors with fewer elements keep the second moment in float32.
         m_rounding: "stochastic": evenly spaced levels, unbiased rounding. "nearest": levels of the
             smallest squared error and a least-squares scale, for ``m_bits`` of 1 to 4 without
             ``null_pct`` and ``amp_pct``; it is biased, so it needs ``error_feedback``. None:
             "nearest" with ``error_feedback`` where these allow it, else "stochastic".
+        mode: "feedback" or "adamw", see above. Arguments that are given win over it.
         bf16_stochastic_round: round bfloat16 parameters stochastically, so that steps below
             their precision are kept in the mean.
         master_weight_bits: 24 or 32 keeps the rounding error of bfloat16 and float16 parameters,
@@ -94,25 +116,32 @@ class TurboAdam(CodedOptimizer):
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        block_size: int = 128,
-        v_bits: int = 3,
+        block_size: int | None = None,
+        v_bits: int | None = None,
         compress_m: bool = True,
         compress_v: bool = True,
         null_pct: float = 0.0,
         amp_pct: float | None = None,
-        error_feedback: bool = False,
+        error_feedback: bool | None = None,
         capturable: bool = False,
         min_m_compress_elements: int = 4096,
         *,
-        m_bits: int = 4,
+        m_bits: int | None = None,
         min_v_compress_elements: int = 4096,
         m_rounding: str | None = None,
+        mode: str = "feedback",
         bf16_stochastic_round: bool = False,
         master_weight_bits: int | None = None,
         **options: Any,
     ) -> None:
+        checks.one_of("mode", mode, tuple(MODES))
+        given = {"block_size": block_size, "v_bits": v_bits, "m_bits": m_bits}
+        storage: dict[str, Any] = {k: MODES[mode][k] if n is None else n for k, n in given.items()}
+        compress_m = checks.flag("compress_m", compress_m)
+        if error_feedback is None:
+            error_feedback = compress_m and MODES[mode]["error_feedback"]
         error_feedback = checks.flag("error_feedback", error_feedback)
-        if error_feedback and not checks.flag("compress_m", compress_m):
+        if error_feedback and not compress_m:
             raise ValueError(
                 "error_feedback=True: must be False with compress_m=False, since nothing is "
                 "rounded off"
@@ -126,19 +155,27 @@ class TurboAdam(CodedOptimizer):
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
-            block_size=block_size,
-            v_bits=v_bits,
             compress_m=compress_m,
             compress_v=compress_v,
             null_pct=null_pct,
             amp_pct=amp_pct,
             capturable=capturable,
             min_m_compress_elements=min_m_compress_elements,
-            m_bits=m_bits,
             min_v_compress_elements=min_v_compress_elements,
+            **storage,
             **_rounding_option(m_rounding, error_feedback),
             **options,
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; an invalid one leaves the optimizer unchanged."""
+        for name in ("mode", "error_feedback"):
+            if name in param_group:
+                raise ValueError(
+                    f"{name}={param_group[name]!r}: must be an argument of the optimizer, which "
+                    "holds for all groups"
+                )
+        super().add_param_group(param_group)
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         formats = {"exp_avg": _first_moment(group, self.rule), "exp_avg_sq": _second_moment(group)}
@@ -152,7 +189,7 @@ def _first_moment(group: Mapping[str, Any], rule: Rule) -> Format:
     _check_storage(group, "m", M_BITS)
     if bits == 1 and amp_pct is not None:
         raise ValueError(f"amp_pct={amp_pct!r}: must be None with m_bits=1, which has one costate")
-    if bits <= 2 and null_pct != 0:
+    if checks.share("null_pct", null_pct) and bits <= 2:
         raise ValueError(
             f"null_pct={null_pct!r}: must be 0 with m_bits={bits}, which has no code for null"
         )

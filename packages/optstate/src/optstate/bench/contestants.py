@@ -10,6 +10,7 @@ import torch
 
 Make = Callable[..., torch.optim.Optimizer]
 
+ADAMW: dict[str, Any] = {"mode": "adamw"}
 # each is a module, the distribution it comes from, the name of the class, and its arguments
 KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "torch fused": ("torch.optim", "torch", "AdamW", {"fused": True}),
@@ -31,15 +32,11 @@ KNOWN: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "optimi": ("optimi", "torch-optimi", "AdamW", {}),
     "torchastic": ("torchastic", "torchastic", "AdamW", {}),
     "turboadam-0.2": ("turboadam", "turboadam", "TurboAdam", {}),
-    "TurboAdam": ("turboadam", "turboadam", "TurboAdam", {}),
-    "TurboAdam 2 + 3, flush": (
-        "turboadam",
-        "turboadam",
-        "TurboAdam",
-        {"m_bits": 2, "v_bits": 3, "error_feedback": True, "block_size": 64},
-    ),
-    "TurboAdam 2 + 3": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 2, "v_bits": 3}),
-    "TurboAdam 3 + 4": ("turboadam", "turboadam", "TurboAdam", {"m_bits": 3, "v_bits": 4}),
+    # result files have the names that these had when mode "adamw" was the default
+    "TurboAdam": ("turboadam", "turboadam", "TurboAdam", ADAMW),
+    "TurboAdam 2 + 3, flush": ("turboadam", "turboadam", "TurboAdam", {}),
+    "TurboAdam 2 + 3": ("turboadam", "turboadam", "TurboAdam", {**ADAMW, "m_bits": 2}),
+    "TurboAdam 3 + 4": ("turboadam", "turboadam", "TurboAdam", {**ADAMW, "m_bits": 3, "v_bits": 4}),
     "stochbf16 AdamW": ("stochbf16", "stochbf16", "AdamW", {}),
     "stochbf16 AdamW + 24": ("stochbf16", "stochbf16", "AdamW", {"master_weight_bits": 24}),
     "stochbf16 centred": ("stochbf16", "stochbf16", "AdamW", {"centralization": 1.0}),
@@ -61,6 +58,7 @@ CHOSEN = (
     "AdamWFp8",
     "AdamW4bit",
     "TurboAdam",
+    "TurboAdam 2 + 3, flush",
 )
 """Those that ``optstate bench`` times unless it is told otherwise, and then every peer."""
 
