@@ -26,18 +26,23 @@ ROWS = (
 # the same for the page on choosing, with the files of the study and of the timings: parameters are
 # bfloat16 where they are timed; and the format in the count of what fits
 FAMILY = (
-    ("`torch.optim.AdamW`", ("gpt_stochbf16", "AdamW bf16"), ("h200", "torch fused"), "bf16"),
-    ("`stochbf16.AdamW`", ("gpt_stochbf16", None), ("h200_stochbf16", None), "bf16"),
-    ("`AdamW8bit`", ("gpt", None), ("h200", None), "8-bit"),
-    ("`AdamWFp8`", ("gpt", None), ("h200", None), "8-bit"),
-    ("`AdamW4bit`", ("gpt", None), ("h200", None), "4-bit"),
+    (
+        "`torch.optim.AdamW`",
+        ("gpt_stochbf16", "AdamW bf16"),
+        ("h200_llama1b", "torch fused"),
+        "bf16",
+    ),
+    ("`stochbf16.AdamW`", ("gpt_stochbf16", None), ("h200_llama1b", None), "bf16"),
+    ("`AdamW8bit`", ("gpt", None), ("h200_llama1b", None), "8-bit"),
+    ("`AdamWFp8`", ("gpt", None), ("h200_llama1b", None), "8-bit"),
+    ("`AdamW4bit`", ("gpt", None), ("h200_llama1b", None), "4-bit"),
     (
         '`TurboAdam(mode="adamw")`',
         ("gpt_turboadam", "TurboAdam"),
-        ("h200", "TurboAdam"),
+        ("h200_llama1b", "TurboAdam"),
         "TurboAdam, mode adamw",
     ),
-    ("`TurboAdam`", None, ("h200", "TurboAdam 2 + 3, flush"), "TurboAdam"),
+    ("`TurboAdam`", None, ("h200_llama1b", "TurboAdam 2 + 3, flush"), "TurboAdam"),
 )
 
 

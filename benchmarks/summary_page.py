@@ -7,6 +7,7 @@ The plots beside them come from `plots.py`, which names the rows of both.
 
 import argparse
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from offload_page import Columns, Report, grid
@@ -24,9 +25,9 @@ def table(heads: Iterable[str], rows: list[list[str]]) -> str:
     return grid(columns, [{str(n): cell for n, cell in enumerate(row)} for row in rows])
 
 
-def steps() -> str:
+def steps(card: str) -> str:
     """Time, bandwidth and state of a step on a GPU."""
-    found, rows = timings("h200"), []
+    found, rows = timings(card), []
     for key, name, _ in STEPS:
         if row := found.get(key):
             share = f"{100 * row['share']:.0f} %" if "share" in row else "not counted"
@@ -79,11 +80,13 @@ def wrapped() -> str:
         for cpu in found[:1]
         for name in WRAPPED
     ]
-    return table(("", "bits", "times AdamW, 2 CPU cores", "times AdamW, H200"), rows)
+    card = files[1]["setup"]["device"]
+    return table(("", "bits", "times AdamW, 2 CPU cores", f"times AdamW, {card}"), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "steps": steps,
+    "steps": partial(steps, "h200"),
+    "steps on an H100": partial(steps, "h100"),
     "learnt": learnt,
     "offloaded": offloaded,
     "wrapped": wrapped,
