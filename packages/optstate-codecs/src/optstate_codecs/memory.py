@@ -28,7 +28,9 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
         # a subclass without storage of its own; some libraries keep state in these
         for name in value.__tensor_flatten__()[0]:
-            yield from _tensors(getattr(value, name), seen)
+            # a DTensor also names its mesh, which is not state
+            if isinstance(part := getattr(value, name), Tensor):
+                yield from _tensors(part, seen)
     elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):
