@@ -136,7 +136,7 @@ def types(session: nox.Session) -> None:
 def units(session: nox.Session) -> None:
     """Run the unit tests of all packages, in one environment."""
     install(session, *EDITABLE, *PYTEST)
-    pytest(session, "packages", "-m", "not cuda and not interpret", *WORKERS)
+    pytest(session, "packages", "-m", "not cuda and not interpret and not thorough", *WORKERS)
     run_interpreted(session, "packages")
 
 
