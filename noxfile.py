@@ -8,6 +8,7 @@
     nox -s demo -- --steps 100           AdamW and AdamW8bit learn Shakespeare, side by side
     nox -s units -- -k rounding          some tests of some packages, in the environment of CI
     nox -s suite                         every law for every optimizer; writes the counts to a file
+    nox -s soak                          faults, kills and long runs; writes the counts to a file
     nox -s release_check                 whether the wheels and sdists could be released
     nox -t cpu                           the matrix: package x Python x torch, what can be found
     nox -t cuda                          the CUDA tests, with the Python and torch that run nox
@@ -76,6 +77,14 @@ DOCS = ("mkdocs<2", "mkdocs-material", "mkdocstrings-python", "ruff")
 BUILD = ("build", "hatchling", "packaging")
 NO_TEST_RAN = 5
 LAWS = "tests-integration/suite"
+# the files whose tests count faults, kills and steps
+SOAK = (
+    "packages/optstate-codecs/tests/test_disk_faults.py",
+    "packages/optstate-codecs/tests/test_disk_kill.py",
+    "packages/optstate-codecs/tests/test_offloading_faults.py",
+    "packages/optstate-wrap/tests/test_faults.py",
+    "tests-integration/soak",
+)
 SEQUENCES = (
     "tests-integration/test_sequences.py",
     "packages/optstate-wrap/tests/test_sequences.py",
@@ -83,6 +92,8 @@ SEQUENCES = (
 
 # One thread a worker: two workers on two cores would otherwise fight over both.
 TEST_ENV = {"OMP_NUM_THREADS": "1"}
+# a plugin of tests-integration/run_results.py, which writes down what ran
+RESULTS = ("-p", "run_results", "--run-results")
 WORKERS = ("-n", str(min(2, os.cpu_count() or 1)))
 
 
@@ -100,7 +111,7 @@ def pytest(session: nox.Session, *args: str) -> None:
     """Runs tests, with the words after `--` appended; those may leave none of them to run."""
     session.run(
         *("python", "-m", "pytest", *args, *session.posargs),
-        env=TEST_ENV,
+        env={**TEST_ENV, "PYTHONPATH": str(ROOT / "tests-integration")},
         success_codes=[0, NO_TEST_RAN] if session.posargs else [0],
     )
 
@@ -154,6 +165,17 @@ def suite(session: nox.Session) -> None:
     pytest(session, *SEQUENCES, "--hypothesis-profile=thorough", *WORKERS)
 
 
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Faults at every call, a hundred kills, and ten thousand steps of each optimizer.
+
+    It takes some ten minutes and writes the counts to benchmarks/results/soak.json.
+    """
+    install(session, *EDITABLE, *PYTEST)
+    results = (*RESULTS, "benchmarks/results/soak.json", "--run-name", "soak")
+    pytest(session, *SOAK, "-m", "not cuda and not interpret", *results, *WORKERS)
+
+
 def run_interpreted(session: nox.Session, *args: str, chosen: str = "interpret") -> None:
     """Runs Triton kernels on the CPU; Triton decides at import, hence a process of their own."""
     session.run(
@@ -188,7 +210,10 @@ def unit(session: nox.Session, package: str, torch: str) -> None:
     session.install(f"torch=={torch}.*", *paths, "-e", f"packages/{package}{extra}", *PYTEST)
     # the laws are checked where all packages are
     where = [f"packages/{package}", *([LAWS] if package == "optstate" else [])]
-    pytest(session, *where, "-m", "not cuda and not interpret and not thorough", *WORKERS)
+    name = f"Python {session.python}, torch {torch}, {package}"
+    results = (*RESULTS, "benchmarks/results/matrix.json", "--run-name", name)
+    marks = "not cuda and not interpret and not thorough"
+    pytest(session, *where, "-m", marks, *results, *WORKERS)
 
 
 def cpu_build_of_torch(torch: str, python: str) -> bool:

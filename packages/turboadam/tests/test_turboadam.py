@@ -197,7 +197,7 @@ def test_flattened_checkpoints_of_other_levels_are_refused() -> None:
     nearest, stochastic = optimizer(error_feedback=True), optimizer()
     for ours, theirs in ((nearest, stochastic), (stochastic, nearest)):
         saved = get_optimizer_state_dict(module, theirs, options=options)
-        with pytest.raises((KeyError, ValueError), match=r"m_rounding|exp_avg_codes"):
+        with pytest.raises((KeyError, ValueError), match=r"m_rounding|exp_avg_\w*codes"):
             set_optimizer_state_dict(module, ours, saved, options=options)
 
 
