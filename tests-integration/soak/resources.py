@@ -68,7 +68,7 @@ def growth(before: Held, after: Held) -> dict[str, int]:
     return {key: new[key] - old[key] for key in old if new[key] - old[key] > most[key]}
 
 
-def traced_growth(work: Callable[[], object], package: str = "optstate") -> int:
+def traced_growth(work: Callable[[], object]) -> int:
     """Bytes that Python code has allocated during the work and still holds."""
     tracemalloc.start(1)
     try:

@@ -24,7 +24,8 @@ THOROUGH = pytest.mark.thorough
 STORES = [pytest.param("host", marks=THOROUGH), "disk"]
 SHAPES = ((17, 24), (24,))
 WARM_UP = 60
-TRACED = 2048
+# bytes; an object from before that a step replaces counts as new, which ``held`` does not do
+TRACED = 16 << 10
 #: one of each kind of state; all of them run in the session ``soak``
 LEAN = ("optstate_wrap.CPUOffloadOptimizer", "turboadam.TurboAdam")
 
@@ -61,9 +62,7 @@ def held_steady(params, optimizer, steps, work=run):
     before = held()
     work(params, optimizer, steps)
     assert not growth(before, held())
-    # a leak is in every part of a run, and what threads have not finished is not
-    traced = (traced_growth(partial(work, params, optimizer, WARM_UP)) for _ in range(3))
-    assert any(grown < TRACED for grown in traced)
+    assert traced_growth(partial(work, params, optimizer, WARM_UP)) < TRACED
     assert all(bool(param.isfinite().all()) for param in params)
     return steps
 
