@@ -9,6 +9,7 @@
     nox -s units -- -k rounding          some tests of some packages, in the environment of CI
     nox -s suite                         every law for every optimizer; writes the counts to a file
     nox -s soak                          faults, kills and long runs; writes the counts to a file
+    nox -s fuzz -- --seconds 200         fuzz the readers of checkpoints, 200 seconds each
     nox -s release_check                 whether the wheels and sdists could be released
     nox -t cpu                           the matrix: package x Python x torch, what can be found
     nox -t cuda                          the CUDA tests, with the Python and torch that run nox
@@ -77,14 +78,18 @@ DOCS = ("mkdocs<2", "mkdocs-material", "mkdocstrings-python", "ruff")
 BUILD = ("build", "hatchling", "packaging")
 NO_TEST_RAN = 5
 LAWS = "tests-integration/suite"
-# the files whose tests count faults, kills and steps
-SOAK = (
-    "packages/optstate-codecs/tests/test_disk_faults.py",
-    "packages/optstate-codecs/tests/test_disk_kill.py",
-    "packages/optstate-codecs/tests/test_offloading_faults.py",
-    "packages/optstate-wrap/tests/test_faults.py",
-    "tests-integration/soak",
-)
+# by the name of a run: the tests that count faults, kills and steps
+SOAK = {
+    "kills": ("packages/optstate-codecs/tests/test_disk_kill.py", "-k", "100"),
+    "faults": (
+        "packages/optstate-codecs/tests/test_offloading_faults.py",
+        "packages/optstate-wrap/tests/test_faults.py",
+    ),
+    "full disks": ("packages/optstate-codecs/tests/test_disk_faults.py",),
+    "steps": ("tests-integration/soak/test_leaks.py", "-k", "test_steps"),
+    "offloaded steps": ("tests-integration/soak/test_leaks.py", "-k", "not test_steps"),
+    "concurrency": ("tests-integration/soak/test_concurrency.py",),
+}
 SEQUENCES = (
     "tests-integration/test_sequences.py",
     "packages/optstate-wrap/tests/test_sequences.py",
@@ -169,11 +174,12 @@ def suite(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """Faults at every call, a hundred kills, and ten thousand steps of each optimizer.
 
-    It takes some ten minutes and writes the counts to benchmarks/results/soak.json.
+    It takes some twenty minutes and writes the counts to benchmarks/results/soak.json.
     """
     install(session, *EDITABLE, *PYTEST)
-    results = (*RESULTS, "benchmarks/results/soak.json", "--run-name", "soak")
-    pytest(session, *SOAK, "-m", "not cuda and not interpret", *results, *WORKERS)
+    for name, tests in SOAK.items():
+        results = (*RESULTS, "benchmarks/results/soak.json", "--run-name", name)
+        pytest(session, *tests, "-m", "not cuda and not interpret", *results, *WORKERS)
 
 
 def run_interpreted(session: nox.Session, *args: str, chosen: str = "interpret") -> None:
@@ -192,6 +198,13 @@ def integration(session: nox.Session) -> None:
     install_plays(session)
     pytest(session, "tests-integration", "-m", "not cuda and not thorough", *WORKERS)
     run_interpreted(session, LAWS, chosen="interpret and not thorough")
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the readers of manifests, safetensors files and state dicts, guided by coverage."""
+    install(session, *EDITABLE, "safetensors", "atheris")
+    session.run("python", "tests-integration/fuzz/run.py", *session.posargs, env=TEST_ENV)
 
 
 @nox.session(python=PYTHONS, tags=["cpu"])

@@ -163,6 +163,24 @@ def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.Monk
         assert script["table"](json.loads(file.read_text())["summary"]) in page, file.name
 
 
+def test_docs_quote_the_study_of_error_feedback(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "study_page.py"))
+    rows = script["read"](script["RESULT"])["rows"]
+    page = script["PAGE"].read_text()
+    for table in script["TABLES"].values():
+        assert table(rows) in page
+    # the update of the flush is the gradient less the change of the stored moment
+    m = [torch.randn(64, dtype=torch.float64) for _ in range(2)]
+    stored, grad, b1 = m[0].round(), m[1], 0.9
+    moment = b1 * stored + (1 - b1) * grad
+    change = moment.round() - stored
+    update = moment + b1 / (1 - b1) * (moment - moment.round())
+    torch.testing.assert_close(update, grad - b1 / (1 - b1) * change)
+
+
 def test_docs_quote_the_sketches_that_were_tried(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

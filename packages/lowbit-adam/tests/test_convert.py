@@ -127,3 +127,31 @@ def test_what_is_missing_is_named() -> None:
     del (state := torchao_state())["state"][1]["step"]
     with pytest.raises(KeyError, match="missing key 'step'"):
         from_torchao(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("qmap1", QMAP[:7], r"\['qmap1'\]: 7 values, must be 256"),
+        ("qmap1", [0.0] * 256, r"\['qmap1'\]=.*must be a tensor"),
+        ("state1", "codes", r"\['state1'\]='codes': must be a tensor"),
+        ("absmax2", None, r"\['absmax2'\]=None: must be a tensor"),
+        ("step", "x", "could not convert"),
+        ("__bnb_optimizer_quant_state__", [1], "quant_state__'.: must be a dict"),
+    ],
+)
+def test_hostile_states_are_refused(key, value, words) -> None:
+    """A table with fewer values than codes ended the CUDA context of the process."""
+    state = bitsandbytes_state(False)
+    state["state"][0][key] = value
+    with pytest.raises((TypeError, ValueError), match=words):
+        from_bitsandbytes(state)
+
+
+@pytest.mark.parametrize("convert", [from_bitsandbytes, from_torchao])
+def test_states_that_are_nested_in_another_way(convert) -> None:
+    for state in ({"state": [], "param_groups": []}, {"state": {0: 5}, "param_groups": [GROUP]}):
+        with pytest.raises(TypeError, match="must be a dict"):
+            convert(state)
+    with pytest.raises(KeyError, match="is in no group"):
+        convert({**torchao_state(), "param_groups": []})

@@ -167,3 +167,25 @@ def test_decoded_as_the_peer_does(tmp_path) -> None:
         for number, (first, second) in enumerate(expected):
             torch.testing.assert_close(state[number]["exp_avg_sq"], second)
             torch.testing.assert_close(state[number]["exp_avg"], first)
+
+
+HOSTILE = {
+    "sizes of another tensor": ("ustate", "mean_block_size", 10**12, "means of 1000000000000"),
+    "no elements a mean": ("ustate", "mean_block_size", 0, "means of 0 elements"),
+    "a negative number": ("ustate", "original_numel", -1, "for -1 elements"),
+    "too many elements": ("ustate", "original_numel", 10**13, "for 10000000000000 elements"),
+    "no bits": ("v_state", "n_bits", 0, "n_bits=0: must be from 1 to 8"),
+    "many bits": ("v_state", "n_bits", 10**9, "n_bits=1000000000: must be from 1 to 8"),
+    "a huge shape": ("v_state", "original_shape", [2**40, 2**40], "state_dict: malformed"),
+    "codes of text": ("ustate", "codes", "x", "state_dict: malformed"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_states_make_no_huge_tensors(name: str) -> None:
+    part, key, value, words = HOSTILE[name]
+    state = by_hand()
+    assert key in state["state"][0][part]
+    state["state"][0][part][key] = value
+    with pytest.raises((ValueError, TypeError), match=words):
+        from_turboadam(state)

@@ -37,6 +37,7 @@ def from_torchao(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         KeyError: an entry is missing; the message names it.
+        TypeError, ValueError: an entry is of another type, or wrong.
     """
 
     def decode(number: Any, state: Mapping[str, Any], group: object) -> dict[str, Tensor]:
@@ -66,32 +67,45 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         KeyError: an entry is missing; the message names it.
-        ValueError: the number of scales is not one for each 256 elements.
+        TypeError, ValueError: an entry is of another type, or the number of scales is not one for
+            each 256 elements.
     """
 
     def decode(number: Any, state: Mapping[str, Any], group: object) -> dict[str, Tensor]:
-        state = {**state, **state.get(BNB_WRAPPED, {})}
         where = f"state_dict['state'][{number!r}]"
+        wrapped = state.get(BNB_WRAPPED, {})
+        if not isinstance(wrapped, Mapping):
+            raise TypeError(f"{where}[{BNB_WRAPPED!r}]: must be a dict")
+        state = {**state, **wrapped}
         found = {}
         for moment, suffix in BNB_MOMENTS.items():
             if f"state{suffix}" not in state:
                 raise KeyError(f"{where}: missing key 'state{suffix}'")
-            codes = state[f"state{suffix}"]
+            codes = _tensor(where, state, f"state{suffix}")
             if codes.dtype != torch.uint8:
                 found[moment] = codes.to(torch.float32)
                 continue
             for name in (f"qmap{suffix}", f"absmax{suffix}"):
                 if name not in state:
                     raise KeyError(f"{where}: missing key {name!r}; only block-wise state converts")
-            scales = state[f"absmax{suffix}"]
+            scales, table = (_tensor(where, state, f"{n}{suffix}") for n in ("absmax", "qmap"))
+            if table.shape != (256,):
+                raise ValueError(f"{where}['qmap{suffix}']: {table.numel()} values, must be 256")
             if scales.numel() != -(-codes.numel() // BNB_BLOCK):
                 raise ValueError(
                     f"{where}['absmax{suffix}']: {scales.numel()} scales for {codes.numel()} "
                     f"elements, must be one for each {BNB_BLOCK}"
                 )
-            values = state[f"qmap{suffix}"].to(torch.float32)[codes.flatten().to(torch.int64)]
+            values = table.to(torch.float32)[codes.flatten().to(torch.int64)]
             scale = scales.to(torch.float32).repeat_interleave(BNB_BLOCK)[: codes.numel()]
             found[moment] = (values * scale).view(codes.shape)
         return found
 
     return adam_state_dict(state_dict, decode)
+
+
+def _tensor(where: str, state: Mapping[str, Any], key: str) -> Tensor:
+    value = state[key]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}[{key!r}]={value!r:.80}: must be a tensor")
+    return value

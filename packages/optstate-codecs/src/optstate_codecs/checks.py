@@ -26,11 +26,17 @@ __all__ = [
     "whole_number",
 ]
 
+_LARGE = 1 << 63
+_LARGEST = 2.0**60
+
 
 def _number(name: str, value: Any) -> float | None:
     """The value as a number, or None for a tensor that the host should not read."""
-    if type(value) is float or type(value) is int:
+    if type(value) is float:
         return value
+    if type(value) is int:
+        # tensors take no larger ints, and no float is as large as some
+        return value if -_LARGE < value < _LARGE else math.copysign(math.inf, value)
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(
@@ -47,10 +53,14 @@ def _number(name: str, value: Any) -> float | None:
 
 
 def nonnegative(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number or one-element tensor of at least zero."""
+    """Raise unless ``value`` is a finite number or one-element tensor from 0 to 2^60.
+
+    The product of two such numbers is still a float32 number.
+    """
     number = _number(name, value)
-    if number is not None and not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"{name}={value!r}: must be finite and at least 0")
+    if number is not None and not 0.0 <= number <= _LARGEST:
+        most = " and at most 2**60" if _LARGEST < number < math.inf else ""
+        raise ValueError(f"{name}={value!r}: must be finite and at least 0{most}")
 
 
 def positive(name: str, value: Any) -> float:

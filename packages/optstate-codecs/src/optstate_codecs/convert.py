@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optstate_codecs.state.moments import without_underflow
+from optstate_codecs.state.structure import check_structure, malformed
 
 __all__ = ["adam_state_dict"]
 
@@ -32,10 +33,17 @@ def adam_state_dict(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, 
 
     Raises:
         KeyError: an entry is missing; the message names it.
+        TypeError, ValueError: an entry is of another type, or wrong.
 
     Examples:
         >>> adam_state_dict(theirs, lambda number, stored, group: their_decode(stored))
     """
+    check_structure(state_dict)
+    with malformed("state_dict"):
+        return _converted(state_dict, decode)
+
+
+def _converted(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, Any]:
     group_of = {n: group for group in state_dict["param_groups"] for n in group["params"]}
     state = {}
     for number, stored in state_dict["state"].items():
@@ -43,6 +51,8 @@ def adam_state_dict(state_dict: Mapping[str, Any], decode: Decode) -> dict[str, 
             continue
         if "step" not in stored:
             raise KeyError(f"state_dict['state'][{number!r}]: missing key 'step'")
+        if number not in group_of:
+            raise KeyError(f"state_dict['state'][{number!r}]: is in no group")
         moments = dict(decode(number, stored, group_of[number]))
         # codes round small ones to zero, and dividing by zero would give a long step
         moments["exp_avg_sq"] = without_underflow(moments["exp_avg_sq"], moments["exp_avg"])

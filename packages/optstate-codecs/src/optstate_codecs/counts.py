@@ -11,16 +11,31 @@ from __future__ import annotations
 
 import struct
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["END", "OFFSET", "advance", "as_step", "counted", "take_back", "taken"]
+from optstate_codecs.plain import plain_value
+
+__all__ = [
+    "END",
+    "LAST_STEP",
+    "OFFSET",
+    "advance",
+    "as_step",
+    "checked_count",
+    "counted",
+    "take_back",
+    "taken",
+]
 
 # the end of plain counting in float32; from there on the bits minus OFFSET are the steps taken
 END = 1 << 24
 OFFSET = 0x4B800000 - END
 LAST = 0x7F7FFFFF - OFFSET
+#: the largest count, float32's largest number
+LAST_STEP = float.fromhex("0x1.fffffep+127")
 # a number from 2^24 on times this is 5/8 to 5/4 of the distance to the next float32 number, so that
 # adding it gives that number. From 2^23 on it is 5/8 to 5/4, and adding it adds 1.
 TO_NEXT = 1.25 * 2.0**-24
@@ -37,6 +52,22 @@ def taken(step: float) -> int:
         return int(step)
     bits: int = struct.unpack("<i", struct.pack("<f", step))[0]
     return bits - OFFSET
+
+
+def checked_count(name: str, step: Any) -> float:
+    """A step count from a state dict, a number or a tensor, as a number.
+
+    Raises:
+        ValueError: it is not a whole number of at least 0.
+    """
+    step = plain_value(step)
+    count = step
+    if isinstance(step, Tensor) and step.numel() == 1 and not (step.is_meta or step.is_quantized):
+        count = step.item()
+    number = isinstance(count, (int, float)) and 0 <= count <= LAST_STEP
+    if not number or count != int(count):
+        raise ValueError(f"{name}={step!r:.80}: must be a whole number of at least 0")
+    return float(count)
 
 
 def as_step(count: int) -> float:

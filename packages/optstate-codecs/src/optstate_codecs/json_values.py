@@ -99,6 +99,8 @@ class JsonReader:
         if "tuple" in value and isinstance(content, list):
             return tuple(self.decoded(name, content))
         if "dict" in value and isinstance(content, list) and all(map(is_pair, content)):
+            if len({key for key, _ in content}) < len(content):
+                raise ValueError(f"{self._where}: header: {name}: a key is there twice")
             return {key: self.decoded(f"{name}[{key!r}]", item) for key, item in content}
         raise ValueError(f"{self._where}: header: {name}={value!r:.80}: not a value")
 

@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from optstate_codecs.files import parse_json, replacement
 from optstate_codecs.json_values import JsonReader, JsonWriter, is_pair
 from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.sharding import is_distributed
@@ -93,17 +94,11 @@ def save_safetensors(optimizer: CodedOptimizer, path: PathLike) -> None:
         ],
     }
     metadata = {"format": "pt", ENTRY: json.dumps(header)}
-    target = Path(path)
-    scratch = target.with_name(f"{target.name}.{os.getpid()}.new")
     try:
-        library.torch.save_file(writer.tensors, scratch, metadata=metadata)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.replace(target)
+        with replacement(Path(path), f".{os.getpid()}.new", sync=True) as new:
+            library.torch.save_file(writer.tensors, new, metadata=metadata)
     except library.SafetensorError as error:
         raise OSError(f"{os.fspath(path)}: cannot be written: {error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def load_safetensors(optimizer: CodedOptimizer, path: PathLike) -> None:
@@ -230,8 +225,8 @@ def _header(where: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
             f"{where}: not written by save_safetensors: its header has no entry {ENTRY!r}"
         )
     try:
-        header = json.loads(metadata[ENTRY])
-    except (ValueError, RecursionError) as error:
+        header = parse_json(metadata[ENTRY])
+    except ValueError as error:
         raise ValueError(f"{where}: header: not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{where}: header: {header!r:.80}: must be a table")

@@ -39,6 +39,7 @@ def from_turboadam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         KeyError: an entry is missing; the message names it.
+        TypeError, ValueError: an entry is of another type, or wrong.
 
     Examples:
         >>> optimizer.load_state_dict(from_turboadam(torch.load("optimizer.pt")))
@@ -81,6 +82,8 @@ def _codes(packed: Tensor, bits: int) -> Tensor:
 
 def _second_moment(state: Mapping[str, Any]) -> Tensor:
     bits, scales = int(state["n_bits"]), state["scales"].float()
+    if not 1 <= bits <= 8:
+        raise ValueError(f"v_state: n_bits={bits}: must be from 1 to 8")
     fraction = _codes(state["indices"], bits).view(len(scales), -1) / (2**bits - 1)
     low, high = scales[:, :1], scales[:, 1:]
     values = torch.exp(low + fraction * (high - low))
@@ -90,6 +93,13 @@ def _second_moment(state: Mapping[str, Any]) -> Tensor:
 def _update_units(state: Mapping[str, Any]) -> Tensor:
     numel, size = int(state["original_numel"]), int(state["mean_block_size"])
     means = state["means"].float().reshape(-1, 1)
+    # before anything of that size is made
+    if numel < 0 or size < 1 or means.numel() != -(-numel // size):
+        raise ValueError(
+            f"ustate: {means.numel()} means of {size} elements each for {numel} elements"
+        )
+    if numel > 4 * state["codes"].numel():
+        raise ValueError(f"ustate: {state['codes'].numel()} bytes of codes for {numel} elements")
     levels = (_codes(state["codes"], 2) - 1.5) * state["decode_step"].float()
     indices = torch.arange(means.numel() * size, dtype=torch.int64, device=means.device)
     valid = (indices < numel).view(-1, size)

@@ -151,6 +151,11 @@ class Format(PlainFields, ABC):
         return False
 
     @property
+    def marks(self) -> bool:
+        """Whether a negative scale marks a block; otherwise scales are at least 0."""
+        return False
+
+    @property
     def device_functions(self) -> DeviceFunctions | None:
         """The format's device functions; None if only the torch code exists."""
         return None

@@ -140,6 +140,10 @@ class BlockFormat(Format):
         return _components(*codes, self.scale_dtype, self.block_size)
 
     @property
+    def marks(self) -> bool:
+        return True
+
+    @property
     def keeps_positive(self) -> bool:
         return not self.signed
 

@@ -47,6 +47,7 @@ class FP16(BlockFormat):
 
     name: ClassVar[str] = "fp16"
     code_dtype: ClassVar[torch.dtype] = torch.float16
+    marks: ClassVar[bool] = False
     block_size: int = 2048
 
     @property

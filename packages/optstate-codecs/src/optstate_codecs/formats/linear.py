@@ -75,6 +75,7 @@ class Int8(BlockFormat):
 
     name: ClassVar[str] = "int8"
     code_dtype: ClassVar[torch.dtype] = torch.int8
+    marks: ClassVar[bool] = False
     block_size: int = 256
     rounding: str = "nearest"
     units: str = "value"

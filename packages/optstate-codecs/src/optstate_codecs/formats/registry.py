@@ -35,6 +35,8 @@ _BUILT_IN: tuple[type[Format], ...] = (
     Dynamic4,
     Linear4,
 )
+# of an option's text: a longer one can be nested so deeply that parsing it ends the process
+LONGEST = 64
 _SPEC = re.compile(r"(\w+)(?:\((.*)\))?")
 AnyFormat = TypeVar("AnyFormat", bound=type[Format])
 
@@ -117,9 +119,11 @@ def parse_format(spec: str) -> Format:
         key, _, text = (part.strip() for part in item.partition("="))
         if key not in known:
             raise ValueError(f"format={spec!r}: option {key!r} must be one of {', '.join(known)}")
+        if len(text) > LONGEST:
+            raise ValueError(f"format={spec!r:.80}: option {key!r} has {len(text)} characters")
         try:
             options[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             options[key] = text
     return cls(**options)
 

@@ -120,6 +120,7 @@ class Linear4(BlockFormat):
     values: ClassVar[tuple[float, ...]] = _LINEAR[:LAST]
     bits: ClassVar[int] = 4
     signed: ClassVar[bool] = False
+    marks: ClassVar[bool] = False
     block_size: int = 128
     normalization: str = "block"
 

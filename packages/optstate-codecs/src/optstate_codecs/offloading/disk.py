@@ -23,8 +23,14 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from optstate_codecs.files import open_regular
 from optstate_codecs.offloading.group_values import GroupValues
-from optstate_codecs.offloading.manifest import manifest_path, read_manifest, write_manifest
+from optstate_codecs.offloading.manifest import (
+    HEADER,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
 from optstate_codecs.offloading.mapped import GRANULARITY, mapped
 from optstate_codecs.offloading.pinned import empty_pinned
 from optstate_codecs.offloading.slabs import Chunk, Memory, Region, Slab
@@ -35,8 +41,6 @@ __all__ = ["DiskStateStore"]
 
 # closed at process exit, when no garbage is collected
 _open: WeakSet[DiskStateStore] = WeakSet()
-# the file begins with the id that its manifest must have
-HEADER = 4096
 THREADS = 4
 NAME = "optstate-disk"
 
@@ -58,7 +62,8 @@ class DiskStateStore(StateStore):
         FileExistsError: the file exists, and ``resume`` is False.
         FileNotFoundError: ``resume`` is True, and the file or its manifest is missing.
         ValueError: the manifest is invalid or another file's, or the file is truncated.
-        OSError: another process uses the file, or the disk is full.
+        OSError: another process uses the file, the disk is full, or the file or its manifest is a
+            symbolic link or no regular file.
     """
 
     name = "disk"
@@ -83,7 +88,7 @@ class DiskStateStore(StateStore):
         self._written: Task | None = None
         flags = os.O_RDWR if resume else os.O_RDWR | os.O_CREAT | os.O_EXCL
         try:
-            self._file = os.open(self.path, flags, 0o644)
+            self._file = open_regular(self.path, flags, 0o644)
         except FileExistsError as error:
             raise FileExistsError(
                 f"path={str(self.path)!r}: there already; use resume=True to go on from it, or "

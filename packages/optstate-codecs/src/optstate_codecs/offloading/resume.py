@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from optstate_codecs.optimizer import CodedOptimizer
 from optstate_codecs.state.building import counts_on_device, share_steps
 from optstate_codecs.state.groups import merged_groups
 from optstate_codecs.state.layout import Declaration, bound, empty_state, storage_order
+from optstate_codecs.state.structure import malformed
 from optstate_codecs.writes import MASTER, parameter_write
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ __all__ = ["resume_from"]
 
 def _like(old: Any, new: Any) -> Any:
     """A value from a manifest in the type of the group's present value."""
-    if isinstance(old, Tensor):
-        return old.fill_(new)
+    if isinstance(old, Tensor) and old is not new:
+        return torch.full_like(old, new)
     if isinstance(new, list):
         return new if isinstance(old, list) else tuple(new)
     return new
@@ -47,6 +49,41 @@ def resume_from(optimizer: CodedOptimizer, placement: Placement, store: DiskStat
     manifest = store.manifest
     assert manifest is not None
     where = str(store.manifest_path)
+    with malformed(where):
+        groups, slabs, states = _read(optimizer, store, manifest, where)
+
+    before = [dict(group) for group in optimizer.param_groups], dict(optimizer.state)
+    optimizer.state.clear()
+    try:
+        tensors = []
+        for mine, new in zip(optimizer.param_groups, groups, strict=True):
+            for key, value in new.items():
+                if isinstance(mine.get(key), Tensor):
+                    # the user may hold it, so it gets the new value itself
+                    tensors.append((mine[key], value))
+                elif key != "params":
+                    mine[key] = value
+        loaded = []
+        for param, state, group in states.values():
+            optimizer.state[param] = state
+            loaded.append((param, state, counts_on_device(optimizer.param_groups[group])))
+        share_steps(loaded)
+        placement.resume(_by_slab(optimizer, manifest, slabs))
+        for old, value in tensors:
+            old.copy_(value)
+    except BaseException:
+        for mine, values in zip(optimizer.param_groups, before[0], strict=True):
+            mine.clear()
+            mine.update(values)
+        optimizer.state.clear()
+        optimizer.state.update(before[1])
+        raise
+
+
+def _read(
+    optimizer: CodedOptimizer, store: DiskStateStore, manifest: dict[str, Any], where: str
+) -> tuple[list[Group], list[Slab], dict[int, tuple[Tensor, dict[str, Any], int]]]:
+    """The groups and slabs of a manifest, and by parameter number: it, its state, its group."""
     try:
         groups = _merged(optimizer, manifest["param_groups"], where)
         slabs = []
@@ -55,29 +92,30 @@ def resume_from(optimizer: CodedOptimizer, placement: Placement, store: DiskStat
             family = [store.mapped(offset, slab["bytes"]) for offset in offsets]
             slabs.append(Slab(family, family[0]))
         every = [(n, param) for n, group in enumerate(groups) for param in group["params"]]
-        states: dict[int, dict[str, Any]] = {}
+        states: dict[int, tuple[Tensor, dict[str, Any], int]] = {}
+        used: dict[int, list[tuple[int, int, str]]] = {}
         for entry in manifest["parameters"]:
             number = entry["number"]
             if not 0 <= number < len(every) or number in states:
                 raise ValueError(f"{where}: parameter {number}: of {len(every)}, each once")
-            group, param = groups[every[number][0]], every[number][1]
-            slab = slabs[entry["slab"]]
-            states[number] = _state_in(
-                optimizer, group, param, entry, slab, f"{where}: parameter {number}"
+            group, param = every[number]
+            name, slab = f"{where}: parameter {number}", slabs[entry["slab"]]
+            state = _state_in(optimizer, groups[group], param, entry, slab, name)
+            states[number] = param, state, group
+            used.setdefault(entry["slab"], []).extend(
+                (start, start + state[key].nbytes, f"{name}: {key}")
+                for key, start in entry["starts"].items()
+                if state[key].nbytes
             )
-    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        for regions in used.values():
+            for (_, end, first), (start, _, second) in pairwise(sorted(regions)):
+                if start < end:
+                    raise ValueError(f"{second} at byte {start} shares bytes with {first}")
+        merged = zip(optimizer.param_groups, groups, strict=True)
+        groups = [{k: _like(mine.get(k), v) for k, v in new.items()} for mine, new in merged]
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{where}: not a manifest: {error}") from error
-
-    for mine, merged in zip(optimizer.param_groups, groups, strict=True):
-        mine.update({key: _like(mine.get(key), merged[key]) for key in merged if key != "params"})
-    optimizer.state.clear()
-    loaded = []
-    for number, state in states.items():
-        group, param = every[number]
-        optimizer.state[param] = state
-        loaded.append((param, state, counts_on_device(optimizer.param_groups[group])))
-    share_steps(loaded)
-    placement.resume(_by_slab(optimizer, manifest, slabs))
+    return groups, slabs, states
 
 
 def _merged(optimizer: CodedOptimizer, saved: list[Group], where: str) -> list[Group]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optstate_codecs.counts import taken
+from optstate_codecs.counts import checked_count, taken
 from optstate_codecs.formats import FP32, Format, parse_format
 from optstate_codecs.plain import plain_value
 from optstate_codecs.rounding import Counter
@@ -32,18 +32,26 @@ from optstate_codecs.state.building import (
     encode_state,
     share_steps,
 )
-from optstate_codecs.state.components import check_component, components_of
+from optstate_codecs.state.components import (
+    check_component,
+    check_scales,
+    check_tensor,
+    components_of,
+)
 from optstate_codecs.state.conform import own_keys, renamed
 from optstate_codecs.state.dim_order import DIM_ORDER, follows_order, order_entry, order_in
 from optstate_codecs.state.groups import merged_groups
 from optstate_codecs.state.layout import bound, empty_state, storage_order
 from optstate_codecs.state.owner import StateOwner
 from optstate_codecs.state.shards import as_owner, as_shards, shard_of, whole_of_shards
+from optstate_codecs.state.structure import check_structure, check_values, malformed
 from optstate_codecs.writes import CORRECTION, MASTER, SplitMaster, Write, parameter_write
 
 __all__ = ["StepCopy", "adopt_copies", "full", "load", "packed"]
 
 StateDict = dict[str, Any]
+# a parameter, its state, and whether its step count is on its device
+Loaded = tuple[Tensor, dict[str, Any], bool]
 
 
 @dataclass(frozen=True)
@@ -140,13 +148,32 @@ def full(optimizer: StateOwner, plain: StateDict) -> StateDict:
 
 def load(optimizer: StateOwner, state_dict: StateDict) -> None:
     """Check and convert the whole of ``state_dict``, then put it in place."""
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise KeyError(f"state_dict: missing key {key!r}")
+    with malformed("state_dict"):
+        check_structure(state_dict)
+        groups, state, loaded, rounded = _converted(optimizer, state_dict)
 
+    if rounded:
+        warnings.warn(
+            f"state_dict keeps master weights of {rounded} parameters that this optimizer, "
+            f"write={optimizer.write!r}, does not: training goes on from the parameters alone",
+            stacklevel=3,
+        )
+
+    optimizer.executor.supersede()
+    for target, group in zip(optimizer.param_groups, groups, strict=True):
+        target.update(group)
+    share_steps(loaded)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def _converted(
+    optimizer: StateOwner, state_dict: StateDict
+) -> tuple[list[dict[str, Any]], dict[Any, Any], list[Loaded], int]:
+    """The groups and the state after loading, and how many master weights are not kept."""
     groups, all_formats = _merged_groups(optimizer, state_dict["param_groups"])
     state: dict[Any, Any] = _other_entries(state_dict)
-    loaded = []
+    loaded: list[Loaded] = []
     index, rounded, keys = 0, 0, rounding_keys(groups)
     saved_groups = state_dict["param_groups"]
     for group, saved_formats, saved in zip(groups, all_formats, saved_groups, strict=True):
@@ -167,7 +194,8 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
                 else:
                     stored, source = whole_of_shards(where, param, stored, source)
                 _check_state(where, param, stored, source, formats)
-                step = _loaded_step(where, stored["step"])
+                count = checked_count(f"{where}['step']", stored["step"])
+                step = torch.tensor(count, dtype=torch.float32, device="cpu")
                 counter = Counter(
                     group["rounding_seed"], taken(float(step)), keys[index], shard_offset(owner)
                 )
@@ -188,20 +216,7 @@ def load(optimizer: StateOwner, state_dict: StateDict) -> None:
                 rounded += CORRECTION in stored and not write.components
                 loaded.append((param, state[owner], counts_on_device(group)))
             index += 1
-
-    if rounded:
-        warnings.warn(
-            f"state_dict keeps master weights of {rounded} parameters that this optimizer, "
-            f"write={optimizer.write!r}, does not: training goes on from the parameters alone",
-            stacklevel=3,
-        )
-
-    optimizer.executor.supersede()
-    for target, group in zip(optimizer.param_groups, groups, strict=True):
-        target.update(group)
-    share_steps(loaded)
-    optimizer.state.clear()
-    optimizer.state.update(state)
+    return groups, state, loaded, rounded
 
 
 def _other_entries(state_dict: StateDict) -> dict[Any, Any]:
@@ -235,6 +250,8 @@ def _saved_order(
 ) -> tuple[int, ...]:
     """The order of dimensions that saved blocks follow; ``older`` is from a group's ``orders``."""
     if DIM_ORDER not in stored and older is not None:
+        if sorted(older) != list(range(param.dim())):
+            raise ValueError(f"{where}: order {older!r:.80}, must have each dimension once")
         return tuple(older)
     keys = [key for key, c in components_of(bound(source, param)).items() if c.suffix]
     return order_in(where, param, stored, keys) or tuple(range(param.dim()))
@@ -251,6 +268,7 @@ def _merged_groups(
     formats = []
 
     def check(new: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        check_values(saved, new["params"])
         optimizer.check_group(new)
         formats.append(_saved_formats(optimizer, new, saved))
 
@@ -310,18 +328,20 @@ def _check_state(
             try:
                 # torch.optim keeps moments in the parameter's dtype: any float is a plain moment
                 check_component(f"{where}[{key!r}]", part, component, param, format == FP32())
+                if part.is_meta and not param.is_meta:
+                    raise ValueError(f"{where}[{key!r}]: is on meta, without values")
             except (TypeError, RuntimeError) as error:
                 raise ValueError(str(error)) from error
-            if component.suffix.startswith("scale") and not part.isfinite().all():
-                raise ValueError(f"{where}[{key!r}]: must be finite")
+            check_scales(f"{where}[{key!r}]", part, component, format)
 
     if CORRECTION in stored:
         part, name = stored[CORRECTION], f"{where}[{CORRECTION!r}]"
         if not torch.is_tensor(part) or part.dtype not in (torch.int8, torch.int16):
             raise ValueError(f"{name}: must be a tensor of dtype int8 or int16")
-        if part.shape != param.shape:
-            shapes = f"shape {tuple(part.shape)}, must be {tuple(param.shape)}"
-            raise ValueError(f"{name}: {shapes} as the parameter's")
+        try:
+            check_tensor(name, part, param.shape, " as the parameter's")
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(str(error)) from error
 
 
 def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -333,14 +353,6 @@ def _correction(write: Write, param: Tensor, stored: Mapping[str, Tensor]) -> di
     if CORRECTION in stored:
         kept.copy_(write.convert(stored[CORRECTION]))
     return {CORRECTION: kept}
-
-
-def _loaded_step(where: str, step: Any) -> Tensor:
-    step = plain_value(step)
-    count = float(step) if isinstance(step, (int, float, Tensor)) else -1.0
-    if not (0 <= count < float("inf") and count == int(count)):
-        raise ValueError(f"{where}['step']={step!r}: must be a whole number of at least 0")
-    return torch.tensor(count, dtype=torch.float32, device="cpu")
 
 
 def _copied(

@@ -48,8 +48,10 @@ def order_of(where: str, entry: Any, dims: int) -> tuple[int, ...]:
         ValueError: it is not an entry for that many dimensions.
     """
     number = -1
-    if isinstance(entry, int) or (isinstance(entry, Tensor) and entry.numel() == 1):
-        number = int(entry)
+    if isinstance(entry, Tensor) and entry.numel() == 1 and not entry.is_meta:
+        entry = entry.item()
+    if isinstance(entry, int):
+        number = entry
     if not 0 <= number < factorial(dims):
         raise ValueError(
             f"{where}[{DIM_ORDER!r}]={entry!r}: must be from 0 to {factorial(dims) - 1} for "

@@ -53,6 +53,8 @@ def merged_groups(
         if check is not None:
             try:
                 check(new, saved)
+            except OverflowError as error:
+                raise ValueError(f"{where}[{i}]: {error}") from error
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{where}[{i}]: {error}") from error
         merged.append(new)

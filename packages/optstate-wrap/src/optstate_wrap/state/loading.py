@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optstate_codecs.formats import as_format
+from optstate_codecs.counts import checked_count
 from optstate_codecs.sharding import is_distributed, local_of
+from optstate_codecs.state.components import check_dense
 from optstate_codecs.state.groups import merged_groups
+from optstate_codecs.state.structure import check_structure, check_values, malformed
 from optstate_wrap.hooks import load_with_hooks
-from optstate_wrap.probe import Findings, why_not
+from optstate_wrap.probe import Findings, probe, why_not
 from optstate_wrap.state.checkpoint import (
     KEY,
     independent_copy,
@@ -26,17 +28,18 @@ from optstate_wrap.state.checkpoint import (
 from optstate_wrap.state.decoded import DecodedStates
 from optstate_wrap.state.inference import ordinary_tensors
 from optstate_wrap.state.param_chunks import Layout, ParamChunk
+from optstate_wrap.state.progress import checked_progress, load_policy, steps_of
 from optstate_wrap.state.ranks import of_this_rank
 from optstate_wrap.state.record import Coded, Record, decode_state
 from optstate_wrap.state.shards import (
     as_shard,
-    flat_part,
     of_local,
     shard_of,
     whole_of,
     whole_record,
 )
 from optstate_wrap.state.slicing import chunks_of_lengths, join_states, record_numel, slice_state
+from optstate_wrap.state.unpacking import check_together, coded_tensor, copy_to
 
 __all__ = ["load"]
 
@@ -64,34 +67,39 @@ def load(
 def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]) -> None:
     encoder = states.encoder
     inner, policy = encoder.inner, encoder.policy
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise KeyError(f"state_dict: missing key {key!r}")
+    check_structure(state_dict)
     saved = state_dict["state"]
-    progress = state_dict.get(KEY) or progress_of_states(saved)
+    progress = checked_progress(state_dict.get(KEY, {}))
+    progress = progress or checked_progress(progress_of_states(saved))
     where, saved_groups = "state_dict['param_groups']", state_dict["param_groups"]
-    groups = merged_groups(where, inner.param_groups, saved_groups)
+    with malformed(where):
+        check = lambda new, saved: check_values(saved, new["params"])  # noqa: E731
+        groups = merged_groups(where, inner.param_groups, saved_groups, check=check)
     params = params_by_number(state_dict, inner)
     # keys that are not numbers are the inner optimizer's own entries
     if unknown := [n for n in saved if n not in params and isinstance(n, int)]:
         raise KeyError(f"state_dict['state']: unknown parameter {unknown[0]!r}")
 
+    could = probe(inner).tried
     before = [dict(group) for group in inner.param_groups]
     steps, progressed = encoder.steps, copy.deepcopy(policy.state_dict())
     try:
         _fill(inner.param_groups, groups)
+        if could and not probe(inner).tried:
+            raise ValueError(f"{where}: {type(inner).__name__} cannot step with these values")
         findings = examine()
-        encoder.steps = int(progress.get("steps", _steps_of(saved)))
-        if "policy" in progress:
-            policy.load_state_dict(progress["policy"])
-        entries = _entries(saved, params, findings, progress)
-        new = _records(states, findings, entries, bool(progress.get("packed")))
-        foreign = {
-            entry.param: {key: _copy_to(entry.param, value) for key, value in entry.foreign.items()}
-            for entry in entries
-            if entry.foreign
-        }
-        extra = {key: independent_copy(value) for key, value in saved.items() if key not in params}
+        with malformed("state_dict"):
+            encoder.steps = progress["steps"] if "steps" in progress else steps_of(saved)
+            if "policy" in progress:
+                load_policy(policy, progress["policy"])
+            entries = _entries(saved, params, findings, progress)
+            new = _records(states, findings, entries, bool(progress.get("packed")))
+            foreign = {
+                entry.param: {k: copy_to(entry.param, v) for k, v in entry.foreign.items()}
+                for entry in entries
+                if entry.foreign
+            }
+            extra = {k: independent_copy(v) for k, v in saved.items() if k not in params}
         states.replace(new, foreign, extra)
     except BaseException:
         _fill(inner.param_groups, before)
@@ -99,12 +107,6 @@ def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]
         encoder.steps = steps
         policy.load_state_dict(progressed)
         raise
-
-
-def _steps_of(state: Mapping[Any, Any]) -> int:
-    """The largest step count in a plain state dict."""
-    counts = (entry.get("step") for entry in state.values() if isinstance(entry, Mapping))
-    return max((int(n) for n in counts if isinstance(n, (int, float, Tensor))), default=0)
 
 
 def _fill(groups: Sequence[dict[str, Any]], values: Sequence[Mapping[str, Any]]) -> None:
@@ -249,17 +251,27 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
     """The records of a packed state, checked and on the parameter's device."""
     where, param = entry.where, entry.param
     records = []
+    if not isinstance(entry.own, (list, tuple)) or not all(
+        isinstance(saved, Mapping) for saved in entry.own
+    ):
+        raise TypeError(f"{where}['parts']={entry.own!r:.80}: must be a list of dicts")
     for saved in entry.own:
         _check_keys(where, saved, findings)
+        if other := [key for key in saved if not isinstance(key, str)]:
+            raise TypeError(f"{where}: key {other[0]!r:.80}: must be text")
         record: Record = {}
         for key, value in saved.items():
             if isinstance(value, Mapping) and "format" in value:
-                record[key] = _coded(f"{where}[{key!r}]", value, entry)
+                record[key] = coded_tensor(f"{where}[{key!r}]", value, param, entry.per_rank)
             else:
+                _check_value(f"{where}[{key!r}]", key, value, param, findings)
                 given = value if is_distributed(param) else whole_of(value)
-                record[key] = _copy_to(param, given)
+                record[key] = copy_to(param, given)
+                if key == "step" and findings.counts_in_tensors:
+                    record[key] = _step_count(given)
                 if entry.per_rank:
                     record[key] = of_local(record[key], param)
+        check_together(where, record)
         records.append(record)
     lengths = list(map(record_numel, records))
     if len(records) > 1 and sum(lengths) != param.numel():
@@ -267,9 +279,15 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
     for record, numel in zip(records, lengths, strict=True):
         shapes = entry.shape, tuple(param.shape)
         for key, value in record.items():
-            elementwise = key in findings.elementwise and isinstance(value, Tensor)
+            elementwise = key in findings.elementwise
+            if elementwise and value is None and key in findings.optional:
+                continue
             if not (elementwise or isinstance(value, Coded)):
                 continue
+            if key in findings.keys and not elementwise:
+                raise ValueError(f"{where}[{key!r}]: must not be coded, has no entry per element")
+            if not isinstance(value, (Coded, Tensor)):
+                raise TypeError(f"{where}[{key!r}]={value!r:.80}: must be a tensor")
             shape = (numel,) if len(records) > 1 else shapes[not isinstance(value, Coded)]
             if tuple(value.shape) != shape:
                 raise ValueError(f"{where}[{key!r}]: shape {tuple(value.shape)}, must be {shape}")
@@ -282,43 +300,10 @@ def _unpacked(entry: _Entry, inner: Optimizer, findings: Findings) -> list[Recor
     return records
 
 
-def _coded(where: str, saved: Mapping[str, Any], entry: _Entry) -> Coded:
-    missing = {"format", "parts", "dtype", "shape", "order", "root"} - saved.keys()
-    if missing:
-        raise KeyError(f"{where}: missing key {min(missing)!r}")
-    shape, order, param = tuple(saved["shape"]), tuple(saved["order"]), entry.param
-    format = as_format(saved["format"])
-    numel = torch.Size(shape).numel()
-    components = format.for_shape(shape, order).components
-    if len(saved["parts"]) != len(components):
-        raise ValueError(f"{where}: {len(saved['parts'])} components, must be {len(components)}")
-    parts = []
-    for part, component in zip(saved["parts"], components, strict=True):
-        if part.dtype != component.dtype or part.numel() != component.length(numel):
-            raise ValueError(
-                f"{where}: a component of shape {tuple(part.shape)} and dtype {part.dtype}, must "
-                f"be {(component.length(numel),)} and {component.dtype}"
-            )
-        if entry.per_rank or not is_distributed(param):
-            part = _copy_to(param, flat_part(part, component, shape, order))
-        parts.append(part)
-    dtype = getattr(torch, saved["dtype"])
-    return Coded(format, tuple(parts), dtype, shape, order, saved["root"])
-
-
-def _copy_to(param: Tensor, value: Any) -> Any:
-    """A copy of a value, with tensors that have dimensions on the device of ``param``."""
-    if type(value) in (list, tuple):
-        # torch.optim.LBFGS keeps its history in lists
-        return type(value)(_copy_to(param, item) for item in value)
-    if not isinstance(value, Tensor):
-        return copy.deepcopy(value)
-    device = param.device if value.dim() else value.device
-    return value.detach().to(device, copy=True)
-
-
 def _check(where: str, state: Mapping[str, Any], param: Tensor, findings: Findings) -> None:
     _check_keys(where, state, findings)
+    for key, value in state.items():
+        _check_value(f"{where}[{key!r}]", key, value, param, findings)
     for key in findings.elementwise & state.keys():
         value = state[key]
         if value is None and key in findings.optional:
@@ -326,6 +311,16 @@ def _check(where: str, state: Mapping[str, Any], param: Tensor, findings: Findin
         shape = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
         if shape != tuple(param.shape):
             raise ValueError(f"{where}[{key!r}]: shape {shape}, must be {tuple(param.shape)}")
+
+
+def _check_value(where: str, key: str, value: Any, param: Tensor, findings: Findings) -> None:
+    """Raise if a value is a tensor without numbers, or a step count that is none."""
+    if isinstance(value, Tensor):
+        check_dense(where, local_of(value))
+        if value.is_meta and not param.is_meta:
+            raise ValueError(f"{where}: is on meta, without values")
+    if key == "step" and key in findings.keys:
+        checked_count(where, value)
 
 
 def _check_keys(where: str, state: Mapping[str, Any], findings: Findings) -> None:
@@ -339,11 +334,10 @@ def _converted(
     key: str, value: Any, param: Tensor, group: Mapping[str, Any], findings: Findings, packed: bool
 ) -> Any:
     """A copy of a saved value, on the device and in the dtype that the optimizer would use."""
+    if key == "step" and key in findings.keys and findings.counts_in_tensors:
+        value = _step_count(value)
     if not isinstance(value, Tensor):
-        if key == "step" and key in findings.keys and findings.counts_in_tensors:
-            value = torch.tensor(float(value), dtype=torch.float32, device="cpu")
-        else:
-            return _copy_to(param, value)
+        return copy_to(param, value)
     if key == "step":
         on_device = group.get("capturable") or group.get("fused")
         return value.to(param.device, torch.float32, copy=True) if on_device else value.clone()
@@ -351,3 +345,10 @@ def _converted(
         return value.detach().to(param.device, copy=True)
     dtype = findings.keys.get(key) or param.dtype
     return value.detach().to(param.device, dtype, copy=True)
+
+
+def _step_count(value: Any) -> Tensor:
+    """A checked step count as an optimizer keeps it: a 0-d tensor of floating dtype; a copy."""
+    if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):
+        return value.detach().reshape(()).clone()
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")

@@ -23,6 +23,7 @@ from optstate_codecs.state.layout import FlatView, inverse_order, slices, storag
 from optstate_codecs.state.moments import decode_slice, encode_slice, raise_underflow
 
 __all__ = [
+    "CODED_DTYPES",
     "Coded",
     "OffloadedTensor",
     "Record",

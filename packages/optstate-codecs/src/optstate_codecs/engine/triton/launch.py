@@ -22,8 +22,8 @@ ELEMENTS_PER_WARP = 512
 # hide the memory's latency. Tiles of one block in 16 bits need the fewest, tiles of several blocks
 # the most.
 REGISTERS, REGISTERS_NARROW, REGISTERS_ROWS = 80, 72, 96
-# with error feedback the parameter and the factor of the residual are held during the encoding
-REGISTERS_FEEDBACK = 128
+# with error feedback: for parameters in 16 bits, and for wider ones
+REGISTERS_FEEDBACK, REGISTERS_FEEDBACK_WIDE = 96, 128
 
 
 def kernel_constants(bucket: Bucket) -> dict[str, Any]:
@@ -116,8 +116,10 @@ def tuning(bucket: Bucket) -> dict[str, int]:
         if bucket.rows > 1:
             # for packed codes with wider parameters the compiler's own choice is fastest
             packed = any(format.components[0].span > 1 for format in bucket.formats)
-            limit = REGISTERS_ROWS if bucket.error_feedback is None else REGISTERS_FEEDBACK
-            return chosen if packed and not narrow else {**chosen, "maxnreg": limit}
+            if bucket.error_feedback is not None:
+                limit = REGISTERS_FEEDBACK if narrow else REGISTERS_FEEDBACK_WIDE
+                return {**chosen, "maxnreg": limit}
+            return chosen if packed and not narrow else {**chosen, "maxnreg": REGISTERS_ROWS}
         chosen["maxnreg"] = REGISTERS_NARROW if narrow else REGISTERS
     return chosen
 
