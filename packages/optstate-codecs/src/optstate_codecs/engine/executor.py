@@ -212,7 +212,8 @@ class ResidentExecutor:
             raise RuntimeError(
                 "backend='compile': parameters must be on the CPU; use backend='auto'"
             )
-        return on_cpu
+        # a graph does not record what they do; the reference raises
+        return on_cpu and not capturing()
 
     def _run_compiled(self, request: StepRequest) -> None:
         self._with_compiler(lambda: self.compiled.step(request))
