@@ -1,6 +1,8 @@
 """Writes the counts of the tests into the page on testing, from the committed results.
 
-python benchmarks/testing_page.py
+    python benchmarks/testing_page.py
+
+A test compares the page with the results.
 """
 
 from __future__ import annotations
