@@ -8,6 +8,7 @@
     nox -s demo -- --steps 100           AdamW and AdamW8bit learn Shakespeare, side by side
     nox -s units -- -k rounding          some tests of some packages, in the environment of CI
     nox -s suite                         every law for every optimizer; writes the counts to a file
+    nox -s soak                          faults, kills and long runs; writes the counts to a file
     nox -s fuzz -- --seconds 200         fuzz the readers of checkpoints, 200 seconds each
     nox -s release_check                 whether the wheels and sdists could be released
     nox -t cpu                           the matrix: package x Python x torch, what can be found
@@ -77,6 +78,18 @@ DOCS = ("mkdocs<2", "mkdocs-material", "mkdocstrings-python", "ruff")
 BUILD = ("build", "hatchling", "packaging")
 NO_TEST_RAN = 5
 LAWS = "tests-integration/suite"
+# by the name of a run: the tests that count faults, kills and steps
+SOAK = {
+    "kills": ("packages/optstate-codecs/tests/test_disk_kill.py", "-k", "100"),
+    "faults": (
+        "packages/optstate-codecs/tests/test_offloading_faults.py",
+        "packages/optstate-wrap/tests/test_faults.py",
+    ),
+    "full disks": ("packages/optstate-codecs/tests/test_disk_faults.py",),
+    "steps": ("tests-integration/soak/test_leaks.py", "-k", "test_steps"),
+    "offloaded steps": ("tests-integration/soak/test_leaks.py", "-k", "not test_steps"),
+    "concurrency": ("tests-integration/soak/test_concurrency.py",),
+}
 SEQUENCES = (
     "tests-integration/test_sequences.py",
     "packages/optstate-wrap/tests/test_sequences.py",
@@ -84,6 +97,8 @@ SEQUENCES = (
 
 # One thread a worker: two workers on two cores would otherwise fight over both.
 TEST_ENV = {"OMP_NUM_THREADS": "1"}
+# a plugin of tests-integration/run_results.py, which writes down what ran
+RESULTS = ("-p", "run_results", "--run-results")
 WORKERS = ("-n", str(min(2, os.cpu_count() or 1)))
 
 
@@ -101,7 +116,7 @@ def pytest(session: nox.Session, *args: str) -> None:
     """Runs tests, with the words after `--` appended; those may leave none of them to run."""
     session.run(
         *("python", "-m", "pytest", *args, *session.posargs),
-        env=TEST_ENV,
+        env={**TEST_ENV, "PYTHONPATH": str(ROOT / "tests-integration")},
         success_codes=[0, NO_TEST_RAN] if session.posargs else [0],
     )
 
@@ -137,7 +152,7 @@ def types(session: nox.Session) -> None:
 def units(session: nox.Session) -> None:
     """Run the unit tests of all packages, in one environment."""
     install(session, *EDITABLE, *PYTEST)
-    pytest(session, "packages", "-m", "not cuda and not interpret", *WORKERS)
+    pytest(session, "packages", "-m", "not cuda and not interpret and not thorough", *WORKERS)
     run_interpreted(session, "packages")
 
 
@@ -153,6 +168,18 @@ def suite(session: nox.Session) -> None:
     pytest(session, LAWS, "-m", "not cuda and not interpret", *results, *WORKERS)
     run_interpreted(session, LAWS, *results)
     pytest(session, *SEQUENCES, "--hypothesis-profile=thorough", *WORKERS)
+
+
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Faults at every call, a hundred kills, and ten thousand steps of each optimizer.
+
+    It takes some twenty minutes and writes the counts to benchmarks/results/soak.json.
+    """
+    install(session, *EDITABLE, *PYTEST)
+    for name, tests in SOAK.items():
+        results = (*RESULTS, "benchmarks/results/soak.json", "--run-name", name)
+        pytest(session, *tests, "-m", "not cuda and not interpret", *results, *WORKERS)
 
 
 def run_interpreted(session: nox.Session, *args: str, chosen: str = "interpret") -> None:
@@ -196,7 +223,10 @@ def unit(session: nox.Session, package: str, torch: str) -> None:
     session.install(f"torch=={torch}.*", *paths, "-e", f"packages/{package}{extra}", *PYTEST)
     # the laws are checked where all packages are
     where = [f"packages/{package}", *([LAWS] if package == "optstate" else [])]
-    pytest(session, *where, "-m", "not cuda and not interpret and not thorough", *WORKERS)
+    name = f"Python {session.python}, torch {torch}, {package}"
+    results = (*RESULTS, "benchmarks/results/matrix.json", "--run-name", name)
+    marks = "not cuda and not interpret and not thorough"
+    pytest(session, *where, "-m", marks, *results, *WORKERS)
 
 
 def cpu_build_of_torch(torch: str, python: str) -> bool:

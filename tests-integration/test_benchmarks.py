@@ -163,6 +163,16 @@ def test_docs_quote_the_runs_that_were_made(root: Path, monkeypatch: pytest.Monk
         assert script["table"](json.loads(file.read_text())["summary"]) in page, file.name
 
 
+def test_docs_quote_the_counts_of_the_tests(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script = run_path(str(root / "benchmarks" / "testing_page.py"))
+    page = script["PAGE"].read_text()
+    for name in script["TABLES"]:
+        assert script["block"](name) in page, "run benchmarks/testing_page.py"
+    kills = script["runs"]("soak")["kills"]["counts"]
+    assert kills["kills survived"] == kills["kills made"] >= 100
+
+
 def test_docs_quote_the_study_of_error_feedback(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,10 +58,11 @@ def test_a_table_of_constants_holds_every_address() -> None:
     assert table.tolist() == values
 
 
-def test_what_cannot_be_recorded_raises_and_changes_nothing() -> None:
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+def test_what_cannot_be_recorded_raises_and_changes_nothing(backend) -> None:
     fresh, plain, stepped = a_param(), a_param(), a_param()
     without, default = make([fresh], capturable=True), make([plain])
-    warm = make([stepped], capturable=True)
+    warm = make([stepped], capturable=True, backend=backend)
     default.step()
     warm.step()
     before = plain.detach().clone()

@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -37,7 +38,15 @@ def _no_room(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_before_the_first_step(path, monkeypatch):
+EVERY = pytest.mark.thorough
+#: how many regions there is room for, of the six that the first step asks for
+ROOM = [5, *(pytest.param(n, marks=EVERY) for n in range(5))]
+#: after how many calls the disk is full
+AFTER = [0, 3, 11, *(pytest.param(n, marks=EVERY) for n in range(24) if n not in (0, 3, 11))]
+
+
+@pytest.mark.parametrize("room", ROOM)
+def test_a_full_disk_before_the_first_step(room, path, monkeypatch, record_property):
     optimizer = make(mine := params())
     monkeypatch.setattr(os, "posix_fallocate", _no_room)
     with pytest.raises(OSError, match="no room"):
@@ -52,7 +61,7 @@ def test_a_full_disk_before_the_first_step(path, monkeypatch):
 
     def some(file, start, size):
         sizes.append(size)
-        return real(file, start, size) if len(sizes) < 6 else _no_room()
+        return real(file, start, size) if len(sizes) <= room else _no_room()
 
     monkeypatch.setattr(os, "posix_fallocate", some)
     before = [p.detach().clone() for p in mine]
@@ -65,16 +74,20 @@ def test_a_full_disk_before_the_first_step(path, monkeypatch):
     assert grown[0] == grown[1] == grown[2]
     monkeypatch.undo()
     pair.run(3).check()
+    record_property("full disks", 4)
 
 
-@pytest.mark.parametrize("call", ["pwrite", "replace"])
-@pytest.mark.parametrize("after", [0, 3, 11])
-def test_a_disk_that_is_full_for_a_while(call, after, pair, path, monkeypatch):
+@pytest.mark.parametrize("call", ["pwrite", "replace", "open"])
+@pytest.mark.parametrize("after", AFTER)
+def test_a_disk_that_is_full_for_a_while(call, after, pair, path, monkeypatch, record_property):
     """Writes of state, or of the manifest, fail: steps say so, and lose nothing."""
+    record_property("full disks", 1)
     owner = os if call == "pwrite" else type(path)
     real, calls = getattr(owner, call), []
 
-    def full(*args):
+    def full(*args, **options):
+        if call == "open" and "w" not in args:
+            return real(*args, **options)
         calls.append(1)
         return real(*args) if len(calls) <= after else _no_room()
 
@@ -114,6 +127,37 @@ def test_a_disk_that_is_full_for_a_while(call, after, pair, path, monkeypatch):
     pair.run(2)
     both = [[ours[i] for i in whole] for ours in pair.params]
     assert_alike(both, pair.optimizers)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9])
+def test_files_that_the_system_limits(part, pair, path, record_property):
+    """No injection: the system itself refuses to write beyond so many bytes of a file."""
+    room = int(part * path.stat().st_size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    steps, error = 0, None
+    try:
+        while error is None and steps < 6:
+            try:
+                run(pair.params[1], pair.optimizers[1], pair.time + steps, missing=False)
+                steps += 1
+            except (OSError, StepError) as found:
+                error = found
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "too large" in str(error), "the limit was never met"
+    torn = getattr(error, "torn", [])
+    for _ in range(steps + isinstance(error, StepError)):
+        run(pair.params[0], pair.optimizers[0], pair.time, missing=False)
+        pair.time += 1
+    if isinstance(error, StepError):
+        for index in (*error.stepped, *torn):
+            pair.params[1][index].grad = None
+        pair.optimizers[1].step()
+    pair.run(2)
+    both = [[ours[i] for i in range(len(ours)) if i not in torn] for ours in pair.params]
+    assert_alike(both, pair.optimizers)
+    record_property("full disks", 1)
 
 
 def _as_named(path) -> float:

@@ -14,7 +14,7 @@ from offloads import params, run
 from optstate_codecs.offloading import Snapshot, offload, snapshot
 
 SHAPES = ((300, 70), (50,), (129, 140), (0,), (9, 3), ())
-KILLS = 20
+KILLS = [20, pytest.param(100, marks=pytest.mark.thorough)]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -101,11 +101,12 @@ def _killed(after: float, *arguments) -> int:
     return int.from_bytes(said, "little")
 
 
-def test_killed_at_any_time(tmp_path):
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_at_any_time(kills, tmp_path, record_property):
     path, oracle, moments = tmp_path / "state", Oracle(), random.Random(5)
     done, exact = 0, 0
     ended: list[int] = []
-    for kill in range(KILLS):
+    for kill in range(kills):
         given = params(shapes=SHAPES)
         for param, value in zip(given, oracle.after(done)[0], strict=True):
             param.data.copy_(value)
@@ -125,9 +126,11 @@ def test_killed_at_any_time(tmp_path):
         # that of the step, or what was set for the next where that had begun
         assert again.param_groups[0]["lr"] in (_rate(done - 1), _rate(done))
         del again, states
-    assert exact == KILLS
+    assert exact == kills
     assert ended == sorted(ended)
-    assert ended[-1] >= KILLS
+    assert ended[-1] >= kills
+    record_property("kills made", kills)
+    record_property("kills survived", exact)
 
 
 def _same(states: list[dict], optimizer) -> bool:

@@ -1,10 +1,12 @@
 """A step that fails part of the way: what is said of it is true, and training goes on from it."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import pytest
 import torch
+from files import make
 from offloads import Fault, Pair, gradient, injected, params, run
 from subjects import adam
 
@@ -17,6 +19,8 @@ from optstate_codecs.offloading.store import HostStateStore
 
 SHAPES = ((300, 70), (50,), (129, 257), (5,), (0,), (64, 9, 3), (), (40, 40), (3000,), (2, 4))
 STORES = {"host": HostStateStore, "disk": DiskStateStore}
+#: the numbers of the calls that fail; None: each, in a step of its own
+CALLS = [0, 7, pytest.param(None, marks=pytest.mark.thorough, id="every")]
 FORMATS = {
     "fp32": ("fp32", "fp32"),
     "dynamic8": ("dynamic8(units=update)", "dynamic8(signed=False, rounding=stochastic)"),
@@ -31,7 +35,9 @@ class Watched:
             return adam(*FORMATS[formats], lr=0.01, backend="eager")(given)
 
         self.params = params(shapes=SHAPES)
-        self.optimizer = offload(make(self.params), chunk_bytes=9000, **where)
+        self.optimizer = make(self.params)
+        if where.get("store") != "device":
+            offload(self.optimizer, chunk_bytes=9000, **where)
         for time in range(2):
             run(self.params, self.optimizer, time, missing=False)
         self.before = self.snapshot()
@@ -99,20 +105,45 @@ PHASES = {
     "loaded": (Ring, "_load", True),
     "source": (None, "source", False),
     "step": (eager, "_step_param", False),
+    "slice": (eager, "step_slice", False),
     "leave": (Ring, "leave", False),
     "left": (Ring, "leave", True),
     "sink": (None, "sink", False),
     "reserve": (None, "reserve", False),
     "stored": (None, "stored", False),
+    "thread": (ThreadPoolExecutor, "submit", False),
 }
+PLACES = [
+    (store, phase)
+    for store, phases in {
+        "device": ("step", "slice"),
+        "host": [phase for phase in PHASES if phase != "thread"],
+        "disk": PHASES,
+    }.items()
+    for phase in phases
+]
 
 
-@pytest.mark.parametrize("at", [0, 7])
-@pytest.mark.parametrize("phase", PHASES)
-def test_faults(phase, at, where, monkeypatch):
+@pytest.mark.parametrize("at", CALLS)
+@pytest.mark.parametrize(("store", "phase"), PLACES)
+def test_faults(store, phase, at, tmp_path, monkeypatch, record_property):
+    made = 0
+    for number in count() if at is None else (at,):
+        where = {"path": tmp_path / f"state-{number}"} if store == "disk" else {}
+        if not _fault(phase, number, {"store": store, **where}, monkeypatch):
+            break
+        made += 1
+    assert made or at is not None
+    record_property("faults injected", made)
+
+
+def _fault(phase, at, where, monkeypatch) -> bool:
+    """One fault, and all that must hold after it; whether there was such a call."""
     owner, name, after = PHASES[phase]
     watched = Watched("dynamic8", **where)
-    raised = injected(monkeypatch, owner or STORES[where["store"]], name, at, after=after)
+    # that a thread cannot be started is a RuntimeError
+    kind = RuntimeError if phase == "thread" else Fault
+    raised = injected(monkeypatch, owner or STORES[where["store"]], name, at, kind, after=after)
     for index, param in enumerate(watched.params):
         param.grad = gradient(2, index, param, missing=False)
     said = None
@@ -120,15 +151,38 @@ def test_faults(phase, at, where, monkeypatch):
         watched.optimizer.step()
     except StepError as error:
         said = error
+    except Fault as error:
+        # nothing has changed
+        said = StepError("", (), range(len(SHAPES)))
+        said.__cause__ = error
+        assert where["store"] == "device"
     monkeypatch.undo()
     if said is None:
         # a load ahead of its time is not missed, and a step may have fewer calls than that
-        assert not raised or phase in ("load", "loaded", "source")
+        assert not raised or phase in ("load", "loaded", "source", "thread")
     else:
         assert isinstance(said.__cause__, Fault)
     watched.check(said or StepError("", range(len(SHAPES)), ()))
     if said is not None:
         watched.resume(said)
+    return bool(raised)
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_a_parameter_is_torn_between_slices(store, monkeypatch):
+    """The reference steps 65,536 elements at once; what it has begun is neither old nor new."""
+    mine = params(shapes=((40,), (70_000,), (30,)))
+    optimizer = make(mine) if store == "device" else offload(make(mine), store)
+    run(mine, optimizer, 0, missing=False)
+    before = [p.detach().clone() for p in mine]
+    injected(monkeypatch, eager, "step_slice", 2)
+    with pytest.raises(StepError, match="injected") as info:
+        run(mine, optimizer, 1, missing=False)
+    assert (info.value.stepped, info.value.torn, info.value.unstepped) == ([0], [1], [2])
+    assert not (before[0] == mine[0]).any()
+    assert not (before[1] == mine[1])[:65_536].all()
+    assert torch.equal(before[1][65_536:], mine[1][65_536:])
+    assert torch.equal(before[2], mine[2])
 
 
 @pytest.mark.parametrize("at", [0, 7])

@@ -6,11 +6,14 @@ from test_split_master import HALVES, SPLITS, every_kind
 from test_triton import SHAPES, devices, pair
 
 from optstate_codecs.rounding import Counter
-from optstate_codecs.triton_lib import jit, tl
+from optstate_codecs.triton_lib import HAS_TRITON, jit, tl
 from optstate_codecs.writes import CORRECTION, parameter_write
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow)")
 TILE = 1 << 12
+
+if not HAS_TRITON:
+    pytest.skip("needs triton, whose kernels are defined here", allow_module_level=True)
 
 
 @jit

@@ -64,7 +64,9 @@ def run_of(problem, policy, where="device"):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_fault_in_every_chunk_and_phase(problem, phase, after, policy, where) -> None:
+def test_fault_in_every_chunk_and_phase(
+    problem, phase, after, policy, where, record_property
+) -> None:
     if phase == "encode" and policy == "exact":
         pytest.skip("nothing is encoded")
     if phase in ("bring", "slab", "send") and where == "device":
@@ -126,6 +128,7 @@ def test_fault_in_every_chunk_and_phase(problem, phase, after, policy, where) ->
                 assert torch.equal(ours_now, theirs)
         number += 1
     assert number >= (2 if phase == "store" else 4)
+    record_property("faults injected", number)
 
 
 def check(before, stepped, ours, error) -> None:

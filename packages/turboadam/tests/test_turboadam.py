@@ -264,7 +264,7 @@ def test_flattened_checkpoints_of_other_levels_are_refused() -> None:
     nearest, stochastic = optimizer(), optimizer(error_feedback=False)
     for ours, theirs in ((nearest, stochastic), (stochastic, nearest)):
         saved = get_optimizer_state_dict(module, theirs, options=options)
-        with pytest.raises((KeyError, ValueError), match=r"m_rounding|exp_avg_codes"):
+        with pytest.raises((KeyError, ValueError), match=r"m_rounding|exp_avg_\w*codes"):
             set_optimizer_state_dict(module, ours, saved, options=options)
 
 

@@ -16,7 +16,8 @@ class StepError(RuntimeError):
         stepped: indices, counted over all groups, of the parameters that were stepped.
         unstepped: indices of those that were not, and have not changed.
         torn: indices of those of which only some elements were stepped. This can happen to
-            parameters larger than a chunk of offloaded state.
+            parameters larger than a chunk of offloaded state, or than what the reference steps at
+            once.
     """
 
     def __init__(

@@ -45,7 +45,9 @@ SMALLEST_BLOCK = 32
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a ``DTensor``, of which this process holds a shard."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
+    kind = type(tensor)
+    # a graph of torch 2.6 cannot look up a type in a set
+    return kind is not Tensor and kind is not Parameter and hasattr(tensor, "placements")
 
 
 def any_distributed(tensors: Iterable[Tensor]) -> bool:

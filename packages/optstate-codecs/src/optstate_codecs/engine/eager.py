@@ -49,6 +49,7 @@ def step(request: StepRequest) -> None:
         request.counted.append(param_step)
         mean = request.grad_means.expanded(position, grad) if request.grad_means else None
         _step_param(param_step, count, grad, request, mean)
+        request.torn.clear()
         request.done.append(param_step)
 
 
@@ -79,6 +80,7 @@ def _step_param(
         old, components = param.read(start, stop), state.slice(start, stop)
         new = step_slice(spec, old, part, components, scalars, counter, start)
         param.write(start, stop, new)
+        request.torn[:] = [param_step]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from optstate_codecs.engine.cpu.compiled import CompiledSteps
 from optstate_codecs.engine.request import ParamStep, StepRequest, layout_of
 from optstate_codecs.engine.triton.buckets import Bucket, build_buckets
 from optstate_codecs.engine.triton.step_tables import StepTable
+from optstate_codecs.errors import StepError
 from optstate_codecs.triton_lib import BACKEND_VARIABLE, HAS_TRITON, INTERPRETED
 
 __all__ = ["BACKENDS", "Executor", "ResidentExecutor"]
@@ -131,7 +132,28 @@ class ResidentExecutor:
         self._captured: list[LaunchPlan] = []
 
     def step(self, request: StepRequest) -> None:
-        """Step every parameter of the request."""
+        """Step every parameter of the request.
+
+        Raises:
+            StepError: raised from the error of a step that failed after the first parameter.
+        """
+        try:
+            self.run(request)
+        except Exception as error:
+            if not (request.done or request.torn):
+                raise
+            done, torn = set(map(id, request.done)), set(map(id, request.torn))
+            begun = done | torn
+            raise StepError.of(
+                error,
+                "",
+                [one.index for one in request.param_steps if id(one) in done],
+                [one.index for one in request.param_steps if id(one) not in begun],
+                [one.index for one in request.param_steps if id(one) in torn],
+            ) from error
+
+    def run(self, request: StepRequest) -> None:
+        """Step every parameter; an error is raised as it is, with ``request.done`` valid."""
         if not request.param_steps:
             return
         try:
@@ -190,7 +212,8 @@ class ResidentExecutor:
             raise RuntimeError(
                 "backend='compile': parameters must be on the CPU; use backend='auto'"
             )
-        return on_cpu
+        # a graph does not record what they do; the reference raises
+        return on_cpu and not capturing()
 
     def _run_compiled(self, request: StepRequest) -> None:
         self._with_compiler(lambda: self.compiled.step(request))

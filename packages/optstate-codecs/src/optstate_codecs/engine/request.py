@@ -156,6 +156,7 @@ class StepRequest:
         grad_means: the means subtracted from the gradients before that, or None.
         draw: keys the random numbers in place of the step counts, at least 0; or None.
         done: those that have been stepped; valid after an exception too.
+        torn: those of which only some elements have been stepped; valid after an exception too.
         counted: those whose step count has been incremented.
         found_inf: non-zero skips the step; 0-d, read on its device; or None.
         staging: makes the context in which a stage is stepped, which loads and stores its state.
@@ -178,6 +179,7 @@ class StepRequest:
     draw: int | None = None
     total: int = 0
     done: list[ParamStep] = field(default_factory=list)
+    torn: list[ParamStep] = field(default_factory=list)
     counted: list[ParamStep] = field(default_factory=list)
     staging: Callable[[int], AbstractContextManager[object]] | None = None
     asynchronous: bool = False

@@ -69,6 +69,7 @@ class DiskStateStore(StateStore):
     name = "disk"
 
     def __init__(self, path: str | Path, resume: bool = False, sync: bool = False) -> None:
+        super().__init__()
         # absolute: the process may change its working directory before the next manifest
         self.path = Path(path).absolute()
         self.manifest_path = manifest_path(self.path)
@@ -94,7 +95,6 @@ class DiskStateStore(StateStore):
                 "remove it and its manifest"
             ) from error
         self._pool = ThreadPoolExecutor(THREADS, NAME)
-        self._owner = os.getpid()
         _open.add(self)
         try:
             self._lock()
@@ -289,7 +289,7 @@ class DiskStateStore(StateStore):
         self._written = Task(self._pool, keep)
 
     def restate(self) -> bool:
-        if self._file < 0 or self._owner != os.getpid() or not self._outdated:
+        if self._file < 0 or self.process != os.getpid() or not self._outdated:
             return False
         content, before = self._updated_content(), self._written
         path, sync = self.manifest_path, self.sync
@@ -323,7 +323,7 @@ class DiskStateStore(StateStore):
         if self._file < 0:
             return
         file, self._file = self._file, -1
-        if self._owner != os.getpid():
+        if self.process != os.getpid():
             # a forked process has neither the threads nor the lock
             os.close(file)
             return

@@ -24,6 +24,16 @@ class _Region(mmap.mmap):
                 torch.cuda.cudart().cudaHostUnregister(self.locked)  # type: ignore[no-untyped-call]
 
 
+def _flags(pin: bool) -> dict[str, int]:
+    """Arguments of mmap, so that a forked process has ordinary memory of its own.
+
+    Locked pages stay shared: the system would copy all of them at once when a process forks.
+    """
+    if pin or not hasattr(mmap, "MAP_PRIVATE"):
+        return {}
+    return {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+
+
 def empty_pinned(nbytes: int, pin: bool = True) -> Tensor:
     """Allocate bytes on the host that a GPU can copy asynchronously.
 
@@ -42,15 +52,16 @@ def empty_pinned(nbytes: int, pin: bool = True) -> Tensor:
     """
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
+    pin = pin and torch.cuda.is_available()
     try:
-        region = _Region(-1, nbytes)
+        region = _Region(-1, nbytes, **_flags(pin))
     except OSError as error:
         raise MemoryError(f"host memory: {nbytes} bytes for optimizer state: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # not every system has large pages
             region.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(region, dtype=torch.uint8)
-    if pin and torch.cuda.is_available():
+    if pin:
         address = memory.data_ptr()
         code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call]
         if code:

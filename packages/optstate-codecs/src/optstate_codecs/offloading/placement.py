@@ -90,6 +90,7 @@ class Placement:
 
     def synchronize(self) -> None:
         """Wait until all is stored, and make the state tensors views of where it is."""
+        self.store.check_process()
         self.rings.join()
         self.keep_targets()
         self.pending = self.store.restate() or self.pending

@@ -5,6 +5,7 @@ A store provides memory for slabs, and the host memory that chunks are copied fr
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -22,6 +23,27 @@ class StateStore(ABC):
     """Where packed state lives between steps."""
 
     name: ClassVar[str]
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    @property
+    def shared(self) -> bool:
+        """Whether a forked process would have the same memory, and not a copy."""
+        return True
+
+    def check_process(self) -> None:
+        """Raise in a forked process if it shares memory with the one that steps.
+
+        Raises:
+            RuntimeError: it does.
+        """
+        if self.shared and os.getpid() != self.process:
+            raise RuntimeError(
+                f"store={self.name!r}: process {os.getpid()} was forked from {self.process}, which "
+                "offloaded this optimizer and has the state; step and read it there, or make an "
+                "optimizer in this process"
+            )
 
     @abstractmethod
     def new(self, nbytes: int) -> Memory:
@@ -120,7 +142,12 @@ class HostStateStore(StateStore):
     name = "host"
 
     def __init__(self, pin: bool | None = None) -> None:
+        super().__init__()
         self.pin = torch.cuda.is_available() if pin is None else pin
+
+    @property
+    def shared(self) -> bool:
+        return self.pin and torch.cuda.is_available()
 
     def new(self, nbytes: int) -> Memory:
         return Memory(empty_pinned(nbytes, self.pin))

@@ -50,7 +50,8 @@ class StreamingExecutor:
         """Step every parameter of the request.
 
         Raises:
-            RuntimeError: a CUDA graph is being recorded.
+            RuntimeError: a CUDA graph is being recorded, or this process was forked from the one
+                that has the state.
             ValueError, OSError: the store cannot keep the step's result; nothing has changed.
             StepError: raised from the error of a step that failed part-way; it names the
                 parameters that were stepped.
@@ -59,10 +60,11 @@ class StreamingExecutor:
             raise RuntimeError("CUDA graph capture: state that is streamed cannot be part of it")
         if not request.param_steps:
             return
+        placement = self.placement
+        self.store.check_process()
         entries = self._place(request)
         numbered = [(number, part) for number, entry in enumerate(entries) for part in entry.parts]
         device_views = self._device_views(request, numbered)
-        placement = self.placement
         placement.copy_counts(entries)
         stages = sorted({view.stage for view in device_views.param_steps} - {RESIDENT})
         for slab in map(placement.slab_of.__getitem__, stages):
@@ -73,9 +75,9 @@ class StreamingExecutor:
         try:
             placement.rings.expect([placement.chunks[stage] for stage in stages])
             with placement.rings.working():
-                self._executor.step(device_views)
+                self._executor.run(device_views)
         except Exception as error:
-            raise _step_error(error, request, entries, device_views.done) from error
+            raise _step_error(error, request, entries, device_views) from error
         else:
             request.done += request.param_steps
         finally:
@@ -134,6 +136,7 @@ class StreamingExecutor:
             addresses=addresses,
             layouts=layouts,
             done=[],
+            torn=[],
             counted=[],
             staging=self._staged,
         )
@@ -193,17 +196,18 @@ def _step_error(
     error: Exception,
     request: StepRequest,
     entries: Sequence[PlacementEntry],
-    device_views_done: Sequence[ParamStep],
+    device_views: StepRequest,
 ) -> StepError:
     """The error of a step that failed part-way; ``request.done`` gets what was stepped whole."""
-    done = set(map(id, device_views_done))
+    done, begun = set(map(id, device_views.done)), set(map(id, device_views.torn))
     counts = [sum(id(part.device_view) in done for part in entry.parts) for entry in entries]
     whole = [count == len(entry.parts) for count, entry in zip(counts, entries, strict=True)]
     request.done += compress(request.param_steps, whole)
     numbers = [param_step.index for param_step in request.param_steps]
-    torn = [bool(count) and not all_done for count, all_done in zip(counts, whole, strict=True)]
-    stepped, unstepped = (
-        compress(numbers, whole),
-        compress(numbers, [not count for count in counts]),
-    )
+    some = [
+        bool(count) or any(id(part.device_view) in begun for part in entry.parts)
+        for count, entry in zip(counts, entries, strict=True)
+    ]
+    torn = [started and not all_done for started, all_done in zip(some, whole, strict=True)]
+    stepped, unstepped = compress(numbers, whole), compress(numbers, [not one for one in some])
     return StepError.of(error, "", stepped, unstepped, compress(numbers, torn))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 from threading import Lock
 
@@ -24,7 +24,12 @@ class Task:
     def __init__(self, pool: Executor, work: Callable[[], object]) -> None:
         self._work: Callable[[], object] | None = work
         self._lock = Lock()
-        self._future = pool.submit(self._try)
+        try:
+            self._future = pool.submit(self._try)
+        except RuntimeError:
+            # no thread can be started, or the interpreter exits: as if the work had failed once
+            self._future = Future()
+            self._future.set_result(None)
 
     def _do(self) -> None:
         with self._lock:
