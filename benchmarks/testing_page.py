@@ -34,7 +34,8 @@ def of_setup(run: Run) -> str:
 
 def outcomes(run: Run) -> str:
     """How many tests had which outcome."""
-    return ", ".join(f"{count:,} {name}" for name, count in run["outcomes"].items())
+    found = ", ".join(f"{count:,} {name}" for name, count in run["outcomes"].items())
+    return f"{found}; ended early" if run.get("ended early") else found
 
 
 def laws() -> str:

@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-name", help="the name of the run in it")
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Print the counts, and write them to the file."""
     stats = terminalreporter.stats
     counts: Counter[str] = Counter()
@@ -54,6 +54,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         "seconds": round(time.monotonic() - BEGAN),
         "outcomes": outcomes,
     }
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        run["ended early"] = True
     known["runs"][name or "run"] = run | (
         {"counts": dict(sorted(counts.items()))} if counts else {}
     )

@@ -74,7 +74,7 @@ def test_every_check_of_ci_is_in_the_workflow(workflow: dict[Any, Any]) -> None:
     )
     runs = {word for found in commands(workflow).values() for words in found for word in words}
     # release_check requires these two
-    assert set(required) - {"build", "isolated", "suite"} <= runs
+    assert set(required) - {"build", "isolated", "units"} <= runs
     assert "--python" in runs
 
 
