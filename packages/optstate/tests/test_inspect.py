@@ -12,7 +12,7 @@ from commands import json_of, run
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from lowbit_adam import AdamW4bit, AdamW8bit
-from optstate_codecs import offload, save_safetensors, state_bytes
+from optstate_codecs import offload, save_safetensors, state_bytes, synchronize
 
 PEERS = Path(__file__).parent / "peers"
 STEP_BYTES = 4
@@ -74,6 +74,7 @@ def test_safetensors_names_the_class(tmp_path: Path) -> None:
 def test_disk_store_by_either_of_its_files(tmp_path: Path) -> None:
     make = lambda params, lr: offload(AdamW8bit(params, lr), "disk", path=tmp_path / "s")  # noqa: E731
     _, optimizer = stepped(make)
+    synchronize(optimizer)
     report = json_of("inspect", tmp_path / "s")
     assert {**json_of("inspect", tmp_path / "s.json"), "file": report["file"]} == report
     assert (report["kind"], report["steps"]) == ("disk store", [1, 2])
