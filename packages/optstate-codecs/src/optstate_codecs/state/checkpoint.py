@@ -149,7 +149,7 @@ def full(optimizer: StateOwner, plain: StateDict) -> StateDict:
 def load(optimizer: StateOwner, state_dict: StateDict) -> None:
     """Check and convert the whole of ``state_dict``, then put it in place."""
     with malformed("state_dict"):
-        check_structure(state_dict)
+        check_structure(state_dict, optimizer.param_groups)
         groups, state, loaded, rounded = _converted(optimizer, state_dict)
 
     if rounded:

@@ -23,8 +23,13 @@ __all__ = ["check_structure", "check_values", "malformed"]
 FLAGS = ("capturable", "differentiable", "foreach", "fused")
 
 
-def check_structure(state_dict: Any) -> None:
+def check_structure(state_dict: Any, groups: Sequence[Mapping[str, Any]] = ()) -> None:
     """Raise unless a state dict is nested as ``torch.optim``'s, and names each parameter once.
+
+    Args:
+        state_dict: what is checked.
+        groups: of the optimizer that loads it. A parameter may be named twice where its group has
+            it twice, of which torch warns.
 
     Raises:
         KeyError: ``state`` or ``param_groups`` is missing.
@@ -35,7 +40,7 @@ def check_structure(state_dict: Any) -> None:
         if key not in state_dict:
             raise KeyError(f"state_dict: missing key {key!r}")
         _check(f"state_dict[{key!r}]", state_dict[key], kind)
-    seen: set[Hashable] = set()
+    seen: dict[Hashable, tuple[int, int]] = {}
     for index, group in enumerate(state_dict["param_groups"]):
         where = f"state_dict['param_groups'][{index}]"
         _check(where, group, Mapping)
@@ -43,11 +48,13 @@ def check_structure(state_dict: Any) -> None:
             check_dense(f"{where}[{key!r}]", value)
         numbers = group.get("params", ())
         _check(f"{where}['params']", numbers, (list, tuple))
-        for number in numbers:
+        params = groups[index]["params"] if index < len(groups) else ()
+        for place, number in enumerate(numbers):
             _check(f"{where}['params']: item", number, (int, str))
-            if number in seen:
+            first_group, first = seen.setdefault(number, (index, place))
+            same = first_group == index and place < len(params) and params[first] is params[place]
+            if (first_group, first) != (index, place) and not same:
                 raise ValueError(f"{where}['params']: parameter {number!r} is there twice")
-            seen.add(number)
             if (state := state_dict["state"].get(number)) is not None:
                 _check(f"state_dict['state'][{number!r}]", state, Mapping)
         for key in ("formats", "orders"):

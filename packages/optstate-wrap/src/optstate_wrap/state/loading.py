@@ -67,7 +67,7 @@ def load(
 def _load(states: DecodedStates, examine: Examine, state_dict: Mapping[str, Any]) -> None:
     encoder = states.encoder
     inner, policy = encoder.inner, encoder.policy
-    check_structure(state_dict)
+    check_structure(state_dict, inner.param_groups)
     saved = state_dict["state"]
     progress = checked_progress(state_dict.get(KEY, {}))
     progress = progress or checked_progress(progress_of_states(saved))
