@@ -71,9 +71,22 @@ def _first(value: Any) -> tuple[str, Any]:
     return first, get_args(hint)[0] if get_origin(hint) is type else hint
 
 
+def own_attributes(value: type) -> set[str]:
+    """The names that a class defines.
+
+    torch gives the class of the first optimizer its inherited ``step`` again, with hooks.
+    """
+    own = set(vars(value))
+    if "step" in own and len(value.__bases__) == 1:
+        inherited = getattr(value.__bases__[0], "step", None)
+        if inherited and inspect.unwrap(vars(value)["step"]) is inspect.unwrap(inherited):
+            own.remove("step")
+    return own
+
+
 def _base(value: Any) -> type | None:
     """The class that ``value`` is another name of: it adds nothing but its documentation."""
-    own = set(vars(value)) if isinstance(value, type) else {"__init__"}
+    own = own_attributes(value) if isinstance(value, type) else {"__init__"}
     added = {name for name in own if not (name.startswith("__") and name.endswith("__"))}
     added -= {name for name in own if name.startswith("_abc_")}
     if added or "__init__" in own or len(value.__bases__) != 1:

@@ -6,6 +6,7 @@ from accounting import Refused, account_for, over
 from expected import AMSGRAD_WITH_TENSORS, NO_SUCH_ARGUMENT
 from family import FAMILY
 from problems import Problem, after, assert_equal, compare, normal
+from suite.discovery import own_attributes
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
@@ -152,7 +153,7 @@ def test_every_public_optimizer_takes_part() -> None:
     """And so does every class of torch's, in a wrapper; another name of a class is that class."""
 
     def renamed(found: type) -> bool:
-        return set(vars(found)) <= {"__module__", "__doc__", *GENERATED}
+        return own_attributes(found) <= {"__module__", "__doc__", "__slotnames__", *GENERATED}
 
     taking_part = {type(Problem(s, s.make).optimizer) for s in FAMILY if s.like in INFOS}
     public = {

@@ -54,7 +54,8 @@ class _CodedAdam(CodedOptimizer):
     storage_options = ("block_size", "formats")
     decoupled: ClassVar[bool] = False
     default_block_size: ClassVar[int] = 2048
-    error_feedback: bool = False
+    # whether the class takes ``error_feedback``
+    takes_error_feedback: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -71,9 +72,10 @@ class _CodedAdam(CodedOptimizer):
         master_weight_bits: int | None = None,
         **options: Any,
     ) -> None:
+        feedback = self.takes_error_feedback and options.pop("error_feedback")
         super().__init__(
             params,
-            Adam(decoupled=self.decoupled, error_feedback=self.error_feedback),
+            Adam(decoupled=self.decoupled, error_feedback=feedback),
             _checked({} if formats is None else formats),
             lr=lr,
             betas=betas,
@@ -201,6 +203,7 @@ class AdamW8(AdamW8bit):
 
 class _FourBitMoments(CodedOptimizer):
     default_block_size: ClassVar[int] = 128
+    takes_error_feedback: ClassVar[bool] = True
 
     def group_formats(self, group: Mapping[str, Any]) -> dict[str, Format]:
         formats = super().group_formats(group)
@@ -237,6 +240,7 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
         block_size: elements that share a scale, a power of two from 16 to 8192; default 128, 8.25
             bits per parameter. 64 takes 8.5 bits and follows unequal gradients more closely. Can be
             set per group.
+        error_feedback: apply the rounding error of the first moment in the same step.
 
     Examples:
         >>> optimizer = Adam4bit(model.parameters(), lr=1e-3)
@@ -254,8 +258,7 @@ class Adam4bit(_FourBitMoments, _CodedAdam):
         error_feedback: bool = False,
         **options: Any,
     ) -> None:
-        # ``_CodedAdam`` reads it when it creates the rule
-        self.error_feedback = checks.flag("error_feedback", error_feedback)
+        options["error_feedback"] = checks.flag("error_feedback", error_feedback)
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
@@ -285,8 +288,7 @@ class AdamW4bit(_FourBitMoments, _CodedAdamW):
         error_feedback: bool = False,
         **options: Any,
     ) -> None:
-        # ``_CodedAdam`` reads it when it creates the rule
-        self.error_feedback = checks.flag("error_feedback", error_feedback)
+        options["error_feedback"] = checks.flag("error_feedback", error_feedback)
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
